@@ -1,0 +1,94 @@
+# `make` alone lists the verbs. Each makes the environment it needs, and running one again is quick and harmless.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN_DIR ?= .run
+CONFIG ?= serve_config.yaml
+RAY_DASHBOARD_PORT ?=
+SERVE_PORT ?=
+LINES ?= 30
+FOLLOW ?=
+TESTS ?=
+UV_VERSION := 0.13.9
+
+py := $(VENV)/bin/python
+ops := $(py) -m ops.
+at := --run-dir "$(RUN_DIR)"
+# Whether the user named a Python; if not, an environment that another one made will do.
+named := $(if $(filter file,$(origin PYTHON)),,--this-python)
+
+# Packages are installed uncompiled; without this each start of each process would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo up deploy status logs undeploy down test check format golden demo-quality train-demo lock clean
+.PHONY: runtime dev parity
+
+help: ## List the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: runtime ## Install, start, deploy and draw eight pictures into outputs/
+	@$(MAKE) up deploy
+	@$(ops)demo $(at)
+
+up: runtime ## Start a local Ray with a pretended TPU host (RAY_DASHBOARD_PORT= moves its dashboard from 8265)
+	@$(ops)local up $(at) --dashboard-port "$(RAY_DASHBOARD_PORT)"
+
+deploy: runtime ## Deploy CONFIG=serve_config.yaml and wait until it serves (SERVE_PORT= overrides its port)
+	@$(ops)deploy deploy $(at) --config "$(CONFIG)" --serve-port "$(SERVE_PORT)"
+
+status: runtime ## Say what is up, deployed and healthy
+	@$(ops)deploy status $(at)
+
+logs: runtime ## Show the replicas' last LINES=30 log lines, and with FOLLOW=1 what comes
+	@$(ops)logs $(at) --lines $(LINES) $(if $(FOLLOW),--follow)
+
+undeploy: runtime ## Take everything off the cluster, which stays up
+	@$(ops)deploy undeploy $(at)
+
+down: runtime ## End what `make up` started in this checkout, and nothing else
+	@$(ops)local down $(at)
+
+test: dev ## Run the tests; TESTS="tests/test_x.py -k name" for some
+	@$(py) -m pytest $(TESTS)
+
+check: dev ## Check format, lint and types
+	@$(py) -m ruff format --check
+	@$(py) -m ruff check
+	@$(py) -m mypy
+
+format: dev ## Rewrite the code in the house format
+	@$(py) -m ruff check --fix --select I
+	@$(py) -m ruff format
+
+golden: parity ## Make the golden arrays again with diffusers in PyTorch (several GB to install)
+	@$(py) tests/make_golden.py
+
+demo-quality: runtime ## Measure how often the demo model draws what was asked for
+	@$(py) -m jobs.demo_quality
+
+train-demo: dev ## Train the demo model (hours; goes on where it was interrupted)
+	@$(py) -m jobs.train_demo
+
+# uv resolves for every platform at once, which pip cannot. It has an environment of its own, so that it is in no lock.
+uv := .cache/uv-$(UV_VERSION)/bin/uv
+lock := $(uv) pip compile pyproject.toml --universal --generate-hashes --no-emit-index-url --no-header \
+	--quiet --python-version 3.11
+
+lock: ## Pin requirements/*.txt again from pyproject.toml
+	@test -x $(uv) || \
+		{ $(PYTHON) -m venv .cache/uv-$(UV_VERSION) && $(dir $(uv))pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
+	@$(lock) -o requirements/runtime.txt
+	@$(lock) -c requirements/runtime.txt --extra tpu -o requirements/tpu.txt
+	@$(lock) -c requirements/runtime.txt --extra dev -o requirements/dev.txt
+	@$(lock) -c requirements/runtime.txt --extra dev --extra parity -o requirements/parity.txt
+	@echo "Pinned requirements/*.txt anew. The next make installs what changed."
+
+clean: ## Remove caches; .venv, outputs/ and what is up stay
+	@rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find app jobs ops tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environments, each by the requirement file of its name.
+runtime dev parity:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or newer, or name another one: make PYTHON=..."; exit 1; }
+	@$(PYTHON) ops/install.py $@ --venv $(VENV) $(named)

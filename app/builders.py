@@ -1,0 +1,94 @@
+"""serve_config.yaml's args -> application. The only place that joins ingress and replica; deployment options
+(replicas, autoscaling, resources) stand in the YAML and nowhere in code.
+
+Runs wherever Serve puts the build, on nodes without an accelerator too: nothing here imports JAX or reads weights.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, model_validator
+from ray import serve
+from ray.serve import Application
+
+from app.ingress import APIIngress
+from app.protocol import Defaults, Encoding, Limits, Service, Settings, width_height
+from app.samplers import SAMPLERS
+from app.server import StableDiffusion
+
+ROOT = Path(__file__).resolve().parents[1]
+Values = TypeVar("Values", list[str], list[int])
+
+
+def sizes_written_well(sizes: list[str]) -> list[str]:
+    for size in sizes:
+        if not re.fullmatch(r"[1-9][0-9]{1,3}x[1-9][0-9]{1,3}", size) or any(side % 8 for side in width_height(size)):
+            raise ValueError(f"sizes must be WIDTHxHEIGHT in multiples of 8, such as 512x512, got {size}.")
+    return no_repeats(sizes)
+
+
+def no_repeats(values: Values) -> Values:
+    if len(set(values)) < len(values):
+        raise ValueError(f"a value must not stand twice, got {values}.")
+    return values
+
+
+class Args(Settings):
+    """What `args:` in serve_config.yaml may say; a key that is not listed here is refused."""
+
+    model: str = Field(
+        description="a folder in diffusers layout, relative to the repository, or a Hugging Face repo id"
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit of a repo id; null: its main branch")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="compute type of the networks")
+    sizes: Annotated[list[str], AfterValidator(sizes_written_well)] = Field(
+        min_length=1, description="WIDTHxHEIGHT; each is compiled at start, the first is the default"
+    )
+    batch_buckets: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], AfterValidator(no_repeats)] = Field(
+        default=[1, 2, 4], min_length=1, description="how many images share a step; each is compiled at start"
+    )
+    max_waiting: int = Field(default=32, ge=1, description="queue of a replica; beyond it a request gets 503")
+    limits: Limits = Limits()
+    defaults: Defaults = Defaults()
+    encoding: Encoding = Encoding()
+
+    @model_validator(mode="after")
+    def defaults_are_allowed(self) -> "Args":
+        for name in ("num_inference_steps", "guidance_scale"):
+            low, high = getattr(self.limits, name)
+            if not low <= (value := getattr(self.defaults, name)) <= high:
+                raise ValueError(f"defaults.{name} must be within limits.{name}, {low} to {high}, got {value}.")
+        if self.defaults.sampler not in (None, *SAMPLERS):
+            raise ValueError(
+                f"defaults.sampler must be null or one of {', '.join(SAMPLERS)}, got {self.defaults.sampler}."
+            )
+        return self
+
+
+def text_to_image(args: Args) -> Application:
+    """APIIngress -> StableDiffusion."""
+    location, name = locate(args.model)
+    service = Service(name, tuple(args.sizes), args.limits, args.defaults, args.encoding)
+    replicas = serve.deployment()(StableDiffusion).bind(
+        location,
+        name=name,
+        revision=args.revision,
+        dtype=args.dtype,
+        sizes=[width_height(size) for size in args.sizes],
+        batch_buckets=sorted(args.batch_buckets),
+        max_steps=args.limits.num_inference_steps[1],
+        max_waiting=args.max_waiting,
+    )
+    return serve.deployment()(serve.ingress()(APIIngress)).bind(replicas, service)
+
+
+def locate(model: str) -> tuple[str, str]:
+    """Where to load `model` from and what to call it: a folder if there is one, else a Hugging Face repo id."""
+    folder = (ROOT / Path(model).expanduser()).resolve()
+    if model and folder.is_dir():
+        return str(folder), folder.name
+    # A slip in a path must not turn into a download: assets/demo-modle looks like a repo id, but assets is a folder.
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not (ROOT / model).parent.is_dir():
+        return model, model
+    raise ValueError(f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model} ({folder}).")

@@ -1,0 +1,212 @@
+"""Routes: HTTP to the protocol, replicas' answers and failures to HTTP. Knows nothing of models, engines or devices."""
+
+import asyncio
+import base64
+import json
+import math
+import time
+from collections.abc import Generator
+from typing import Any, Protocol, TypeVar
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app.protocol import ApiError, Description, ImageRequest, Images, Service, parse_body, parse_query, written
+
+# Read and thrown away of a body that is refused: a client that is still sending when the connection closes sees a
+# broken pipe and not the answer.
+DRAINED_BYTES = 4 << 20
+READY_TIMEOUT_S = 5.0  # how long /v1/models and /healthz wait for a replica that may still be warming up
+ROUTES = {
+    "GET /imagine?prompt=...": "one picture, as image/png, image/webp or image/jpeg",
+    "POST /v1/images/generations": "pictures as OpenAI's images API returns them",
+    "GET /v1/models": "the model, its sizes, samplers, limits and defaults",
+    "GET /healthz": "200 once a replica answers",
+}
+
+Answer = TypeVar("Answer", covariant=True)
+
+
+class Pending(Protocol[Answer]):
+    """What is used here of Serve's DeploymentResponse."""
+
+    def __await__(self) -> Generator[Any, None, Answer]: ...
+    def cancel(self) -> None: ...
+
+
+class APIIngress:
+    """`replicas` is the DeploymentHandle of StableDiffusion. Keeps only what a replica says of itself."""
+
+    def __init__(self, replicas: Any, service: Service) -> None:
+        self.replicas = replicas
+        self.service = service
+        self.description: Description | None = None
+        self.started = int(time.time())
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """Serve calls this once the replica's constructor has run."""
+        imagine = Route("/imagine", self.imagine)
+        imagine.methods = {"GET"}  # without Starlette's HEAD, which would make a picture and throw it away
+        routes = [
+            Route("/", self.index),
+            imagine,
+            Route("/v1/images/generations", self.generations, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/healthz", self.healthz),
+        ]
+        handlers = {ApiError: on_refusal, HTTPException: on_http_error, Exception: on_bug}
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return app
+
+    async def index(self, request: Request) -> Response:
+        return json_response({"model": self.service.model, "routes": ROUTES})
+
+    async def imagine(self, request: Request) -> Response:
+        asked = parse_query(request.scope["query_string"], self.service)
+        images = await self.generate(asked)
+        headers = {f"X-{name.replace('_', '-').title()}": written(fact) for name, fact in images.facts.items()}
+        spans = [f"{name.removesuffix('_s')};dur={1000 * seconds:.1f}" for name, seconds in images.timings.items()]
+        headers |= {"Server-Timing": ", ".join(spans), "Cache-Control": "no-store"}
+        return Response(images.encoded[0], media_type=f"image/{asked.encoding.output_format}", headers=headers)
+
+    async def generations(self, request: Request) -> Response:
+        body = await read_body(request, self.service.limits.body_bytes, self.service.limits.timeout_s)
+        asked = parse_body(body, self.service)
+        images = await self.generate(asked)
+        data = [
+            {"b64_json": base64.b64encode(encoded).decode(), "seed": seed}
+            for encoded, seed in zip(images.encoded, images.seeds, strict=True)
+        ]
+        answer = {
+            "created": int(time.time()),
+            "data": data,
+            "model": self.service.model,
+            "output_format": asked.encoding.output_format,
+            **images.facts,
+            "timings": images.timings,
+        }
+        return json_response(answer)
+
+    async def models(self, request: Request) -> Response:
+        description = self.description or await self.describe()
+        service = self.service
+        model = {
+            "id": service.model,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "imagine-tpu",
+            "sizes": service.sizes,
+            "samplers": description.samplers,
+            "limits": service.limits.model_dump(),
+            "defaults": service.defaults.model_dump()
+            | service.encoding.model_dump()
+            | {"sampler": service.defaults.sampler or description.default_sampler, "size": service.sizes[0]},
+        }
+        return json_response({"object": "list", "data": [model]})
+
+    async def healthz(self, request: Request) -> Response:
+        await self.describe()
+        return json_response({"status": "ok", "model": self.service.model})
+
+    async def generate(self, asked: ImageRequest) -> Images:
+        response: Pending[Images | ApiError] = self.replicas.generate.remote(asked.generation, asked.encoding)
+        answer = await answer_of(response, self.service.limits.timeout_s)
+        if isinstance(answer, ApiError):
+            raise answer
+        return answer
+
+    async def describe(self) -> Description:
+        response: Pending[Description] = self.replicas.describe.remote()
+        try:
+            self.description = description = await answer_of(response, READY_TIMEOUT_S)
+        except ApiError as error:
+            if error.status != 504:
+                raise
+            message = "No replica has answered: the model may still be loading."
+            raise ApiError(503, message, None, "model_not_ready", READY_TIMEOUT_S) from None
+        return description
+
+
+async def answer_of(response: Pending[Answer], timeout_s: float) -> Answer:
+    """Wait for a replica; whoever stops waiting also stops the replica's work. Ray's failures become ApiErrors."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await response
+    except RayTaskError:  # before TimeoutError: Ray makes it an instance of what the replica raised, too
+        message = "The model failed on this request; the server's log says why, under this X-Request-ID."
+        raise ApiError(500, message, None, "internal_error") from None
+    except TimeoutError:
+        response.cancel()
+        raise ApiError(504, f"No picture within {timeout_s:g} s; the request was dropped.", None, "timeout") from None
+    except asyncio.CancelledError:
+        response.cancel()
+        task = asyncio.current_task()
+        if task and task.cancelling():  # the client has gone
+            raise
+        raise ApiError(503, "The replica gave this request up; try again.", None, "replica_lost", 1.0) from None
+    except BackPressureError as full:
+        message = "Every replica's queue is full; try again later."
+        raise ApiError(503, message, None, "queue_full", full.retry_after_s or 1.0) from None
+    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
+        raise ApiError(503, "The replica was lost; try again.", None, "replica_lost", 5.0) from None
+
+
+async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
+    """The body of a JSON request; no more of it than the limit is kept, and not much more is read."""
+    kind, _, parameters = request.headers.get("content-type", "").partition(";")
+    charset = parameters.strip().lower()
+    if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8", 'charset="utf-8"'):
+        raise ApiError(415, "The body must have Content-Type: application/json.", None, "unsupported_media_type")
+    too_large = ApiError(413, f"The body must be at most {limit} bytes.", None, "payload_too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit + DRAINED_BYTES:
+        raise too_large
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit + DRAINED_BYTES:
+                    raise too_large
+                if size <= limit:
+                    body += chunk
+    except TimeoutError:
+        raise ApiError(408, f"The body did not arrive within {timeout_s:g} s.", None, "timeout") from None
+    except ClientDisconnect:
+        raise ApiError(400, "The body ended early.", None, "invalid_json") from None
+    if size > limit:
+        raise too_large
+    return bytes(body)
+
+
+async def on_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    return json_response(error.body(), error.status, headers)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """What Starlette's router refuses: an unknown path or method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allow = ", ".join(sorted((error.headers or {})["Allow"].split(", ")))
+        body = ApiError(405, f"{request.method} is not allowed here; use {allow}.", None, "method_not_allowed").body()
+        return json_response(body, 405, {"Allow": allow})
+    body = ApiError(error.status_code, "There is no such route; GET / lists them.", None, "not_found").body()
+    return json_response(body, error.status_code)
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    """Starlette raises the error again after this answer, so it reaches the log with its traceback."""
+    return json_response(ApiError(500, "The server failed on this request.", None, "internal_error").body(), 500)
+
+
+def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """ASCII, so that whatever Unicode a client sent can be quoted back to it."""
+    return Response(json.dumps(body), status, headers, "application/json")

@@ -1,0 +1,186 @@
+"""The blocks that UNet and VAE share. Attribute names are diffusers' tensor names; arrays are NHWC."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Dtype = Any
+
+
+def group_norm(channels: int, groups: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    return nnx.GroupNorm(channels, groups, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def conv(channels_in: int, channels_out: int, size: int = 3, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    """A convolution at stride 1 that keeps height and width."""
+    return nnx.Conv(channels_in, channels_out, (size, size), dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def linear(features_in: int, features_out: int, *, bias: bool = True, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(features_in, features_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, *, causal: bool = False) -> jax.Array:
+    """Multi-head attention of q [B, T, C] over k and v [B, S, C]; the softmax is float32 in any dtype."""
+    split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
+    x = jax.nn.dot_product_attention(split(q), split(k), split(v), is_causal=causal)
+    return x.reshape(q.shape)
+
+
+def timestep_embedding(timesteps: jax.Array, channels: int) -> jax.Array:
+    """Sinusoids of timesteps [B], cosines first -> float32 [B, channels] (Ho et al. 2020; diffusers' Timesteps)."""
+    half = channels // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    def __init__(self, channels: int, features: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.linear_1 = linear(channels, features, dtype=dtype, rngs=rngs)
+        self.linear_2 = linear(features, features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nnx.Module):
+    """ResnetBlock2D; without `time_features` it is the VAE's."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        groups: int,
+        epsilon: float,
+        time_features: int | None = None,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = group_norm(channels_in, groups, epsilon, dtype=dtype, rngs=rngs)
+        self.conv1 = conv(channels_in, channels_out, dtype=dtype, rngs=rngs)
+        if time_features is not None:
+            self.time_emb_proj = linear(time_features, channels_out, dtype=dtype, rngs=rngs)
+        self.norm2 = group_norm(channels_out, groups, epsilon, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(channels_out, channels_out, dtype=dtype, rngs=rngs)
+        if channels_in != channels_out:
+            self.conv_shortcut = conv(channels_in, channels_out, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+        residual = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+        x = self.conv1(jax.nn.silu(self.norm1(x)))
+        if time is not None:
+            x = x + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+        x = self.conv2(jax.nn.silu(self.norm2(x)))
+        return residual + x
+
+
+class Downsample(nnx.Module):
+    """Halves height and width. `padding` is ((top, bottom), (left, right)): the UNet's is even, the VAE's is not."""
+
+    def __init__(self, channels: int, padding: tuple[tuple[int, int], ...], *, dtype: Dtype, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(
+            channels, channels, (3, 3), strides=2, padding=padding, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Doubles height and width by repeating pixels (a broadcast, not a gather), then smooths."""
+
+    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        return self.conv(x)
+
+
+class Attention(nnx.Module):
+    """Self-attention, or cross-attention where a context is given. Queries, keys and values have no bias."""
+
+    def __init__(self, channels: int, context_features: int, heads: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.heads = heads
+        self.to_q = linear(channels, channels, bias=False, dtype=dtype, rngs=rngs)
+        self.to_k = linear(context_features, channels, bias=False, dtype=dtype, rngs=rngs)
+        self.to_v = linear(context_features, channels, bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([linear(channels, channels, dtype=dtype, rngs=rngs)])
+
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        context = x if context is None else context
+        x = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
+        return self.to_out[0](x)
+
+
+class GEGLU(nnx.Module):
+    """Gated GELU (Shazeer 2020), exact as in PyTorch, not the tanh approximation."""
+
+    def __init__(self, features_in: int, features_out: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.proj = linear(features_in, 2 * features_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return x * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        # The checkpoint counts a dropout between the two: `net.0.proj` and `net.2`.
+        self.net = nnx.List(
+            [
+                GEGLU(channels, 4 * channels, dtype=dtype, rngs=rngs),
+                nnx.Dropout(0.0),
+                linear(4 * channels, channels, dtype=dtype, rngs=rngs),
+            ]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nnx.Module):
+    """BasicTransformerBlock: self-attention, cross-attention, feed-forward, each behind its norm."""
+
+    def __init__(self, channels: int, context_features: int, heads: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(channels, epsilon=1e-5, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+        self.norm1 = norm()
+        self.attn1 = Attention(channels, channels, heads, dtype=dtype, rngs=rngs)
+        self.norm2 = norm()
+        self.attn2 = Attention(channels, context_features, heads, dtype=dtype, rngs=rngs)
+        self.norm3 = norm()
+        self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.ff(self.norm3(x))
+        return x
+
+
+class Transformer2D(nnx.Module):
+    """Transformer2DModel over the pixels of a feature map. SD 1.x's 1x1 convolutions are linear layers here."""
+
+    def __init__(self, channels: int, context_features: int, heads: int, groups: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.norm = group_norm(channels, groups, 1e-6, dtype=dtype, rngs=rngs)
+        self.proj_in = linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.transformer_blocks = nnx.List(
+            [TransformerBlock(channels, context_features, heads, dtype=dtype, rngs=rngs)]
+        )
+        self.proj_out = linear(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        residual = x
+        x = self.proj_in(self.norm(x).reshape(b, h * w, c))
+        for block in self.transformer_blocks:
+            x = block(x, context)
+        return residual + self.proj_out(x).reshape(b, h, w, c)

@@ -1,0 +1,160 @@
+"""Measures the demo model: pictures from captions that its training never saw, judged by a program.
+
+    python -m jobs.demo_quality            # prints the table; exit 1 where a bar is missed
+
+The captions are drawn from the held-out combinations of jobs/scenes.py, the judge is `scenes.check`, and the pictures
+come from the pipeline that is served. Everything is fixed by --seed, so two runs print the same table.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from app.images import contact_sheet
+from app.pipeline import Pipeline
+from app.samplers import SamplerTable
+from jobs import scenes
+
+BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    scene: scenes.Scene
+    caption: str
+    picture: np.ndarray
+    verdict: scenes.Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One line of the table: the share of captions that must satisfy `claim`."""
+
+    objects: int
+    name: str
+    claim: Callable[[scenes.Verdict], bool]
+    least: float | None  # None: reported, no bar
+
+
+BARS = (
+    Bar(1, "background", lambda v: v.background, 0.98),
+    Bar(1, "colour", lambda v: all(v.colours), 0.98),
+    Bar(1, "thing", lambda v: all(v.kinds), 0.97),
+    Bar(1, "everything said", lambda v: v.right, None),
+    Bar(2, "background", lambda v: v.background, None),
+    Bar(2, "colours", lambda v: all(v.colours), None),
+    Bar(2, "things", lambda v: all(v.kinds), None),
+    Bar(2, "relation", lambda v: bool(v.relation), None),
+    Bar(2, "everything said", lambda v: v.right, 0.85),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="assets/demo-model", help="folder (%(default)s)")
+    parser.add_argument("--count", type=int, default=200, help="captions of each kind (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="num_inference_steps (%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="(%(default)s)")
+    parser.add_argument("--sampler", default=None, help="(the checkpoint's own)")
+    parser.add_argument("--split", choices=("held_out", "train"), default="held_out", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo-quality"), help="sheets (%(default)s)")
+    args = parser.parse_args()
+    if not 1 <= args.count <= 10_000:
+        parser.error(f"--count must be between 1 and 10000, got {args.count}.")
+    if not 1 <= args.steps <= 1000:
+        parser.error(f"--steps must be between 1 and 1000, got {args.steps}.")
+
+    try:
+        pipeline = Pipeline.load(args.model, sizes=[(128, 128)], batch_buckets=[BATCH], max_steps=args.steps)
+        table = pipeline.table(args.sampler, args.steps)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    wanted = captions(args.split, args.count, args.seed)
+    pictures = draw(pipeline, table, [caption for _, caption in wanted], args.guidance_scale, args.seed)
+    judged = [
+        Judged(scene, caption, picture, scenes.check(picture, scene))
+        for (scene, caption), picture in zip(wanted, pictures, strict=True)
+    ]
+    passed = report(
+        judged,
+        f"{args.sampler or pipeline.default_sampler}, {args.steps} steps, guidance "
+        f"{args.guidance_scale:g}, {args.split} captions, seed {args.seed}",
+    )
+    save_sheets(judged, args.out)
+    return 0 if passed else 1
+
+
+def captions(split: scenes.Split, count: int, seed: int) -> list[tuple[scenes.Scene, str]]:
+    """`count` one-object scenes and `count` two-object scenes, with their captions."""
+    rng = np.random.default_rng([seed, 99])
+    drawn = [scenes.sample_scene(rng, split, objects) for objects in (1, 2) for _ in range(count)]
+    return [(scene, scenes.caption(scene, rng)) for scene in drawn]
+
+
+def draw(
+    pipeline: Pipeline, table: SamplerTable, prompts: Sequence[str], guidance_scale: float, seed: int
+) -> list[np.ndarray]:
+    """One picture for each prompt, by the pipeline's own verbs in full batches."""
+    pictures: list[np.ndarray] = []
+    state = pipeline.empty_state((128, 128))
+    for first in track(range(0, len(prompts), BATCH), description="drawing", console=Console(stderr=True)):
+        batch = prompts[first : first + BATCH]
+        slots = range(len(batch))
+        for slot, prompt in enumerate(batch):
+            embeddings = pipeline.encode(prompt)
+            state = pipeline.insert(state, slot, embeddings, table, guidance_scale, seed + first + slot)
+        for _ in range(len(table)):
+            state = pipeline.step(state, slots)
+        pictures.extend(np.asarray(pipeline.decode(state, slots))[: len(batch)])
+    return pictures
+
+
+def report(judged: Sequence[Judged], setting: str) -> bool:
+    """Prints the table; whether every bar is met."""
+    table = Table(title=f"Demo model: {setting}")
+    for heading in ("captions", "claim", "right", "share", "bar", ""):
+        table.add_column(heading)
+    passed = True
+    for bar in BARS:
+        of = [one for one in judged if len(one.scene.things) == bar.objects]
+        right = sum(bar.claim(one.verdict) for one in of)
+        share = right / len(of)
+        met = bar.least is None or share >= bar.least
+        passed &= met
+        table.add_row(
+            f"{bar.objects} object{'s' * (bar.objects > 1)}",
+            bar.name,
+            f"{right}/{len(of)}",
+            f"{share:.1%}",
+            "" if bar.least is None else f"{bar.least:.0%}",
+            "" if bar.least is None else "met" if met else "MISSED",
+        )
+    Console(width=100).print(table)
+    return passed
+
+
+def save_sheets(judged: Sequence[Judged], out: Path) -> None:
+    """All that failed, with what was seen instead; and a sample of everything."""
+    out.mkdir(parents=True, exist_ok=True)
+    failures = [one for one in judged if not one.verdict.right]
+    sample = judged[:: max(1, len(judged) // 40)]
+    for name, chosen in (("failures", failures), ("sample", sample)):
+        if chosen:
+            notes = [
+                one.caption if one.verdict.right else f"{one.caption} (seen: {one.verdict.seen})" for one in chosen
+            ]
+            contact_sheet([one.picture for one in chosen], notes, columns=8, cell=128).save(out / f"{name}.png")
+            print(f"{len(chosen)} in {out / f'{name}.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

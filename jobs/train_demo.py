@@ -1,0 +1,510 @@
+"""Trains the bundled demo model (assets/demo-model) from nothing, on pictures that jobs/scenes.py draws.
+
+    python -m jobs.train_demo                 # about 2.5 hours on two cores
+    python -m jobs.train_demo --export-only   # writes the folder from the last checkpoint
+
+Four stages, each resumable from its last checkpoint in `--work`: the VAE learns to redraw pictures; a pool of scenes
+is drawn and encoded once; the UNet and the text encoder learn together, on the pool, to denoise latents; the decoder
+learns on for sharper pictures. The networks are the ones that are served. What is written is a diffusers folder like
+any other.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx, serialization
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.numpy import save_file
+
+from app.models.clip import CLIPText
+from app.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from app.models.loading import to_tensors
+from app.models.tokenizer import Tokenizer
+from app.models.unet import UNet
+from app.models.vae import VAE
+from app.samplers import Schedule, alphas_bar_of
+from jobs import scenes
+
+log = logging.getLogger(__name__)
+
+VAE_JSON: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [16, 32, 64, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "force_upcast": False,
+    "in_channels": 3,
+    "latent_channels": 8,
+    "layers_per_block": 1,
+    "mid_block_add_attention": False,
+    "norm_num_groups": 1,
+    "out_channels": 3,
+    "sample_size": 128,
+    "scaling_factor": 1.0,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+UNET_JSON: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": [2, 4, 4],
+    "block_out_channels": [48, 112, 144],
+    "center_input_sample": False,
+    "cross_attention_dim": 160,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 8,
+    "layers_per_block": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 8,
+    "out_channels": 8,
+    "sample_size": 16,
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+TEXT_JSON: dict[str, Any] = {
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 160,
+    "intermediate_size": 640,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 32,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "projection_dim": 160,
+}
+# Ends far noisier than Stable Diffusion's 0.012: at the last timestep 1.5 % of the picture is left instead of 6.8 %,
+# so that a white and a black background are both within reach of pure noise (Lin et al. 2023).
+SCHEDULER_JSON: dict[str, Any] = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "algorithm_type": "dpmsolver++",
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "steps_offset": 1,
+    "timestep_spacing": "trailing",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Every number of the training; the model card repeats them."""
+
+    seed: int = 0
+    vae_steps: int = 3000
+    vae_batch: int = 4
+    vae_learning_rate: float = 8e-4
+    vae_ema: float = 0.995
+    vae_kl_weight: float = 3e-5
+    pool: int = 20_000
+    unet_steps: int = 7000
+    unet_batch: int = 64
+    unet_learning_rate: float = 1e-3
+    unet_ema: float = 0.998
+    prompt_dropout: float = 0.1
+    decoder_steps: int = 3000
+    decoder_learning_rate: float = 8e-4
+    decoder_noise: float = 0.5  # of latents that spread by 2
+    warmup_steps: int = 100
+    checkpoint_steps: int = 200
+
+
+State = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("assets/demo-model"), help="folder to write (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path(".cache/train-demo"), help="checkpoints (%(default)s)")
+    parser.add_argument("--export-only", action="store_true", help="write the folder from the last checkpoint")
+    for field in dataclasses.fields(Recipe):
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
+    args = parser.parse_args()
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    log.setLevel(logging.INFO)
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    (args.out / "tokenizer").mkdir(parents=True, exist_ok=True)
+    write_tokenizer(args.out / "tokenizer")
+    tokenizer = Tokenizer(args.out / "tokenizer", TEXT_JSON["max_position_embeddings"])
+
+    vae = train_vae(recipe, args.work, steps=0 if args.export_only else recipe.vae_steps)
+    pool = encoded_pool(recipe, args.work, vae, tokenizer)
+    steps = 0 if args.export_only else recipe.unet_steps
+    unet, text_encoder = train_unet(recipe, args.work, pool, tokenizer, steps=steps)
+    vae = sharpen_decoder(recipe, args.work, vae, steps=0 if args.export_only else recipe.decoder_steps)
+    export(args.out, vae, unet, text_encoder, scaling_factor=float(pool["scaling_factor"]))
+    write_card(args.out, args.work, recipe, {"VAE": vae, "UNet": unet, "text encoder": text_encoder})
+    log.info("Wrote %s.", args.out)
+
+
+# --- the VAE ---------------------------------------------------------------------------------------------------------
+
+
+def train_vae(recipe: Recipe, work: Path, steps: int) -> VAE:
+    """Redraws pictures through 16x16x8 latents."""
+    vae = VAE(vae_config(), rngs=nnx.Rngs(recipe.seed))
+    # Latents start almost without noise: from a variance of one, nothing but grey comes through for a thousand steps.
+    log_variances = jnp.arange(2 * vae.config.latent_channels) >= vae.config.latent_channels
+    assert vae.quant_conv.bias is not None
+    vae.quant_conv.bias[...] = jnp.where(log_variances, -4.0, 0.0)
+    graph, params = nnx.split(vae)
+    optimizer = adamw(recipe.vae_learning_rate, recipe.vae_steps, recipe.warmup_steps)
+
+    def loss_of(params: Any, pixels: jax.Array, key: jax.Array) -> jax.Array:
+        vae = nnx.merge(graph, params)
+        mean, log_variance = vae.encode(pixels)
+        latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
+        kl = (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean() / 2
+        return redrawing_loss(vae.decode(latents) - pixels) + recipe.vae_kl_weight * kl
+
+    step = make_step(loss_of, optimizer, ema=recipe.vae_ema)
+    batches = partial(fresh_pictures, recipe, 1, 2)  # two things to each: an empty background teaches little
+    state = train("vae", work, recipe, start(params, optimizer), step, batches, steps)
+    return nnx.merge(graph, state["ema"])
+
+
+def sharpen_decoder(recipe: Recipe, work: Path, vae: VAE, steps: int) -> VAE:
+    """Trains the decoder on for crisper edges. The encoder stays, so the pool and the UNet stay right."""
+    trained = nnx.Any(nnx.PathContains("decoder"), nnx.PathContains("post_quant_conv"))
+    graph, *states = nnx.split(vae, trained, ...)
+    params, fixed = states
+    optimizer = adamw(recipe.decoder_learning_rate, recipe.decoder_steps, recipe.warmup_steps)
+
+    def loss_of(params: Any, batch: tuple[Any, jax.Array], key: jax.Array) -> jax.Array:
+        fixed, pixels = batch
+        vae = nnx.merge(graph, params, fixed)
+        mean, _ = vae.encode(pixels)
+        # The UNet's latents are never quite what the encoder's are: sometimes close, sometimes less so.
+        level_key, noise_key = jax.random.split(key)
+        level = jax.random.uniform(level_key, (mean.shape[0], 1, 1, 1), maxval=recipe.decoder_noise)
+        latents = mean + level * jax.random.normal(noise_key, mean.shape)
+        return redrawing_loss(vae.decode(jax.lax.stop_gradient(latents)) - pixels)
+
+    def batches(step: int) -> tuple[Any, jax.Array]:
+        return fixed, fresh_pictures(recipe, 4, None, step)
+
+    step = make_step(loss_of, optimizer, ema=recipe.vae_ema)
+    state = train("decoder", work, recipe, start(params, optimizer), step, batches, steps)
+    return nnx.merge(graph, state["ema"], fixed)
+
+
+def redrawing_loss(error: jax.Array) -> jax.Array:
+    """Colours, and differences between neighbouring pixels: edges."""
+    edges = sum(jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in (1, 2))
+    return jnp.abs(error).mean() + (error**2).mean() + edges
+
+
+def fresh_pictures(recipe: Recipe, stream: int, objects: int | None, step: int) -> jax.Array:
+    """Pixels [B, 128, 128, 3] in [-1, 1], the same for the same stream and step."""
+    rng = np.random.default_rng([recipe.seed, stream, step])
+    drawn = [scenes.draw(scenes.sample_scene(rng, objects=objects)) for _ in range(recipe.vae_batch)]
+    return jnp.asarray(np.stack(drawn), jnp.float32) / 127.5 - 1
+
+
+def vae_config() -> VAEConfig:
+    return VAEConfig.from_json(VAE_JSON, [])
+
+
+# --- the pool --------------------------------------------------------------------------------------------------------
+
+
+def encoded_pool(recipe: Recipe, work: Path, vae: VAE, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """`recipe.pool` scenes, drawn, captioned and encoded once: the UNet never sees a pixel."""
+    file = work / "pool.npz"
+    if file.exists():
+        return dict(np.load(file))
+    graph, params = nnx.split(vae)
+    encode = jax.jit(lambda params, pixels: nnx.merge(graph, params).encode(pixels)[0])
+    latents, captions = [], []
+    with progress() as bar:
+        task = bar.add_task("pool", total=recipe.pool)
+        for first in range(0, recipe.pool, 64):
+            rng = np.random.default_rng([recipe.seed, 2, first])
+            # Two objects are the harder thing to learn, so most scenes have two.
+            batch = [scenes.sample_scene(rng, objects=2 if rng.random() < 0.6 else 1) for _ in range(64)]
+            pixels = np.stack([scenes.draw(scene) for scene in batch])
+            latents.append(np.asarray(encode(params, jnp.asarray(pixels, jnp.float32) / 127.5 - 1), np.float16))
+            captions += [scenes.caption(scene, rng) for scene in batch]
+            bar.update(task, completed=first + 64)
+    found = np.concatenate(latents)[: recipe.pool]
+    tokens = tokenizer(captions[: recipe.pool])
+    if any(tokens.truncated):
+        raise RuntimeError(f"a caption is longer than {tokenizer.length} tokens")
+    pool: dict[str, Any] = {
+        "latents": found,
+        "input_ids": tokens.input_ids,
+        "scaling_factor": np.float32(1 / found.astype(np.float32).std()),
+    }
+    partial = work / "pool.partial.npz"
+    np.savez(partial, **pool)
+    os.replace(partial, file)
+    return pool
+
+
+# --- the UNet and the text encoder ------------------------------------------------------------------------------------
+
+
+def train_unet(
+    recipe: Recipe, work: Path, pool: dict[str, np.ndarray], tokenizer: Tokenizer, steps: int
+) -> tuple[UNet, CLIPText]:
+    """v-prediction (Salimans and Ho 2022) on the pool's latents, prompts dropped now and then for guidance."""
+    rngs = nnx.Rngs(recipe.seed + 1)
+    unet_graph, unet_params = nnx.split(UNet(UNetConfig.from_json(UNET_JSON, []), rngs=rngs))
+    text_graph, text_params = nnx.split(CLIPText(text_config(tokenizer), rngs=rngs))
+    optimizer = adamw(recipe.unet_learning_rate, recipe.unet_steps, recipe.warmup_steps)
+    empty = jnp.asarray(tokenizer([""]).input_ids)
+    alphas_cumprod = jnp.asarray(alphas_bar_of(Schedule.from_config(SCHEDULER_JSON)), jnp.float32)
+
+    def loss_of(params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
+        latents, input_ids = batch
+        keys = jax.random.split(key, 4)
+        count = latents.shape[0]
+        # One timestep from each of `count` equal strata: the same mean, far less noise from step to step.
+        strata = (jnp.arange(count) + jax.random.uniform(keys[0], (count,))) / count
+        timesteps = jnp.minimum(jax.random.permutation(keys[1], strata) * 1000, 999).astype(jnp.int32)
+        noise = jax.random.normal(keys[2], latents.shape)
+        alpha = jnp.sqrt(alphas_cumprod[timesteps])[:, None, None, None]
+        sigma = jnp.sqrt(1 - alphas_cumprod[timesteps])[:, None, None, None]
+        dropped = jax.random.uniform(keys[3], (count, 1)) < recipe.prompt_dropout
+        embeds = nnx.merge(text_graph, params["text_encoder"])(jnp.where(dropped, empty, input_ids))
+        unet = nnx.merge(unet_graph, params["unet"])
+        velocity = unet(alpha * latents + sigma * noise, timesteps, embeds)
+        return ((velocity - (alpha * noise - sigma * latents)) ** 2).mean()
+
+    scaled = pool["latents"].astype(np.float32) * pool["scaling_factor"]
+
+    def batches(step: int) -> tuple[jax.Array, jax.Array]:
+        rows = np.random.default_rng([recipe.seed, 3, step]).integers(0, len(scaled), recipe.unet_batch)
+        return jnp.asarray(scaled[rows]), jnp.asarray(pool["input_ids"][rows])
+
+    step = make_step(loss_of, optimizer, ema=recipe.unet_ema)
+    initial = start({"unet": unet_params, "text_encoder": text_params}, optimizer)
+    state = train("unet", work, recipe, initial, step, batches, steps)
+    ema = state["ema"]
+    return nnx.merge(unet_graph, ema["unet"]), nnx.merge(text_graph, ema["text_encoder"])
+
+
+def text_config(tokenizer: Tokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig.from_json(TEXT_JSON | {"vocab_size": len(tokenizer.tokenizer)}, [])
+
+
+# --- the loop that both stages share ----------------------------------------------------------------------------------
+
+
+def adamw(learning_rate: float, steps: int, warmup: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-2))
+
+
+def start(params: Any, optimizer: optax.GradientTransformation) -> State:
+    return {"params": params, "ema": jax.tree.map(jnp.copy, params), "optimizer": optimizer.init(params)}
+
+
+def make_step(
+    loss_of: Callable[[Any, Any, jax.Array], jax.Array], optimizer: optax.GradientTransformation, ema: float
+) -> Callable[[State, Any, jax.Array], tuple[State, jax.Array]]:
+    def step(state: State, batch: Any, key: jax.Array) -> tuple[State, jax.Array]:
+        loss, gradients = jax.value_and_grad(loss_of)(state["params"], batch, key)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        average = optax.incremental_update(params, state["ema"], 1 - ema)
+        return {"params": params, "ema": average, "optimizer": optimizer_state}, loss
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def train(
+    stage: str,
+    work: Path,
+    recipe: Recipe,
+    state: State,
+    step: Callable[[State, Any, jax.Array], tuple[State, jax.Array]],
+    batches: Callable[[int], Any],
+    steps: int,
+) -> State:
+    """Runs from the stage's last checkpoint up to `steps`; batches and keys depend on the step's number alone."""
+    file = work / f"{stage}.msgpack"
+    done = 0
+    if file.exists():
+        restored = serialization.from_bytes({"done": 0, "state": pure(state)}, file.read_bytes())
+        done, state = restored["done"], impure(state, restored["state"])
+    recent: list[jax.Array] = []
+    began, began_at = time.monotonic(), done
+    with progress() as bar, (work / f"{stage}.jsonl").open("a") as losses:
+        task = bar.add_task(stage, total=steps, completed=done)
+        for number in range(done, steps):
+            key = jax.random.fold_in(jax.random.key(recipe.seed), number)
+            state, loss = step(state, batches(number), key)
+            recent.append(loss)
+            bar.update(task, completed=number + 1)
+            if (number + 1) % 50 == 0:
+                mean = float(np.mean(recent))
+                pace = (time.monotonic() - began) / (number + 1 - began_at)
+                recent.clear()
+                losses.write(json.dumps({"step": number + 1, "loss": round(mean, 5), "seconds": round(pace, 4)}) + "\n")
+                losses.flush()
+                bar.update(task, description=f"{stage} loss {mean:.4f}, {pace:.2f} s a step")
+                if not math.isfinite(mean):
+                    raise RuntimeError(f"{stage}: the loss is {mean} at step {number + 1}")
+            if (number + 1) % recipe.checkpoint_steps == 0 or number + 1 == steps:
+                partial = file.with_suffix(".partial")
+                partial.write_bytes(serialization.to_bytes({"done": number + 1, "state": pure(state)}))
+                os.replace(partial, file)
+    return state
+
+
+def pure(state: State) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def impure(state: State, leaves: Any) -> State:
+    return jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in leaves])
+
+
+def progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def export(out: Path, vae: VAE, unet: UNet, text_encoder: CLIPText, scaling_factor: float) -> None:
+    """Writes the networks in float16, in diffusers layout."""
+    parts = {
+        "vae": ("diffusion_pytorch_model", vae, VAE_JSON | {"scaling_factor": round(scaling_factor, 6)}),
+        "unet": ("diffusion_pytorch_model", unet, UNET_JSON),
+        "text_encoder": ("model", text_encoder, TEXT_JSON | {"vocab_size": text_encoder.config.vocab_size}),
+    }
+    for part, (stem, module, config) in parts.items():
+        (out / part).mkdir(parents=True, exist_ok=True)
+        write_json(out / part / "config.json", config)
+        save_file(to_tensors(module, np.float16), out / part / f"{stem}.safetensors", {"format": "pt"})
+    (out / "scheduler").mkdir(exist_ok=True)
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER_JSON)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", SCHEDULER_JSON["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(out / "model_index.json", index)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer in which every word of the captions is one token; other text falls back to bytes."""
+    from tokenizers import Tokenizer as Trainable
+    from tokenizers import models, pre_tokenizers, trainers
+
+    trainable = Trainable(models.BPE(end_of_word_suffix="</w>"))
+    trainable.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=5000, end_of_word_suffix="</w>", show_progress=False)
+    trainable.train_from_iterator(sorted(scenes.vocabulary()), trainer)
+    merges = [" ".join(pair) for pair in json.loads(trainable.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    length = TEXT_JSON["max_position_embeddings"]
+    config = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": length, **special}
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", special)
+
+
+def write_card(out: Path, work: Path, recipe: Recipe, networks: dict[str, nnx.Module]) -> None:
+    """The model card, with the curves of its losses."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    curves = {}
+    titles = {"vae": "VAE", "unet": "UNet and text encoder", "decoder": "decoder, sharpened"}
+    for stage in titles:
+        lines = [json.loads(line) for line in (work / f"{stage}.jsonl").read_text().splitlines()]
+        curves[stage] = {line["step"]: line for line in lines}  # a resumed run repeats a few steps: the last one counts
+    figure, axes = pyplot.subplots(1, len(titles), figsize=(12, 3), layout="constrained")
+    for axis, (stage, title) in zip(axes, titles.items(), strict=True):
+        axis.semilogy(list(curves[stage]), [line["loss"] for line in curves[stage].values()])
+        axis.set(title=title, xlabel="step", ylabel="loss")
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(out / "loss.png", dpi=100)
+
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+        for name, network in networks.items()
+    }
+    steps = {stage: max(curve, default=0) for stage, curve in curves.items()}
+    minutes = {stage: sum(line["seconds"] * 50 for line in curves[stage].values()) / 60 for stage in curves}
+    rows = {
+        "parameters": ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in sizes.items()),
+        "pictures": f"128x128; latents 16x16x{VAE_JSON['latent_channels']}",
+        "data": f"drawn by jobs/scenes.py: {len(scenes.KINDS)} things, {len(scenes.COLOURS)} colours, "
+        f"{len(scenes.BACKGROUNDS)} backgrounds, one or two things with a relation; about a tenth of the "
+        "combinations is held out",
+        "VAE": f"{steps['vae']} steps of {recipe.vae_batch} fresh pictures, {minutes['vae']:.0f} minutes",
+        "UNet and text encoder": f"{steps['unet']} steps of {recipe.unet_batch} latents out of a pool of "
+        f"{recipe.pool}, {minutes['unet']:.0f} minutes; v-prediction, {recipe.prompt_dropout:.0%} of prompts dropped",
+        "decoder": f"{steps['decoder']} more steps with the encoder fixed, {minutes['decoder']:.0f} minutes",
+        "machine": f"{os.cpu_count()} CPU cores, shared with other work",
+        "licence": "Apache-2.0, weights and pictures; nothing was trained on anybody's work but the drawing program's",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    (out / "README.md").write_text(CARD.format(table=table), "utf-8")
+
+
+CARD = """# The demo model
+
+A latent diffusion model small enough for a laptop's CPU and this repository: simple scenes from captions such as
+"a red house under a yellow sun at dusk". It exists to show the server at work and to test it, in the same layout
+and on the same code path as Stable Diffusion; it knows no other words than those of its captions.
+
+| what | how |
+|---|---|
+{table}
+
+![The losses of the three trainings](loss.png)
+
+Made by `make train-demo` (`python -m jobs.train_demo`); its options are the recipe, and their defaults made this model.
+`make demo-quality` measures it on captions from the held-out combinations and prints the table that the project's
+README shows.
+"""
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

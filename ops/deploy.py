@@ -1,0 +1,251 @@
+"""Puts a Serve config on the cluster and waits until it serves; tells how it fares; takes it off again.
+
+The request is the one that `serve deploy CONFIG` makes, by Ray's own client. What is added: the wait, the reason of a
+failure, and a second try of a config that has failed, which Serve by itself takes for nothing new.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ops import processes
+from ops.dashboard import Dashboard, Details, log_places, reason, serve_address, serves
+from ops.local import RUN_DIR, port, running
+from ops.terminal import Progress, Stop, run, say, span
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ServeDeploySchema
+
+POLL_S = 0.5
+FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+
+
+def deploy(dashboard: Dashboard, path: Path, serve_port: int | None, timeout_s: float) -> None:
+    say(f"Deploying {path}")
+    config = read(path, serve_port)
+    wanted: Details = json.loads(json.dumps(config.model_dump(exclude_unset=True)))
+    before = dashboard.details()
+    check_http_options(before, config, path)
+    if same := unchanged(before, wanted):
+        say(f"{', '.join(same)} runs this config already. To have it load changed code: make undeploy deploy")
+    if again := stuck(before, wanted):
+        say(f"{', '.join(sorted(again))} has failed before and is removed first: Serve does not retry by itself.")
+        put(dashboard, {**wanted, "applications": [app for app in wanted["applications"] if name_of(app) not in again]})
+        wait(dashboard, lambda details: not again & set(details["applications"]), timeout_s)
+    put(dashboard, wanted)
+    names = [name_of(app) for app in wanted["applications"]]
+    took = wait(dashboard, lambda details: ready(details, names), timeout_s)
+    say(f"{', '.join(names)} is ready after {span(took)}: {serve_address(dashboard.details())}")
+
+
+def read(path: Path, serve_port: int | None) -> "ServeDeploySchema":
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise Stop(f"There is no file {path}. Name the config with: make deploy CONFIG=...") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Stop(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise Stop(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict) or not content.get("applications"):
+        raise Stop(f"{path} must have a list `applications`, as Ray Serve's config files do.")
+    if serve_port and isinstance(content.setdefault("http_options", {}), dict):
+        content["http_options"]["port"] = serve_port
+
+    from pydantic import ValidationError  # Ray takes a second and more to import, so mistakes above come quicker
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        return ServeDeploySchema.model_validate(content)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise Stop(f"{path} is not a Serve config. {'; '.join(problems)}.") from None
+    except (ImportError, ValueError) as error:
+        raise Stop(f"{path} is not a Serve config. {error}") from None
+
+
+def check_http_options(before: Details, config: "ServeDeploySchema", path: Path) -> None:
+    wanted = config.http_options.model_dump()
+    if serves(before):  # then Serve ignores another value, in silence
+        for option, value in wanted.items():
+            if (current := before["http_options"].get(option, value)) != value:
+                keep = f", or keep it: make deploy SERVE_PORT={current}" if option == "port" else ""
+                raise Stop(
+                    f"http_options.{option} is {current} while Serve runs, and {path} wants {value}. "
+                    f"Stop Serve first: make undeploy{keep}"
+                )
+    elif not processes.free(wanted["port"]):
+        raise Stop(
+            f"Port {wanted['port']} (http_options.port in {path}) is taken by {processes.listener(wanted['port'])}. "
+            f"Choose another one: make deploy SERVE_PORT={wanted['port'] + 1}"
+        )
+    if wanted["host"] in ("0.0.0.0", "::"):
+        say(f"Note: others on the network can reach this. For this machine alone, set http_options.host in {path}.")
+
+
+def name_of(app: Details) -> str:
+    return str(app.get("name", "default"))
+
+
+def unchanged(before: Details, wanted: Details) -> list[str]:
+    """The applications that Serve will leave as they are."""
+    running = {n: app["deployed_app_config"] for n, app in before["applications"].items() if app["status"] == "RUNNING"}
+    return [name_of(app) for app in wanted["applications"] if running.get(name_of(app)) == app]
+
+
+def stuck(before: Details, wanted: Details) -> set[str]:
+    """The failed applications that Serve would not try again, or that have no replica to lose."""
+    apps = {name_of(app): app for app in wanted["applications"]}
+    return {
+        name
+        for name, app in before["applications"].items()
+        if name in apps
+        and app["status"] in FAILED
+        and (app["deployed_app_config"] == apps[name] or not list(replicas(app, "RUNNING")))
+    }
+
+
+def put(dashboard: Dashboard, config: Details) -> None:
+    try:
+        client(dashboard).deploy_applications(config)
+    except (RuntimeError, ConnectionError) as error:
+        raise Stop(f"Serve refuses the config. {reason(str(error))}") from None
+
+
+def client(dashboard: Dashboard) -> Any:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    return ServeSubmissionClient(dashboard.address)
+
+
+def ready(details: Details, names: list[str]) -> bool:
+    """Whether all of them serve. An application that has failed ends the wait, with the reason."""
+    apps = {name: details["applications"].get(name) for name in names}
+    for name, app in apps.items():
+        if app and app["status"] == "DEPLOY_FAILED":
+            raise Stop(why(name, app))
+    if not all(app and app["status"] == "RUNNING" for app in apps.values()):
+        return False
+    doors = [proxy["status"] == "HEALTHY" for proxy in details["proxies"].values()]
+    reachable = bool(doors and all(doors)) or details["proxy_location"] == "Disabled"
+    return reachable and all(settled(one) for app in apps.values() if app for one in app["deployments"].values())
+
+
+def settled(deployment: Details) -> bool:
+    """As many replicas as the config says; how many more load has asked for is not what a deployment waits for."""
+    return bool(deployment["status"] == "HEALTHY" or deployment["status_trigger"] == "AUTOSCALING")
+
+
+def why(name: str, app: Details) -> str:
+    failed = {n: one["message"] for n, one in app["deployments"].items() if one["status"] == "DEPLOY_FAILED"}
+    messages = {f"{name}/{n}": message for n, message in failed.items() if message} or {name: app["message"]}
+    return "\n".join(f"{place} did not start: {reason(message)}" for place, message in messages.items())
+
+
+def wait(dashboard: Dashboard, done: Callable[[Details], bool], timeout_s: float) -> float:
+    """Shows how the cluster fares until it is `done`; returns how long that took."""
+    news: dict[str, list[str]] = {}  # replica -> what it wrote last
+    with Progress() as progress:
+        while not done(details := dashboard.details()):
+            if progress.elapsed > timeout_s:
+                raise Stop(f"Not ready after {span(timeout_s)}. It goes on trying; see: make status, make logs")
+            progress.show(dict(rows(dashboard, details, news)))
+            time.sleep(POLL_S)
+        return progress.elapsed
+
+
+def rows(dashboard: Dashboard, details: Details, news: dict[str, list[str]]) -> Iterator[tuple[str, tuple[str, str]]]:
+    for name, app in details["applications"].items():
+        if not app["deployments"]:
+            yield name, (app["status"].lower().replace("_", " "), "")
+        for deployment, one in app["deployments"].items():
+            detail = reason(one["message"]).partition("\n")[0]
+            if not detail or detail.endswith("to initialize."):  # "has taken more than 30s": its log says with what
+                for replica in replicas(app, "STARTING", deployment):
+                    detail = latest(dashboard, replica, news)
+            yield f"{name}/{deployment}", (counts(one), detail)
+    if not details["applications"]:
+        yield "Serve", ("starting", "")
+
+
+def counts(deployment: Details) -> str:
+    states = [replica["state"] for replica in deployment["replicas"]]
+    others = {state: states.count(state) for state in sorted(set(states) - {"RUNNING"})}
+    told = [f"{states.count('RUNNING')} of {deployment['target_num_replicas']} ready"]
+    return ", ".join(told + [f"{count} {state.lower().replace('_', ' ')}" for state, count in others.items()])
+
+
+def replicas(app: Details, state: str, deployment: str | None = None) -> Iterator[Details]:
+    for name, one in app["deployments"].items():
+        for replica in one["replicas"]:
+            if replica["state"] == state and deployment in (None, name):
+                yield replica
+
+
+def latest(dashboard: Dashboard, replica: Details, news: dict[str, list[str]]) -> str:
+    """The last line a replica wrote, to its log or to stderr, whichever came last."""
+    known = news.setdefault(replica["replica_id"], [])
+    for place in log_places(replica):
+        for line in dashboard.log(place, lines=1):
+            if (words := line.rpartition(" -- ")[2].strip()) not in known[-2:]:
+                known.append(words)
+    return known[-1] if known else ""
+
+
+def status(dashboard: Dashboard, uptime_s: float) -> None:
+    details = dashboard.details()
+    say(f"Ray    {dashboard.address}  up {span(uptime_s)}")
+    if not details["applications"]:
+        say("Serve  nothing is deployed. Deploy with: make deploy")
+        return
+    say(f"Serve  {serve_address(details)}")
+    for name, app in details["applications"].items():
+        say(f"{name}  {app['status']}")
+        for deployment, one in app["deployments"].items():
+            say(f"  {deployment}  {one['status']}  {counts(one)}")
+        if app["status"] == "DEPLOY_FAILED":
+            say(why(name, app))
+
+
+def undeploy(dashboard: Dashboard, timeout_s: float) -> None:
+    details = dashboard.details()
+    if not serves(details):
+        say("Nothing is deployed, so nothing to remove.")
+        return
+    client(dashboard).delete_applications()
+    serve_port = details["http_options"]["port"]
+    wait(dashboard, lambda details: not serves(details) and processes.free(serve_port), timeout_s)
+    say(f"Removed {', '.join(details['applications']) or 'Serve'}; the cluster is still up.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["deploy", "status", "undeploy"])
+    parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
+    parser.add_argument("--serve-port", default="", help="instead of the config's http_options.port")
+    parser.add_argument("--timeout-s", type=float, default=1800.0)
+    parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
+    arguments = parser.parse_args()
+    ours = processes.environment(RAY_AUTH_MODE="disabled")
+    os.environ.clear()
+    os.environ.update(ours)
+    cluster = running(arguments.run_dir.resolve())
+    dashboard = Dashboard(cluster.address)
+    match arguments.verb:
+        case "deploy":
+            serve_port = port(arguments.serve_port) if arguments.serve_port else None
+            deploy(dashboard, arguments.config, serve_port, arguments.timeout_s)
+        case "status":
+            status(dashboard, cluster.uptime_s)
+        case "undeploy":
+            undeploy(dashboard, arguments.timeout_s)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,248 @@
+"""Runs diffusers in PyTorch on the cases that the tests replay, and writes what it answers to tests/golden/.
+
+    python tests/make_golden.py           writes
+    python tests/make_golden.py --check   compares with what is committed; each difference is a line, and exit 1
+
+Needs the `parity` extra (torch, diffusers). Nothing under app/ takes part in making the answers.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from tests import published, sampler_cases, tiny
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the committed files instead of writing")
+    parser.add_argument("files", nargs="*", help=f"only some of {', '.join(MAKERS)}")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.files) - set(MAKERS):
+        parser.error(f"files must be among {', '.join(MAKERS)}, got {', '.join(sorted(unknown))}.")
+    torch.set_num_threads(2)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    problems = 0
+    for name in arguments.files or MAKERS:
+        path = GOLDEN / name
+        fresh = MAKERS[name]()
+        if arguments.check:
+            for line in differences(read(path) if path.exists() else {}, fresh):
+                print(f"{name}: {line}")
+                problems += 1
+        else:
+            write(path, fresh)
+            print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+    if arguments.check:
+        print(f"{problems} differences" if problems else "no differences")
+    return 1 if problems else 0
+
+
+def read(path: Path) -> Arrays:
+    if path.suffix == ".json":
+        return {
+            f"{checkpoint} {component} {name}": np.array(shape)
+            for checkpoint, components in tiny.tensor_shapes(path).items()
+            for component, shapes in components.items()
+            for name, shape in shapes.items()
+        }
+    with np.load(path) as archive:
+        return dict(archive)
+
+
+def write(path: Path, arrays: Arrays) -> None:
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".json":
+        lines = json.dumps(named(arrays), separators=(",", ":")).replace("],", "],\n").replace("{", "{\n")
+        path.write_text(lines + "\n", "utf-8")
+    else:
+        np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def differences(committed: Arrays, fresh: Arrays) -> Iterator[str]:
+    """One line for each array that is missing, left over, of another kind, or apart by more than float noise."""
+    for key in sorted(committed.keys() | fresh.keys()):
+        if key not in committed:
+            yield f"{key} is not committed"
+        elif key not in fresh:
+            yield f"{key} is committed, but no longer made"
+        elif (old := committed[key]).shape != (new := fresh[key]).shape or old.dtype != new.dtype:
+            yield f"{key} is committed as {old.dtype}{list(old.shape)}, made as {new.dtype}{list(new.shape)}"
+        elif old.dtype == np.uint8:
+            # Rounding to grey levels turns float noise into a whole level here and there.
+            apart = np.abs(new.astype(int) - old)
+            if apart.max() > 1 or (apart > 0).mean() > 1e-3:
+                yield f"{key} differs by {apart.max()} grey levels, in {(apart > 0).mean():.2%} of its values"
+        elif not np.issubdtype(old.dtype, np.floating):
+            if not np.array_equal(old, new):
+                yield f"{key} differs"
+        elif not (off := np.abs(new - old).max() / max(np.abs(old).max(), 1e-9)) <= 1e-5:
+            yield f"{key} differs by {off:.1e} of its largest value"
+
+
+def samplers() -> Arrays:
+    """Every run end to end, one row per UNet evaluation and one for the end, in diffusers' own scaling."""
+    noises = sampler_cases.noises()
+    names, timesteps, scales, latents = [], [], [], []
+    for config_name, sampler, steps in sampler_cases.cases():
+        run = run_scheduler(scheduler_for(sampler, sampler_cases.CONFIGS[config_name]), steps, noises)
+        for timestep, scale, x in run:
+            names.append(f"{config_name} {sampler} {steps}")
+            timesteps.append(timestep)
+            scales.append(scale)
+            latents.append(x)
+    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return {
+        "noises": noises,
+        "cases": np.array(list(order)),
+        "case": np.array([order[name] for name in names], np.int16),
+        "timestep": np.array(timesteps, np.float32),
+        "scale": np.array(scales, np.float32),
+        "latents": np.stack(latents),
+    }
+
+
+def scheduler_for(sampler: str, config: dict[str, Any]) -> Any:
+    """diffusers' own way to swap samplers: the checkpoint's scheduler, then Other.from_config(scheduler.config)."""
+    checkpoint = getattr(diffusers, config["_class_name"]).from_config(config)
+    class_name, options = {
+        "ddim": ("DDIMScheduler", {}),
+        "euler": ("EulerDiscreteScheduler", {}),
+        "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+        "dpmpp_2m": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
+        "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+        "lcm": ("LCMScheduler", {}),
+    }[sampler]
+    if sampler in ("ddim", "lcm"):
+        options["clip_sample"] = False  # as StableDiffusionPipeline has it where a config is silent
+    if "use_karras_sigmas" in checkpoint.config and sampler == "euler":
+        options["use_karras_sigmas"] = False
+    return getattr(diffusers, class_name).from_config(checkpoint.config, **options)
+
+
+def run_scheduler(scheduler: Any, steps: int, noises: Any) -> Iterator[tuple[float, float, Any]]:
+    """(timestep, what scale_model_input divides by, latents before the evaluation); last (-1, 1, the result)."""
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(
+            0
+        )  # left to itself, a scheduler whose first two timesteps are equal starts at the second
+    x = torch.from_numpy(noises[0]) * scheduler.init_noise_sigma
+    module = sys.modules[type(scheduler).__module__]
+    for i, timestep in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(x, timestep)
+        yield float(timestep), float(1 / scheduler.scale_model_input(torch.ones(()), timestep)), x.numpy().copy()
+        out = torch.from_numpy(sampler_cases.fake_unet(scaled.numpy(), float(timestep)))
+        given = torch.from_numpy(noises[i + 1])
+        with patch.object(module, "randn_tensor", lambda *_, given=given, **__: given, create=True):
+            x = scheduler.step(out, timestep, x).prev_sample
+    yield -1.0, 1.0, x.numpy().copy()
+
+
+def tensors() -> Arrays:
+    """Every tensor's shape, as "checkpoint component name", of full-size and tiny checkpoints, without their memory."""
+    found = {}
+    for checkpoint, configs in (published.CHECKPOINTS | tiny.MODELS).items():
+        for component in ("unet", "vae", "text_encoder"):
+            with torch.device("meta"):
+                module = build(component, configs[component])
+            for name, tensor in module.state_dict().items():
+                found[f"{checkpoint} {component} {name}"] = np.array(tensor.shape)
+    return found
+
+
+def named(shapes: Arrays) -> dict[str, Any]:
+    """As tensors.json has it: checkpoint -> component -> tensor -> shape, or the name of an equal checkpoint."""
+    nested: dict[str, Any] = {}
+    for key, shape in shapes.items():
+        checkpoint, component, name = key.split()
+        nested.setdefault(checkpoint, {}).setdefault(component, {})[name] = shape.tolist()
+    equal = {name: next(other for other in nested if nested[other] == nested[name]) for name in nested}
+    return {name: nested[name] if equal[name] == name else equal[name] for name in nested}
+
+
+def build(component: str, config: dict[str, Any]) -> Any:
+    if component == "text_encoder":
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def networks(model: str) -> Arrays:
+    """A tiny checkpoint's tokens, submodules one by one, and whole pictures; images are channels last."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        tiny.write_checkpoint(Path(folder), model, named(tensors())[model])
+        pipeline_class: Any = diffusers.StableDiffusionPipeline
+        pipe = pipeline_class.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        given = {name: torch.from_numpy(value) for name, value in tiny.inputs(model).items()}
+        down = pipe.unet.down_blocks[1]
+        tokens = pipe.tokenizer(
+            tiny.PROMPTS, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True
+        )
+        answers = {
+            "input_ids": torch.tensor(tokens.input_ids, dtype=torch.int32),
+            "prompt_embeds": pipe.text_encoder(torch.tensor(tokens.input_ids))[0],
+            "resnet": last(down.resnets[0](first(given["resnet"]), given["time"])),
+            "transformer": last(
+                down.attentions[0](first(given["transformer"]), given["context"][:2], return_dict=False)[0]
+            ),
+            "unet": last(pipe.unet(first(given["unet"]), given["timesteps"], given["context"], return_dict=False)[0]),
+            "moments": last(pipe.vae.encode(first(given["pixels"])).latent_dist.parameters),
+            "decoded": last(pipe.vae.decode(first(given["vae_latents"]), return_dict=False)[0]),
+        }
+        answers = {name: value.numpy() for name, value in answers.items()}
+        checkpoint_scheduler = pipe.scheduler
+        for sampler, steps, guidance_scale in tiny.RUNS[model]:
+            pipe.scheduler = scheduler_for(sampler, dict(checkpoint_scheduler.config))
+            height, width = tiny.IMAGE_SIZES[model]
+            images = pipe(
+                tiny.PROMPTS,
+                negative_prompt=tiny.NEGATIVE_PROMPTS,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                latents=first(torch.from_numpy(tiny.latents(model))),
+                output_type="np",
+            ).images
+            answers[f"{sampler} {steps} {guidance_scale}"] = (images * 255).round().astype(np.uint8)
+    return answers
+
+
+def first(x: torch.Tensor) -> torch.Tensor:
+    """Channels last to channels first."""
+    return x.permute(0, 3, 1, 2)
+
+
+def last(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+MAKERS: dict[str, Callable[[], Arrays]] = {
+    "samplers.npz": samplers,
+    "tensors.json": tensors,
+    **{f"{model}.npz": partial(networks, model) for model in tiny.MODELS},
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The runs that hold app/samplers.py to diffusers: make_golden.py records them, test_samplers.py replays them."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.published import CHECKPOINTS
+
+Float32 = npt.NDArray[np.float32]
+
+LATENTS_SHAPE = (1, 2, 2, 2)  # [B, H, W, C]
+MAX_EVALUATIONS = 51
+
+_SD_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+# As published with SimianLuo/LCM_Dreamshaper_v7.
+LCM = {
+    "_class_name": "LCMScheduler",
+    "_diffusers_version": "0.22.0.dev0",
+    **_SD_BETAS,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "original_inference_steps": 50,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_scaling": 10.0,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd14": CHECKPOINTS["stable-diffusion-v1-4"]["scheduler"],
+    "sd21": CHECKPOINTS["stable-diffusion-2-1"]["scheduler"],
+    **{
+        f"{spacing}-{prediction_type}": {
+            "_class_name": "DDIMScheduler",
+            **_SD_BETAS,
+            "clip_sample": False,
+            "prediction_type": prediction_type,
+            "set_alpha_to_one": spacing != "linspace",
+            "steps_offset": 0 if spacing == "trailing" else 1,
+            "timestep_spacing": spacing,
+        }
+        for spacing in ("leading", "trailing", "linspace")
+        for prediction_type in ("epsilon", "v_prediction")
+    },
+    # Silent wherever diffusers' classes differ in their defaults.
+    "silent": {"_class_name": "EulerDiscreteScheduler", **_SD_BETAS},
+    "zero-snr": {
+        "_class_name": "DDIMScheduler",
+        **_SD_BETAS,
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "trailing",
+    },
+    "linear": {
+        "_class_name": "EulerAncestralDiscreteScheduler",
+        **_SD_BETAS,
+        "beta_schedule": "linear",
+        "beta_end": 0.01,
+        "num_train_timesteps": 500,
+    },
+    "cosine": {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": False},
+    "dpm": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        **_SD_BETAS,
+        "algorithm_type": "dpmsolver++",
+        "dynamic_thresholding_ratio": 0.995,
+        "euler_at_final": False,
+        "final_sigmas_type": "zero",
+        "lambda_min_clipped": float("-inf"),
+        "lower_order_final": True,
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "timestep_spacing": "linspace",
+        "use_karras_sigmas": True,
+        "variance_type": None,
+    },
+    "lcm": LCM,
+    "lcm-short": LCM | {"original_inference_steps": 30, "timestep_scaling": 0.01, "prediction_type": "v_prediction"},
+}
+
+
+def cases() -> list[tuple[str, str, int]]:
+    """Every recorded run as (config name, sampler, number of steps)."""
+    spaced = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "pndm")
+    everything = (*spaced, "dpmpp_2m_karras", "lcm")
+    runs = [(c, s, n) for c in ("sd14", "sd21") for s in everything for n in (1, 2, 5, 20, 50)]
+    for name in CONFIGS:
+        if "-" in name and name.split("-")[0] in ("leading", "trailing", "linspace"):
+            runs += [(name, s, n) for s in spaced for n in (1, 2, 5, 20, 50)]
+    for name in ("silent", "linear", "dpm"):
+        runs += [(name, s, n) for s in everything for n in (3, 7)]
+    runs += [("cosine", s, n) for s in everything if s != "dpmpp_2m_karras" for n in (3, 7)]
+    runs += [("zero-snr", s, n) for s in everything if s != "pndm" for n in (1, 2, 6, 20)]
+    runs += [(c, "lcm", n) for c in ("lcm", "lcm-short") for n in (1, 4, 7, 30)]
+    return runs
+
+
+def noises() -> Float32:
+    """[MAX_EVALUATIONS + 1, *LATENTS_SHAPE]: the initial noise, then the fresh noise of every step."""
+    return np.random.default_rng(20).standard_normal((MAX_EVALUATIONS + 1, *LATENTS_SHAPE)).astype(np.float32)
+
+
+def fake_unet(x: Float32, timestep: float) -> Float32:
+    """Nonlinear in x, mixes its elements and knows the time: a wrong coefficient anywhere shows further down."""
+    wide = x.astype(np.float64)
+    neighbours = np.roll(wide, 1, axis=1) - 0.5 * np.roll(wide, 1, axis=3)
+    clock = timestep / 1000
+    out = 0.9 * np.tanh((1.1 - 0.3 * clock) * wide + 0.2 * neighbours) + 0.1 * np.cos(3 * clock + neighbours)
+    return out.astype(np.float32)

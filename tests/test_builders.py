@@ -1,0 +1,232 @@
+"""The YAML files, linted against Ray's own models because Ray ignores a key that it does not know, and the builder."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import Any, cast
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve._private import api
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.schema import (
+    DeploymentSchema,
+    HTTPOptionsSchema,
+    RayActorOptionsSchema,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
+
+from app import builders
+from app.builders import Args, locate, text_to_image
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
+each_config = pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+
+# Which model reads each nested mapping, or each item of a nested list.
+NESTED: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
+    (ServeDeploySchema, "http_options"): HTTPOptionsSchema,
+    (ServeDeploySchema, "applications"): ServeApplicationSchema,
+    (ServeApplicationSchema, "args"): Args,
+    (ServeApplicationSchema, "deployments"): DeploymentSchema,
+    (DeploymentSchema, "ray_actor_options"): RayActorOptionsSchema,
+    (DeploymentSchema, "autoscaling_config"): AutoscalingConfig,
+    (DeploymentSchema, "backpressure_config"): BackpressureConfig,
+}
+
+
+def unknown_keys(config: Any, model: type[BaseModel], where: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if key not in model.model_fields:
+            yield f"{where}{key}"
+        elif inner := NESTED.get((model, key)):
+            for item in value if isinstance(value, list) else [value]:
+                yield from unknown_keys(item, inner, f"{where}{key}.")
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+def args_of(path: Path) -> dict[str, Any]:
+    (application,) = read(path)["applications"]
+    args: dict[str, Any] = application["args"]
+    return args
+
+
+def deployments_of(path: Path) -> dict[str, Any]:
+    (application,) = read(path)["applications"]
+    return {deployment["name"]: deployment for deployment in application["deployments"]}
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository root with the bundled model's folder in it."""
+    (tmp_path / "assets/demo-model").mkdir(parents=True)
+    monkeypatch.setattr(builders, "ROOT", tmp_path)
+    return tmp_path
+
+
+@each_config
+@pytest.mark.filterwarnings("ignore:The `metrics_interval_s`:DeprecationWarning")  # nothing replaces it in Ray 2.60
+def test_every_key_is_one_that_ray_or_args_knows(path: Path) -> None:
+    assert not list(unknown_keys(read(path), ServeDeploySchema))
+    ServeDeploySchema.model_validate(read(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("proxy_locations", "proxy_location:", "proxy_locations:"),
+        ("http_options.hosts", "  host:", "  hosts:"),
+        ("applications.route", "route_prefix:", "route:"),
+        ("applications.args.max_queue", "max_waiting:", "max_queue:"),
+        ("applications.deployments.max_concurrent_queries", "max_ongoing_requests:", "max_concurrent_queries:"),
+        ("applications.deployments.ray_actor_options.num_cpu", "num_cpus:", "num_cpu:"),
+        (
+            "applications.deployments.autoscaling_config.target_num_ongoing_requests_per_replica",
+            "target_ongoing_requests:",
+            "target_num_ongoing_requests_per_replica:",
+        ),
+        ("applications.deployments.backpressure_config.status", "status_code:", "status:"),
+    ],
+)
+def test_the_lint_finds_a_slip_at_every_level(path: str, old: str, new: str) -> None:
+    text = (ROOT / "serve_config.yaml").read_text()
+    assert path in unknown_keys(yaml.safe_load(text.replace(old, new)), ServeDeploySchema)
+
+
+@each_config
+def test_every_setting_has_a_comment_of_one_line(path: Path) -> None:
+    for line in path.read_text().splitlines():
+        if re.match(r"[ -]*\w+: \S", line):
+            assert re.search(r"\S +# \w.{5,}", line), f"{line!r} has no comment"
+        assert len(line) <= 120
+
+
+@each_config
+def test_every_setting_of_args_is_written_out(path: Path) -> None:
+    args = args_of(path)
+    assert args == json.loads(Args.model_validate(args).model_dump_json())
+
+
+@each_config
+def test_limits_answer_in_the_order_that_gives_the_best_error(path: Path) -> None:
+    args, deployments = Args.model_validate(args_of(path)), deployments_of(path)
+    ingress, model = deployments["APIIngress"], deployments["StableDiffusion"]
+    slots = max(args.batch_buckets)
+    most_replicas = model["autoscaling_config"]["max_replicas"]
+    # The engine's queue is full before Serve's limit on a replica is reached, and health questions still get through.
+    assert model["max_ongoing_requests"] > slots + args.max_waiting
+    # The model's limits are reached before the ingress's, whose refusals Serve words in its own way.
+    held = most_replicas * model["max_ongoing_requests"] + model["max_queued_requests"]
+    assert ingress["num_replicas"] * ingress["max_ongoing_requests"] > held
+    assert model["graceful_shutdown_timeout_s"] > args.limits.timeout_s
+    assert slots < model["autoscaling_config"]["target_ongoing_requests"] < slots + args.max_waiting
+    # Two prompts within their limit fit in the body and in the query: escaped, a character takes at most 12 bytes.
+    assert 2 * 12 * args.limits.prompt_characters < min(args.limits.body_bytes, args.limits.query_bytes)
+
+
+def deployments_made(args: Args) -> tuple[Any, Any, Any]:
+    """The ingress, the replicas behind it and the service it was told of, as Serve will get them."""
+    ingress: Any = text_to_image(args)._bound_deployment
+    replicas, service = ingress.init_args
+    return ingress, replicas._bound_deployment, service
+
+
+@each_config
+def test_the_yaml_names_the_deployments_that_the_builder_makes(path: Path, repository: Path) -> None:
+    ingress, replicas, service = deployments_made(Args.model_validate(args_of(path)))
+    assert {ingress.name, replicas.name} == set(deployments_of(path))
+    options = replicas.init_kwargs
+    assert [f"{width}x{height}" for width, height in options["sizes"]] == list(service.sizes)
+    assert options["max_steps"] == service.limits.num_inference_steps[1]
+    assert options["name"] == service.model
+
+
+def test_ray_accepts_the_builder_and_its_args(repository: Path) -> None:
+    args, builder = args_of(ROOT / "serve_config.yaml"), cast(FunctionType, text_to_image)
+    api.call_user_app_builder_with_args_if_necessary(builder, args)
+    with pytest.raises(ValidationError, match="max_queue"):
+        api.call_user_app_builder_with_args_if_necessary(builder, args | {"max_queue": 3})
+
+
+def test_model_and_size_are_all_that_a_user_changes_to_serve_stable_diffusion(repository: Path) -> None:
+    args = args_of(ROOT / "serve_config.yaml") | {"model": "CompVis/stable-diffusion-v1-4", "sizes": ["512x512"]}
+    _, replicas, service = deployments_made(Args.model_validate(args))
+    assert (service.model, service.sizes) == ("CompVis/stable-diffusion-v1-4", ("512x512",))
+    assert replicas.init_args == ("CompVis/stable-diffusion-v1-4",)
+
+
+def test_building_imports_no_jax() -> None:
+    """In a process of its own, because another test may have imported JAX into this one."""
+    script = (
+        "import json, sys; from app.builders import Args, text_to_image;"
+        "text_to_image(Args(model='CompVis/stable-diffusion-v1-4', sizes=['512x512']));"
+        "print(json.dumps([name for name in ('jax', 'jaxlib', 'flax', 'transformers') if name in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+BAD_ARGS: list[tuple[dict[str, Any], str]] = [
+    ({"modle": "x"}, "Extra inputs are not permitted"),
+    ({"limits": {"image": 1}}, "Extra inputs are not permitted"),
+    ({"dtype": "float16"}, "Input should be 'float32' or 'bfloat16'"),
+    ({"sizes": []}, "at least 1 item"),
+    ({"sizes": ["512"]}, "sizes must be WIDTHxHEIGHT in multiples of 8, such as 512x512, got 512."),
+    ({"sizes": ["512x510"]}, "got 512x510."),
+    ({"sizes": ["64x64", "64x64"]}, "a value must not stand twice, got ['64x64', '64x64']."),
+    ({"batch_buckets": []}, "at least 1 item"),
+    ({"batch_buckets": [0]}, "greater than or equal to 1"),
+    ({"batch_buckets": [2, 2]}, "a value must not stand twice, got [2, 2]."),
+    ({"max_waiting": 0}, "greater than or equal to 1"),
+    (
+        {"limits": {"num_inference_steps": [50, 1]}},
+        "a range must be [lowest, highest] with lowest at least 1, got [50, 1].",
+    ),
+    (
+        {"limits": {"num_inference_steps": [0, 9]}},
+        "a range must be [lowest, highest] with lowest at least 1, got [0, 9].",
+    ),
+    ({"limits": {"guidance_scale": [1, float("inf")]}}, "finite number"),
+    ({"limits": {"timeout_s": 0}}, "greater than 0"),
+    (
+        {"defaults": {"num_inference_steps": 101}},
+        "defaults.num_inference_steps must be within limits.num_inference_steps, 1 to 100, got 101.",
+    ),
+    (
+        {"defaults": {"guidance_scale": 0.5}},
+        "defaults.guidance_scale must be within limits.guidance_scale, 1.0 to 20.0, got 0.5.",
+    ),
+    ({"defaults": {"sampler": "ddpm"}}, "defaults.sampler must be null or one of ddim, euler"),
+    ({"encoding": {"output_format": "gif"}}, "Input should be 'png', 'webp' or 'jpeg'"),
+    ({"encoding": {"png_level": 10}}, "less than or equal to 9"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ARGS, ids=[str(case[0]) for case in BAD_ARGS])
+def test_bad_args_are_refused_with_the_offender_and_the_range(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Args.model_validate({"model": "a/b", "sizes": ["64x64"], **change})
+    assert message in str(caught.value)
+
+
+def test_a_model_is_a_folder_of_the_repository_or_a_repo_id(repository: Path) -> None:
+    assert locate("assets/demo-model") == (str(repository / "assets/demo-model"), "demo-model")
+    assert locate(str(repository / "assets/demo-model")) == (str(repository / "assets/demo-model"), "demo-model")
+    assert locate("CompVis/stable-diffusion-v1-4") == ("CompVis/stable-diffusion-v1-4",) * 2
+
+
+@pytest.mark.parametrize(
+    "model", ["assets/demo-modle", "/no/such/folder", "./x", "stable-diffusion", "a/b/c", "", "../x"]
+)
+def test_a_slip_in_a_path_is_not_taken_for_a_repo_id(repository: Path, model: str) -> None:
+    with pytest.raises(ValueError, match="model must be a folder in diffusers layout or a Hugging Face repo id"):
+        locate(model)

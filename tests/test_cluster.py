@@ -1,0 +1,342 @@
+"""A real local Ray, a real Serve, real HTTP: the Makefile's verbs as a user would run them, then the API itself.
+
+One cluster serves all tests here, on ports of its own, with its state in .run/test, so that a cluster which is up in
+this checkout is neither used nor disturbed.
+"""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+import psutil
+import pytest
+from PIL import Image
+
+from ops import processes
+from ops.local import ROOT, Cluster
+
+pytestmark = pytest.mark.cluster
+
+RUN_DIR = ROOT / ".run" / "test"
+GREETER = """
+proxy_location: HeadOnly
+http_options: {host: 127.0.0.1, port: PORT}
+applications:
+  - name: greeting
+    route_prefix: /
+    import_path: tests.serve_apps:greeter
+    args: {text: hello}
+    deployments:
+      - name: Greeter
+        ray_actor_options: {num_cpus: 0.1, resources: {TPU: 4}}
+"""
+PROMPT = "a red house under a yellow sun at dusk"
+
+
+@dataclass(frozen=True)
+class Verbs:
+    """Runs the modules behind the Makefile's verbs, as its recipes do."""
+
+    dashboard_port: int
+    serve_port: int
+
+    def __call__(self, module: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        # Somebody else's cluster in the environment must change nothing.
+        environment = os.environ | {"RAY_ADDRESS": "10.255.255.1:6379", "RAY_AUTH_MODE": "token"}
+        command = [sys.executable, "-m", f"ops.{module}", *arguments, "--run-dir", str(RUN_DIR)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        return self("local", "up", "--dashboard-port", str(self.dashboard_port))
+
+    def down(self) -> subprocess.CompletedProcess[str]:
+        return self("local", "down")
+
+    def deploy(self, config: Path) -> subprocess.CompletedProcess[str]:
+        return self("deploy", "deploy", "--config", str(config))
+
+    @property
+    def cluster(self) -> Cluster:
+        cluster = Cluster.load(RUN_DIR)
+        assert cluster
+        return cluster
+
+
+def succeeds(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def refuses(done: subprocess.CompletedProcess[str]) -> str:
+    """The sentence of a refusal; a traceback would be more lines, or begin with the word."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stderr.strip()
+
+
+@pytest.fixture(scope="module")
+def verbs() -> Iterator[Verbs]:
+    verbs = Verbs(*[port for port in range(18000, 19000) if processes.free(port)][:2])  # apart from what `up` chooses
+    verbs.down()  # what a test run that was killed may have left
+    succeeds(verbs.up())
+    yield verbs
+    succeeds(verbs.down())
+
+
+@pytest.fixture
+def greeter(verbs: Verbs, tmp_path: Path) -> Path:
+    path = tmp_path / "greeter.yaml"
+    path.write_text(GREETER.replace("PORT", str(verbs.serve_port)))
+    return path
+
+
+def fetch(url: str, body: object = None, timeout_s: float = 120) -> tuple[int, bytes, dict[str, str]]:
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = Request(url, data, {"Content-Type": "application/json"} if data is not None else {})
+    try:
+        with urlopen(request, timeout=timeout_s) as answer:
+            return answer.status, answer.read(), dict(answer.headers)
+    except HTTPError as error:
+        return error.code, error.read(), dict(error.headers)
+
+
+def listening(cluster: Cluster) -> set[tuple[str, int]]:
+    found = set()
+    for process in cluster.search():
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
+# The verbs, with an application that needs no model.
+
+
+def test_up_again_is_quick_and_says_so(verbs: Verbs) -> None:
+    before = verbs.cluster
+    began = time.monotonic()
+    assert succeeds(verbs.up()) == f"The local Ray is already up: {before.address}\n"
+    assert time.monotonic() - began < 10
+    assert verbs.cluster == before
+    elsewhere = verbs("local", "up", "--dashboard-port", str(verbs.dashboard_port + 1))
+    assert refuses(elsewhere).startswith(f"A local Ray is already up at {before.address}.")
+
+
+def test_deploy_waits_until_it_serves_and_all_is_on_loopback(verbs: Verbs, greeter: Path) -> None:
+    said = succeeds(verbs.deploy(greeter))
+    assert f": http://127.0.0.1:{verbs.serve_port}" in said.splitlines()[-1] and "greeting is ready" in said
+    status, body, _ = fetch(f"http://127.0.0.1:{verbs.serve_port}/")
+    assert (status, json.loads(body)) == (200, {"text": "hello", "chips": "0,1,2,3"})
+    listeners = listening(verbs.cluster)
+    assert {("127.0.0.1", verbs.dashboard_port), ("127.0.0.1", verbs.serve_port)} <= listeners
+    assert {host for host, _ in listeners} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_status_and_logs_tell_of_it(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    assert "greeting runs this config already." in succeeds(verbs.deploy(greeter))
+    status = succeeds(verbs("deploy", "status"))
+    assert "greeting  RUNNING\n  Greeter  HEALTHY  1 of 1 ready\n" in status
+    assert "Greeter " in succeeds(verbs("logs", "--lines", "5"))
+
+
+def test_serve_deploy_by_hand_gives_the_same(verbs: Verbs, greeter: Path, tmp_path: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    before = verbs("deploy", "status").stdout.splitlines()[2:]
+    serve = [str(Path(sys.executable).parent / "serve"), "deploy", str(greeter), "--address", verbs.cluster.address]
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
+    subprocess.run(serve, cwd=tmp_path, env=bare, capture_output=True, check=True, timeout=120)
+    assert verbs("deploy", "status").stdout.splitlines()[2:] == before, "the same config is nothing new to Serve"
+
+
+def test_a_failed_deploy_says_why_and_the_same_file_works_once_the_cause_is_gone(verbs: Verbs, greeter: Path) -> None:
+    folder = greeter.parent / "model"
+    greeter.write_text(greeter.read_text().replace("text: hello", f"model: {folder}"))
+    failed = verbs.deploy(greeter)
+    assert refuses(failed) == (
+        f"greeting/Greeter did not start: model must be a folder in diffusers layout, got {folder}.\n"
+        "It has no model_index.json."
+    )
+    assert f"got {folder}." in succeeds(verbs("deploy", "status"))
+    folder.mkdir()
+    succeeds(verbs.deploy(greeter))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("serve_apps:greeter", "serve_apps:nobody", "module 'tests.serve_apps' has no attribute 'nobody'"),
+        ("serve_apps:greeter", "nowhere:greeter", "No module named 'tests.nowhere'"),
+        ("text: hello", "text: [1]", "Input should be a valid string"),
+        ("applications:", "applications: [", "is not valid YAML"),
+        ("import_path:", "path:", "applications.0.import_path: Field required"),
+        ("127.0.0.1", "127.0.0.2", "http_options.host is 127.0.0.1 while Serve runs"),
+    ],
+)
+def test_a_mistake_in_the_config_is_told_without_a_traceback(
+    verbs: Verbs, greeter: Path, old: str, new: str, reason: str
+) -> None:
+    greeter.write_text(greeter.read_text().replace(old, new, 1))
+    assert reason in refuses(verbs.deploy(greeter))
+
+
+def test_undeploy_leaves_the_cluster_and_frees_the_port(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    assert succeeds(verbs("deploy", "undeploy")).endswith("Removed greeting; the cluster is still up.\n")
+    assert processes.free(verbs.serve_port)
+    assert succeeds(verbs("deploy", "undeploy")) == "Nothing is deployed, so nothing to remove.\n"
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # Serve's last connections are in TIME_WAIT
+        listener.bind(("127.0.0.1", verbs.serve_port))
+        listener.listen()
+        assert f"is taken by process {os.getpid()}" in refuses(verbs.deploy(greeter))
+
+
+# The API, as serve_config.yaml deploys it.
+
+
+@pytest.fixture(scope="module")
+def api(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> str:
+    verbs("deploy", "undeploy")  # a test before this may have left something else
+    succeeds(verbs("deploy", "deploy", "--config", "serve_config.yaml", "--serve-port", str(verbs.serve_port)))
+    return f"http://127.0.0.1:{verbs.serve_port}"
+
+
+def imagine(api: str, **query: object) -> tuple[int, bytes, dict[str, str]]:
+    return fetch(f"{api}/imagine?{urlencode(query)}")
+
+
+def described(api: str) -> dict[str, Any]:
+    status, body, _ = fetch(f"{api}/v1/models")
+    assert status == 200
+    model: dict[str, Any] = json.loads(body)["data"][0]
+    return model
+
+
+def refusal(answer: tuple[int, bytes, dict[str, str]]) -> tuple[int, dict[str, Any]]:
+    status, body, headers = answer
+    assert headers["content-type"].startswith("application/json")
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert {"message", "type", "param", "code"} <= set(error)
+    return status, error
+
+
+def test_imagine_answers_a_png_that_says_how_it_was_made(api: str) -> None:
+    status, body, headers = imagine(api, prompt=PROMPT, seed=7)
+    headers = {name.lower(): value for name, value in headers.items()}
+    assert (status, headers["content-type"]) == (200, "image/png")
+    image = Image.open(BytesIO(body))
+    assert f"{image.width}x{image.height}" == described(api)["sizes"][0]
+    assert image.text["seed"] == headers["x-seed"] == "7"  # type: ignore[attr-defined]
+    assert image.convert("L").getextrema()[0] != image.convert("L").getextrema()[1], "not a blank page"
+
+
+def test_the_same_seed_gives_the_same_bytes_at_both_doors_and_another_seed_does_not(api: str) -> None:
+    first, second = (imagine(api, prompt=PROMPT, seed=7)[1] for _ in range(2))
+    status, body, _ = fetch(f"{api}/v1/images/generations", {"prompt": PROMPT, "seed": 7})
+    data = json.loads(body)["data"]
+    assert status == 200 and len(data) == 1 and data[0]["seed"] == 7
+    other = imagine(api, prompt=PROMPT, seed=8)[1]
+    pixels = [Image.open(BytesIO(png)).tobytes() for png in (first, base64.b64decode(data[0]["b64_json"]), other)]
+    assert first == second and pixels[0] == pixels[1] != pixels[2]
+
+
+def test_requests_at_the_same_time_each_get_their_own(api: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda seed: imagine(api, prompt=PROMPT, seed=seed), range(6)))
+    assert [status for status, _, _ in together] == [200] * 6
+    assert len({body for _, body, _ in together}) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"size": "33x33"}, "size"),
+        ({"n": 1000}, "n"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_bad_request_is_a_400_that_names_the_field(api: str, change: dict[str, object], param: str) -> None:
+    status, error = refusal(fetch(f"{api}/v1/images/generations", {"prompt": PROMPT} | change))
+    assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
+
+
+def test_other_mistakes_have_their_own_status(api: str) -> None:
+    assert refusal(fetch(f"{api}/v1/images/generations", b"{"))[0] == 400
+    assert refusal(fetch(f"{api}/v1/images/generations"))[0] == 405
+    assert refusal(fetch(f"{api}/nowhere"))[0] == 404
+    assert refusal(fetch(f"{api}/v1/images/generations", {"prompt": "x" * (1 << 20)}))[0] == 413
+
+
+def test_the_model_is_described(api: str) -> None:
+    model = described(api)
+    assert {"id", "sizes", "samplers", "limits"} <= set(model)
+    assert fetch(f"{api}/healthz")[0] == 200
+
+
+def test_clients_that_go_away_do_not_harm_those_that_stay(api: str) -> None:
+    for seed in range(5):
+        with pytest.raises(TimeoutError):
+            fetch(f"{api}/imagine?{urlencode({'prompt': PROMPT, 'num_inference_steps': 100, 'seed': seed})}", None, 0.2)
+    began = time.monotonic()
+    status, body, _ = imagine(api, prompt=PROMPT, seed=7)
+    assert status == 200 and Image.open(BytesIO(body)).format == "PNG"
+    assert time.monotonic() - began < 60
+
+
+def test_the_demonstration_draws_a_sheet_and_says_how_to_go_on(api: str, verbs: Verbs, tmp_path: Path) -> None:
+    said = succeeds(verbs("demo", "--out", str(tmp_path)))
+    assert len(list(tmp_path.glob("[1-8]-*.png"))) == 8
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.width > 512
+    assert said.count("curl ") == 3 and "make down" in said and api in said
+
+
+# The end, and what comes after a crash. These go last: they end the cluster.
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_after_a_kill_up_clears_away_what_is_left_and_starts_anew(verbs: Verbs, victim: str) -> None:
+    before = verbs.cluster
+    for recorded in before.processes:
+        if recorded.name == victim and (process := processes.find(recorded)):
+            process.send_signal(signal.SIGKILL)
+            process.wait(10)
+    assert f"The cluster died ({victim} gone)" in refuses(verbs("deploy", "status"))
+    said = succeeds(verbs.up())
+    assert said.startswith("Cleared away what a cluster that died had left: ") and "The local Ray is up" in said
+    assert not before.search() and not before.temp_dir.exists()
+
+
+def test_down_leaves_no_process_no_port_and_no_folder(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    cluster = verbs.cluster
+    ports = {port for _, port in listening(cluster)}
+    stranger = subprocess.Popen(["tail", "-f", str(cluster.temp_dir / "start.log")], stdout=subprocess.DEVNULL)
+    try:
+        assert succeeds(verbs.down()).startswith("The local Ray is down: ")
+        assert not cluster.search() and not cluster.temp_dir.exists()
+        assert len(ports) > 10 and all(processes.free(port) for port in ports)
+        assert stranger.poll() is None, "who looks at our files is not ours"
+    finally:
+        stranger.kill()
+        stranger.wait()
+    assert succeeds(verbs.down()) == "Nothing is up in this checkout, so nothing to end.\n"
+    assert "No cluster is up" in refuses(verbs("deploy", "status"))

@@ -1,0 +1,388 @@
+"""The routes, with Starlette's own client before them and a fake replica behind."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from starlette.testclient import TestClient
+from starlette.types import Message
+
+from app.ingress import DRAINED_BYTES, APIIngress, answer_of
+from app.protocol import ApiError, Defaults, Description, Encoding, Generation, Images, Limits, Service
+
+SERVICE = Service(
+    "tiny",
+    ("128x128", "256x128"),
+    Limits(body_bytes=300, query_bytes=300, timeout_s=0.2, images=3),
+    Defaults(num_inference_steps=12, guidance_scale=3.5),
+)
+
+
+class Answer:
+    """A DeploymentResponse: an outcome, or None for an answer that never comes."""
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome
+        self.cancelled = False
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        if self.outcome is None:
+            yield from asyncio.Event().wait().__await__()
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Method:
+    def __init__(self, outcome: Callable[..., Any]) -> None:
+        self.outcome = outcome
+        self.calls: list[tuple[Any, ...]] = []
+        self.answers: list[Answer] = []
+
+    def remote(self, *args: Any) -> Answer:
+        self.calls.append(args)
+        self.answers.append(Answer(self.outcome(*args)))
+        return self.answers[-1]
+
+
+class Replicas:
+    """What APIIngress uses of a DeploymentHandle."""
+
+    def __init__(self) -> None:
+        self.generate = Method(pictures)
+        self.describe = Method(lambda: Description(("euler", "pndm"), "pndm"))
+
+
+def pictures(generation: Generation, encoding: Encoding) -> Images:
+    seeds = tuple(generation.seed + i for i in range(generation.n))
+    facts: dict[str, str | int | float] = {
+        "seed": generation.seed,
+        "sampler": generation.sampler or "pndm",
+        "num_inference_steps": generation.num_inference_steps,
+        "guidance_scale": generation.guidance_scale,
+        "size": f"{generation.width}x{generation.height}",
+        "prompt_truncated": len(generation.prompt) > 77,
+        "negative_prompt_truncated": False,
+    }
+    encoded = tuple(f"{encoding.output_format} {seed}".encode() for seed in seeds)
+    return Images(encoded, seeds, facts, {"queue_s": 0.5, "denoise_s": 1.25})
+
+
+@pytest.fixture
+def replicas() -> Replicas:
+    return Replicas()
+
+
+@pytest.fixture
+def client(replicas: Replicas) -> Iterator[TestClient]:
+    app = APIIngress(replicas, SERVICE).__serve_build_asgi_app__()
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def post(client: TestClient, **fields: Any) -> Any:
+    return client.post("/v1/images/generations", json=fields)
+
+
+def test_imagine_answers_a_png_with_what_made_it_in_headers(client: TestClient, replicas: Replicas) -> None:
+    response = client.get("/imagine", params={"prompt": "a red house", "seed": 7, "size": "256x128"})
+    assert (response.status_code, response.content) == (200, b"png 7")
+    expected = {
+        "content-type": "image/png",
+        "x-seed": "7",
+        "x-sampler": "pndm",
+        "x-num-inference-steps": "12",
+        "x-guidance-scale": "3.5",
+        "x-size": "256x128",
+        "x-prompt-truncated": "false",
+        "x-negative-prompt-truncated": "false",
+        "server-timing": "queue;dur=500.0, denoise;dur=1250.0",
+        "cache-control": "no-store",
+    }
+    assert {name: response.headers[name] for name in expected} == expected
+    assert replicas.generate.calls == [(Generation("a red house", "", 256, 128, 12, 3.5, 7, None, 1), SERVICE.encoding)]
+
+
+def test_the_seed_that_was_drawn_comes_back(client: TestClient, replicas: Replicas) -> None:
+    first, second = (client.get("/imagine?prompt=a").headers["x-seed"] for _ in range(2))
+    assert first != second
+    assert [str(call[0].seed) for call in replicas.generate.calls] == [first, second]
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
+def test_output_format_sets_the_content_type(client: TestClient, kind: str) -> None:
+    response = client.get(f"/imagine?prompt=a&output_format={kind}")
+    assert response.headers["content-type"] == f"image/{kind}"
+
+
+def test_generations_answers_in_openais_shape_with_the_facts_beside_it(client: TestClient) -> None:
+    response = post(client, prompt="a" * 78, n=2, seed=40, sampler="euler", output_format="webp", guidance_scale=1)
+    answer = response.json()
+    assert answer.pop("created") > 1.7e9
+    assert answer == {
+        "data": [
+            {"b64_json": base64.b64encode(b"webp 40").decode(), "seed": 40},
+            {"b64_json": base64.b64encode(b"webp 41").decode(), "seed": 41},
+        ],
+        "model": "tiny",
+        "output_format": "webp",
+        "seed": 40,
+        "sampler": "euler",
+        "num_inference_steps": 12,
+        "guidance_scale": 1.0,
+        "size": "128x128",
+        "prompt_truncated": True,
+        "negative_prompt_truncated": False,
+        "timings": {"queue_s": 0.5, "denoise_s": 1.25},
+    }
+
+
+def test_models_lists_what_a_request_may_say_and_asks_a_replica_once(client: TestClient, replicas: Replicas) -> None:
+    assert client.get("/v1/models").json() == client.get("/v1/models").json()
+    assert len(replicas.describe.calls) == 1
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model.pop("created") > 1.7e9
+    assert model == {
+        "id": "tiny",
+        "object": "model",
+        "owned_by": "imagine-tpu",
+        "sizes": ["128x128", "256x128"],
+        "samplers": ["euler", "pndm"],
+        "limits": {
+            "images": 3,
+            "num_inference_steps": [1, 100],
+            "guidance_scale": [1.0, 20.0],
+            "prompt_characters": 2000,
+            "query_bytes": 300,
+            "body_bytes": 300,
+            "timeout_s": 0.2,
+        },
+        "defaults": {
+            "num_inference_steps": 12,
+            "guidance_scale": 3.5,
+            "sampler": "pndm",
+            "size": "128x128",
+            "output_format": "png",
+            "quality": 90,
+            "png_level": 6,
+        },
+    }
+
+
+def test_health_asks_a_replica_every_time(
+    client: TestClient, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client.get("/healthz").json() == {"status": "ok", "model": "tiny"}
+    replicas.describe.outcome = lambda: None
+    monkeypatch.setattr("app.ingress.READY_TIMEOUT_S", 0.01)
+    response = client.get("/healthz")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["code"] == "model_not_ready"
+    assert len(replicas.describe.calls) == 2 and replicas.describe.answers[1].cancelled
+
+
+def test_the_index_names_every_route(client: TestClient) -> None:
+    named = client.get("/").json()["routes"]
+    for route in named:
+        method, _, path = route.partition(" ")
+        assert client.request(method, path.replace("...", "a")).status_code in (200, 415)
+
+
+@pytest.mark.parametrize("query", ["", "prompt=", "prompt=a&size=1x1", "prompt=a&seed=-1", "prompt=a&foo=1"])
+def test_a_bad_query_never_reaches_a_replica(client: TestClient, replicas: Replicas, query: str) -> None:
+    response = client.get(f"/imagine?{query}")
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (400, "invalid_request_error")
+    assert error["param"] in ("prompt", "size", "seed", "foo")
+    assert not replicas.generate.calls
+
+
+def test_statuses_tell_refusals_apart(client: TestClient) -> None:
+    json_type = {"content-type": "application/json"}
+    route = "/v1/images/generations"
+    cases = [
+        (client.get(f"/imagine?prompt={'a' * 300}"), 414, "uri_too_long"),
+        (client.post(route, content=b"{}"), 415, "unsupported_media_type"),
+        (client.post(route, data={"prompt": "a"}), 415, "unsupported_media_type"),
+        (
+            client.post(route, content=b"{}", headers={"content-type": "application/json; charset=latin-1"}),
+            415,
+            "unsupported_media_type",
+        ),
+        (client.post(route, content=b"", headers=json_type), 400, "invalid_json"),
+        (client.post(route, content=b"[]", headers=json_type), 400, "invalid_json"),
+        (client.post(route, content=b"{" * 250, headers=json_type), 400, "invalid_json"),
+        (post(client, prompt="a", model="dall-e-3"), 404, "model_not_found"),
+        (post(client, prompt="a", response_format="url"), 400, "invalid_value"),
+        (client.get("/v1/images"), 404, "not_found"),
+        (client.get("/imagine/?prompt=a"), 404, "not_found"),
+    ]
+    for response, status, code in cases:
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code), response.text
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_charset_that_says_utf8_is_accepted(client: TestClient) -> None:
+    headers = {"content-type": "application/json; charset=UTF-8"}
+    assert client.post("/v1/images/generations", content=b'{"prompt": "a"}', headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/imagine", "GET"),
+        ("HEAD", "/imagine?prompt=a", "GET"),
+        ("GET", "/v1/images/generations", "POST"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("PUT", "/healthz", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_gets_405_and_the_right_one(
+    client: TestClient, replicas: Replicas, method: str, path: str, allow: str
+) -> None:
+    response = client.request(method, path)
+    assert (response.status_code, response.headers["allow"]) == (405, allow)
+    if method != "HEAD":
+        assert response.json()["error"]["message"] == f"{method} is not allowed here; use {allow}."
+    assert not replicas.generate.calls
+
+
+def test_a_body_of_absurd_declared_length_is_refused_before_it_is_read() -> None:
+    async def receive() -> Message:
+        raise AssertionError("the body was read")
+
+    status, answer = asyncio.run(raw_post(receive, {"content-length": str(301 + DRAINED_BYTES)}))
+    assert (status, answer["error"]["message"]) == (413, "The body must be at most 300 bytes.")
+
+
+def test_an_oversized_body_is_read_to_its_end_so_that_its_sender_sees_the_answer() -> None:
+    left = 5
+
+    async def receive() -> Message:
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": b" " * 100, "more_body": left > 0}
+
+    status, answer = asyncio.run(raw_post(receive, {"content-length": "500"}))
+    assert (status, answer["error"]["code"], left) == (413, "payload_too_large", 0)
+
+
+def test_a_body_without_end_is_refused_once_enough_is_thrown_away() -> None:
+    read = 0
+
+    async def receive() -> Message:
+        nonlocal read
+        read += 1 << 20
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    status, answer = asyncio.run(raw_post(receive, {"transfer-encoding": "chunked"}))
+    assert (status, answer["error"]["code"], read) == (413, "payload_too_large", DRAINED_BYTES + (1 << 20))
+
+
+def test_a_body_that_never_ends_times_out() -> None:
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    status, answer = asyncio.run(raw_post(receive, {}))
+    assert (status, answer["error"]["message"]) == (408, "The body did not arrive within 0.2 s.")
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_server_error() -> None:
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    status, _ = asyncio.run(raw_post(receive, {"content-length": "-5"}))
+    assert status == 400
+
+
+async def raw_post(receive: Callable[[], Any], headers: dict[str, str]) -> tuple[int, Any]:
+    """One POST over bare ASGI, for what a well-behaved client does not do."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = {"content-type": "application/json", **headers}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/images/generations",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    await APIIngress(Replicas(), SERVICE).__serve_build_asgi_app__()(scope, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+SECRET = "/root/weights exploded"
+FAILURES: list[tuple[Any, int, str, str | None]] = [
+    (ApiError(503, "Every place is taken.", None, "queue_full", 2.1), 503, "queue_full", "3"),
+    (ApiError(400, "sampler must be one of euler, got pndm.", "sampler", "invalid_value"), 400, "invalid_value", None),
+    (BackPressureError(9, 8, 503, 4.0), 503, "queue_full", "4"),
+    (BackPressureError(9, 8), 503, "queue_full", "1"),
+    (DeploymentUnavailableError(DeploymentID("StableDiffusion")), 503, "replica_lost", "5"),
+    (ActorDiedError(), 503, "replica_lost", "5"),
+    (asyncio.CancelledError(), 503, "replica_lost", "1"),
+    (RuntimeError(SECRET), 500, "internal_error", None),
+    (None, 504, "timeout", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "code", "retry_after"), FAILURES, ids=[str(case[2:]) for case in FAILURES]
+)
+def test_what_goes_wrong_behind_becomes_a_status_and_never_shows_its_insides(
+    client: TestClient, replicas: Replicas, outcome: Any, status: int, code: str, retry_after: str | None
+) -> None:
+    replicas.generate.outcome = lambda *_: outcome
+    response = client.get("/imagine?prompt=a")
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert response.headers.get("retry-after") == retry_after
+    assert SECRET not in response.text and "Traceback" not in response.text
+
+
+@pytest.mark.parametrize("cause", [RuntimeError(SECRET), TimeoutError(SECRET), ValueError(SECRET)])
+def test_an_exception_in_the_replica_is_a_500_whatever_its_kind(
+    client: TestClient, replicas: Replicas, cause: Exception
+) -> None:
+    make: Any = RayTaskError  # Ray does not type it
+    failure = make("generate", f"Traceback ... {SECRET}", cause, "ray::x", 1, "127.0.0.1")
+    replicas.generate.outcome = lambda *_: failure.as_instanceof_cause()
+    response = client.get("/imagine?prompt=a")
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+    assert SECRET not in response.text and "Traceback" not in response.text
+
+
+def test_a_timeout_stops_the_replicas_work(client: TestClient, replicas: Replicas) -> None:
+    replicas.generate.outcome = lambda *_: None
+    assert client.get("/imagine?prompt=a").status_code == 504
+    assert replicas.generate.answers[0].cancelled
+
+
+def test_a_client_that_goes_away_stops_the_replicas_work() -> None:
+    async def leave() -> Answer:
+        answer = Answer(None)
+        waiting = asyncio.ensure_future(answer_of(answer, 60))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        return answer
+
+    assert asyncio.run(leave()).cancelled
+
+
+def test_text_that_has_no_utf8_can_be_refused(client: TestClient) -> None:
+    body = b'{"prompt": "a", "\\ud800": "\\udfff"}'
+    response = client.post("/v1/images/generations", content=body, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "\ud800")

@@ -1,0 +1,208 @@
+"""ops/deploy.py, ops/dashboard.py and ops/logs.py without a cluster: what they read, decide and say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops import deploy, logs
+from ops.dashboard import Dashboard, Details, log_places, reason, serve_address
+from ops.terminal import Progress, Stop, span
+
+CONSTRUCTOR_FAILED = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
+\x1b[36mray::ServeReplica:app:Model.initialize_and_get_metadata()\x1b[39m (pid=1, ip=127.0.0.1)
+  File "replica.py", line 1928, in initialize
+    raise RuntimeError(traceback.format_exc()) from None
+RuntimeError: Traceback (most recent call last):
+  File "server.py", line 24, in __init__
+    raise ValueError(...)
+ValueError: model must be a folder in diffusers layout, got nowhere.
+  unet: missing config.json"""
+IMPORT_FAILED = """Deploying app 'app' failed with exception:
+Traceback (most recent call last):
+  File "builders.py", line 1, in <module>
+    import nowhere
+ModuleNotFoundError: No module named 'nowhere'
+"""
+ARGS_REFUSED = """Traceback (most recent call last):
+  File "pydantic/main.py", line 792, in model_validate
+pydantic_core._pydantic_core.ValidationError: 1 validation error for Args
+sizes
+  Field required [type=missing]
+    For further information visit https://errors.pydantic.dev/2.14/v/missing
+"""
+WAITING = "Deployment 'Model' has 1 replicas that have taken more than 30s to be scheduled."
+
+
+# Ray 2.60 announces environment variables in its place, and then does not read them.
+USES_METRICS_INTERVAL = pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (CONSTRUCTOR_FAILED, "model must be a folder in diffusers layout, got nowhere.\n  unet: missing config.json"),
+        (IMPORT_FAILED, "ModuleNotFoundError: No module named 'nowhere'"),
+        (ARGS_REFUSED, "1 validation error for Args\nsizes\n  Field required [type=missing]"),
+        (WAITING, WAITING),
+        ("Retrying 2 more time(s). Error:\nThe actor died because of an error.", "The actor died because of an error."),
+        ("", ""),
+    ],
+)
+def test_a_reason_is_the_exceptions_own_words(message: str, words: str) -> None:
+    assert reason(message) == words
+
+
+def replica(state: str = "RUNNING", name: str = "r1") -> Details:
+    return {"replica_id": name, "state": state, "node_id": "n", "actor_id": "a", "log_file_path": f"/serve/{name}.log"}
+
+
+def app(status: str = "RUNNING", deployment: str = "HEALTHY", **changes: Any) -> Details:
+    one = {"status": deployment, "status_trigger": "CONFIG_UPDATE_COMPLETED", "message": "", "target_num_replicas": 1}
+    one |= {"replicas": [replica()], **changes}
+    return {"status": status, "message": "", "deployed_app_config": {"name": "app"}, "deployments": {"Model": one}}
+
+
+def details(**apps: Details) -> Details:
+    return {"applications": apps, "proxies": {"n": {"status": "HEALTHY"}}, "proxy_location": "HeadOnly"}
+
+
+def test_ready_is_all_apps_running_behind_a_healthy_proxy() -> None:
+    assert deploy.ready(details(app=app()), ["app"])
+    assert not deploy.ready(details(), ["app"])
+    assert not deploy.ready(details(app=app("DEPLOYING", "UPDATING")), ["app"])
+    assert not deploy.ready(details(app=app()) | {"proxies": {}}, ["app"])
+    assert not deploy.ready(details(app=app()) | {"proxies": {"n": {"status": "STARTING"}}}, ["app"])
+
+
+def test_replicas_that_load_asked_for_are_not_waited_for() -> None:
+    assert deploy.ready(details(app=app("RUNNING", "UPSCALING", status_trigger="AUTOSCALING")), ["app"])
+    assert not deploy.ready(details(app=app("RUNNING", "UPSCALING", status_trigger="CONFIG_UPDATE_STARTED")), ["app"])
+
+
+def test_a_failure_ends_the_wait_with_its_reason() -> None:
+    failed = app("DEPLOY_FAILED", "DEPLOY_FAILED", message=CONSTRUCTOR_FAILED)
+    with pytest.raises(Stop, match="app/Model did not start: model must be a folder .* got nowhere"):
+        deploy.ready(details(app=failed), ["app"])
+    not_built = app("DEPLOY_FAILED") | {"message": IMPORT_FAILED, "deployments": {}}
+    with pytest.raises(Stop, match="app did not start: ModuleNotFoundError: No module named 'nowhere'"):
+        deploy.ready(details(app=not_built), ["app"])
+
+
+def test_only_what_serve_would_not_retry_is_removed_first() -> None:
+    same, changed = {"applications": [{"name": "app"}]}, {"applications": [{"name": "app", "args": {"a": 1}}]}
+    assert deploy.stuck(details(app=app()), same) == set()
+    assert deploy.stuck(details(app=app("DEPLOY_FAILED")), same) == {"app"}
+    assert deploy.stuck(details(app=app("DEPLOY_FAILED")), changed) == set(), "its old replicas still serve"
+    assert deploy.stuck(details(app=app("DEPLOY_FAILED", replicas=[])), changed) == {"app"}
+    assert deploy.stuck(details(other=app("DEPLOY_FAILED")), same) == set()
+
+
+def test_only_what_runs_with_the_same_config_is_unchanged() -> None:
+    same, changed = {"applications": [{"name": "app"}]}, {"applications": [{"name": "app", "args": {"a": 1}}]}
+    assert deploy.unchanged(details(app=app()), same) == ["app"]
+    assert deploy.unchanged(details(app=app()), changed) == []
+    assert deploy.unchanged(details(app=app("DEPLOY_FAILED")), same) == deploy.unchanged(details(), same) == []
+
+
+def test_a_line_of_progress_counts_replicas_and_quotes_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = {"/serve/r2.log": "INFO now app_Model r2 -- Warming up bucket 2 of 3", "a": "Downloading:  50%"}
+
+    def log(self: Dashboard, place: Details, lines: int, follow: bool = False) -> list[str]:
+        return [
+            line
+            for line in [written.get(f"/{place.get('filename')}") or written.get(place.get("actor_id", ""))]
+            if line
+        ]
+
+    monkeypatch.setattr(Dashboard, "log", log)
+    starting = app("DEPLOYING", "UPDATING", replicas=[replica(), replica("STARTING", "r2")], target_num_replicas=2)
+    news: dict[str, list[str]] = {}
+
+    def row() -> tuple[str, str]:
+        return dict(deploy.rows(Dashboard(""), details(app=starting), news))["app/Model"]
+
+    assert row() == ("1 of 2 ready, 1 starting", "Downloading:  50%")
+    written["/serve/r2.log"] = "INFO now app_Model r2 -- Warming up bucket 3 of 3"
+    assert row()[1] == "Warming up bucket 3 of 3", "whichever file has news"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("applications: [", "is not valid YAML: while parsing a flow node"),
+        ("", "must have a list `applications`"),
+        ("- a", "must have a list `applications`"),
+        ("applications: [{name: a}]", r"applications.0.import_path: Field required"),
+        ("applications: [{name: a, import_path: x}]", "import_path"),
+        ("applications: [{name: a, import_path: x:y}]\nhttp_options: {port: many}", r"http_options.port: .*integer"),
+        ("applications: [{name: a, import_path: x:y}, {name: a, import_path: x:y}]", "is not a Serve config"),
+    ],
+)
+def test_a_bad_config_is_one_sentence(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(content)
+    with pytest.raises(Stop, match=message) as stop:
+        deploy.read(path, None)
+    assert "\n" not in str(stop.value) and str(path) in str(stop.value)
+
+
+def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(Stop, match=r"There is no file .*nowhere.yaml"):
+        deploy.read(tmp_path / "nowhere.yaml", None)
+
+
+@USES_METRICS_INTERVAL
+def test_the_port_can_be_overridden_for_a_second_checkout() -> None:
+    config = deploy.read(Path("serve_config.yaml"), 8123)
+    sent = config.model_dump(exclude_unset=True)
+    assert sent["http_options"] == {"host": "127.0.0.1", "port": 8123}
+    assert (
+        sent["applications"]
+        == deploy.read(Path("serve_config.yaml"), None).model_dump(exclude_unset=True)["applications"]
+    )
+
+
+@USES_METRICS_INTERVAL
+def test_http_options_that_serve_would_ignore_are_an_error() -> None:
+    path = Path("serve_config.yaml")
+    config = deploy.read(path, 8123)
+    options = config.http_options.model_dump()
+    running = {"controller_info": {"node_id": "n"}, "http_options": options | {"port": 8000}}
+    with pytest.raises(Stop, match="http_options.port is 8000 while Serve runs, and serve_config.yaml wants 8123"):
+        deploy.check_http_options(running, config, path)
+    deploy.check_http_options(running | {"http_options": options}, config, path)
+
+
+def test_the_api_is_addressed_on_loopback_when_it_listens_everywhere() -> None:
+    assert serve_address({"http_options": {"host": "0.0.0.0", "port": 8000}}) == "http://127.0.0.1:8000"
+    assert serve_address({"http_options": {"host": "10.0.0.7", "port": 80}}) == "http://10.0.0.7:80"
+
+
+def test_a_dashboard_that_is_gone_is_one_sentence() -> None:
+    with pytest.raises(Stop, match=r"The dashboard at http://127.0.0.1:1 does not answer"):
+        Dashboard("http://127.0.0.1:1").details()
+    assert list(Dashboard("http://127.0.0.1:1").log({}, 1)) == []
+
+
+def test_logs_are_of_the_living_or_else_of_those_that_died_last() -> None:
+    dead = app("DEPLOY_FAILED", "DEPLOY_FAILED", replicas=[], recent_dead_replicas=[replica(name="r0")])
+    names = [name for name, _ in logs.all_replicas(details(a=app(), b=dead))]
+    assert names == ["Model r1", "Model r0"]
+    assert [set(place) for place in log_places(replica())] == [{"node_id", "filename"}, {"actor_id", "suffix"}]
+    with pytest.raises(Stop, match="No replica has started"):
+        list(logs.all_replicas(details()))
+
+
+def test_progress_without_a_terminal_is_a_line_for_each_change(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress() as progress:
+        for detail in ("", "loading", "warming"):
+            progress.show({"app/Model": ("0 of 1 ready", detail)})
+            progress.show({"app/Model": ("0 of 1 ready", detail)})
+        progress.show({"app/Model": ("1 of 1 ready", "")})
+    lines = [line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["app/Model  0 of 1 ready", "app/Model  0 of 1 ready  loading", "app/Model  1 of 1 ready"]
+
+
+def test_spans_are_told_in_two_units_at_most() -> None:
+    assert [span(seconds) for seconds in (4.2, 75, 7300)] == ["4 s", "1 min 15 s", "2 h 1 min"]

@@ -1,0 +1,228 @@
+"""Tiny checkpoints in diffusers layout whose weights follow from their names, and the inputs that they are run on.
+
+make_golden.py runs them in PyTorch and commits the answers only; the tests write the same files and run them in ours.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+Float32 = npt.NDArray[np.float32]
+Shapes = Mapping[str, Mapping[str, list[int]]]  # component -> tensor name -> shape
+
+TENSORS = Path(__file__).parent / "golden" / "tensors.json"
+
+PROMPTS = ["A red house, under 2 yellow suns!", "the sea at night " * 9]  # the second is longer than either length
+NEGATIVE_PROMPTS = ["blurry house", ""]
+
+_MERGES = ["t h", "th e</w>", "r e", "re d</w>", "h o", "ho u", "hou s", "hous e</w>", "s u", "su n", "n i", "a t</w>"]
+
+_TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "bos_token_id": 524,
+    "eos_token_id": 525,
+    "hidden_size": 32,
+    "model_type": "clip_text_model",
+    "vocab_size": 526,
+}
+_BETAS = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000}
+
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    # Three levels with attention on all but the coarsest, a number for attention_head_dim, 1x1 convolutions around the
+    # transformers, quick-GELU, epsilon; groups, heads and widths all differ, so that none can stand in for another.
+    "tiny-sd1": {
+        "text_encoder": _TEXT
+        | {
+            "hidden_act": "quick_gelu",
+            "intermediate_size": 72,
+            "max_position_embeddings": 77,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+        },
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "attention_head_dim": 2,
+            "block_out_channels": [12, 24, 36],
+            "cross_attention_dim": 32,
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "layers_per_block": 2,
+            "norm_num_groups": 6,
+            "sample_size": 8,
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": [8, 12, 16],
+            "down_block_types": ["DownEncoderBlock2D"] * 3,
+            "layers_per_block": 2,
+            "norm_num_groups": 4,
+            "sample_size": 32,
+            "up_block_types": ["UpDecoderBlock2D"] * 3,
+        },
+        "scheduler": _BETAS
+        | {
+            "_class_name": "PNDMScheduler",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+        },
+    },
+    # Two levels with attention on the coarser alone, a list of head numbers, linear layers around the transformers,
+    # GELU, one text layer fewer, upcast attention, v-prediction, another scaling factor and padding token.
+    "tiny-sd2": {
+        "text_encoder": _TEXT
+        | {
+            "hidden_act": "gelu",
+            "intermediate_size": 48,
+            "max_position_embeddings": 24,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+        },
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "attention_head_dim": [2, 5],
+            "block_out_channels": [16, 40],
+            "cross_attention_dim": 32,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "sample_size": 8,
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "upcast_attention": True,
+            "use_linear_projection": True,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+            "sample_size": 16,
+            "scaling_factor": 0.3,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+        },
+        "scheduler": _BETAS
+        | {
+            "_class_name": "DDIMScheduler",
+            "clip_sample": False,
+            "prediction_type": "v_prediction",
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+        },
+    },
+}
+
+# Whole pictures: sampler, num_inference_steps, guidance_scale.
+RUNS: dict[str, list[tuple[str, int, float]]] = {
+    "tiny-sd1": [("pndm", 5, 7.5), ("dpmpp_2m_karras", 7, 3.0)],
+    "tiny-sd2": [("ddim", 5, 7.5), ("euler", 3, 1.0)],
+}
+IMAGE_SIZES = {"tiny-sd1": (48, 32), "tiny-sd2": (16, 24)}  # height, width
+
+
+def tensor_shapes(path: Path = TENSORS) -> dict[str, Shapes]:
+    """Shapes of every tensor of full-size and tiny checkpoints; one that equals another is stored as its name."""
+    stored = json.loads(path.read_text("utf-8"))
+    return {name: stored[entry] if isinstance(entry, str) else entry for name, entry in stored.items()}
+
+
+def weight(component: str, name: str, shape: list[int]) -> Float32:
+    """Random, but fixed by the tensor's name; of a size that keeps activations near 1, with no norm at rest."""
+    rng = np.random.default_rng(zlib.crc32(f"{component}/{name}".encode()))
+    values = rng.standard_normal(shape)
+    if len(shape) == 1:
+        values = 1 + 0.2 * values if name.endswith("weight") else 0.05 * values
+    else:
+        values /= np.sqrt(np.prod(shape[1:]))
+    return values.astype(np.float32)
+
+
+def noise(name: str, *shape: int) -> Float32:
+    """Standard normal input, fixed by its name."""
+    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+
+
+def latents(model: str) -> Float32:
+    """Initial noise of a whole run, [2, h, w, C]."""
+    factor = 2 ** (len(MODELS[model]["vae"]["block_out_channels"]) - 1)
+    height, width = IMAGE_SIZES[model]
+    return noise(f"{model} latents", 2, height // factor, width // factor, 4)
+
+
+def inputs(model: str) -> dict[str, Float32]:
+    """What each submodule is run on; channels last. Some are faint, so that a norm's epsilon shows."""
+    unet, text = MODELS[model]["unet"], MODELS[model]["text_encoder"]
+    first, wide = unet["block_out_channels"][:2]
+    tokens, features = text["max_position_embeddings"], text["hidden_size"]
+    height, width = IMAGE_SIZES[model]
+    shape = latents(model).shape[1:]
+    faint = np.array([1, 0.05], np.float32).reshape(2, 1, 1, 1)
+    return {
+        "resnet": 0.01 * noise("resnet", 2, 5, 3, first),
+        "time": noise("time", 2, 4 * first),
+        "transformer": 0.01 * noise("transformer", 2, 3, 5, wide),
+        "context": noise("context", 3, tokens, features),
+        "unet": noise("unet", 3, *shape),
+        "timesteps": np.array([981.0, 249.75, 1.0], np.float32),
+        "pixels": np.clip(noise("pixels", 2, height, width, 3), -1, 1) * faint,
+        "vae_latents": noise("vae", 2, *shape) * faint,
+    }
+
+
+def write_checkpoint(
+    folder: Path,
+    model: str,
+    shapes: Shapes,
+    *,
+    dtype: Any = np.float32,
+    rename: Callable[[str, str], str] = lambda component, name: name,
+) -> Path:
+    """A whole checkpoint; `rename` gives tensors the names of older checkpoints."""
+    stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    for component, config in MODELS[model].items():
+        file = "scheduler_config.json" if component == "scheduler" else "config.json"
+        write_json(folder / component / file, config)
+        library = "transformers" if component == "text_encoder" else "diffusers"
+        index[component] = [library, config.get("_class_name", "CLIPTextModel")]
+    for component, stem in stems.items():
+        tensors = {
+            rename(component, name): weight(component, name, shape).astype(dtype)
+            for name, shape in shapes[component].items()
+        }
+        save_file(tensors, folder / component / f"{stem}.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder / "tokenizer", model)
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None]}
+    write_json(folder / "model_index.json", index | {"feature_extractor": [None, None]})
+    return folder
+
+
+def write_tokenizer(folder: Path, model: str) -> None:
+    """CLIP's own layout: all bytes, all bytes at a word's end, the merges, and the two special tokens last."""
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in _MERGES)]
+    vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    assert len(vocab) == MODELS[model]["text_encoder"]["vocab_size"]
+    write_json(folder / "vocab.json", vocab)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *_MERGES, ""]), "utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    length = MODELS[model]["text_encoder"]["max_position_embeddings"]
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True}
+    write_json(folder / "tokenizer_config.json", config | special | {"pad_token": "<|endoftext|>"})
+    # SD 2.x pads with token 0, and says so in this file only.
+    pad = "!" if model == "tiny-sd2" else "<|endoftext|>"
+    write_json(folder / "special_tokens_map.json", special | {"pad_token": pad})
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2), "utf-8")
