@@ -1,0 +1,173 @@
+"""What saved programs are worth: process start to ready, with an empty folder of programs and with a filled one.
+
+    python -m benchmarks.coldstart         # exit 1 where the bar is missed
+
+The model has the layers of Stable Diffusion 1.x at a fortieth of their width, so that compiling dominates as it does
+for a whole one on an accelerator. Each run is a process of its own, cold and warm in turns; a cold one fills the folder
+that the next warm one starts from. Processor seconds stand beside wall time, since they tell less of what else runs.
+"""
+
+import argparse
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.report import machine, spread, write
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+BAR = 0.3
+MODEL = "sd1-narrow"
+
+# Channels over 40 in the UNet, over 16 in the VAE; embeddings 24 wide for 768, and the tests' own vocabulary.
+TEXT = {768: 24, 3072: 96, 49408: 526}
+WIDTHS: dict[str, Any] = {
+    "unet": {"over": 40, "text": TEXT},
+    "vae": {"over": 16, "text": {}},
+    "text_encoder": {"over": 10**6, "text": TEXT},
+}
+NARROWED: dict[str, dict[str, Any]] = {
+    "unet": {
+        "attention_head_dim": 8,
+        "block_out_channels": [8, 16, 32, 32],
+        "cross_attention_dim": 24,
+        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+        "norm_num_groups": 4,
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    },
+    "vae": {
+        "block_out_channels": [8, 16, 32, 32],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    },
+    "text_encoder": {"hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 12, "num_hidden_layers": 12},
+    "scheduler": {},
+}
+SIZES, BUCKETS, MAX_STEPS = [(64, 64)], [1, 2], 50
+MEASURES = {"seconds": "process start to ready, s", "warmup": "of which programs, s", "processor": "processor seconds"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5, help="pairs of a cold and a warm start (%(default)s)")
+    parser.add_argument("--start", nargs=2, type=Path, metavar=("MODEL", "PROGRAMS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.start:
+        start(*args.start)
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        model = write_model(Path(scratch) / MODEL)
+        pairs = []
+        for run in range(args.runs):
+            programs = Path(scratch) / f"programs-{run}"
+            pairs.append((timed_start(model, programs, "compiled"), timed_start(model, programs, "loaded")))
+            print(
+                f"run {run + 1}: cold {pairs[-1][0]['seconds']:.1f} s, warm {pairs[-1][1]['seconds']:.1f} s", flush=True
+            )
+        saved = sum(file.stat().st_size for file in programs.iterdir())
+    figures = {
+        name: {
+            "cold": spread([cold[name] for cold, _ in pairs]),
+            "warm": spread([warm[name] for _, warm in pairs]),
+            "ratio": spread([warm[name] / cold[name] for cold, warm in pairs]),
+        }
+        for name in MEASURES
+    }
+    met = figures["seconds"]["ratio"]["median"] <= BAR
+    facts = {"programs": len(pairs[0][0]["how"]), "megabytes": saved / 1e6, "warm_compiles": pairs[-1][1]["compiles"]}
+    result = {"machine": machine(), "arguments": vars(args), "figures": figures, "bar": BAR, "met": met, **facts}
+    write("coldstart", result, table_of(figures, met, len(pairs)))
+    return 0 if met else 1
+
+
+def table_of(figures: dict[str, Any], met: bool, runs: int) -> Table:
+    table = Table(title=f"Start of a replica, cold and with saved programs: median of {runs} (range)")
+    for heading in ("", "cold", "warm", "warm / cold", "bar", ""):
+        table.add_column(heading)
+    for name, what in MEASURES.items():
+        cells = [
+            "{median:.{digits}f} ({min:.{digits}f} to {max:.{digits}f})".format(**figures[name][kind], digits=digits)
+            for kind, digits in (("cold", 1), ("warm", 1), ("ratio", 3))
+        ]
+        held = [f"≤ {BAR}", "met" if met else "MISSED"] if name == "seconds" else ["", ""]
+        table.add_row(what, *cells, *held)
+    return table
+
+
+def timed_start(model: Path, programs: Path, expected: str) -> dict[str, Any]:
+    """Seconds from the start of a process until its pipeline is ready, and what it says of them itself."""
+    # A cache of JAX's own would warm the cold start.
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-m", "benchmarks.coldstart", "--start", str(model), str(programs)]
+    used, began = processor_seconds(), time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - began
+    if process.returncode:
+        raise SystemExit(f"the start failed with exit code {process.returncode}.")
+    told: dict[str, Any] = json.loads(line)
+    if set(told["how"]) != {expected}:
+        raise SystemExit(f"every program must be {expected} in this start, got {told['how']}.")
+    return told | {"seconds": seconds, "processor": processor_seconds() - used}
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one started and that ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def start(model: Path, programs: Path) -> None:
+    """What a replica does until it is ready, in a process of its own."""
+    import jax
+
+    from app import programs as compiling
+    from app.pipeline import Pipeline
+
+    how: list[str] = []
+    compiles: list[str] = []
+
+    def tell(record: logging.LogRecord) -> bool:
+        how.append(record.getMessage().split()[0])
+        return True
+
+    def hear(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == compiling.BACKEND_COMPILE:
+            compiles.append(str(kwargs.get("fun_name")))
+
+    compiling.logger.setLevel(logging.INFO)
+    compiling.logger.addFilter(tell)
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    pipeline = Pipeline.load(str(model), sizes=SIZES, batch_buckets=BUCKETS, max_steps=MAX_STEPS, programs=programs)
+    began = time.perf_counter()
+    pipeline.warmup()
+    print(json.dumps({"warmup": time.perf_counter() - began, "how": how, "compiles": compiles}), flush=True)
+
+
+def write_model(folder: Path) -> Path:
+    """All tensors of Stable Diffusion 1.4, narrowed. Never starts JAX, which would take the accelerator for itself."""
+    tiny.MODELS[MODEL] = {part: tiny.MODELS["tiny-sd1"][part] | changes for part, changes in NARROWED.items()}
+    full = tiny.tensor_shapes()["stable-diffusion-v1-4"]
+    shapes = {
+        part: {name: [width(size, **WIDTHS[part]) for size in shape] for name, shape in tensors.items()}
+        for part, tensors in full.items()
+    }
+    return tiny.write_checkpoint(folder, MODEL, shapes)
+
+
+def width(size: int, over: int, text: dict[int, int]) -> int:
+    return text.get(size, size // over if size % over == 0 else size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

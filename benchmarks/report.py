@@ -1,0 +1,59 @@
+"""What every benchmark tells in the same way: medians with their spread, the machine, a table and a JSON file."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+OUTPUTS = Path(__file__).parents[1] / "outputs"
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "ray")
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and range over runs, and the runs themselves."""
+    runs = [float(value) for value in values]
+    return {"median": statistics.median(runs), "min": min(runs), "max": max(runs), "runs": runs}
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on beside the code; `load` tells whether something else was running. Starts JAX here."""
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "devices": sorted({f"{device.platform} {device.device_kind}" for device in jax.devices()}),
+        "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def processor() -> str:
+    try:
+        names = re.findall(r"^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(name: str, result: dict[str, Any], table: Table) -> Path:
+    """Shows the table and writes the result to outputs/bench-NAME.json."""
+    path = OUTPUTS / f"bench-{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    console = Console()
+    console.print(table)
+    console.print(f"Written to {path}.")
+    return path
