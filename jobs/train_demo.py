@@ -3,10 +3,10 @@
     python -m jobs.train_demo                 # about 2.5 hours on two cores
     python -m jobs.train_demo --export-only   # writes the folder from the last checkpoint
 
-Four stages, each resumable from its last checkpoint in `--work`: the VAE learns to redraw pictures; a pool of scenes
-is drawn and encoded once; the UNet and the text encoder learn together, on the pool, to denoise latents; the decoder
-learns on for sharper pictures. The networks are the ones that are served. What is written is a diffusers folder like
-any other.
+Five stages, each resumable from its last checkpoint in `--work`: the VAE learns to redraw pictures; a pool of scenes
+is drawn and encoded once; the text encoder learns what captions mean; the UNet learns, and the text encoder with it,
+to denoise the pool's latents; the decoder learns on for sharper pictures. The networks are the ones that are served.
+What is written is a diffusers folder like any other.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from safetensors.numpy import save_file
 
 from app.models.clip import CLIPText
 from app.models.config import CLIPTextConfig, UNetConfig, VAEConfig
-from app.models.loading import to_tensors
+from app.models.loading import load_checkpoint, to_tensors
 from app.models.tokenizer import Tokenizer
 from app.models.unet import UNet
 from app.models.vae import VAE
@@ -87,7 +87,7 @@ TEXT_JSON: dict[str, Any] = {
     "max_position_embeddings": 32,
     "model_type": "clip_text_model",
     "num_attention_heads": 4,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "projection_dim": 160,
 }
 # Ends far noisier than Stable Diffusion's 0.012: at the last timestep 1.5 % of the picture is left instead of 6.8 %,
@@ -118,6 +118,9 @@ class Recipe:
     vae_ema: float = 0.995
     vae_kl_weight: float = 3e-5
     pool: int = 20_000
+    text_steps: int = 3000
+    text_batch: int = 64
+    text_learning_rate: float = 1e-3
     unet_steps: int = 7000
     unet_batch: int = 64
     unet_learning_rate: float = 1e-3
@@ -130,6 +133,8 @@ class Recipe:
     checkpoint_steps: int = 200
 
 
+STAGES = {"vae": "VAE", "text": "text encoder", "unet": "UNet and text encoder", "decoder": "decoder, sharpened"}
+
 State = dict[str, Any]
 
 
@@ -138,6 +143,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/demo-model"), help="folder to write (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path(".cache/train-demo"), help="checkpoints (%(default)s)")
     parser.add_argument("--export-only", action="store_true", help="write the folder from the last checkpoint")
+    parser.add_argument("--start-from", type=Path, help="folder whose networks to train on (from nothing)")
     for field in dataclasses.fields(Recipe):
         kind = type(field.default)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
@@ -151,13 +157,21 @@ def main() -> None:
     write_tokenizer(args.out / "tokenizer")
     tokenizer = Tokenizer(args.out / "tokenizer", TEXT_JSON["max_position_embeddings"])
 
-    vae = train_vae(recipe, args.work, steps=0 if args.export_only else recipe.vae_steps)
+    steps = dict.fromkeys(STAGES, 0) if args.export_only else {s: getattr(recipe, f"{s}_steps") for s in STAGES}
+    earlier = load_checkpoint(args.start_from) if args.start_from else None
+    vae = earlier.vae if earlier else train_vae(recipe, args.work, steps["vae"])
+    vae.config = vae_config()  # the factor that scales latents is the pool's, and counts only in what is written
     pool = encoded_pool(recipe, args.work, vae, tokenizer)
-    steps = 0 if args.export_only else recipe.unet_steps
-    unet, text_encoder = train_unet(recipe, args.work, pool, tokenizer, steps=steps)
-    vae = sharpen_decoder(recipe, args.work, vae, steps=0 if args.export_only else recipe.decoder_steps)
+    if earlier and earlier.text_encoder.config == text_config(tokenizer):
+        text_encoder = earlier.text_encoder
+    else:
+        text_encoder = train_text_encoder(recipe, args.work, tokenizer, steps["text"])
+    unet = earlier.unet if earlier else UNet(UNetConfig.from_json(UNET_JSON, []), rngs=nnx.Rngs(recipe.seed + 1))
+    unet, text_encoder = train_unet(recipe, args.work, pool, tokenizer, unet, text_encoder, steps["unet"])
+    vae = sharpen_decoder(recipe, args.work, vae, steps["decoder"])
     export(args.out, vae, unet, text_encoder, scaling_factor=float(pool["scaling_factor"]))
-    write_card(args.out, args.work, recipe, {"VAE": vae, "UNet": unet, "text encoder": text_encoder})
+    networks = {"VAE": vae, "UNet": unet, "text encoder": text_encoder}
+    write_card(args.out, args.work, recipe, networks, earlier.folder if earlier else None)
     log.info("Wrote %s.", args.out)
 
 
@@ -232,6 +246,9 @@ def vae_config() -> VAEConfig:
 # --- the pool --------------------------------------------------------------------------------------------------------
 
 
+WORDINGS = 4  # captions of one scene
+
+
 def encoded_pool(recipe: Recipe, work: Path, vae: VAE, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """`recipe.pool` scenes, drawn, captioned and encoded once: the UNet never sees a pixel."""
     file = work / "pool.npz"
@@ -248,15 +265,15 @@ def encoded_pool(recipe: Recipe, work: Path, vae: VAE, tokenizer: Tokenizer) -> 
             batch = [scenes.sample_scene(rng, objects=2 if rng.random() < 0.6 else 1) for _ in range(64)]
             pixels = np.stack([scenes.draw(scene) for scene in batch])
             latents.append(np.asarray(encode(params, jnp.asarray(pixels, jnp.float32) / 127.5 - 1), np.float16))
-            captions += [scenes.caption(scene, rng) for scene in batch]
+            captions += [scenes.caption(scene, rng) for scene in batch for _ in range(WORDINGS)]
             bar.update(task, completed=first + 64)
     found = np.concatenate(latents)[: recipe.pool]
-    tokens = tokenizer(captions[: recipe.pool])
+    tokens = tokenizer(captions[: len(found) * WORDINGS])
     if any(tokens.truncated):
         raise RuntimeError(f"a caption is longer than {tokenizer.length} tokens")
     pool: dict[str, Any] = {
         "latents": found,
-        "input_ids": tokens.input_ids,
+        "input_ids": tokens.input_ids.reshape(len(found), WORDINGS, -1),
         "scaling_factor": np.float32(1 / found.astype(np.float32).std()),
     }
     partial = work / "pool.partial.npz"
@@ -265,16 +282,77 @@ def encoded_pool(recipe: Recipe, work: Path, vae: VAE, tokenizer: Tokenizer) -> 
     return pool
 
 
-# --- the UNet and the text encoder ------------------------------------------------------------------------------------
+# --- the text encoder -------------------------------------------------------------------------------------------------
+
+GRID = 4  # cells along each side of the picture
+
+
+def train_text_encoder(recipe: Recipe, work: Path, tokenizer: Tokenizer, steps: int) -> CLIPText:
+    """Learns what captions mean before a UNet has to find it in noise, as CLIP's encoder did before Stable Diffusion.
+
+    From each token behind the caption's last word, a linear reader that is thrown away afterwards must tell the
+    background and, for each cell of a coarse grid, which thing of which colour covers it.
+    """
+    rngs = nnx.Rngs(recipe.seed + 2)
+    kinds, colours, backgrounds = [*scenes.KINDS], [*scenes.COLOURS], [*scenes.BACKGROUNDS]
+    classes = [len(backgrounds)] + [len(kinds) + 1] * GRID**2 + [len(colours) + 1] * GRID**2
+    reader = nnx.Linear(TEXT_JSON["hidden_size"], sum(classes), rngs=rngs)
+    graph, params = nnx.split((CLIPText(text_config(tokenizer), rngs=rngs), reader))
+    optimizer = adamw(recipe.text_learning_rate, recipe.text_steps, recipe.warmup_steps)
+    ends = np.cumsum(classes)[:-1]
+
+    def batches(step: int) -> tuple[jax.Array, jax.Array]:
+        rng = np.random.default_rng([recipe.seed, 5, step])
+        drawn = [scenes.sample_scene(rng) for _ in range(recipe.text_batch)]
+        input_ids = tokenizer([scenes.caption(scene, rng) for scene in drawn]).input_ids
+        answers = np.zeros((len(drawn), len(classes)), np.int32)  # 0 in a cell: nothing there
+        for row, scene in zip(answers, drawn, strict=True):
+            row[0] = backgrounds.index(scene.background)
+            for thing in scene.things:
+                where = covered(thing)
+                row[1:][: GRID**2][where] = kinds.index(thing.kind) + 1
+                row[1 + GRID**2 :][where] = colours.index(thing.colour) + 1
+        return jnp.asarray(input_ids), jnp.asarray(answers)
+
+    def loss_of(params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
+        input_ids, answers = batch
+        text_encoder, reader = nnx.merge(graph, params)
+        said = jnp.split(reader(text_encoder(input_ids)), ends, axis=-1)
+        behind = input_ids == tokenizer.tokenizer.eos_token_id
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(logits, jnp.broadcast_to(answers[:, [i]], behind.shape))
+            for i, logits in enumerate(said)
+        ]
+        return jnp.mean(jnp.stack(losses), where=behind)
+
+    step = make_step(loss_of, optimizer, ema=recipe.vae_ema)
+    state = train("text", work, recipe, start(params, optimizer), step, batches, steps)
+    text_encoder, _ = nnx.merge(graph, state["ema"])
+    return text_encoder
+
+
+def covered(thing: scenes.Thing) -> np.ndarray:
+    """Which cells of the grid, row by row, have their centre within the thing's square."""
+    centres = (np.arange(GRID) + 0.5) / GRID
+    across, down = (np.abs(centres - middle) < thing.size / 2 for middle in (thing.x, thing.y))
+    return (down[:, None] & across[None]).ravel()
+
+
+# --- the UNet and the text encoder together ---------------------------------------------------------------------------
 
 
 def train_unet(
-    recipe: Recipe, work: Path, pool: dict[str, np.ndarray], tokenizer: Tokenizer, steps: int
+    recipe: Recipe,
+    work: Path,
+    pool: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    unet: UNet,
+    text_encoder: CLIPText,
+    steps: int,
 ) -> tuple[UNet, CLIPText]:
     """v-prediction (Salimans and Ho 2022) on the pool's latents, prompts dropped now and then for guidance."""
-    rngs = nnx.Rngs(recipe.seed + 1)
-    unet_graph, unet_params = nnx.split(UNet(UNetConfig.from_json(UNET_JSON, []), rngs=rngs))
-    text_graph, text_params = nnx.split(CLIPText(text_config(tokenizer), rngs=rngs))
+    unet_graph, unet_params = nnx.split(unet)
+    text_graph, text_params = nnx.split(text_encoder)
     optimizer = adamw(recipe.unet_learning_rate, recipe.unet_steps, recipe.warmup_steps)
     empty = jnp.asarray(tokenizer([""]).input_ids)
     alphas_cumprod = jnp.asarray(alphas_bar_of(Schedule.from_config(SCHEDULER_JSON)), jnp.float32)
@@ -298,8 +376,10 @@ def train_unet(
     scaled = pool["latents"].astype(np.float32) * pool["scaling_factor"]
 
     def batches(step: int) -> tuple[jax.Array, jax.Array]:
-        rows = np.random.default_rng([recipe.seed, 3, step]).integers(0, len(scaled), recipe.unet_batch)
-        return jnp.asarray(scaled[rows]), jnp.asarray(pool["input_ids"][rows])
+        rng = np.random.default_rng([recipe.seed, 3, step])
+        rows = rng.integers(0, len(scaled), recipe.unet_batch)
+        wordings = rng.integers(0, WORDINGS, recipe.unet_batch)
+        return jnp.asarray(scaled[rows]), jnp.asarray(pool["input_ids"][rows, wordings])
 
     step = make_step(loss_of, optimizer, ema=recipe.unet_ema)
     initial = start({"unet": unet_params, "text_encoder": text_params}, optimizer)
@@ -442,46 +522,64 @@ def write_tokenizer(folder: Path) -> None:
     write_json(folder / "special_tokens_map.json", special)
 
 
-def write_card(out: Path, work: Path, recipe: Recipe, networks: dict[str, nnx.Module]) -> None:
-    """The model card, with the curves of its losses."""
+def write_card(
+    out: Path, work: Path, recipe: Recipe, networks: dict[str, nnx.Module], started_from: Path | None
+) -> None:
+    """The model card, with the curves of its losses. What `started_from`'s card says of its own training is kept."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    earlier = card_rows(started_from) if started_from else {}
     curves = {}
-    titles = {"vae": "VAE", "unet": "UNet and text encoder", "decoder": "decoder, sharpened"}
-    for stage in titles:
-        lines = [json.loads(line) for line in (work / f"{stage}.jsonl").read_text().splitlines()]
-        curves[stage] = {line["step"]: line for line in lines}  # a resumed run repeats a few steps: the last one counts
-    figure, axes = pyplot.subplots(1, len(titles), figsize=(12, 3), layout="constrained")
-    for axis, (stage, title) in zip(axes, titles.items(), strict=True):
+    for stage in STAGES:
+        file = work / f"{stage}.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if lines:
+            curves[stage] = {line["step"]: line for line in lines}  # a resumed run repeats a few: the last one counts
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3), layout="constrained", squeeze=False)
+    for axis, stage in zip(axes[0], curves, strict=True):
         axis.semilogy(list(curves[stage]), [line["loss"] for line in curves[stage].values()])
-        axis.set(title=title, xlabel="step", ylabel="loss")
+        axis.set(title=STAGES[stage], xlabel="step", ylabel="loss")
         axis.grid(alpha=0.3, which="both")
     figure.savefig(out / "loss.png", dpi=100)
+
+    def trained(stage: str, how: str) -> str:
+        if stage not in curves:
+            return earlier.get(STAGES[stage], "kept as it was")
+        minutes = sum(line["seconds"] * 50 for line in curves[stage].values()) / 60
+        said = f"{max(curves[stage], default=0)} steps of {how}, {minutes:.0f} minutes"
+        before = earlier.get(STAGES[stage])
+        return f"{before}; then, from those weights: {said}" if before else said
 
     sizes = {
         name: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
         for name, network in networks.items()
     }
-    steps = {stage: max(curve, default=0) for stage, curve in curves.items()}
-    minutes = {stage: sum(line["seconds"] * 50 for line in curves[stage].values()) / 60 for stage in curves}
     rows = {
         "parameters": ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in sizes.items()),
         "pictures": f"128x128; latents 16x16x{VAE_JSON['latent_channels']}",
         "data": f"drawn by jobs/scenes.py: {len(scenes.KINDS)} things, {len(scenes.COLOURS)} colours, "
         f"{len(scenes.BACKGROUNDS)} backgrounds, one or two things with a relation; about a tenth of the "
         "combinations is held out",
-        "VAE": f"{steps['vae']} steps of {recipe.vae_batch} fresh pictures, {minutes['vae']:.0f} minutes",
-        "UNet and text encoder": f"{steps['unet']} steps of {recipe.unet_batch} latents out of a pool of "
-        f"{recipe.pool}, {minutes['unet']:.0f} minutes; v-prediction, {recipe.prompt_dropout:.0%} of prompts dropped",
-        "decoder": f"{steps['decoder']} more steps with the encoder fixed, {minutes['decoder']:.0f} minutes",
+        STAGES["vae"]: trained("vae", f"{recipe.vae_batch} fresh pictures"),
+        STAGES["text"]: trained("text", f"{recipe.text_batch} fresh captions, telling what is where"),
+        STAGES["unet"]: trained("unet", f"{recipe.unet_batch} latents out of a pool of {recipe.pool}")
+        + f"; v-prediction, {recipe.prompt_dropout:.0%} of prompts dropped",
+        STAGES["decoder"]: trained("decoder", f"{recipe.vae_batch} fresh pictures with the encoder fixed"),
         "machine": f"{os.cpu_count()} CPU cores, shared with other work",
         "licence": "Apache-2.0, weights and pictures; nothing was trained on anybody's work but the drawing program's",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     (out / "README.md").write_text(CARD.format(table=table), "utf-8")
+
+
+def card_rows(folder: Path) -> dict[str, str]:
+    """What a card of ours says, by the first column of its table."""
+    file = folder / "README.md"
+    cells = [line.strip("| ").split(" | ") for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    return {row[0]: row[1] for row in cells if len(row) == 2}
 
 
 CARD = """# The demo model
