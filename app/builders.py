@@ -34,6 +34,9 @@ def no_repeats(values: Values) -> Values:
     return values
 
 
+Buckets = Annotated[list[Annotated[int, Field(ge=1, le=1024)]], AfterValidator(no_repeats)]
+
+
 class Args(Settings):
     """What `args:` in serve_config.yaml may say; a key that is not listed here is refused."""
 
@@ -45,10 +48,26 @@ class Args(Settings):
     sizes: Annotated[list[str], AfterValidator(sizes_written_well)] = Field(
         min_length=1, description="WIDTHxHEIGHT; each is compiled at start, the first is the default"
     )
-    batch_buckets: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], AfterValidator(no_repeats)] = Field(
+    batch_buckets: Buckets = Field(
         default=[1, 2, 4], min_length=1, description="how many images share a step; each is compiled at start"
     )
+    decode_buckets: Buckets | None = Field(
+        default=None,
+        min_length=1,
+        description="how many images are decoded together; null: those of batch_buckets up to 4",
+    )
+    images_at_once: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        default="auto", description="how many images of a size denoise at once; auto: as many as measured to pay"
+    )
+    admission_gain: float = Field(
+        default=0.05, ge=0, le=1, description="with auto: another image joins only if images per second rise by this"
+    )
     max_waiting: int = Field(default=32, ge=1, description="queue of a replica; beyond it a request gets 503")
+    prompt_cache: int = Field(default=256, ge=1, le=65536, description="encoded prompts that a replica keeps")
+    encoding_threads: int = Field(default=2, ge=1, le=64, description="threads that make files of pixels")
+    programs: str | None = Field(
+        default=None, description="folder of compiled programs, relative to the repository; null: each start compiles"
+    )
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
     encoding: Encoding = Encoding()
@@ -77,8 +96,14 @@ def text_to_image(args: Args) -> Application:
         dtype=args.dtype,
         sizes=[width_height(size) for size in args.sizes],
         batch_buckets=sorted(args.batch_buckets),
+        decode_buckets=args.decode_buckets and sorted(args.decode_buckets),
         max_steps=args.limits.num_inference_steps[1],
+        programs=args.programs and (ROOT / Path(args.programs).expanduser()),
         max_waiting=args.max_waiting,
+        images_at_once=None if args.images_at_once == "auto" else args.images_at_once,
+        admission_gain=args.admission_gain,
+        prompt_cache=args.prompt_cache,
+        encoding_threads=args.encoding_threads,
     )
     return serve.deployment()(serve.ingress()(APIIngress)).bind(replicas, service)
 

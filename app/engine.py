@@ -1,37 +1,72 @@
-"""A waiting queue and one thread that denoises: one request at a time, in order. Knows nothing of Ray or HTTP."""
+"""Step-level batching: a waiting queue, slots, and one thread that runs the step loop. Knows nothing of Ray, HTTP, JAX
+or model weights.
+
+Between any two steps pictures join, leave and overtake: the requests of a size stand in line by what is left of them,
+with ageing, and the first few of the line share the next step, as many as make images come fastest (app/admission.py).
+Several sizes take turns. The thread dispatches one step ahead of the device and never waits for a picture: another
+thread fetches those.
+"""
 
 import dataclasses
 import logging
-import queue
+import math
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, InvalidStateError
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
+from app.admission import Decoding, Lane, Profile, Work, at_once, device_s, schedule
 from app.protocol import SEEDS, Generation
 from app.samplers import SamplerTable
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
+Size = tuple[int, int]  # width and height, in pixels
+
+DISPATCH_S = 0.02  # several steps share a dispatch up to this: a newcomer, or a cancellation, waits no longer for it
+AHEAD = 1  # dispatches beyond the one that the device is at
+# Less left goes first, but not for ever: a request with t seconds of work more than another is overtaken by it only if
+# that one came no later than t / AGEING seconds after it.
+AGEING = 0.1
+FAILURES = 3  # dispatches that fail in a row before the engine gives up, so that Serve replaces the replica
+
 
 class Verbs(Protocol):
-    """What the engine needs of a pipeline; tests give it a fake."""
+    """What the engine needs of a pipeline; tests give it a fake. Verbs only dispatch; `wait`, and np.asarray of what
+    `decode` returns, block."""
 
     num_slots: int
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[Size, ...]
+    row_buckets: tuple[int, ...]
+    decode_buckets: tuple[int, ...]
     default_sampler: str
 
+    @property
+    def step_s(self) -> Mapping[tuple[Size, int], float]: ...  # seconds of a step by size and row bucket
+    @property
+    def decode_s(self) -> Mapping[tuple[Size, int], float]: ...
+
     def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable: ...
-    def empty_state(self, size: tuple[int, int]) -> Any: ...
-    def encode(self, prompt: str, negative_prompt: str) -> Any: ...
+    def empty_state(self, size: Size) -> Any: ...
+    def encode(self, texts: Sequence[str]) -> list[Any]: ...
     def insert(
-        self, state: Any, slot: int, embeddings: Any, table: SamplerTable, guidance_scale: float, seed: int
+        self,
+        state: Any,
+        slot: int,
+        prompt: Any,
+        negative_prompt: Any,
+        table: SamplerTable,
+        guidance_scale: float,
+        seed: int,
     ) -> Any: ...
-    def step(self, state: Any, slots: range) -> Any: ...
-    def decode(self, state: Any, slots: range) -> Any: ...
+    def step(self, state: Any, lanes: Sequence[Lane], count: int) -> tuple[Any, Any]: ...
+    def decode(self, state: Any, slots: Sequence[int], draft: bool = False) -> Any: ...
+    def wait(self, done: Any) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +79,9 @@ class Generated:
     prompt_truncated: bool
     negative_prompt_truncated: bool
     queue_s: float
-    denoise_s: float
-    decode_s: float
+    denoise_s: float  # from the first picture's first step to the last one's last, with pauses
+    decode_s: float  # from there to pixels on the host
+    device_s: float  # its share of the steps and decodes that it took part in
 
 
 class QueueFull(Exception):
@@ -56,135 +92,595 @@ class QueueFull(Exception):
         self.retry_after_s = retry_after_s
 
 
+class DeadlineUnmeetable(Exception):
+    """Nothing was queued: it would take `estimate_s`. After `retry_after_s` it should fit, if nothing else comes."""
+
+    def __init__(self, estimate_s: float, retry_after_s: float):
+        super().__init__(f"it would take {estimate_s:.1f} s; retry in {retry_after_s:.1f} s")
+        self.estimate_s = estimate_s
+        self.retry_after_s = retry_after_s
+
+
 class EngineStopped(Exception):
     """The engine's thread has ended, by `close` or by a failure."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Waiting:
+Preview = Callable[[int, np.ndarray], None]
+
+
+@dataclasses.dataclass(eq=False)
+class _Picture:
+    """One image in the making."""
+
+    request: "_Request"
+    number: int  # among the request's
+    steps_left: int
+    slot: int | None = None
+    previews: list[int] = dataclasses.field(default_factory=list)  # `steps_left` at which each is due, falling
+    denoised: float = math.inf  # when its last step was dispatched
+
+    @property
+    def work(self) -> Work:
+        return Work(self.steps_left, self.request.rows)
+
+
+@dataclasses.dataclass(eq=False)
+class _Request:
     generation: Generation
     table: SamplerTable
     future: "Future[Generated]"
     since: float
+    on_preview: Preview | None
+    rows: int  # of the UNet for each step of each picture
+    pictures: list[_Picture] = dataclasses.field(default_factory=list)  # those that are not decoded yet
+    texts: tuple[Any, Any] | None = None  # prompt and negative prompt, encoded
+    began: float | None = None
+    denoised: float = 0.0
+    device_s: float = 0.0
+    previewed: int = 0
+    pixels: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple((self.generation.seed + i) % SEEDS for i in range(self.generation.n))
+
+
+@dataclasses.dataclass(eq=False)
+class _Group:
+    """All of one size: its slots and its line."""
+
+    size: Size
+    state: Any
+    profile: Profile
+    decoding: Decoding
+    free: list[int]
+    requests: list[_Request] = dataclasses.field(default_factory=list)  # with pictures that are not decoded yet
+    turn: float = 0.0  # device time had, over pictures there were to share it; the group with the least is next
+    images_at_once: int = 0
+    steps: int = 0
+    rows_asked: float = 0.0  # running sums of rows that were asked for and rows that buckets made of them
+    rows_run: float = 0.0
+
+    def pictures(self) -> list[_Picture]:
+        """The line: requests by what is left of them, with ageing; within one, those that have begun first."""
+        row_s = self.profile.row_s()
+
+        def left(request: _Request) -> float:
+            return sum(picture.steps_left for picture in request.pictures) * request.rows * row_s
+
+        line = sorted(self.requests, key=lambda request: left(request) + AGEING * request.since)
+        return [
+            picture
+            for request in line
+            for picture in sorted(request.pictures, key=lambda picture: (picture.steps_left, picture.number))
+            if picture.steps_left
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dispatch:
+    group: _Group
+    done: Any
+    bucket: int
+    count: int
+    at: float
+    alone: bool  # nothing but steps since the dispatch before, so that its time is theirs
 
 
 class Engine:
-    """Owns the thread, the queue and the denoising states."""
+    """Owns the thread, the line of each size, and the denoising states."""
 
-    def __init__(self, pipeline: Verbs, *, max_waiting: int):
+    def __init__(
+        self,
+        pipeline: Verbs,
+        *,
+        max_waiting: int,
+        images_at_once: int | None = None,
+        gain: float = 0.05,
+        prompt_cache: int = 256,
+        clock: Callable[[], float] = time.monotonic,
+        fetcher: Executor | None = None,
+    ):
+        """`images_at_once` overrides what the measured step times say; `start` starts the thread, and tests without
+        it call `tick`."""
         self.pipeline = pipeline
         self.max_waiting = max_waiting
-        self._lock = threading.Lock()
-        self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._unfinished: set[Future[Generated]] = set()
-        self._busy_s = 1.0  # a running mean of one request's seconds
-        self._stopping = False
-        self._states = {size: pipeline.empty_state(size) for size in pipeline.sizes}
+        self.images_at_once = images_at_once
+        self.gain = gain
+        self.clock = clock
+        self.started = clock()
+        self._groups = {size: self._new_group(size) for size in pipeline.sizes}
+        self._changed = threading.Condition()  # guards what `submit` and the thread share: arrivals and each line
+        self._arrivals: list[_Request] = []
+        self._unfinished: set[_Request] = set()
+        self._stopping = self._draining = False
+        self._thread: threading.Thread | None = None
+        self._flight: deque[_Dispatch] = deque()
+        self._last_done = 0.0
+        self._only_steps = True
+        self._failures = 0
+        self._texts: OrderedDict[str, Any] = OrderedDict()
+        self._prompt_cache = prompt_cache
+        self._hits = self._misses = 0
+        self._busy_s = 0.0
+        self._outcomes = dict.fromkeys(("completed", "cancelled", "failed", "queue_full", "deadline"), 0)
+        # One thread, so that a request's previews and its picture arrive in the order in which the device makes them.
+        self._fetcher = fetcher or ThreadPoolExecutor(1, "fetch")
+
+    # --- for any thread
+
+    def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive() and not self._stopping
+        return not self._stopping and (self._thread is None or self._thread.is_alive())
 
-    def submit(self, generation: Generation) -> "Future[Generated]":
-        """Raises QueueFull, EngineStopped, or ValueError for what this checkpoint cannot do.
+    def submit(
+        self,
+        generation: Generation,
+        *,
+        timeout_s: float = math.inf,
+        previews: int = 0,
+        on_preview: Preview | None = None,
+    ) -> "Future[Generated]":
+        """Raises QueueFull, DeadlineUnmeetable, EngineStopped, or ValueError for what this checkpoint cannot do.
 
-        Cancelling the future frees its place: at once if it waits, at the next step if it runs.
+        Cancelling the future frees its slots at the next step. `on_preview` is called from another thread, with a
+        number from 0 and the picture as it looks by then, uint8 [H, W, 3]; where there are fewer steps than
+        `previews` asks for, less often.
         """
         size = (generation.width, generation.height)
-        if size not in self._states:
-            declared = ", ".join(f"{width}x{height}" for width, height in self._states)
+        if size not in self._groups:
+            declared = ", ".join(f"{width}x{height}" for width, height in self._groups)
             raise ValueError(f"size must be one of {declared}, got {size[0]}x{size[1]}.")
         table = self.pipeline.table(generation.sampler, generation.num_inference_steps)
-        future: Future[Generated] = Future()
-        with self._lock:
-            if not self.healthy:
+        request = _Request(
+            generation, table, Future(), self.clock(), on_preview, rows=1 + (generation.guidance_scale > 1)
+        )
+        steps = len(table)
+        due = sorted({steps - round(steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, steps})
+        request.pictures = [_Picture(request, number, steps, previews=due[:]) for number in range(generation.n)]
+        with self._changed:
+            if self._draining or not self.healthy:
                 raise EngineStopped("the engine has stopped")
-            if len(self._unfinished) > self.max_waiting:  # one runs, the others wait
-                raise QueueFull(self._busy_s)
-            self._unfinished.add(future)
-            self._waiting.put(_Waiting(generation, table, future, time.monotonic()))
-        future.add_done_callback(self._forget)
-        return future
+            if sum(waiting.began is None for waiting in self._unfinished) >= self.max_waiting:
+                self._outcomes["queue_full"] += 1
+                raise QueueFull(self._place_s())
+            if timeout_s < math.inf and (estimate_s := self._estimate_s(request, size)) > timeout_s:
+                self._outcomes["deadline"] += 1
+                # Those that it could overtake now will have less left by then, or have waited longer.
+                last_s = self._estimate_s(request, size, last=True)
+                raise DeadlineUnmeetable(estimate_s, max(last_s - timeout_s, 0.1))
+            self._unfinished.add(request)
+            self._arrivals.append(request)
+            self._changed.notify()
+        request.future.add_done_callback(partial(self._left, request))
+        return request.future
 
-    def stats(self) -> dict[str, float]:
-        return {"unfinished": float(len(self._unfinished))}
+    def stats(self) -> dict[str, Any]:
+        """What it does right now, and has done; plain numbers, for JSON."""
+        with self._changed:
+            lines = {group: self._line(group) for group in self._groups.values()}
+            waiting = [request for request in self._unfinished if request.began is None]
+            asked, run = (sum(getattr(g, name) for g in lines) for name in ("rows_asked", "rows_run"))
+            return {
+                "waiting": len(waiting),
+                "unfinished": len(self._unfinished),
+                "active_slots": sum(self.pipeline.num_slots - len(group.free) for group in lines),
+                "num_slots": self.pipeline.num_slots * len(lines),
+                "backlog_s": sum(self._backlog_s(group) for group in lines),
+                "bucket_fill": asked / run if run else 1.0,
+                "sizes": {
+                    f"{group.size[0]}x{group.size[1]}": {
+                        "step_s": {str(rows): seconds for rows, seconds in group.profile.table().items()},
+                        "images_at_once": group.images_at_once,
+                        "active": self.pipeline.num_slots - len(group.free),
+                        "waiting": sum(picture.slot is None for picture in line),
+                        "steps": group.steps,
+                    }
+                    for group, line in lines.items()
+                },
+                "admission": "measured" if self.images_at_once is None else "fixed",
+                "gain": self.gain,
+                "prompt_cache": {"entries": len(self._texts), "hits": self._hits, "misses": self._misses},
+                "requests": dict(self._outcomes),
+                "device_busy_s": self._busy_s,
+                "uptime_s": self.clock() - self.started,
+            }
+
+    def drain(self, timeout_s: float) -> None:
+        """Lets those finish that have begun, refuses the others, and closes; after `timeout_s` whatever is left."""
+        deadline = self.clock() + timeout_s
+        with self._changed:
+            self._draining = True
+            waiting = [request for request in self._unfinished if request.began is None]
+        for request in waiting:
+            finish(request.future, EngineStopped("the engine is stopping"))
+        with self._changed:
+            while self._unfinished and self.healthy and (left := deadline - self.clock()) > 0:
+                self._changed.wait(min(left, 0.5))
+        self.close()
 
     def close(self) -> None:
         """Ends the thread at its next step; every unfinished request fails with EngineStopped."""
-        with self._lock:
+        with self._changed:
             self._stopping = True
-            self._waiting.put(None)
-        self._thread.join(timeout=30)
+            self._changed.notify_all()
+        self._give_up()  # before the thread has ended, as its device may hang
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+        self._fetcher.shutdown(wait=False)
 
-    def _forget(self, future: "Future[Generated]") -> None:
-        with self._lock:
-            self._unfinished.discard(future)
+    # --- the thread
 
     def _run(self) -> None:
         try:
-            while (waiting := self._waiting.get()) is not None and not self._stopping:
-                if not waiting.future.cancelled():
-                    self._serve(waiting)
+            while True:
+                with self._changed:
+                    while not (self._stopping or self._arrivals or self._flight or self._waiting_for_steps()):
+                        self._changed.wait()
+                    if self._stopping:
+                        return
+                self.tick()
         except BaseException:
             logger.exception("The engine's thread failed.")
         finally:
-            with self._lock:
-                self._stopping = True
-                unfinished = list(self._unfinished)
-            for future in unfinished:
-                finish(future, EngineStopped("the engine has stopped"))
+            self._give_up()
 
-    def _serve(self, waiting: _Waiting) -> None:
-        began = time.monotonic()
+    def tick(self) -> bool:
+        """One turn of the loop; whether there was anything to do."""
+        self._take_arrivals()
+        self._free_cancelled()
+        group = self._next()
+        if group is None:
+            return self._settle(0)
+        running: list[_Picture] = []
         try:
-            generated = self._generate(waiting, began)
+            running = self._admit(group)
+            if running:
+                self._advance(group, running)
         except Exception as error:
-            finish(waiting.future, error)
-            # A step that failed half way has consumed its state: start from free slots.
-            self._states = {size: self.pipeline.empty_state(size) for size in self.pipeline.sizes}
-            return
-        if generated is not None:
-            self._busy_s += 0.2 * (time.monotonic() - began - self._busy_s)
-            finish(waiting.future, generated)
+            self._fail_group(group, error)
+        self._retire(group, sum(picture.steps_left > 0 for picture in running))
+        self._settle(AHEAD)
+        return True
 
-    def _generate(self, waiting: _Waiting, began: float) -> Generated | None:
-        """None where the request was cancelled on the way."""
-        generation, table = waiting.generation, waiting.table
-        size = (generation.width, generation.height)
-        seeds = tuple((generation.seed + i) % SEEDS for i in range(generation.n))
-        embeddings = self.pipeline.encode(generation.prompt, generation.negative_prompt)
-        pixels, denoise_s, decode_s = [], 0.0, 0.0
-        for group in groups(seeds, self.pipeline.num_slots):
-            started = time.monotonic()
-            state, slots = self._states[size], range(len(group))
-            for slot, seed in enumerate(group):
-                state = self.pipeline.insert(state, slot, embeddings, table, generation.guidance_scale, seed)
-            for _ in range(len(table)):
-                state = self.pipeline.step(state, slots)
-                self._states[size] = state
-                if waiting.future.cancelled() or self._stopping:
-                    return None
-            decoding = time.monotonic()
-            pixels.append(np.asarray(self.pipeline.decode(state, slots))[: len(group)])
-            denoise_s += decoding - started
-            decode_s += time.monotonic() - decoding
+    def _take_arrivals(self) -> None:
+        with self._changed:
+            for request in self._arrivals:
+                group = self._group(request)
+                if not group.requests:  # back from idling: no claim to the time that it did not use
+                    groups = self._groups.values()
+                    # Where all idle, none owes for time that nobody else wanted.
+                    turns = [g.turn for g in groups if g.requests] or [max(g.turn for g in groups)]
+                    group.turn = max(group.turn, min(turns))
+                group.requests.append(request)
+            self._arrivals.clear()
+
+    def _free_cancelled(self) -> None:
+        for group in self._groups.values():
+            if gone := [request for request in group.requests if request.future.done()]:
+                with self._changed:
+                    for request in gone:
+                        self._leave(group, request)
+
+    def _next(self) -> _Group | None:
+        """Sizes take turns by device time, in proportion to how many pictures each has in line."""
+        return min((group for group in self._groups.values() if group.requests), key=lambda g: g.turn, default=None)
+
+    def _admit(self, group: _Group) -> list[_Picture]:
+        """The pictures that share the next step; those of them that wait go into free slots."""
+        line = group.pictures()
+        seated, free = [], len(group.free)
+        for picture in line:
+            if picture.slot is not None or free > 0:
+                seated.append(picture)
+                free -= picture.slot is None
+        rows = [picture.request.rows for picture in seated]
+        group.images_at_once = at_once(rows, group.profile, self.gain, self.images_at_once)
+        chosen = seated[: group.images_at_once]
+        self._encode([picture.request for picture in chosen if picture.request.texts is None])
+        admitted = []
+        for picture in chosen:
+            request = picture.request
+            if request.texts is None:  # its prompt could not be encoded; it has failed
+                continue
+            if picture.slot is None:
+                if request.began is None:
+                    request.began = self.clock()
+                with self._changed:
+                    picture.slot = group.free.pop()
+                seed, scale = request.seeds[picture.number], request.generation.guidance_scale
+                self._only_steps = False
+                group.state = self.pipeline.insert(
+                    group.state, picture.slot, *request.texts, request.table, scale, seed
+                )
+            admitted.append(picture)
+        return admitted
+
+    def _encode(self, requests: Sequence[_Request]) -> None:
+        """Gives each its encoded texts, of which those that were seen lately cost nothing."""
+        requests = list(dict.fromkeys(requests))
+        texts = [text for r in requests for text in (r.generation.prompt, r.generation.negative_prompt)]
+        unseen = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        self._hits += len(texts) - len(unseen)
+        self._misses += len(unseen)
+        if unseen:
+            self._only_steps = False
+            try:
+                self._texts.update(zip(unseen, self.pipeline.encode(unseen), strict=True))
+            except Exception as error:
+                known = self._texts.keys()
+                for request in requests:
+                    if not {request.generation.prompt, request.generation.negative_prompt} <= known:
+                        self._fail(request, error)
+                requests = [request for request in requests if not request.future.done()]
+                texts = [text for text in texts if text in known]
+        for request in requests:
+            request.texts = (self._texts[request.generation.prompt], self._texts[request.generation.negative_prompt])
+        for text in texts:
+            self._texts.move_to_end(text)
+        while len(self._texts) > self._prompt_cache:
+            self._texts.popitem(last=False)
+
+    def _advance(self, group: _Group, pictures: Sequence[_Picture]) -> None:
+        """One dispatch: as many steps as fit into DISPATCH_S, up to the first that somebody ends or shows."""
+        lanes = [Lane(picture.slot, picture.request.rows == 2) for picture in pictures if picture.slot is not None]
+        rows = sum(lane.rows for lane in lanes)
+        bucket, step_s = group.profile.bucket(rows), group.profile.step_s(rows)
+        until = (picture.steps_left - (picture.previews[-1] if picture.previews else 0) for picture in pictures)
+        count = min(min(until), max(1, int(DISPATCH_S / step_s)))
+        group.state, done = self.pipeline.step(group.state, lanes, count)
+        self._flight.append(_Dispatch(group, done, bucket, count, self.clock(), self._only_steps))
+        self._only_steps = True
+        group.turn += count * step_s / sum(len(request.pictures) for request in group.requests)
+        group.steps += count
+        group.rows_asked = group.rows_asked * 0.99 + rows
+        group.rows_run = group.rows_run * 0.99 + bucket
+        with self._changed:
+            for picture, lane in zip(pictures, lanes, strict=True):
+                picture.steps_left -= count
+                if not picture.steps_left:
+                    picture.denoised = self._flight[-1].at
+                picture.request.device_s += count * step_s * lane.rows / rows
+        for picture in pictures:
+            if picture.previews and picture.previews[-1] == picture.steps_left:
+                self._preview(group, picture)
+
+    def _preview(self, group: _Group, picture: _Picture) -> None:
+        request = picture.request
+        picture.previews.pop()
+        number = request.previewed
+        request.previewed += 1
+        assert picture.slot is not None and request.on_preview is not None
+        self._only_steps = False
+        try:
+            pixels = self.pipeline.decode(group.state, [picture.slot], draft=True)
+        except Exception:
+            logger.exception("A preview failed.")
+            return
+        self._fetcher.submit(self._show, request, number, pixels)
+
+    def _retire(self, group: _Group, running: int) -> None:
+        """Finished pictures are decoded, in as few programs as pays, and leave their slots at once."""
+        finished = [p for request in group.requests for p in request.pictures if not p.steps_left]
+        now = self.clock()
+        while finished and group.decoding.due(len(finished), sum(now - p.denoised for p in finished), running):
+            bucket = group.decoding.bucket(len(finished))
+            batch, finished = finished[:bucket], finished[bucket:]
+            self._only_steps = False
+            try:
+                pixels = self.pipeline.decode(group.state, [p.slot for p in batch if p.slot is not None])
+            except Exception as error:
+                for picture in batch:
+                    self._fail(picture.request, error)
+                finished = [p for p in finished if p.slot is not None]  # others of those requests left with them
+                continue
+            decode_s = group.decoding.decode_s[bucket]
+            with self._changed:
+                for picture in batch:
+                    request = picture.request
+                    request.device_s += decode_s / len(batch)
+                    request.denoised = max(request.denoised, picture.denoised)
+                    request.pictures.remove(picture)
+                    self._free(group, picture)
+                    if not request.pictures:
+                        group.requests.remove(request)
+            self._busy_s += decode_s
+            self._fetcher.submit(self._fetch, batch, pixels)
+
+    def _settle(self, ahead: int) -> bool:
+        """Waits until no more than `ahead` dispatches are in flight, and learns from their times."""
+        waited = bool(self._flight)
+        while len(self._flight) > ahead:
+            dispatch = self._flight.popleft()
+            asked = self.clock()
+            try:
+                self.pipeline.wait(dispatch.done)
+            except Exception as error:
+                self._fail_group(dispatch.group, error)
+                continue
+            self._failures = 0
+            now = self.clock()
+            spent = now - max(self._last_done, dispatch.at)
+            if dispatch.alone and now - asked > 1e-4:  # else it was done before anybody looked
+                dispatch.group.profile.observe(dispatch.bucket, spent / dispatch.count)
+            # What else ran in between, a decode, is counted already.
+            step_s = dispatch.group.profile.step_s(dispatch.bucket)
+            self._busy_s += spent if dispatch.alone else min(spent, dispatch.count * step_s)
+            self._last_done = now
+        return waited
+
+    def _fail_group(self, group: _Group, error: Exception) -> None:
+        """A step or an insert that fails has consumed the state and with it every picture that had begun."""
+        logger.error("A step of %dx%d failed: %s", *group.size, error)
+        self._failures += 1
+        self._texts.clear()  # it may be an encoding that failed
+        self._flight = deque(dispatch for dispatch in self._flight if dispatch.group is not group)
+        for request in [r for r in group.requests if any(p.slot is not None for p in r.pictures)]:
+            self._fail(request, error)
+        group.state = self.pipeline.empty_state(group.size)
+        if self._failures >= FAILURES:
+            raise RuntimeError(f"{FAILURES} dispatches failed in a row") from error
+
+    # --- what becomes of requests
+
+    def _fetch(self, batch: Sequence[_Picture], handle: Any) -> None:
+        """In the fetching thread: waits for the device and completes what is complete."""
+        try:
+            pixels = np.asarray(handle)[: len(batch)]
+        except Exception as error:
+            for picture in batch:  # those of its pictures that still run leave at the next tick, in the engine's thread
+                finish(picture.request.future, error)
+            return
+        for picture, image in zip(batch, pixels, strict=True):
+            request = picture.request
+            request.pixels[picture.number] = image
+            if len(request.pixels) == request.generation.n:
+                finish(request.future, self._generated(request))
+
+    def _generated(self, request: _Request) -> Generated:
+        assert request.began is not None and request.texts is not None
+        prompt, negative_prompt = request.texts
         return Generated(
-            pixels=np.concatenate(pixels),
-            seeds=seeds,
-            sampler=generation.sampler or self.pipeline.default_sampler,
-            prompt_truncated=embeddings.prompt_truncated,
-            negative_prompt_truncated=embeddings.negative_prompt_truncated,
-            queue_s=began - waiting.since,
-            denoise_s=denoise_s,
-            decode_s=decode_s,
+            pixels=np.stack([request.pixels[number] for number in range(request.generation.n)]),
+            seeds=request.seeds,
+            sampler=request.generation.sampler or self.pipeline.default_sampler,
+            prompt_truncated=prompt.truncated,
+            negative_prompt_truncated=negative_prompt.truncated,
+            queue_s=request.began - request.since,
+            denoise_s=request.denoised - request.began,
+            decode_s=self.clock() - request.denoised,
+            device_s=request.device_s,
         )
 
+    def _show(self, request: _Request, number: int, handle: Any) -> None:
+        """In the fetching thread. A preview that fails is no reason to lose the picture."""
+        try:
+            if not request.future.done() and request.on_preview is not None:
+                request.on_preview(number, np.asarray(handle)[0])
+        except Exception:
+            logger.exception("A preview failed.")
 
-def groups(seeds: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
-    for first in range(0, len(seeds), size):
-        yield seeds[first : first + size]
+    def _fail(self, request: _Request, error: Exception) -> None:
+        finish(request.future, error)
+        group = self._group(request)
+        with self._changed:
+            self._leave(group, request)
+
+    def _leave(self, group: _Group, request: _Request) -> None:
+        for picture in request.pictures:
+            self._free(group, picture)
+        request.pictures.clear()
+        if request in group.requests:
+            group.requests.remove(request)
+
+    def _free(self, group: _Group, picture: _Picture) -> None:
+        if picture.slot is not None:
+            group.free.append(picture.slot)
+            picture.slot = None
+
+    def _left(self, request: _Request, future: "Future[Generated]") -> None:
+        """However it ended; also wakes a thread that has nothing else to do than to free its slots."""
+        outcome = "cancelled" if future.cancelled() else "failed" if future.exception() else "completed"
+        with self._changed:
+            self._unfinished.discard(request)
+            self._outcomes[outcome] += 1
+            self._changed.notify_all()
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._stopping = True
+            unfinished = list(self._unfinished)
+        for request in unfinished:
+            finish(request.future, EngineStopped("the engine has stopped"))
+
+    # --- what is known of the time that things take; the lock is held
+
+    def _line(self, group: _Group) -> list[_Picture]:
+        arrived = [p for r in self._arrivals if self._group(r) is group for p in r.pictures]
+        return group.pictures() + arrived
+
+    def _backlog_s(self, group: _Group) -> float:
+        line = self._line(group)
+        return device_s((p.work for p in line), group.profile) + len(line) * group.decoding.image_s()
+
+    def _estimate_s(self, request: _Request, size: Size, last: bool = False) -> float:
+        """From now until the request would be answered if nobody else came; `last`: and if it overtook nobody."""
+        group = self._groups[size]
+        own = [picture.work for picture in request.pictures]
+        own_s = device_s(own, group.profile)
+        key = own_s + AGEING * request.since
+        standing = self._line(group)
+        ahead = [
+            picture.work
+            for picture in standing
+            if last
+            or device_s((p.work for p in picture.request.pictures), group.profile) + AGEING * picture.request.since
+            <= key
+        ]
+        line = [*ahead, *own]
+        ends = [end for _, end in schedule(line, group.profile, self.gain, self.images_at_once)]
+        denoised_s = max(ends[-len(own) :])
+        decodes = sum(end <= denoised_s for end in ends)
+        # Other sizes have their turns, in proportion to their pictures and until they are through.
+        theirs = [other for other in self._groups.values() if other is not group]
+        pictures = sum(len(self._line(other)) for other in theirs)
+        backlog_s = sum(self._backlog_s(other) for other in theirs)
+        turns_s = denoised_s * pictures / (len(standing) + len(own))
+        return denoised_s + (backlog_s if last else min(backlog_s, turns_s)) + decodes * group.decoding.image_s()
+
+    def _place_s(self) -> float:
+        """From now until a place in the queue should be free: when the next that waits begins."""
+        lines = {group: self._line(group) for group in self._groups.values()}
+        pictures = sum(map(len, lines.values()))
+        places_s = []
+        for group, line in lines.items():
+            spans = schedule([p.work for p in line], group.profile, self.gain, self.images_at_once)
+            begins = [start for (start, _), p in zip(spans, line, strict=True) if p.request.began is None]
+            if begins:
+                decodes = sum(end <= min(begins) for _, end in spans)
+                own_s = min(begins) + decodes * group.decoding.image_s()
+                places_s.append(own_s * pictures / len(line))  # sizes take turns
+        return max(0.1, min(places_s, default=0.0))
+
+    def _waiting_for_steps(self) -> bool:
+        return any(group.requests for group in self._groups.values())
+
+    def _group(self, request: _Request) -> _Group:
+        return self._groups[request.generation.width, request.generation.height]
+
+    def _new_group(self, size: Size) -> _Group:
+        pipeline = self.pipeline
+        return _Group(
+            size,
+            pipeline.empty_state(size),
+            Profile({rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets}),
+            Decoding({images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets}),
+            free=list(range(pipeline.num_slots))[::-1],
+        )
 
 
 def finish(future: "Future[Generated]", outcome: Generated | Exception) -> None:

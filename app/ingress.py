@@ -5,7 +5,9 @@ import base64
 import json
 import math
 import time
-from collections.abc import Generator
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -16,27 +18,52 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app.protocol import ApiError, Description, ImageRequest, Images, Service, parse_body, parse_query, written
+from app.protocol import (
+    Accepted,
+    ApiError,
+    Description,
+    ImageRequest,
+    Images,
+    Preview,
+    Service,
+    parse_body,
+    parse_query,
+    written,
+)
+from app.stats import stats_of_all, total
+from app.streaming import EventStream
 
 # Read and thrown away of a body that is refused: a client that is still sending when the connection closes sees a
 # broken pipe and not the answer.
 DRAINED_BYTES = 4 << 20
 READY_TIMEOUT_S = 5.0  # how long /v1/models and /healthz wait for a replica that may still be warming up
+STATS_TIMEOUT_S = 2.0
 ROUTES = {
     "GET /imagine?prompt=...": "one picture, as image/png, image/webp or image/jpeg",
     "POST /v1/images/generations": "pictures as OpenAI's images API returns them",
     "GET /v1/models": "the model, its sizes, samplers, limits and defaults",
+    "GET /v1/stats": "what each replica is doing, and all together",
     "GET /healthz": "200 once a replica answers",
 }
 
 Answer = TypeVar("Answer", covariant=True)
 
 
-class Pending(Protocol[Answer]):
+class Cancellable(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Pending(Cancellable, Protocol[Answer]):
     """What is used here of Serve's DeploymentResponse."""
 
     def __await__(self) -> Generator[Any, None, Answer]: ...
-    def cancel(self) -> None: ...
+
+
+class Items(Cancellable, Protocol):
+    """What is used here of Serve's DeploymentResponseGenerator."""
+
+    def __aiter__(self) -> AsyncIterator[Accepted | Preview | Images | ApiError]: ...
+    async def __anext__(self) -> Accepted | Preview | Images | ApiError: ...
 
 
 class APIIngress:
@@ -57,6 +84,7 @@ class APIIngress:
             imagine,
             Route("/v1/images/generations", self.generations, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/stats", self.stats),
             Route("/healthz", self.healthz),
         ]
         handlers = {ApiError: on_refusal, HTTPException: on_http_error, Exception: on_bug}
@@ -78,6 +106,8 @@ class APIIngress:
     async def generations(self, request: Request) -> Response:
         body = await read_body(request, self.service.limits.body_bytes, self.service.limits.timeout_s)
         asked = parse_body(body, self.service)
+        if asked.stream:
+            return await self.stream(asked)
         images = await self.generate(asked)
         data = [
             {"b64_json": base64.b64encode(encoded).decode(), "seed": seed}
@@ -110,16 +140,30 @@ class APIIngress:
         }
         return json_response({"object": "list", "data": [model]})
 
+    async def stats(self, request: Request) -> Response:
+        replicas = await stats_of_all(self.replicas, STATS_TIMEOUT_S)
+        answer = {"model": self.service.model, "replicas": replicas, "total": total(replicas.values())}
+        return json_response(answer)
+
     async def healthz(self, request: Request) -> Response:
         await self.describe()
         return json_response({"status": "ok", "model": self.service.model})
 
     async def generate(self, asked: ImageRequest) -> Images:
-        response: Pending[Images | ApiError] = self.replicas.generate.remote(asked.generation, asked.encoding)
-        answer = await answer_of(response, self.service.limits.timeout_s)
+        response: Pending[Images | ApiError] = self.replicas.generate.remote(asked)
+        answer = await answer_of(response, asked.timeout_s)
         if isinstance(answer, ApiError):
             raise answer
         return answer
+
+    async def stream(self, asked: ImageRequest) -> Response:
+        """Begins to answer once the engine has accepted the request: until then a refusal has a status of its own."""
+        items: Items = self.replicas.options(stream=True).generate_stream.remote(asked)
+        deadline = asyncio.get_running_loop().time() + asked.timeout_s
+        accepted = await next_of(items, deadline, asked.timeout_s)
+        assert isinstance(accepted, Accepted)
+        next_image: Any = partial(next_of, items, deadline, asked.timeout_s)
+        return EventStream(next_image, items.cancel, asked, self.service.model)
 
     async def describe(self) -> Description:
         response: Pending[Description] = self.replicas.describe.remote()
@@ -134,10 +178,29 @@ class APIIngress:
 
 
 async def answer_of(response: Pending[Answer], timeout_s: float) -> Answer:
-    """Wait for a replica; whoever stops waiting also stops the replica's work. Ray's failures become ApiErrors."""
-    try:
+    """Wait for a replica."""
+    with failures(response, timeout_s):
         async with asyncio.timeout(timeout_s):
             return await response
+
+
+async def next_of(items: Items, deadline: float, timeout_s: float) -> Accepted | Preview | Images:
+    """Wait for the next item of its stream."""
+    with failures(items, timeout_s):
+        async with asyncio.timeout_at(deadline):
+            item = await anext(items, None)
+    if item is None:  # a replica that is ended may end its stream like this
+        raise given_up()
+    if isinstance(item, ApiError):
+        raise item
+    return item
+
+
+@contextmanager
+def failures(response: Cancellable, timeout_s: float) -> Iterator[None]:
+    """Ray's, as ApiErrors; and whoever stops waiting also stops the replica's work."""
+    try:
+        yield
     except RayTaskError:  # before TimeoutError: Ray makes it an instance of what the replica raised, too
         message = "The model failed on this request; the server's log says why, under this X-Request-ID."
         raise ApiError(500, message, None, "internal_error") from None
@@ -149,12 +212,16 @@ async def answer_of(response: Pending[Answer], timeout_s: float) -> Answer:
         task = asyncio.current_task()
         if task and task.cancelling():  # the client has gone
             raise
-        raise ApiError(503, "The replica gave this request up; try again.", None, "replica_lost", 1.0) from None
+        raise given_up() from None
     except BackPressureError as full:
         message = "Every replica's queue is full; try again later."
         raise ApiError(503, message, None, "queue_full", full.retry_after_s or 1.0) from None
     except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
         raise ApiError(503, "The replica was lost; try again.", None, "replica_lost", 5.0) from None
+
+
+def given_up() -> ApiError:
+    return ApiError(503, "The replica gave this request up; try again.", None, "replica_lost", 1.0)
 
 
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:

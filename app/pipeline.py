@@ -1,22 +1,28 @@
 """The device: `encode`, `insert`, `step` and `decode` as compiled programs over a `DenoiseState`.
 
-Knows nothing of queues, requests, Ray or HTTP. Every shape is declared at load; `warmup` compiles and runs all of them.
+Knows nothing of queues, requests, Ray or HTTP. Every shape is declared at load; `warmup` loads or compiles all of them,
+runs each and times it. On several chips the state and the weights stand on every one, and the rows of a step are
+divided among them.
 """
 
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from app.admission import Lane
 from app.models.loading import Checkpoint, load_checkpoint
 from app.models.tokenizer import Tokenizer
+from app.programs import Program, compiled, fingerprint
 from app.samplers import (
     HISTORY,
     Coefficients,
@@ -31,6 +37,10 @@ from app.samplers import (
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+ENCODE_TEXTS = 4  # most texts in one dispatch of the text encoder
+TIMED_RUNS, TIMED_S = 3, 2.0  # at warm-up each program runs so often, or until so long has passed
+DRAFT_STEPS, DRAFT_S = 10, 2.0  # most steps of the pictures that drafts learn their colours from, and their time
+
 Size = tuple[int, int]  # width and height, in pixels
 
 
@@ -44,20 +54,33 @@ class DenoiseState(NamedTuple):
     seed: jax.Array  # uint32 [S]
     step: jax.Array  # int32 [S], the next row of the slot's table
     timesteps: jax.Array  # float32 [S, N]
+    draft: jax.Array  # float32 [S, N, 2]
     table: Coefficients  # p, q, a, n float32 [S, N]; b float32 [S, N, HISTORY]
 
 
-@dataclasses.dataclass(frozen=True)
-class Embeddings:
-    """A prompt and its negative prompt, encoded: prompt_embeds [2, T, D], unconditional first."""
+class Rows(NamedTuple):
+    """Which slots share a step, and which rows the UNet sees for them. R rows hold at most R lanes."""
 
-    prompt_embeds: jax.Array
-    prompt_truncated: bool
-    negative_prompt_truncated: bool
+    slots: np.ndarray  # int32 [R], a lane's slot; padded with a number that no slot has
+    lane: np.ndarray  # int32 [R], a row's lane
+    half: np.ndarray  # int32 [R], 0: unconditional, 1: conditional
+    uncond: np.ndarray  # int32 [R], a lane's row with its unconditional output
+    cond: np.ndarray  # int32 [R], likewise; the same row where there is no guidance
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A text behind the text encoder, [T, D], and whether it was too long for it."""
+
+    embeds: jax.Array
+    truncated: bool
 
 
 class Pipeline:
-    """One checkpoint on the device, and the four verbs that the engine sees."""
+    """One checkpoint on the device, and the four verbs that the engine sees.
+
+    Every verb only dispatches; `wait`, and `np.asarray` of decoded pixels, block.
+    """
 
     def __init__(
         self,
@@ -66,7 +89,10 @@ class Pipeline:
         *,
         sizes: Sequence[Size],
         batch_buckets: Sequence[int],
+        decode_buckets: Sequence[int] | None = None,
         max_steps: int,
+        programs: Path | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ):
         self.schedule = Schedule.from_config(checkpoint.scheduler)
         self.samplers = samplers_for(self.schedule)
@@ -74,22 +100,32 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.sizes = tuple(sizes)
         self.batch_buckets = tuple(sorted(set(batch_buckets)))
-        self.num_slots = self.batch_buckets[-1]
+        # A guided image is two rows of a step, an unguided one is one.
+        self.row_buckets = tuple(sorted({rows for images in self.batch_buckets for rows in (images, 2 * images)}))
+        self.decode_buckets = tuple(sorted(set(decode_buckets or small(self.batch_buckets))))
+        # Twice what fits into a step: who is overtaken by shorter work stays in its slot.
+        self.num_slots = 2 * self.batch_buckets[-1]
         self.max_steps = max_steps
-        self.rows = max_steps + 1  # pndm evaluates once more than it has steps
+        self.table_rows = max_steps + 1  # pndm evaluates once more than it has steps
         self.latent_channels = checkpoint.vae.config.latent_channels
         self.scale_factor = checkpoint.vae.config.scale_factor
         check_sizes(self.sizes, self.scale_factor * 2 ** (len(checkpoint.unet.config.block_out_channels) - 1))
+        self.step_s: dict[tuple[Size, int], float] = {}  # seconds of a step by size and row bucket; `warmup` measures
+        self.decode_s: dict[tuple[Size, int], float] = {}
 
-        unet, self.unet = nnx.split(checkpoint.unet)
-        vae, self.vae = nnx.split(checkpoint.vae)
-        text_encoder, self.text_encoder = nnx.split(checkpoint.text_encoder)
+        self.mesh = mesh_of(jax.local_devices() if devices is None else devices)
+        self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         self.dtype = checkpoint.unet.dtype
         self.embeds_shape = (tokenizer.length, checkpoint.text_encoder.config.hidden_size)
-        self._encode = jax.jit(partial(encode_program, text_encoder))
-        self._insert = jax.jit(insert_program, donate_argnums=0)
-        self._step = jax.jit(partial(step_program, unet), donate_argnums=1)
-        self._decode = jax.jit(partial(decode_program, vae))
+        networks = {"unet": checkpoint.unet, "vae": checkpoint.vae, "text_encoder": checkpoint.text_encoder}
+        graphs, params = {}, {}
+        for name, network in networks.items():
+            graphs[name], params[name] = nnx.split(network)
+        self.params = jax.device_put(params, self.everywhere)
+        self.draft_maps = {size: np.zeros((self.latent_channels + 1, 3), np.float32) for size in self.sizes}
+        self.programs = self.declare(graphs)
+        self.folder = programs
+        self.run: Mapping[str, Callable[..., Any]] = {}
 
     @classmethod
     def load(
@@ -100,71 +136,98 @@ class Pipeline:
         dtype: str = "float32",
         sizes: Sequence[Size],
         batch_buckets: Sequence[int],
+        decode_buckets: Sequence[int] | None = None,
         max_steps: int,
+        programs: Path | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> "Pipeline":
-        """Raises ValueError that lists all that is wrong with the checkpoint, or names the size that does not fit."""
+        """Raises ValueError that lists all that is wrong with the checkpoint, or names the size that does not fit.
+
+        `programs` is the folder of compiled programs; None: each start compiles. `devices`: all of this host.
+        """
         checkpoint = load_checkpoint(model, revision=revision, dtype=DTYPES[dtype])
         length = checkpoint.text_encoder.config.max_position_embeddings
         tokenizer = Tokenizer(checkpoint.folder / "tokenizer", length)
-        return cls(checkpoint, tokenizer, sizes=sizes, batch_buckets=batch_buckets, max_steps=max_steps)
+        return cls(
+            checkpoint,
+            tokenizer,
+            sizes=sizes,
+            batch_buckets=batch_buckets,
+            decode_buckets=decode_buckets,
+            max_steps=max_steps,
+            programs=programs,
+            devices=devices,
+        )
 
     # The four verbs
 
-    def encode(self, prompt: str, negative_prompt: str = "") -> Embeddings:
-        tokens = self.tokenizer([negative_prompt, prompt])
-        embeds = self._encode(self.text_encoder, tokens.input_ids)
-        return Embeddings(embeds, tokens.truncated[1], tokens.truncated[0])
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Each text by itself, several to a dispatch: what a text becomes never depends on its neighbours."""
+        tokens = self.tokenizer(list(texts))
+        embeds: list[jax.Array] = []
+        for first in range(0, len(texts), ENCODE_TEXTS):
+            ids = tokens.input_ids[first : first + ENCODE_TEXTS]
+            padded = np.zeros((ENCODE_TEXTS, self.tokenizer.length), np.int32)
+            padded[: len(ids)] = ids
+            embeds += self.run["encode"](self.params["text_encoder"], padded, np.int32(len(ids)))[: len(ids)]
+        return [Encoded(*one) for one in zip(embeds, tokens.truncated, strict=True)]
 
     def insert(
         self,
         state: DenoiseState,
         slot: int,
-        embeddings: Embeddings,
+        prompt: Encoded,
+        negative_prompt: Encoded,
         table: SamplerTable,
         guidance_scale: float,
         seed: int,
     ) -> DenoiseState:
         """Puts a request's picture into a slot, as noise that its seed alone decides. The given state is consumed."""
-        coefficients = Coefficients(*(self._padded(getattr(table, name)) for name in Coefficients._fields))
-        return self._insert(
+        return self.run[f"insert {self.size_of(state)}"](
             state,
             np.int32(slot),
-            embeddings.prompt_embeds,
+            negative_prompt.embeds,
+            prompt.embeds,
             np.float32(guidance_scale),
             np.uint32(seed),
             np.float32(table.initial_scale),
             self._padded(table.timesteps),
-            coefficients,
+            self._padded(table.draft),
+            Coefficients(*(self._padded(getattr(table, name)) for name in Coefficients._fields)),
         )
 
-    def step(self, state: DenoiseState, slots: Sequence[int]) -> DenoiseState:
-        """Denoises these slots by one step, in the smallest bucket that holds them. The given state is consumed."""
-        return self._step(self.unet, state, self._bucket(slots))
+    def step(self, state: DenoiseState, lanes: Sequence[Lane], count: int = 1) -> tuple[DenoiseState, jax.Array]:
+        """Denoises these slots by `count` steps, none beyond the end of its table, in the smallest bucket that holds
+        their rows. The given state is consumed; `wait` takes the second result."""
+        rows = rows_of(lanes, self.row_buckets, self.num_slots)
+        program = self.run[f"step {self.size_of(state)} rows {len(rows.slots)}"]
+        return program(self.params["unet"], state, rows, np.int32(count))
 
-    def decode(self, state: DenoiseState, slots: Sequence[int]) -> jax.Array:
-        """The slots' pictures: uint8 [bucket, H, W, 3], in the order of `slots`; rows past `len(slots)` are noise."""
-        return self._decode(self.vae, state.latents, self._bucket(slots))
+    def decode(self, state: DenoiseState, slots: Sequence[int], draft: bool = False) -> jax.Array:
+        """The slots' pictures: uint8 [bucket, H, W, 3], in the order of `slots`; rows past `len(slots)` are anything.
+
+        A draft shows a picture in the making, as its last step saw it, through a linear map instead of the VAE. It
+        takes one slot.
+        """
+        size = self.size_of(state)
+        if draft:
+            (slot,) = slots
+            at = (state.latents, state.history, state.draft, state.step)
+            return self.run[f"draft {size}"](self.draft_maps[self._pixels(state)], *at, np.int32(slot))
+        bucket = next(bucket for bucket in self.decode_buckets if bucket >= len(slots))
+        padded = np.array([*slots, *[self.num_slots] * (bucket - len(slots))], np.int32)
+        return self.run[f"decode {size} images {bucket}"](self.params["vae"], state.latents, padded)
+
+    def wait(self, done: jax.Array) -> None:
+        """Blocks until the step that returned `done` has run. Raises what it failed with."""
+        done.block_until_ready()
 
     # What surrounds them
 
     def empty_state(self, size: Size) -> DenoiseState:
         """Free slots of one of the declared sizes."""
-        width, height = size
-        slots, rows = self.num_slots, self.rows
-        latents = (height // self.scale_factor, width // self.scale_factor, self.latent_channels)
-        return DenoiseState(
-            latents=jnp.zeros((slots, *latents), jnp.float32),
-            history=jnp.zeros((slots, HISTORY - 1, *latents), jnp.float32),
-            prompt_embeds=jnp.zeros((slots, 2, *self.embeds_shape), self.dtype),
-            guidance_scale=jnp.ones(slots, jnp.float32),
-            seed=jnp.zeros(slots, jnp.uint32),
-            step=jnp.zeros(slots, jnp.int32),
-            timesteps=jnp.zeros((slots, rows), jnp.float32),
-            table=Coefficients(
-                **{name: jnp.zeros((slots, rows), jnp.float32) for name in "pqan"},
-                b=jnp.zeros((slots, rows, HISTORY), jnp.float32),
-            ),
-        )
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._state_shapes(size))
+        return jax.device_put(empty, self.everywhere)
 
     def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable:
         """Raises ValueError where the sampler, or so many steps of it, does not suit this checkpoint."""
@@ -172,96 +235,271 @@ class Pipeline:
             raise ValueError(f"num_inference_steps must be between 1 and {self.max_steps}, got {num_inference_steps}.")
         return make_table(sampler or self.default_sampler, num_inference_steps, self.schedule)
 
-    def warmup(self) -> None:
-        """Compiles and runs every declared program, with a log line for each."""
-        began = time.perf_counter()
+    def declare(self, graphs: Mapping[str, Any]) -> tuple[Program, ...]:
+        """Every program that will ever run, with the shapes that it takes."""
 
-        def note(what: str) -> None:
-            nonlocal began
-            logger.info("warm %s in %.1f s", what, time.perf_counter() - began)
-            began = time.perf_counter()
+        def shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self.everywhere)
 
-        embeddings = self.encode("warm-up")
-        note("encode")
+        def program(name: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Program:
+            return Program(name, function, arguments, donate, out_shardings=self.everywhere)
+
+        params = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), self.params)
+        number, real, rows = shape(dtype=jnp.int32), shape(), self.table_rows
+        embeds = shape(*self.embeds_shape, dtype=self.dtype)
+        programs = [
+            program(
+                "encode",
+                partial(encode_program, graphs["text_encoder"]),
+                params["text_encoder"],
+                shape(ENCODE_TEXTS, self.tokenizer.length, dtype=jnp.int32),
+                number,
+            )
+        ]
         for size in self.sizes:
-            for bucket in self.batch_buckets:
-                state = self.insert(self.empty_state(size), 0, embeddings, self.table(None, 1), 1.0, 0)
-                slots = range(bucket)
-                jax.block_until_ready(self.decode(self.step(state, slots), slots))
-                note(f"{size[0]}x{size[1]} bucket {bucket}")
+            label = f"{size[0]}x{size[1]}"
+            state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), self._state_shapes(size))
+            coefficients = Coefficients(**{name: shape(rows) for name in "pqan"}, b=shape(rows, HISTORY))
+            inserted = [number, embeds, embeds, real, shape(dtype=jnp.uint32), real, shape(rows), shape(rows, 2)]
+            programs.append(program(f"insert {label}", insert_program, state, *inserted, coefficients, donate=(0,)))
+            for bucket in self.row_buckets:
+                step = partial(step_program, graphs["unet"], row_sharding(self.mesh, bucket))
+                taken: Any = [shape(bucket, dtype=jnp.int32)] * len(Rows._fields)
+                arguments = (params["unet"], state, Rows(*taken), number)
+                programs.append(program(f"step {label} rows {bucket}", step, *arguments, donate=(1,)))
+            for bucket in self.decode_buckets:
+                decode = partial(decode_program, graphs["vae"], row_sharding(self.mesh, bucket))
+                slots = shape(bucket, dtype=jnp.int32)
+                programs.append(program(f"decode {label} images {bucket}", decode, params["vae"], state.latents, slots))
+            seen = (shape(self.latent_channels + 1, 3), state.latents, state.history, state.draft, state.step, number)
+            programs.append(program(f"draft {label}", partial(draft_program, size), *seen))
+        return tuple(programs)
 
-    def _bucket(self, slots: Sequence[int]) -> np.ndarray:
-        """Slot numbers, padded to a declared bucket with a number that no slot has."""
-        bucket = next(bucket for bucket in self.batch_buckets if bucket >= len(slots))
-        return np.array([*slots, *[self.num_slots] * (bucket - len(slots))], np.int32)
+    def warmup(self) -> None:
+        """Loads or compiles every declared program, runs each, and times those that the engine plans with."""
+        self.run = compiled(self.programs, folder=self.folder, fingerprint=fingerprint(self.mesh.devices.flat))
+        (text,) = self.encode(["warm-up"])
+        table = self.table(None, 1)
+        for size in self.sizes:
+            state = self.empty_state(size)
+            for slot in range(self.num_slots):
+                state = self.insert(state, slot, text, text, table, 1.0, slot)
+            for rows in self.row_buckets:
+                lanes = [Lane(slot, True) for slot in range(rows // 2)] + [Lane(rows // 2, False)] * (rows % 2)
+
+                def one_step(lanes: list[Lane] = lanes) -> jax.Array:
+                    nonlocal state
+                    state, done = self.step(state, lanes)
+                    return done
+
+                self.step_s[size, rows] = timed(one_step)
+            for images in self.decode_buckets:
+                self.decode_s[size, images] = timed(partial(self.decode, state, range(images)))
+            self.draft_maps[size] = self.fit_draft_map(size, text)
+            jax.block_until_ready(self.decode(state, [0], draft=True))
+            steps = ", ".join(f"{rows}: {1e3 * self.step_s[size, rows]:.1f}" for rows in self.row_buckets)
+            logger.info("warm %dx%d ms a step by rows: %s", *size, steps)
+
+    def fit_draft_map(self, size: Size, text: Encoded) -> np.ndarray:
+        """[C + 1, 3]: the linear map from scaled latents, and a one, to colours in [-1, 1] that comes closest to what
+        this VAE makes of a few pictures."""
+        count = self.decode_buckets[-1]
+        lanes = [Lane(slot, False) for slot in range(count)]
+        step_s = self.step_s[size, next(rows for rows in self.row_buckets if rows >= count)]
+        table = self.table(None, max(1, min(DRAFT_STEPS, self.max_steps, int(DRAFT_S / step_s))))
+        state = self.empty_state(size)
+        for slot in range(count):
+            state = self.insert(state, slot, text, text, table, 1.0, slot)
+        state, _ = self.step(state, lanes, len(table))
+        pixels = np.asarray(self.decode(state, range(count))).astype(np.float32) / 127.5 - 1
+        latents = np.asarray(state.latents)[:count]
+        h, w, channels = latents.shape[1:]
+        blocks = pixels.reshape(count, h, self.scale_factor, w, self.scale_factor, 3).mean(axis=(2, 4))
+        inputs = np.concatenate([latents, np.ones((count, h, w, 1), np.float32)], axis=-1)
+        return np.asarray(np.linalg.lstsq(inputs.reshape(-1, channels + 1), blocks.reshape(-1, 3))[0], np.float32)
+
+    def size_of(self, state: DenoiseState) -> str:
+        width, height = self._pixels(state)
+        return f"{width}x{height}"
+
+    def _pixels(self, state: DenoiseState) -> Size:
+        height, width = state.latents.shape[1:3]
+        return width * self.scale_factor, height * self.scale_factor
+
+    def _state_shapes(self, size: Size) -> DenoiseState:
+        """A DenoiseState of jax.ShapeDtypeStruct."""
+        width, height = size
+        slots, rows = self.num_slots, self.table_rows
+        latents = (height // self.scale_factor, width // self.scale_factor, self.latent_channels)
+
+        def shape(*shape: int, dtype: Any = jnp.float32) -> Any:
+            return jax.ShapeDtypeStruct((slots, *shape), dtype)
+
+        return DenoiseState(
+            latents=shape(*latents),
+            history=shape(HISTORY - 1, *latents),
+            prompt_embeds=shape(2, *self.embeds_shape, dtype=self.dtype),
+            guidance_scale=shape(),
+            seed=shape(dtype=jnp.uint32),
+            step=shape(dtype=jnp.int32),
+            timesteps=shape(rows),
+            draft=shape(rows, 2),
+            table=Coefficients(**{name: shape(rows) for name in "pqan"}, b=shape(rows, HISTORY)),
+        )
 
     def _padded(self, rows: np.ndarray) -> np.ndarray:
-        padded = np.zeros((self.rows, *rows.shape[1:]), np.float32)
+        padded = np.zeros((self.table_rows, *rows.shape[1:]), np.float32)
         padded[: len(rows)] = rows
         return padded
 
 
-def encode_program(text_encoder: Any, params: Any, input_ids: jax.Array) -> jax.Array:
-    return nnx.merge(text_encoder, params)(input_ids)
+def encode_program(text_encoder: Any, params: Any, input_ids: jax.Array, count: jax.Array) -> list[jax.Array]:
+    """The first `count` texts, one after the other, so that padding costs nothing and neighbours change no bit."""
+    module = nnx.merge(text_encoder, params)
+    one = jax.eval_shape(module, input_ids[:1])
+
+    def encode(i: jax.Array, embeds: jax.Array) -> jax.Array:
+        ids = jax.lax.dynamic_slice_in_dim(input_ids, i, 1)
+        return jax.lax.dynamic_update_slice_in_dim(embeds, module(ids), i, axis=0)
+
+    embeds = jax.lax.fori_loop(0, count, encode, jnp.zeros((len(input_ids), *one.shape[1:]), one.dtype))
+    return list(embeds)
 
 
 def insert_program(
     state: DenoiseState,
     slot: jax.Array,
-    prompt_embeds: jax.Array,
+    uncond_embeds: jax.Array,
+    cond_embeds: jax.Array,
     guidance_scale: jax.Array,
     seed: jax.Array,
     initial_scale: jax.Array,
     timesteps: jax.Array,
+    draft: jax.Array,
     table: Coefficients,
 ) -> DenoiseState:
     noise = slot_noise(seed, jnp.int32(0), state.latents.shape[1:])
     filled = DenoiseState(
         latents=initial_scale * noise,
         history=jnp.zeros(state.history.shape[1:]),
-        prompt_embeds=prompt_embeds,
+        prompt_embeds=jnp.stack([uncond_embeds, cond_embeds]),
         # As in diffusers, a scale of 1 or less means no guidance.
         guidance_scale=jnp.maximum(guidance_scale, 1.0),
         seed=seed,
         step=jnp.int32(0),
         timesteps=timesteps,
+        draft=draft,
         table=table,
     )
     return jax.tree.map(lambda slots, value: slots.at[slot].set(value.astype(slots.dtype)), state, filled)
 
 
-def step_program(unet: Any, params: Any, state: DenoiseState, slots: jax.Array) -> DenoiseState:
-    """Gathers the rows of `slots`, runs the UNet once over both halves of guidance, applies the tables, scatters."""
-    rows: DenoiseState = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), state)
-    at = rows.step
-    coefficients = jax.tree.map(lambda x: x[jnp.arange(len(slots)), at], rows.table)
-    timesteps = rows.timesteps[jnp.arange(len(slots)), at]
+def step_program(
+    unet: Any, sharding: NamedSharding, params: Any, state: DenoiseState, rows: Rows, count: jax.Array
+) -> tuple[DenoiseState, jax.Array]:
+    """Gathers the lanes, runs the UNet over their rows and applies the tables, `count` times; then scatters."""
+    module = nnx.merge(unet, params)
+    lanes: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
+    numbers = jnp.arange(len(rows.slots))
+    split = partial(jax.lax.with_sharding_constraint, shardings=sharding)
+    whole = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(sharding.mesh, PartitionSpec()))
+    embeds = split(lanes.prompt_embeds[rows.lane, rows.half])
 
-    # The two rows of a picture stand side by side, so that a mesh splits pictures before it splits guidance.
-    twice = partial(jnp.repeat, repeats=2, axis=0)
-    embeds = rows.prompt_embeds.reshape(-1, *rows.prompt_embeds.shape[2:])
-    noise_pred = nnx.merge(unet, params)(twice(rows.latents), twice(timesteps), embeds).astype(jnp.float32)
-    noise_pred = noise_pred.reshape(len(slots), 2, *rows.latents.shape[1:])
-    uncond, cond = noise_pred[:, 0], noise_pred[:, 1]
-    noise_pred = uncond + rows.guidance_scale[:, None, None, None] * (cond - uncond)
+    def step(_: jax.Array, moving: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        latents, history, at = moving
+        timesteps = lanes.timesteps[numbers, at]
+        noise_pred = module(split(latents[rows.lane]), split(timesteps[rows.lane]), embeds)
+        noise_pred = whole(noise_pred.astype(jnp.float32))
+        uncond, cond = noise_pred[rows.uncond], noise_pred[rows.cond]
+        noise_pred = uncond + lanes.guidance_scale[:, None, None, None] * (cond - uncond)
+        fresh = jax.vmap(partial(slot_noise, shape=latents.shape[1:]))(lanes.seed, at + 1)
+        coefficients = jax.tree.map(lambda x: x[numbers, at], lanes.table)
+        latents, history = update(latents, noise_pred, history, fresh, coefficients)
+        return latents, history, at + 1
 
-    fresh = jax.vmap(partial(slot_noise, shape=rows.latents.shape[1:]))(rows.seed, at + 1)
-    latents, history = update(rows.latents, noise_pred, rows.history, fresh, coefficients)
-    return state._replace(
-        latents=state.latents.at[slots].set(latents, mode="drop"),
-        history=state.history.at[slots].set(history, mode="drop"),
-        step=state.step.at[slots].set(at + 1, mode="drop"),
+    latents, history, at = jax.lax.fori_loop(0, count, step, (lanes.latents, lanes.history, lanes.step))
+    moved = state._replace(
+        latents=state.latents.at[rows.slots].set(latents, mode="drop"),
+        history=state.history.at[rows.slots].set(history, mode="drop"),
+        step=state.step.at[rows.slots].set(at, mode="drop"),
     )
+    return moved, at[0]
 
 
-def decode_program(vae: Any, params: Any, latents: jax.Array, slots: jax.Array) -> jax.Array:
-    pixels = nnx.merge(vae, params).decode(latents.at[slots].get(mode="clip")).astype(jnp.float32)
-    return jnp.round(jnp.clip(pixels / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
+def decode_program(vae: Any, sharding: NamedSharding, params: Any, latents: jax.Array, slots: jax.Array) -> jax.Array:
+    latents = jax.lax.with_sharding_constraint(latents.at[slots].get(mode="clip"), sharding)
+    return as_pixels(nnx.merge(vae, params).decode(latents))
+
+
+def draft_program(
+    size: Size,
+    draft_map: jax.Array,
+    latents: jax.Array,
+    history: jax.Array,
+    draft: jax.Array,
+    step: jax.Array,
+    slot: jax.Array,
+) -> jax.Array:
+    weights = draft[slot, jnp.maximum(step[slot] - 1, 0)]
+    denoised = weights[0] * latents[slot] + weights[1] * history[slot, 0]  # [h, w, C]
+    colours = denoised @ draft_map[:-1] + draft_map[None, None, -1]
+    return as_pixels(jax.image.resize(colours, (size[1], size[0], 3), "linear"))[None]
+
+
+def as_pixels(colours: jax.Array) -> jax.Array:
+    """Around [-1, 1] -> uint8."""
+    return jnp.round(jnp.clip(colours.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
 
 
 def slot_noise(seed: jax.Array, number: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Noise that depends on the seed and the step's number alone: not on slot, bucket or neighbours."""
     return jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), shape)
+
+
+def rows_of(lanes: Sequence[Lane], buckets: Sequence[int], nobody: int) -> Rows:
+    """The rows of these lanes in the smallest bucket that holds them; a lane's two rows stand side by side."""
+    used = sum(lane.rows for lane in lanes)
+    bucket = next(bucket for bucket in buckets if bucket >= used)
+    rows = Rows(np.full(bucket, nobody, np.int32), *(np.zeros(bucket, np.int32) for _ in range(4)))
+    row = 0
+    for number, lane in enumerate(lanes):
+        rows.slots[number] = lane.slot
+        rows.uncond[number], rows.cond[number] = row, row + lane.guided
+        rows.lane[row : row + lane.rows] = number
+        rows.half[row : row + lane.rows] = [0, 1] if lane.guided else [1]
+        row += lane.rows
+    return rows
+
+
+def small(batch_buckets: Sequence[int]) -> list[int]:
+    """Buckets for decoding: a finished image waits for nobody, so few finish at once."""
+    return [bucket for bucket in batch_buckets if bucket <= 4] or [min(batch_buckets)]
+
+
+def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+    """The devices, or as many of them as are a power of two, along axes of two each: so that any number of rows which
+    is a power of two can be divided among them, fewer than there are devices too."""
+    halvings = len(devices).bit_length() - 1
+    shape = [2] * halvings or [1]
+    return Mesh(np.array(devices[: 2**halvings]).reshape(shape), [f"data{i}" for i in range(len(shape))])
+
+
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Rows over as many devices as divide them."""
+    halvings = next(n for n in range(len(mesh.axis_names), -1, -1) if rows % 2**n == 0)
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names[:halvings] or None))
+
+
+def timed(dispatch: Callable[[], jax.Array]) -> float:
+    """Seconds of the quickest of a few runs, after one that does not count."""
+    jax.block_until_ready(dispatch())
+    began = time.perf_counter()
+    seconds: list[float] = []
+    while len(seconds) < TIMED_RUNS and (not seconds or time.perf_counter() - began < TIMED_S):
+        started = time.perf_counter()
+        jax.block_until_ready(dispatch())
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def check_sizes(sizes: Sequence[Size], multiple: int) -> None:

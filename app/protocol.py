@@ -20,22 +20,20 @@ from app.samplers import SAMPLERS
 SEEDS = 2**32  # seeds are 32-bit: image i of a request uses (seed + i) % SEEDS
 FORMATS = ("png", "webp", "jpeg")
 
-# GET /imagine takes the first line; POST /v1/images/generations takes all of them and NEUTRAL.
+# GET /imagine takes the first; POST /v1/images/generations takes both and NEUTRAL.
 QUERY_FIELDS = (
     *("prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "seed", "sampler"),
-    *("output_format", "output_compression"),
+    *("output_format", "output_compression", "timeout"),
 )
-BODY_FIELDS = (*QUERY_FIELDS, "model", "n", "response_format", "user")
-NUMERIC_FIELDS = ("num_inference_steps", "guidance_scale", "seed", "output_compression")
+BODY_FIELDS = (*QUERY_FIELDS, "model", "n", "response_format", "user", "stream", "partial_images")
+NUMERIC_FIELDS = ("num_inference_steps", "guidance_scale", "seed", "output_compression", "timeout")
 
 # OpenAI's fields that this service has no means to honour, each with the values that ask for nothing more than
 # what happens anyway. Any other value is refused: a field that is accepted and ignored would be a lie.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "background": ("auto", "opaque"),
     "moderation": ("auto",),
-    "partial_images": (0,),
     "quality": ("auto", "standard"),
-    "stream": (False,),
     "style": (),
 }
 
@@ -68,8 +66,9 @@ class Limits(Settings):
     prompt_characters: int = Field(default=2000, ge=1, description="longest prompt, and longest negative prompt")
     query_bytes: int = Field(default=49152, ge=1, description="longest query string of GET /imagine")
     body_bytes: int = Field(default=65536, ge=1, description="largest body of POST /v1/images/generations")
+    partial_images: int = Field(default=3, ge=0, le=16, description="most previews in one streamed answer")
     timeout_s: float = Field(
-        default=120.0, gt=0, description="longest wait for an answer, the wait in the queue included"
+        default=120.0, gt=0, description="longest wait for an answer, the wait in the queue included; also the default"
     )
 
 
@@ -125,8 +124,26 @@ class Generation:
 
 @dataclass(frozen=True)
 class ImageRequest:
+    """What travels to a replica."""
+
     generation: Generation
     encoding: Encoding
+    timeout_s: float
+    stream: bool = False
+    partial_images: int = 0  # previews, while it streams
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """First item of a replica's stream: the engine has queued the request, so a refusal can no longer come."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture in the making."""
+
+    index: int
+    encoded: bytes
 
 
 @dataclass(frozen=True)
@@ -223,6 +240,9 @@ def resolve(given: Mapping[str, object], service: Service, fields: Sequence[str]
         "output_compression": encoding.quality,
         "response_format": "b64_json",
         "user": "",
+        "timeout": limits.timeout_s,
+        "stream": False,
+        "partial_images": 0,
         **given,
     }
     text(given, "user", limits.prompt_characters)  # names an end user and asks for nothing
@@ -247,7 +267,13 @@ def resolve(given: Mapping[str, object], service: Service, fields: Sequence[str]
         "output_format": choice(given, "output_format", FORMATS),
         "quality": whole(given, "output_compression", 0, 100),
     }
-    return ImageRequest(generation, encoding.model_copy(update=chosen))
+    stream, partial_images = flag(given, "stream"), whole(given, "partial_images", 0, limits.partial_images)
+    if partial_images and not stream:
+        raise ApiError(400, "partial_images needs stream to be true.", "partial_images", "invalid_value")
+    if stream and generation.n > 1:  # OpenAI's events do not say which of several pictures they belong to
+        raise ApiError(400, f"n must be 1 where stream is true, got {generation.n}.", "n", "invalid_value")
+    timeout_s = seconds(given, "timeout", limits.timeout_s)
+    return ImageRequest(generation, encoding.model_copy(update=chosen), timeout_s, stream, partial_images)
 
 
 def width_height(size: str) -> tuple[int, int]:
@@ -281,6 +307,20 @@ def number(given: Mapping[str, object], name: str, low: float, high: float) -> f
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise invalid(name, f"a number between {low:g} and {high:g}", value)
     return float(value)
+
+
+def seconds(given: Mapping[str, object], name: str, longest: float) -> float:
+    value = given[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= longest:
+        raise invalid(name, f"a number of seconds above 0 and at most {longest:g}", value)
+    return float(value)
+
+
+def flag(given: Mapping[str, object], name: str) -> bool:
+    value = given[name]
+    if not isinstance(value, bool):
+        raise invalid(name, "true or false", value)
+    return value
 
 
 def choice(given: Mapping[str, object], name: str, allowed: Sequence[str]) -> str:

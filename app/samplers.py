@@ -80,6 +80,7 @@ class SamplerTable:
     a: Float32  # [N]
     n: Float32  # [N]
     b: Float32  # [N, HISTORY]
+    draft: Float32  # [N, 2], the picture as seen after each step: x_0 = draft[i, 0] x_{i+1} + draft[i, 1] m_i, roughly
     initial_scale: float  # initial latents = initial_scale * noise
 
     def __len__(self) -> int:
@@ -347,7 +348,8 @@ def pndm(steps: int, schedule: Schedule) -> SamplerTable:
     if steps > 1:
         b[1, 1] -= a[1] * e[0] / a[0]
         a[1] /= a[0]
-    return _table(t.astype(float), np.zeros(len(t)), np.ones(len(t)), a, np.zeros(len(t)), b.T)
+    to_draft = _to_denoised(target_bar, schedule)  # m_i is an output, and belongs to a timestep just before
+    return _table(t.astype(float), np.zeros(len(t)), np.ones(len(t)), a, np.zeros(len(t)), b.T, draft=to_draft)
 
 
 def lcm(steps: int, schedule: Schedule) -> SamplerTable:
@@ -478,11 +480,20 @@ def _multistep(t: Float64, sigmas: Float64, schedule: Schedule) -> SamplerTable:
 
 
 def _table(
-    t: Float64, p: Float64, q: Float64, a: Float64, n: Float64, b: list[Float64] | Float64, initial_scale: float = 1.0
+    t: Float64,
+    p: Float64,
+    q: Float64,
+    a: Float64,
+    n: Float64,
+    b: list[Float64] | Float64,
+    initial_scale: float = 1.0,
+    draft: tuple[Float64, Float64] | None = None,
 ) -> SamplerTable:
     columns = np.zeros((len(t), HISTORY))
     for j, column in enumerate(b):
         columns[:, j] = column
+    if draft is None:  # m is x_0
+        draft = np.zeros(len(t)), np.ones(len(t))
 
     def frozen(array: Float64) -> Float32:
         assert np.isfinite(array).all()
@@ -490,4 +501,7 @@ def _table(
         single.setflags(write=False)  # cached and handed to every caller
         return single
 
-    return SamplerTable(frozen(t), frozen(p), frozen(q), frozen(a), frozen(n), frozen(columns), initial_scale)
+    drafts = np.stack(draft, axis=-1)
+    return SamplerTable(
+        frozen(t), frozen(p), frozen(q), frozen(a), frozen(n), frozen(columns), frozen(drafts), initial_scale
+    )

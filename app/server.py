@@ -1,22 +1,46 @@
 """The replica: one checkpoint, one engine, and the way from a request to encoded pictures.
 
 Imports nothing heavy, so that builders.py may import it: JAX arrives with the first replica. Knows nothing of HTTP, and
-of Ray only the name of Serve's logger.
+of Ray only the name of Serve's logger, the replica's own and its metrics.
 """
 
 import asyncio
 import logging
+import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
-from app.engine import Engine, EngineStopped, Generated, QueueFull
+import numpy as np
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from app.engine import DeadlineUnmeetable, Engine, EngineStopped, Generated, QueueFull
 from app.images import encode
-from app.protocol import BODY_FIELDS, ApiError, Description, Encoding, Generation, Images, written
+from app.metrics import Metrics
+from app.protocol import (
+    BODY_FIELDS,
+    Accepted,
+    ApiError,
+    Description,
+    Encoding,
+    Generation,
+    ImageRequest,
+    Images,
+    Preview,
+    written,
+)
 
 # Serve's handlers serve this tree only, and prefix each line with the request id that clients see as X-Request-ID.
 logger = logging.getLogger(f"ray.serve.{__name__}")
 
-STOPPED = ApiError(503, "The replica is stopping; try again.", None, "replica_lost", 1.0)
+DRAIN_S = 10.0  # Serve has waited for every request before it ends a replica, so nothing should be left
+PREVIEW_PNG_LEVEL = 1  # a preview is looked at once
+
+Facts = dict[str, str | int | float]
 
 
 class StableDiffusion:
@@ -31,89 +55,214 @@ class StableDiffusion:
         dtype: str,
         sizes: Sequence[tuple[int, int]],
         batch_buckets: Sequence[int],
+        decode_buckets: Sequence[int] | None,
         max_steps: int,
+        programs: Path | None,
         max_waiting: int,
+        images_at_once: int | None,
+        admission_gain: float,
+        prompt_cache: int,
+        encoding_threads: int,
     ) -> None:
         from app.pipeline import Pipeline
+        from app.programs import CompileWatch
 
         self.name = name
         started = time.perf_counter()
         self.pipeline = Pipeline.load(
-            model, revision=revision, dtype=dtype, sizes=sizes, batch_buckets=batch_buckets, max_steps=max_steps
+            model,
+            revision=revision,
+            dtype=dtype,
+            sizes=sizes,
+            batch_buckets=batch_buckets,
+            decode_buckets=decode_buckets,
+            max_steps=max_steps,
+            programs=programs,
         )
         loaded = time.perf_counter()
         self.pipeline.warmup()
-        logger.info("ready load_s=%.1f warmup_s=%.1f", loaded - started, time.perf_counter() - loaded)
-        self.engine = Engine(self.pipeline, max_waiting=max_waiting)
+        self.ready_s = time.perf_counter() - started
+        self.compiles = CompileWatch()
+        self.compiles.ready()
+        logger.info("ready load_s=%.1f warmup_s=%.1f", loaded - started, self.ready_s - (loaded - started))
 
-    async def generate(self, generation: Generation, encoding: Encoding) -> Images | ApiError:
+        self.metrics = Metrics()
+        self.encoders = ThreadPoolExecutor(encoding_threads, thread_name_prefix="encode")
+        self.engine = Engine(
+            self.pipeline,
+            max_waiting=max_waiting,
+            images_at_once=images_at_once,
+            gain=admission_gain,
+            prompt_cache=prompt_cache,
+        )
+        self.engine.start()
+        self.found_dead = False
+
+    async def generate(self, asked: ImageRequest) -> Images | ApiError:
         """An expected refusal is returned: raised, Serve would log it with a traceback and count a failure."""
+        began = time.perf_counter()
+        future = self.submit(asked)
+        return future if isinstance(future, ApiError) else await self.finish(asked, future, began)
+
+    async def generate_stream(self, asked: ImageRequest) -> AsyncIterator[Accepted | Preview | Images | ApiError]:
+        """Accepted, as many previews as were asked for, and the images; or a refusal in the place of any of them."""
+        began = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        previews: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
+
+        def put(preview: tuple[int, np.ndarray] | None) -> None:  # called by the engine's threads
+            loop.call_soon_threadsafe(previews.put_nowait, preview)
+
+        future = self.submit(asked, lambda index, pixels: put((index, pixels)))
+        if isinstance(future, ApiError):
+            yield future
+            return
+        future.add_done_callback(lambda _: put(None))
         try:
-            future = self.engine.submit(generation)
-        except QueueFull as full:
-            return ApiError(503, "The queue is full; try again later.", None, "queue_full", full.retry_after_s)
-        except ValueError as refusal:  # what only the checkpoint can refuse, such as a sampler that does not suit it
-            named = str(refusal).partition(" ")[0]
-            return ApiError(400, str(refusal), named if named in BODY_FIELDS else None, "invalid_value")
-        except EngineStopped:
-            return STOPPED
+            yield Accepted()
+            while preview := await previews.get():
+                index, pixels = preview
+                yield Preview(index, await self.encoded(pixels, asked.encoding, PREVIEW_PNG_LEVEL, {}))
+            yield await self.finish(asked, future, began)
+        finally:
+            future.cancel()  # by now it is done, unless the client has gone
+
+    def submit(
+        self, asked: ImageRequest, on_preview: Callable[[int, np.ndarray], None] | None = None
+    ) -> Future[Generated] | ApiError:
+        try:
+            future = self.engine.submit(
+                asked.generation, timeout_s=asked.timeout_s, previews=asked.partial_images, on_preview=on_preview
+            )
+        except (QueueFull, DeadlineUnmeetable, EngineStopped) as error:
+            self.metrics.requests.inc(tags={"outcome": outcome_of(error)})
+            return refusal(error, asked)
+        except ValueError as error:  # what only the checkpoint can refuse, such as a sampler that does not suit it
+            self.metrics.requests.inc(tags={"outcome": "invalid"})
+            named = str(error).partition(" ")[0]
+            return ApiError(400, str(error), named if named in BODY_FIELDS else None, "invalid_value")
+        future.add_done_callback(self.count)
+        return future
+
+    async def finish(self, asked: ImageRequest, future: Future[Generated], began: float) -> Images | ApiError:
         try:
             generated = await asyncio.wrap_future(future)  # cancelled here, it is cancelled in the engine too
-        except EngineStopped:
-            return STOPPED
-        started = time.perf_counter()
-        facts = facts_of(generation, generated)
-        encoded = await asyncio.to_thread(self.encode, generation, encoding, generated, facts)
+        except EngineStopped as error:
+            return refusal(error, asked)
+        encoding = time.perf_counter()
+        facts = facts_of(asked.generation, generated)
+        files = await self.files(asked, generated, facts)
+        ended = time.perf_counter()
         timings = {
             "queue_s": generated.queue_s,
             "denoise_s": generated.denoise_s,
             "decode_s": generated.decode_s,
-            "encode_s": time.perf_counter() - started,
+            "encode_s": ended - encoding,
+            "device_s": generated.device_s,
         }
+        self.metrics.finished(asked.generation.n, ended - began, timings)
         logger.info(
             "generated n=%d size=%s steps=%d sampler=%s %s",
-            *(generation.n, facts["size"], generation.num_inference_steps, generated.sampler),
+            *(asked.generation.n, facts["size"], asked.generation.num_inference_steps, generated.sampler),
             " ".join(f"{name}={seconds:.3f}" for name, seconds in timings.items()),
         )
-        return Images(encoded, generated.seeds, facts, timings)
+        return Images(files, generated.seeds, facts, timings)
 
-    def encode(
-        self, generation: Generation, encoding: Encoding, generated: Generated, facts: dict[str, str | int | float]
-    ) -> tuple[bytes, ...]:
+    async def files(self, asked: ImageRequest, generated: Generated, facts: Facts) -> tuple[bytes, ...]:
         """One file for each image; a PNG says what made it, with the seed that makes this very image alone."""
         text = {
-            "prompt": generation.prompt,
-            "negative_prompt": generation.negative_prompt,
+            "prompt": asked.generation.prompt,
+            "negative_prompt": asked.generation.negative_prompt,
             "model": self.name,
             "Software": "imagine-tpu",
             **{name: written(fact) for name, fact in facts.items()},
         }
-        return tuple(
-            encode(
-                pixels,
-                encoding.output_format,
-                quality=encoding.quality,
-                png_level=encoding.png_level,
-                text={**text, "seed": written(seed)},
-            )
-            for pixels, seed in zip(generated.pixels, generated.seeds, strict=True)
-        )
+        each = zip(generated.pixels, generated.seeds, strict=True)
+        level = asked.encoding.png_level
+        pending = [
+            self.encoded(pixels, asked.encoding, level, {**text, "seed": written(seed)}) for pixels, seed in each
+        ]
+        return tuple(await asyncio.gather(*pending))
+
+    async def encoded(self, pixels: np.ndarray, encoding: Encoding, png_level: int, text: dict[str, str]) -> bytes:
+        def work() -> bytes:
+            return encode(pixels, encoding.output_format, quality=encoding.quality, png_level=png_level, text=text)
+
+        return await asyncio.get_running_loop().run_in_executor(self.encoders, work)
+
+    def count(self, future: Future[Generated]) -> None:
+        error = None if future.cancelled() else future.exception()
+        self.metrics.requests.inc(tags={"outcome": "cancelled" if future.cancelled() else outcome_of(error)})
 
     async def describe(self) -> Description:
         return Description(tuple(self.pipeline.samplers), self.pipeline.default_sampler)
 
+    async def stats(self) -> dict[str, Any]:
+        return {
+            "replica": replica_id(),
+            **self.engine.stats(),
+            "compiles_after_ready": self.compiles.count,
+            "ready_s": self.ready_s,
+            "device": device(),
+            "pid": os.getpid(),
+        }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks every metrics_interval_s."""
+        stats = await self.stats()
+        self.metrics.report(stats)
+        return {"backlog_s": stats["backlog_s"], "unfinished": float(stats["unfinished"])}
+
     async def check_health(self) -> None:
         """Three failures in a row make Serve replace this replica."""
+        self.metrics.report(await self.stats())  # a fixed number of replicas is never asked for autoscaling's
         if not self.engine.healthy:
+            if not self.found_dead:
+                logger.error("The engine has stopped, so this replica is unhealthy and Serve will replace it.")
+            self.found_dead = True
             raise RuntimeError("The engine has stopped.")
 
     def __del__(self) -> None:
         """Called by Serve once the replica has drained."""
         if hasattr(self, "engine"):  # not if the constructor failed
+            self.engine.drain(DRAIN_S)
             self.engine.close()
+            self.encoders.shutdown()
+            self.compiles.close()
 
 
-def facts_of(generation: Generation, generated: Generated) -> dict[str, str | int | float]:
+def outcome_of(error: BaseException | None) -> str:
+    match error:
+        case None:
+            return "completed"
+        case QueueFull():
+            return "queue_full"
+        case DeadlineUnmeetable():
+            return "deadline"
+        case EngineStopped():
+            return "stopped"
+    return "failed"
+
+
+def refusal(error: QueueFull | DeadlineUnmeetable | EngineStopped, asked: ImageRequest) -> ApiError:
+    match error:
+        case QueueFull():
+            return ApiError(503, "The queue is full; try again later.", None, "queue_full", error.retry_after_s)
+        case DeadlineUnmeetable():
+            message = (
+                f"This would be ready in {up(error.estimate_s)} s, and timeout is {asked.timeout_s:g} s; "
+                "try again later or with a longer timeout."
+            )
+            return ApiError(503, message, "timeout", "deadline_unmeetable", error.retry_after_s)
+    return ApiError(503, "The replica is stopping; try again.", None, "replica_lost", 1.0)
+
+
+def up(seconds: float) -> str:
+    """Rounded up to a tenth, so that a deadline that is missed narrowly does not read as if it were met."""
+    return f"{math.ceil(10 * seconds) / 10:g}"
+
+
+def facts_of(generation: Generation, generated: Generated) -> Facts:
     """What a client needs in order to make the same picture again, and whether all of its prompt was read."""
     return {
         "seed": generation.seed,
@@ -124,3 +273,18 @@ def facts_of(generation: Generation, generated: Generated) -> dict[str, str | in
         "prompt_truncated": generated.prompt_truncated,
         "negative_prompt_truncated": generated.negative_prompt_truncated,
     }
+
+
+def device() -> str:
+    """Such as 'TPU v5 lite x4': all that this host has is one replica's."""
+    import jax
+
+    devices = jax.local_devices()
+    return f"{devices[0].device_kind} x{len(devices)}"
+
+
+def replica_id() -> str:
+    try:
+        return serve.get_replica_context().replica_tag
+    except RayServeException:  # outside Serve
+        return "local"

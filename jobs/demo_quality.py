@@ -3,7 +3,7 @@
     python -m jobs.demo_quality            # prints the table; exit 1 where a bar is missed
 
 The captions are drawn from the held-out combinations of jobs/scenes.py, the judge is `scenes.check`, and the pictures
-come from the pipeline that is served. Everything is fixed by --seed, so two runs print the same table.
+come from the engine that is served. Everything is fixed by --seed, so two runs print the same table.
 """
 
 import argparse
@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from app.engine import Engine
 from app.images import contact_sheet
 from app.pipeline import Pipeline
-from app.samplers import SamplerTable
+from app.protocol import Generation
 from jobs import scenes
 
-BATCH = 8
+SIZE = (128, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +74,16 @@ def main() -> int:
         parser.error(f"--steps must be between 1 and 1000, got {args.steps}.")
 
     try:
-        pipeline = Pipeline.load(args.model, sizes=[(128, 128)], batch_buckets=[BATCH], max_steps=args.steps)
-        table = pipeline.table(args.sampler, args.steps)
+        pipeline = Pipeline.load(args.model, sizes=[SIZE], batch_buckets=[8], max_steps=args.steps)
+        pipeline.table(args.sampler, args.steps)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     wanted = captions(args.split, args.count, args.seed)
-    pictures = draw(pipeline, table, [caption for _, caption in wanted], args.guidance_scale, args.seed)
+    pipeline.warmup()
+    engine = Engine(pipeline, max_waiting=len(wanted))
+    prompts = [caption for _, caption in wanted]
+    pictures = draw(engine, args.sampler, args.steps, prompts, args.guidance_scale, args.seed)
     judged = [
         Judged(scene, caption, picture, scenes.check(picture, scene))
         for (scene, caption), picture in zip(wanted, pictures, strict=True)
@@ -101,21 +105,20 @@ def captions(split: scenes.Split, count: int, seed: int) -> list[tuple[scenes.Sc
 
 
 def draw(
-    pipeline: Pipeline, table: SamplerTable, prompts: Sequence[str], guidance_scale: float, seed: int
+    engine: Engine, sampler: str | None, steps: int, prompts: Sequence[str], guidance_scale: float, seed: int
 ) -> list[np.ndarray]:
-    """One picture for each prompt, by the pipeline's own verbs in full batches."""
-    pictures: list[np.ndarray] = []
-    state = pipeline.empty_state((128, 128))
-    for first in track(range(0, len(prompts), BATCH), description="drawing", console=Console(stderr=True)):
-        batch = prompts[first : first + BATCH]
-        slots = range(len(batch))
-        for slot, prompt in enumerate(batch):
-            embeddings = pipeline.encode(prompt)
-            state = pipeline.insert(state, slot, embeddings, table, guidance_scale, seed + first + slot)
-        for _ in range(len(table)):
-            state = pipeline.step(state, slots)
-        pictures.extend(np.asarray(pipeline.decode(state, slots))[: len(batch)])
-    return pictures
+    """One picture for each prompt, by the engine that is served."""
+    engine.start()
+    (width, height) = SIZE
+    futures = [
+        engine.submit(Generation(prompt, "", width, height, steps, guidance_scale, seed + number, sampler, n=1))
+        for number, prompt in enumerate(prompts)
+    ]
+    shown = track(futures, description="drawing", console=Console(stderr=True))
+    try:
+        return [future.result().pixels[0] for future in shown]
+    finally:
+        engine.close()
 
 
 def report(judged: Sequence[Judged], setting: str) -> bool:

@@ -1,5 +1,6 @@
 """The YAML files, linted against Ray's own models because Ray ignores a key that it does not know, and the builder."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -24,6 +25,7 @@ from ray.serve.schema import (
 
 from app import builders
 from app.builders import Args, locate, text_to_image
+from app.server import StableDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
@@ -120,15 +122,17 @@ def test_every_setting_of_args_is_written_out(path: Path) -> None:
 def test_limits_answer_in_the_order_that_gives_the_best_error(path: Path) -> None:
     args, deployments = Args.model_validate(args_of(path)), deployments_of(path)
     ingress, model = deployments["APIIngress"], deployments["StableDiffusion"]
-    slots = max(args.batch_buckets)
+    slots = 2 * max(args.batch_buckets) * len(args.sizes)  # as app/pipeline.py has them
     most_replicas = model["autoscaling_config"]["max_replicas"]
     # The engine's queue is full before Serve's limit on a replica is reached, and health questions still get through.
     assert model["max_ongoing_requests"] > slots + args.max_waiting
     # The model's limits are reached before the ingress's, whose refusals Serve words in its own way.
     held = most_replicas * model["max_ongoing_requests"] + model["max_queued_requests"]
     assert ingress["num_replicas"] * ingress["max_ongoing_requests"] > held
-    assert model["graceful_shutdown_timeout_s"] > args.limits.timeout_s
-    assert slots < model["autoscaling_config"]["target_ongoing_requests"] < slots + args.max_waiting
+    # A change of args restarts both; each lets every request that it has accepted finish.
+    assert ingress["graceful_shutdown_timeout_s"] >= model["graceful_shutdown_timeout_s"] > args.limits.timeout_s
+    target = model["autoscaling_config"]["target_ongoing_requests"]
+    assert max(args.batch_buckets) < target < max(args.batch_buckets) + args.max_waiting
     # Two prompts within their limit fit in the body and in the query: escaped, a character takes at most 12 bytes.
     assert 2 * 12 * args.limits.prompt_characters < min(args.limits.body_bytes, args.limits.query_bytes)
 
@@ -148,6 +152,23 @@ def test_the_yaml_names_the_deployments_that_the_builder_makes(path: Path, repos
     assert [f"{width}x{height}" for width, height in options["sizes"]] == list(service.sizes)
     assert options["max_steps"] == service.limits.num_inference_steps[1]
     assert options["name"] == service.model
+    assert options["images_at_once"] is None and options["decode_buckets"] is None
+    assert options["programs"] == repository / ".cache/programs"
+
+
+def test_what_the_yaml_says_reaches_the_replica(repository: Path) -> None:
+    said = {"decode_buckets": [4, 2], "images_at_once": 3, "admission_gain": 0.2, "prompt_cache": 9}
+    said |= {"encoding_threads": 5, "programs": None, "max_waiting": 7}
+    args = Args.model_validate({"model": "a/b", "sizes": ["64x64"], **said})
+    options = deployments_made(args)[1].init_kwargs
+    assert {name: options[name] for name in said} == said | {"decode_buckets": [2, 4]}
+    absolute = Args.model_validate({"model": "a/b", "sizes": ["64x64"], "programs": "/var/programs"})
+    assert deployments_made(absolute)[1].init_kwargs["programs"] == Path("/var/programs")
+
+
+def test_the_replica_takes_exactly_what_the_builder_gives() -> None:
+    replicas = deployments_made(Args(model="a/b", sizes=["64x64"]))[1]
+    inspect.signature(StableDiffusion.__init__).bind(None, *replicas.init_args, **replicas.init_kwargs)
 
 
 def test_ray_accepts_the_builder_and_its_args(repository: Path) -> None:
@@ -186,7 +207,15 @@ BAD_ARGS: list[tuple[dict[str, Any], str]] = [
     ({"batch_buckets": []}, "at least 1 item"),
     ({"batch_buckets": [0]}, "greater than or equal to 1"),
     ({"batch_buckets": [2, 2]}, "a value must not stand twice, got [2, 2]."),
+    ({"decode_buckets": []}, "at least 1 item"),
+    ({"decode_buckets": [1, 1]}, "a value must not stand twice, got [1, 1]."),
+    ({"images_at_once": "all"}, "Input should be 'auto'"),
+    ({"images_at_once": 0}, "greater than or equal to 1"),
+    ({"admission_gain": -0.1}, "greater than or equal to 0"),
     ({"max_waiting": 0}, "greater than or equal to 1"),
+    ({"prompt_cache": 0}, "greater than or equal to 1"),
+    ({"encoding_threads": 0}, "greater than or equal to 1"),
+    ({"limits": {"partial_images": 17}}, "less than or equal to 16"),
     (
         {"limits": {"num_inference_steps": [50, 1]}},
         "a range must be [lowest, highest] with lowest at least 1, got [50, 1].",

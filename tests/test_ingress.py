@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,19 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from app.ingress import DRAINED_BYTES, APIIngress, answer_of
-from app.protocol import ApiError, Defaults, Description, Encoding, Generation, Images, Limits, Service
+from app.protocol import (
+    Accepted,
+    ApiError,
+    Defaults,
+    Description,
+    Generation,
+    ImageRequest,
+    Images,
+    Limits,
+    Preview,
+    Service,
+)
+from app.stats import SUMMED
 
 SERVICE = Service(
     "tiny",
@@ -54,15 +66,63 @@ class Method:
         return self.answers[-1]
 
 
+class Items:
+    """A DeploymentResponseGenerator: what it yields, raises, or, for None, never comes to."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items = iter(items)
+        self.cancelled = False
+
+    def __aiter__(self) -> "Items":
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            item = next(self.items)
+        except StopIteration:
+            raise StopAsyncIteration from None
+        if item is None:
+            await asyncio.Event().wait()
+        if isinstance(item, BaseException) and not isinstance(item, ApiError):
+            raise item
+        return item
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class StreamMethod:
+    def __init__(self) -> None:
+        self.outcome: Callable[[ImageRequest], Iterable[Any]] = stream_of
+        self.answers: list[Items] = []
+
+    def remote(self, asked: ImageRequest) -> Items:
+        self.answers.append(Items(self.outcome(asked)))
+        return self.answers[-1]
+
+
 class Replicas:
     """What APIIngress uses of a DeploymentHandle."""
 
     def __init__(self) -> None:
         self.generate = Method(pictures)
+        self.generate_stream = StreamMethod()
         self.describe = Method(lambda: Description(("euler", "pndm"), "pndm"))
 
+    def options(self, *, stream: bool) -> "Replicas":
+        assert stream
+        return self
 
-def pictures(generation: Generation, encoding: Encoding) -> Images:
+
+def stream_of(asked: ImageRequest) -> Iterator[Any]:
+    yield Accepted()
+    for index in range(asked.partial_images):
+        yield Preview(index, f"draft {index}".encode())
+    yield pictures(asked)
+
+
+def pictures(asked: ImageRequest) -> Images:
+    generation, encoding = asked.generation, asked.encoding
     seeds = tuple(generation.seed + i for i in range(generation.n))
     facts: dict[str, str | int | float] = {
         "seed": generation.seed,
@@ -74,7 +134,7 @@ def pictures(generation: Generation, encoding: Encoding) -> Images:
         "negative_prompt_truncated": False,
     }
     encoded = tuple(f"{encoding.output_format} {seed}".encode() for seed in seeds)
-    return Images(encoded, seeds, facts, {"queue_s": 0.5, "denoise_s": 1.25})
+    return Images(encoded, seeds, facts, {"queue_s": 0.5, "denoise_s": 1.25, "device_s": 0.75})
 
 
 @pytest.fixture
@@ -105,17 +165,18 @@ def test_imagine_answers_a_png_with_what_made_it_in_headers(client: TestClient, 
         "x-size": "256x128",
         "x-prompt-truncated": "false",
         "x-negative-prompt-truncated": "false",
-        "server-timing": "queue;dur=500.0, denoise;dur=1250.0",
+        "server-timing": "queue;dur=500.0, denoise;dur=1250.0, device;dur=750.0",
         "cache-control": "no-store",
     }
     assert {name: response.headers[name] for name in expected} == expected
-    assert replicas.generate.calls == [(Generation("a red house", "", 256, 128, 12, 3.5, 7, None, 1), SERVICE.encoding)]
+    generation = Generation("a red house", "", 256, 128, 12, 3.5, 7, None, 1)
+    assert replicas.generate.calls == [(ImageRequest(generation, SERVICE.encoding, 0.2),)]
 
 
 def test_the_seed_that_was_drawn_comes_back(client: TestClient, replicas: Replicas) -> None:
     first, second = (client.get("/imagine?prompt=a").headers["x-seed"] for _ in range(2))
     assert first != second
-    assert [str(call[0].seed) for call in replicas.generate.calls] == [first, second]
+    assert [str(asked.generation.seed) for (asked,) in replicas.generate.calls] == [first, second]
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
@@ -142,7 +203,7 @@ def test_generations_answers_in_openais_shape_with_the_facts_beside_it(client: T
         "size": "128x128",
         "prompt_truncated": True,
         "negative_prompt_truncated": False,
-        "timings": {"queue_s": 0.5, "denoise_s": 1.25},
+        "timings": {"queue_s": 0.5, "denoise_s": 1.25, "device_s": 0.75},
     }
 
 
@@ -164,6 +225,7 @@ def test_models_lists_what_a_request_may_say_and_asks_a_replica_once(client: Tes
             "prompt_characters": 2000,
             "query_bytes": 300,
             "body_bytes": 300,
+            "partial_images": 3,
             "timeout_s": 0.2,
         },
         "defaults": {
@@ -190,11 +252,28 @@ def test_health_asks_a_replica_every_time(
     assert len(replicas.describe.calls) == 2 and replicas.describe.answers[1].cancelled
 
 
-def test_the_index_names_every_route(client: TestClient) -> None:
+def test_the_index_names_every_route(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.ingress.stats_of_all", no_replicas)
     named = client.get("/").json()["routes"]
     for route in named:
         method, _, path = route.partition(" ")
         assert client.request(method, path.replace("...", "a")).status_code in (200, 415)
+
+
+async def no_replicas(replicas: Any, timeout_s: float) -> dict[str, Any]:
+    return {}
+
+
+def test_stats_are_told_for_each_replica_and_in_total(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = dict.fromkeys(SUMMED, 2) | {"requests": {"completed": 3}}
+
+    async def stats_of_all(replicas: Any, timeout_s: float) -> dict[str, Any]:
+        return {"a": one, "b": one, "c": {"error": "No answer."}}
+
+    monkeypatch.setattr("app.ingress.stats_of_all", stats_of_all)
+    answer = client.get("/v1/stats").json()
+    assert answer["model"] == "tiny" and answer["replicas"] == {"a": one, "b": one, "c": {"error": "No answer."}}
+    assert answer["total"] == {"replicas": 2, **dict.fromkeys(SUMMED, 4), "requests": {"completed": 6}}
 
 
 @pytest.mark.parametrize("query", ["", "prompt=", "prompt=a&size=1x1", "prompt=a&seed=-1", "prompt=a&foo=1"])
@@ -327,6 +406,7 @@ async def raw_post(receive: Callable[[], Any], headers: dict[str, str]) -> tuple
 SECRET = "/root/weights exploded"
 FAILURES: list[tuple[Any, int, str, str | None]] = [
     (ApiError(503, "Every place is taken.", None, "queue_full", 2.1), 503, "queue_full", "3"),
+    (ApiError(503, "Too late.", "timeout", "deadline_unmeetable", 0.2), 503, "deadline_unmeetable", "1"),
     (ApiError(400, "sampler must be one of euler, got pndm.", "sampler", "invalid_value"), 400, "invalid_value", None),
     (BackPressureError(9, 8, 503, 4.0), 503, "queue_full", "4"),
     (BackPressureError(9, 8), 503, "queue_full", "1"),
@@ -345,10 +425,11 @@ def test_what_goes_wrong_behind_becomes_a_status_and_never_shows_its_insides(
     client: TestClient, replicas: Replicas, outcome: Any, status: int, code: str, retry_after: str | None
 ) -> None:
     replicas.generate.outcome = lambda *_: outcome
-    response = client.get("/imagine?prompt=a")
-    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
-    assert response.headers.get("retry-after") == retry_after
-    assert SECRET not in response.text and "Traceback" not in response.text
+    replicas.generate_stream.outcome = lambda _: [outcome]
+    for response in (client.get("/imagine?prompt=a"), post(client, prompt="a", stream=True)):
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+        assert response.headers.get("retry-after") == retry_after
+        assert SECRET not in response.text and "Traceback" not in response.text
 
 
 @pytest.mark.parametrize("cause", [RuntimeError(SECRET), TimeoutError(SECRET), ValueError(SECRET)])
@@ -367,6 +448,13 @@ def test_a_timeout_stops_the_replicas_work(client: TestClient, replicas: Replica
     replicas.generate.outcome = lambda *_: None
     assert client.get("/imagine?prompt=a").status_code == 504
     assert replicas.generate.answers[0].cancelled
+
+
+def test_a_requests_own_timeout_is_waited_for_and_told_to_the_replica(client: TestClient, replicas: Replicas) -> None:
+    replicas.generate.outcome = lambda *_: None
+    response = client.get("/imagine?prompt=a&timeout=0.05")
+    assert response.json()["error"]["message"] == "No picture within 0.05 s; the request was dropped."
+    assert replicas.generate.calls[0][0].timeout_s == 0.05
 
 
 def test_a_client_that_goes_away_stops_the_replicas_work() -> None:

@@ -23,7 +23,15 @@ from app.samplers import SAMPLERS
 SERVICE = Service(
     "tiny",
     ("128x128", "256x128"),
-    Limits(images=3, num_inference_steps=(2, 50), guidance_scale=(1, 12.5), prompt_characters=20, query_bytes=500),
+    Limits(
+        images=3,
+        num_inference_steps=(2, 50),
+        guidance_scale=(1, 12.5),
+        prompt_characters=20,
+        query_bytes=500,
+        partial_images=2,
+        timeout_s=60,
+    ),
 )
 
 
@@ -48,12 +56,13 @@ def test_a_bare_prompt_gets_every_default() -> None:
     seed = asked.generation.seed
     assert asked.generation == Generation("a red house", "", 128, 128, 20, 7.5, seed, None, 1)
     assert asked.encoding == Encoding(output_format="png", quality=90, png_level=6)
+    assert (asked.timeout_s, asked.stream, asked.partial_images) == (60.0, False, 0)
 
 
 def test_both_doors_resolve_to_the_same_request() -> None:
     query = (
         b"prompt=a+caf%C3%A9&negative_prompt=fog&size=256x128&num_inference_steps=7&guidance_scale=2.5"
-        b"&seed=0&sampler=euler&output_format=webp&output_compression=55"
+        b"&seed=0&sampler=euler&output_format=webp&output_compression=55&timeout=2.5"
     )
     fields = {
         "prompt": "a café",
@@ -65,11 +74,13 @@ def test_both_doors_resolve_to_the_same_request() -> None:
         "sampler": "euler",
         "output_format": "webp",
         "output_compression": 55,
+        "timeout": 2.5,
     }
     asked = parse_query(query, SERVICE)
     assert asked == body(**fields)
     assert asked.generation == Generation("a café", "fog", 256, 128, 7, 2.5, 0, "euler", 1)
     assert asked.encoding == Encoding(output_format="webp", quality=55)
+    assert asked.timeout_s == 2.5
 
 
 def test_a_seed_is_drawn_only_when_none_is_given() -> None:
@@ -85,12 +96,22 @@ def test_null_counts_as_left_out() -> None:
 
 def test_values_at_both_ends_of_every_range_are_allowed() -> None:
     for fields in (
-        {"num_inference_steps": 2, "guidance_scale": 1, "seed": 0, "n": 1, "output_compression": 0},
-        {"num_inference_steps": 50, "guidance_scale": 12.5, "seed": SEEDS - 1, "n": 3, "output_compression": 100},
+        {"num_inference_steps": 2, "guidance_scale": 1, "seed": 0, "n": 1, "output_compression": 0, "timeout": 1e-3},
+        {
+            **{"num_inference_steps": 50, "guidance_scale": 12.5, "seed": SEEDS - 1, "n": 3},
+            **{"output_compression": 100, "timeout": 60},
+        },
     ):
         asked = body(prompt="x" * 20, output_format="jpeg", **fields)
         assert asked.generation.num_inference_steps == fields["num_inference_steps"]
         assert isinstance(asked.generation.guidance_scale, float)
+        assert asked.timeout_s == fields["timeout"] and isinstance(asked.timeout_s, float)
+
+
+def test_a_stream_has_as_many_previews_as_were_asked_for() -> None:
+    assert body(prompt="a", stream=True, partial_images=2).partial_images == 2
+    asked = body(prompt="a", stream=True, n=1)
+    assert asked.stream and asked.partial_images == 0
 
 
 def test_openai_fields_that_ask_for_nothing_are_accepted() -> None:
@@ -107,6 +128,7 @@ def test_a_prompt_may_hold_any_text_and_line_breaks() -> None:
 
 
 SEED_RANGE = f"an integer between 0 and {SEEDS - 1}"
+TIMEOUT_RANGE = "a number of seconds above 0 and at most 60"
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": ""}, "prompt", "prompt must not be empty."),
     ({"prompt": " \n"}, "prompt", "prompt must not be empty."),
@@ -177,10 +199,21 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"background": "transparent"}, "background", 'background must be "auto" or "opaque", got "transparent".'),
     ({"moderation": "low"}, "moderation", 'moderation must be "auto", got "low".'),
     ({"quality": "hd"}, "quality", 'quality must be "auto" or "standard", got "hd".'),
-    ({"stream": True}, "stream", "stream must be false, got true."),
-    ({"stream": 0}, "stream", "stream must be false, got 0."),
-    ({"partial_images": 2}, "partial_images", "partial_images must be 0, got 2."),
-    ({"partial_images": False}, "partial_images", "partial_images must be 0, got false."),
+    ({"stream": 0}, "stream", "stream must be true or false, got 0."),
+    ({"stream": "true"}, "stream", 'stream must be true or false, got "true".'),
+    ({"stream": True, "n": 2}, "n", "n must be 1 where stream is true, got 2."),
+    ({"partial_images": 1}, "partial_images", "partial_images needs stream to be true."),
+    (
+        {"stream": True, "partial_images": 3},
+        "partial_images",
+        "partial_images must be an integer between 0 and 2, got 3.",
+    ),
+    ({"partial_images": False}, "partial_images", "partial_images must be an integer between 0 and 2, got false."),
+    ({"timeout": 0}, "timeout", f"timeout must be {TIMEOUT_RANGE}, got 0."),
+    ({"timeout": -1.5}, "timeout", f"timeout must be {TIMEOUT_RANGE}, got -1.5."),
+    ({"timeout": 60.5}, "timeout", f"timeout must be {TIMEOUT_RANGE}, got 60.5."),
+    ({"timeout": True}, "timeout", f"timeout must be {TIMEOUT_RANGE}, got true."),
+    ({"timeout": "5"}, "timeout", f'timeout must be {TIMEOUT_RANGE}, got "5".'),
 ]
 
 
@@ -213,6 +246,9 @@ BAD_QUERIES: list[tuple[str | bytes, str | None, str]] = [
         "guidance_scale",
         "guidance_scale must be a number between 1 and 12.5, got Infinity.",
     ),
+    ("prompt=a&timeout=0", "timeout", f"timeout must be {TIMEOUT_RANGE}, got 0."),
+    ("prompt=a&timeout=soon", "timeout", f'timeout must be {TIMEOUT_RANGE}, got "soon".'),
+    ("prompt=a&stream=true", "stream", f'Unknown field "stream"; the fields are {", ".join(QUERY_FIELDS)}.'),
     ("prompt=%ff", None, "The query string must be percent-encoded UTF-8."),
     (b"prompt=\xff", None, "The query string must be percent-encoded UTF-8."),
     ("prompt=" + "x" * 500, None, "The query string must be at most 500 bytes, got 507."),
@@ -279,4 +315,4 @@ def test_an_error_has_openais_shape_and_survives_pickling() -> None:
 def test_what_travels_to_a_replica_is_small() -> None:
     asked = body(prompt="x" * 20, seed=1)
     assert pickle.loads(pickle.dumps(asked)) == asked
-    assert len(pickle.dumps((asked.generation, asked.encoding))) < 1000
+    assert len(pickle.dumps(asked)) < 1000

@@ -1,13 +1,16 @@
-"""The replica's class, called as Serve calls it, over a fake pipeline and a fake engine."""
+"""The replica's class, called as Serve calls it: the real engine, over a fake pipeline."""
 
 import asyncio
+import json
 import logging
 import pickle
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,22 +18,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.engine import EngineStopped, Generated, QueueFull
-from app.protocol import ApiError, Description, Encoding, Generation, Images
-from app.server import StableDiffusion
+from app.engine import DeadlineUnmeetable, EngineStopped, QueueFull
+from app.protocol import Accepted, ApiError, Description, Encoding, Generation, ImageRequest, Images, Preview
+from app.server import StableDiffusion, refusal
+from tests.fake_pipeline import SMALL, FakePipeline, number
+from tests.test_metrics import Recorded, recorded
 
-GENERATION = Generation("a secret garden", "fog", 16, 8, 5, 4.0, 2**32 - 1, None, 2)
-PNG = Encoding(output_format="png")
+__all__ = ["recorded"]  # a fixture
+
+WIDTH, HEIGHT = SMALL
+ASKED = ImageRequest(Generation("a secret garden", "fog", WIDTH, HEIGHT, 5, 4.0, 2**32 - 1, None, 2), Encoding(), 60.0)
+OPTIONS: dict[str, Any] = {
+    "revision": None,
+    "dtype": "float32",
+    "sizes": [SMALL],
+    "batch_buckets": [1, 2],
+    "decode_buckets": None,
+    "max_steps": 50,
+    "programs": Path("/programs"),
+}
 
 
-class FakePipeline:
-    samplers = ("euler", "pndm")
-    default_sampler = "pndm"
+class Pipeline(FakePipeline):
+    samplers = ("ddim", "pndm")
     events: list[Any]
 
     @classmethod
-    def load(cls, model: str, **options: Any) -> "FakePipeline":
-        pipeline = cls()
+    def load(cls, model: str, **options: Any) -> "Pipeline":
+        pipeline = cls(sizes=(SMALL,), decoding=lambda size, images: 0.01)
         pipeline.events = [("load", model, options)]
         return pipeline
 
@@ -38,54 +53,72 @@ class FakePipeline:
         self.events.append("warmup")
 
 
-class FakeEngine:
-    def __init__(self, pipeline: FakePipeline, *, max_waiting: int) -> None:
-        pipeline.events.append(("engine", max_waiting))
-        self.healthy = True
-        self.closed = False
-        self.answer: Callable[[Future[Generated]], None] = lambda future: future.set_result(generated())
-        self.refusal: Exception | None = None
-        self.futures: list[Future[Generated]] = []
+class CompileWatch:
+    def __init__(self) -> None:
+        self.count = 0
+        self.watching = False
 
-    def submit(self, generation: Generation) -> Future[Generated]:
-        if self.refusal:
-            raise self.refusal
-        self.futures.append(Future())
-        self.answer(self.futures[-1])
-        return self.futures[-1]
+    def ready(self) -> None:
+        self.watching = True
 
     def close(self) -> None:
-        self.closed = True
-
-
-def generated() -> Generated:
-    pixels = np.stack([np.full((8, 16, 3), level, np.uint8) for level in (10, 200)])
-    return Generated(pixels, (2**32 - 1, 0), "pndm", True, False, 0.25, 1.5, 0.125)
+        self.watching = False
 
 
 @pytest.fixture
-def replica(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(sys.modules, "app.pipeline", SimpleNamespace(Pipeline=FakePipeline))  # the real one imports JAX
-    monkeypatch.setattr("app.server.Engine", FakeEngine)
-    return StableDiffusion(
+def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setitem(sys.modules, "app.pipeline", SimpleNamespace(Pipeline=Pipeline))  # the real ones import JAX
+    monkeypatch.setitem(sys.modules, "app.programs", SimpleNamespace(CompileWatch=CompileWatch))
+    monkeypatch.setattr("app.server.device", lambda: "abacus x2")
+    replica: Any = StableDiffusion(
         "/models/tiny",
         name="tiny",
-        revision=None,
-        dtype="float32",
-        sizes=[(16, 8)],
-        batch_buckets=[1, 2],
-        max_steps=50,
-        max_waiting=7,
+        **OPTIONS,
+        max_waiting=2,
+        images_at_once=1,
+        admission_gain=0.125,
+        prompt_cache=16,
+        encoding_threads=3,
     )
+    yield replica
+    replica.pipeline.open()
+    replica.__del__()
+    assert not replica.pipeline.broken
 
 
-def generate(replica: Any, encoding: Encoding = PNG, **changes: Any) -> Any:
-    return asyncio.run(replica.generate(replace(GENERATION, **changes), encoding))
+def asking(stream: bool = False, **changes: Any) -> ImageRequest:
+    request = {name: changes.pop(name) for name in ("encoding", "timeout_s", "partial_images") if name in changes}
+    return replace(ASKED, stream=stream, generation=replace(ASKED.generation, **changes), **request)
 
 
-def test_a_replica_is_warm_before_its_engine_starts(replica: Any) -> None:
-    options = {"revision": None, "dtype": "float32", "sizes": [(16, 8)], "batch_buckets": [1, 2], "max_steps": 50}
-    assert replica.pipeline.events == [("load", "/models/tiny", options), "warmup", ("engine", 7)]
+def generate(replica: Any, **changes: Any) -> Any:
+    return asyncio.run(replica.generate(asking(**changes)))
+
+
+def streamed(replica: Any, **changes: Any) -> list[Any]:
+    async def listen() -> list[Any]:
+        return [item async for item in replica.generate_stream(asking(stream=True, **{"n": 1} | changes))]
+
+    return asyncio.run(listen())
+
+
+def decoded(encoded: bytes) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(encoded)))
+
+
+def outcomes(recorded: Recorded) -> list[str]:
+    return [tags["outcome"] for name, _, tags in recorded if name == "imagine_requests"]
+
+
+def soon(event: threading.Event) -> bool:
+    return event.wait(20)
+
+
+def test_a_replica_is_warm_before_it_watches_for_compiles_and_starts_its_engine(replica: Any) -> None:
+    assert replica.pipeline.events == [("load", "/models/tiny", OPTIONS), "warmup"]
+    assert replica.compiles.watching and replica.engine.healthy
+    assert (replica.engine.max_waiting, replica.engine.images_at_once, replica.engine.gain) == (2, 1, 0.125)
+    assert replica.encoders._max_workers == 3
 
 
 def test_an_answer_says_what_made_it_and_how_long_that_took(replica: Any) -> None:
@@ -94,88 +127,189 @@ def test_an_answer_says_what_made_it_and_how_long_that_took(replica: Any) -> Non
     assert images.seeds == (2**32 - 1, 0)
     assert images.facts == {
         "seed": 2**32 - 1,
-        "sampler": "pndm",
+        "sampler": "ddim",
         "num_inference_steps": 5,
         "guidance_scale": 4.0,
-        "size": "16x8",
-        "prompt_truncated": True,
+        "size": f"{WIDTH}x{HEIGHT}",
+        "prompt_truncated": False,
         "negative_prompt_truncated": False,
     }
-    assert images.timings["encode_s"] > 0
-    assert {**images.timings, "encode_s": 0} == {"queue_s": 0.25, "denoise_s": 1.5, "decode_s": 0.125, "encode_s": 0}
+    assert set(images.timings) == {"queue_s", "denoise_s", "decode_s", "encode_s", "device_s"}
+    assert all(seconds >= 0 for seconds in images.timings.values()) and images.timings["device_s"] > 0.01
 
 
 def test_each_png_holds_the_seed_that_makes_it_alone(replica: Any) -> None:
-    first, second = (Image.open(BytesIO(encoded)) for encoded in generate(replica).encoded)
-    assert (np.asarray(first).max(), np.asarray(second).min()) == (10, 200)
-    assert first.info == {
+    files = generate(replica).encoded
+    assert [number(decoded(file)) for file in files] == [2**32 - 1 + 5, 0 + 5]
+    first, second = (Image.open(BytesIO(file)).info for file in files)
+    assert first == {
         "prompt": "a secret garden",
         "negative_prompt": "fog",
         "model": "tiny",
         "Software": "imagine-tpu",
         "seed": str(2**32 - 1),
-        "sampler": "pndm",
+        "sampler": "ddim",
         "num_inference_steps": "5",
         "guidance_scale": "4.0",
-        "size": "16x8",
-        "prompt_truncated": "true",
+        "size": f"{WIDTH}x{HEIGHT}",
+        "prompt_truncated": "false",
         "negative_prompt_truncated": "false",
     }
-    assert second.info["seed"] == "0"
+    assert second == first | {"seed": "0"}
 
 
-def test_the_encoding_that_was_asked_for_is_used(replica: Any) -> None:
+def test_the_encoding_that_was_asked_for_is_used_for_previews_too(replica: Any) -> None:
     for output_format in ("webp", "jpeg"):
-        images = generate(replica, Encoding.model_validate({"output_format": output_format}))
+        encoding = Encoding.model_validate({"output_format": output_format})
+        images = generate(replica, encoding=encoding)
         assert Image.open(BytesIO(images.encoded[0])).format == output_format.upper()
+        _, preview, _ = streamed(replica, encoding=encoding, partial_images=1)
+        assert Image.open(BytesIO(preview.encoded)).format == output_format.upper()
 
 
-@pytest.mark.parametrize(
-    ("refusal", "status", "param", "message"),
-    [
-        (QueueFull(2.5), 503, None, "The queue is full; try again later."),
-        (EngineStopped("gone"), 503, None, "The replica is stopping; try again."),
-        (
-            ValueError("sampler must be one of euler, got pndm."),
-            400,
-            "sampler",
-            "sampler must be one of euler, got pndm.",
-        ),
-        (ValueError("Something else."), 400, None, "Something else."),
-    ],
-)
+def test_files_are_made_in_the_replicas_own_threads(replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+
+    def encode(*_: Any, **__: Any) -> bytes:
+        names.append(threading.current_thread().name)
+        return b"file"
+
+    monkeypatch.setattr("app.server.encode", encode)
+    generate(replica)
+    streamed(replica, partial_images=2)
+    assert len(names) == 2 + 3 and all(name.startswith("encode_") for name in names)
+
+
+def test_a_stream_is_acceptance_previews_in_order_and_the_same_picture(replica: Any) -> None:
+    accepted, first, second, images = streamed(replica, partial_images=2, seed=100)
+    assert accepted == Accepted()
+    assert isinstance(first, Preview) and isinstance(second, Preview) and (first.index, second.index) == (0, 1)
+    seen = [number(decoded(preview.encoded)) for preview in (first, second)]
+    assert 100 < seen[0] < seen[1] < 105, "pictures in the making"
+    assert isinstance(images, Images) and images.encoded == generate(replica, n=1, seed=100).encoded
+
+
+def test_a_stream_without_previews_says_that_it_is_accepted_before_it_is_done(replica: Any) -> None:
+    async def listen() -> list[Any]:
+        replica.pipeline.gates["step"].clear()
+        stream = replica.generate_stream(asking(stream=True, n=1))
+        items = [await anext(stream)]
+        assert replica.engine.stats()["unfinished"] == 1
+        replica.pipeline.open()
+        return items + [item async for item in stream]
+
+    assert [type(item) for item in asyncio.run(listen())] == [Accepted, Images]
+
+
+def held(replica: Any) -> Future[Any]:
+    """A request that runs until `replica.pipeline.open()`."""
+    replica.pipeline.gates["step"].clear()
+    future: Future[Any] = replica.engine.submit(ASKED.generation)
+    assert soon(replica.pipeline.reached["step"])
+    return future
+
+
+@pytest.mark.parametrize("ask", [generate, lambda *a, **k: streamed(*a, **k)[0]], ids=["whole", "stream"])
 def test_an_expected_refusal_is_returned_so_that_serve_logs_no_failure(
-    replica: Any, refusal: Exception, status: int, param: str | None, message: str
+    replica: Any, ask: Callable[..., Any], recorded: Recorded
 ) -> None:
-    replica.engine.refusal = refusal
-    error = pickle.loads(pickle.dumps(generate(replica)))
-    assert isinstance(error, ApiError)
-    assert (error.status, error.param, error.message) == (status, param, message)
-    assert error.retry_after_s == {"QueueFull": 2.5, "EngineStopped": 1.0}.get(type(refusal).__name__)
+    def refused(**changes: Any) -> tuple[int, str, str | None, str]:
+        error = pickle.loads(pickle.dumps(ask(replica, **changes)))
+        assert isinstance(error, ApiError)
+        assert (error.retry_after_s or 0) > 0 or error.status == 400
+        return error.status, error.code, error.param, error.message
+
+    sentence = "sampler must be one of ddim, pndm, got lcm."
+    assert refused(sampler="lcm") == (400, "invalid_value", "sampler", sentence)
+    status, code, param, sentence = refused(timeout_s=0.001)
+    assert (status, code, param) == (503, "deadline_unmeetable", "timeout")
+    running = held(replica)
+    waiting = [replica.engine.submit(ASKED.generation) for _ in range(2)]
+    assert refused() == (503, "queue_full", None, "The queue is full; try again later.")
+    assert outcomes(recorded) == ["invalid", "deadline", "queue_full"]
+    replica.pipeline.open()
+    replica.engine.drain(20)
+    assert running.done() and all(isinstance(future.exception(20), EngineStopped) for future in waiting)
+    assert refused() == (503, "replica_lost", None, "The replica is stopping; try again.")
+    assert outcomes(recorded)[3:] == ["stopped"]
 
 
-def test_an_engine_that_stops_under_a_request_asks_the_client_to_try_again(replica: Any) -> None:
-    replica.engine.answer = lambda future: future.set_exception(EngineStopped("gone"))
-    assert generate(replica).status == 503
+def test_a_deadline_that_is_missed_narrowly_does_not_read_as_if_it_were_met() -> None:
+    error = refusal(DeadlineUnmeetable(2.01, 0.1), asking(timeout_s=2.0))
+    assert error.message == (
+        "This would be ready in 2.1 s, and timeout is 2 s; try again later or with a longer timeout."
+    )
+    assert (error.retry_after_s, refusal(QueueFull(2.5), ASKED).retry_after_s) == (0.1, 2.5)
 
 
-def test_a_failure_on_the_device_is_no_refusal(replica: Any) -> None:
-    replica.engine.answer = lambda future: future.set_exception(ValueError("Incompatible shapes"))
-    with pytest.raises(ValueError, match="Incompatible shapes"):
-        generate(replica)
+@pytest.mark.parametrize("ask", [generate, lambda *a, **k: streamed(*a, **k)[-1]], ids=["whole", "stream"])
+def test_an_engine_that_stops_under_a_request_asks_the_client_to_try_again(
+    replica: Any, ask: Callable[..., Any], recorded: Recorded
+) -> None:
+    closing = threading.Thread(target=replica.engine.close)
+    replica.pipeline.gates["step"].clear()
+
+    def stop() -> None:
+        assert soon(replica.pipeline.reached["step"])
+        closing.start()
+        replica.pipeline.open()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    answer = ask(replica, num_inference_steps=50)
+    stopping.join()
+    closing.join()
+    assert isinstance(answer, ApiError) and answer.code == "replica_lost"
+    assert outcomes(recorded) == ["stopped"]
 
 
-def test_cancelling_a_request_cancels_it_in_the_engine(replica: Any) -> None:
+@pytest.mark.parametrize("ask", [generate, streamed])
+def test_a_failure_on_the_device_is_no_refusal(replica: Any, ask: Callable[..., Any], recorded: Recorded) -> None:
+    replica.pipeline.fail("step")
+    with pytest.raises(RuntimeError, match="step failed"):
+        ask(replica)
+    assert outcomes(recorded) == ["failed"]
+    assert isinstance(generate(replica), Images), "the next one is served"
+
+
+def test_cancelling_a_request_frees_its_slots_and_leaves_others_alone(replica: Any, recorded: Recorded) -> None:
+    async def leave() -> Any:
+        replica.pipeline.abandoned = lambda seed: seed in (2, 3)
+        replica.pipeline.gates["step"].clear()
+        staying, leaving = (asyncio.ensure_future(replica.generate(asking(seed=seed))) for seed in (1, 2))
+        await asyncio.to_thread(soon, replica.pipeline.reached["step"])
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        replica.pipeline.open()
+        return await staying
+
+    images = asyncio.run(leave())
+    assert [number(decoded(file)) for file in images.encoded] == [1 + 5, 2 + 5]
+    assert sorted(outcomes(recorded)) == ["cancelled", "completed"]
+    assert replica.engine.stats()["active_slots"] == 0
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["accepted", "a preview"])
+def test_a_stream_that_is_cancelled_frees_its_slot(replica: Any, after: int, recorded: Recorded) -> None:
     async def leave() -> None:
-        waiting = asyncio.ensure_future(replica.generate(GENERATION, PNG))
+        replica.pipeline.abandoned = lambda seed: True
+        gate = replica.pipeline.gates["step" if not after else "decode"]
+        gate.clear()
+        stream = replica.generate_stream(asking(stream=True, n=1, partial_images=1, num_inference_steps=50))
+        for _ in range(1 + after):
+            await anext(stream)
+        waiting = asyncio.ensure_future(anext(stream))  # as Serve has it: always in wait for the next item
         await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
 
-    replica.engine.answer = lambda future: None
     asyncio.run(leave())
-    assert replica.engine.futures[0].cancelled()
+    replica.pipeline.open()
+    assert isinstance(generate(replica), Images)
+    assert outcomes(recorded) == ["cancelled", "completed"]
+    assert replica.engine.stats()["active_slots"] == 0
 
 
 def test_a_request_leaves_one_line_that_tells_times_and_not_the_prompt(
@@ -183,24 +317,66 @@ def test_a_request_leaves_one_line_that_tells_times_and_not_the_prompt(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="ray.serve"):
         generate(replica)
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if record.name.endswith("app.server")]
     assert record.name.startswith("ray.serve.")
-    assert "n=2 size=16x8 steps=5 sampler=pndm queue_s=0.250 denoise_s=1.500 decode_s=0.125" in record.getMessage()
+    assert f"n=2 size={WIDTH}x{HEIGHT} steps=5 sampler=ddim queue_s=0." in record.getMessage()
+    assert "device_s=0." in record.getMessage()
     assert "secret" not in record.getMessage() and "fog" not in record.getMessage()
 
 
+def test_a_finished_request_is_measured_from_its_arrival_to_its_files(replica: Any, recorded: Recorded) -> None:
+    images = generate(replica)
+    values = {(name, *tags.values()): value for name, value, tags in recorded}
+    assert values["imagine_images",] == 2
+    total = values["imagine_time_to_first_image_seconds",]
+    assert total >= sum(images.timings[f"{phase}_s"] for phase in ("queue", "denoise", "decode", "encode"))
+    assert values["imagine_phase_seconds", "denoise"] == images.timings["denoise_s"]
+
+
 def test_a_replica_describes_what_stands_in_its_checkpoint(replica: Any) -> None:
-    assert asyncio.run(replica.describe()) == Description(("euler", "pndm"), "pndm")
+    assert asyncio.run(replica.describe()) == Description(("ddim", "pndm"), "ddim")
 
 
-def test_health_is_the_engines(replica: Any) -> None:
+def test_statistics_are_the_engines_and_what_the_replica_is(replica: Any) -> None:
+    generate(replica)
+    replica.compiles.count = 3
+    stats = json.loads(json.dumps(asyncio.run(replica.stats())))
+    assert stats["requests"]["completed"] == 1 and stats["num_slots"] == 4
+    assert (stats["replica"], stats["device"], stats["compiles_after_ready"]) == ("local", "abacus x2", 3)
+    assert stats["ready_s"] > 0 and stats["pid"] > 0
+
+
+def test_serves_questions_keep_the_gauges_current(replica: Any, recorded: Recorded) -> None:
+    running = held(replica)
+    told = asyncio.run(replica.record_autoscaling_stats())
     asyncio.run(replica.check_health())
-    replica.engine.healthy = False
-    with pytest.raises(RuntimeError, match="The engine has stopped."):
-        asyncio.run(replica.check_health())
+    replica.pipeline.open()
+    running.result(20)
+    assert told["unfinished"] == 1.0 and told["backlog_s"] > 0
+    assert all(isinstance(value, float) for value in told.values()), "Ray takes nothing else"
+    assert [value for name, value, _ in recorded if name == "imagine_active_slots"] == [1, 1]
 
 
-def test_the_destructor_closes_the_engine_if_there_is_one(replica: Any) -> None:
-    replica.__del__()
-    assert replica.engine.closed
-    StableDiffusion.__new__(StableDiffusion).__del__()
+def test_health_is_the_engines_and_its_death_is_logged_once(replica: Any, caplog: pytest.LogCaptureFixture) -> None:
+    asyncio.run(replica.check_health())
+    replica.engine.close()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="The engine has stopped."):
+            asyncio.run(replica.check_health())
+    assert sum("this replica is unhealthy" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_the_destructor_lets_running_requests_finish_and_ends_every_thread(replica: Any) -> None:
+    before = set(threading.enumerate())
+    running = held(replica)
+    ending = threading.Thread(target=replica.__del__)
+    ending.start()
+    replica.pipeline.open()
+    ending.join(20)
+    assert len(running.result(0).pixels) == 2
+    assert not replica.engine.healthy and not replica.compiles.watching
+    with pytest.raises(RuntimeError):
+        replica.encoders.submit(print)
+    left = [thread.name for thread in before if thread.is_alive() and thread.name.startswith(("engine", "encode"))]
+    assert not left
+    StableDiffusion.__new__(StableDiffusion).__del__()  # a constructor that failed

@@ -110,8 +110,6 @@ def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a model, downloaded first where `model` is a repo id and not a folder."""
     if Path(model).is_dir():
         return Path(model)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        raise ValueError(f"model must be a folder or a Hugging Face repo id such as owner/name, got {model}.")
     import huggingface_hub
 
     try:
