@@ -22,10 +22,10 @@ unexport PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status logs undeploy down test check format golden demo-quality train-demo lock clean
-.PHONY: runtime dev parity
+.PHONY: runtime dev parity bench-engine bench-overhead bench-coldstart
 
 help: ## List the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: runtime ## Install, start, deploy and draw eight pictures into outputs/
 	@$(MAKE) up deploy
@@ -69,6 +69,15 @@ demo-quality: runtime ## Measure how often the demo model draws what was asked f
 
 train-demo: dev ## Train the demo model (hours; goes on where it was interrupted)
 	@$(py) -m jobs.train_demo
+
+bench-engine: runtime ## Measure the engine against whole batches: latency, slowdown, throughput (about 12 minutes)
+	@$(py) -m benchmarks.engine
+
+bench-overhead: runtime ## Measure what HTTP and mixed requests cost over the pipeline's own loop
+	@$(py) -m benchmarks.overhead
+
+bench-coldstart: dev ## Measure a start with compiled programs at hand against one without
+	@$(py) -m benchmarks.coldstart
 
 # uv resolves for every platform at once, which pip cannot. It has an environment of its own, so that it is in no lock.
 uv := .cache/uv-$(UV_VERSION)/bin/uv

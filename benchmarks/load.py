@@ -1,0 +1,104 @@
+"""Requests and when they arrive, drawn from a seed, and an open loop that offers them to whatever makes pictures."""
+
+import gc
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from app.protocol import Generation
+from benchmarks.paced import Size, sleep_until
+
+Seconds = npt.NDArray[np.float64]
+Submit = Callable[[Generation], "Future[Any]"]  # of an array of pixels, or of something with such `pixels`
+
+GUIDANCE_SCALE = 4.0
+MIXED_STEPS = (4, 8, 20, 50)
+MIXED_KINDS = tuple(itertools.product(MIXED_STEPS, (1.0, GUIDANCE_SCALE), (1, 2, 3, 4)))
+HEAD_START_S = 0.05  # between the decision to begin and the first arrival
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What came of a load. `send_lag_s`: how late the latest request was sent, which its latency includes."""
+
+    latencies: Seconds  # from the intended arrival until all pictures of the request were there
+    makespan_s: float
+    send_lag_s: float
+
+
+def request(size: Size, seed: int, *, steps: int, guidance_scale: float = GUIDANCE_SCALE, n: int = 1) -> Generation:
+    return Generation(
+        prompt=f"a red house under a yellow sun, number {seed}",  # nobody's prompt is cached
+        negative_prompt="",
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        sampler=None,
+        n=n,
+    )
+
+
+def equal_requests(count: int, size: Size, *, steps: int, guidance_scale: float) -> list[Generation]:
+    return [request(size, seed, steps=steps, guidance_scale=guidance_scale) for seed in range(count)]
+
+
+def mixed_requests(count: int, size: Size, rng: np.random.Generator) -> list[Generation]:
+    """Dealt like cards: 32 in a row are all combinations of 4 numbers of steps, guided or not, and n of 1 to 4."""
+    deals = -(-count // len(MIXED_KINDS))
+    kinds = [MIXED_KINDS[card] for _ in range(deals) for card in rng.permutation(len(MIXED_KINDS))]
+    return [
+        request(size, seed, steps=kind[0], guidance_scale=kind[1], n=kind[2]) for seed, kind in enumerate(kinds[:count])
+    ]
+
+
+def poisson(count: int, rng: np.random.Generator) -> Seconds:
+    """Arrivals at one a second; divide by another rate."""
+    return np.cumsum(rng.exponential(1.0, count))
+
+
+def offer(submit: Submit, requests: Sequence[Generation], arrivals: Seconds) -> Offered:
+    """Sends each request at its time, whatever became of those before, and waits for all."""
+    finished = np.zeros(len(requests))
+    errors: list[BaseException] = []
+    left = threading.Semaphore(0)
+
+    def note(index: int, future: "Future[Any]") -> None:
+        finished[index] = time.monotonic()
+        error = future.exception()
+        if error is None:
+            made = future.result()
+            if len(getattr(made, "pixels", made)) != requests[index].n:
+                error = AssertionError(f"{requests[index]} got {made}")
+        if error is not None:
+            errors.append(error)
+        left.release()
+
+    gc.collect()
+    began = time.monotonic() + HEAD_START_S
+    intended = began + arrivals
+    lag = 0.0
+    for index, (one, at) in enumerate(zip(requests, intended, strict=True)):
+        sleep_until(at)
+        lag = max(lag, time.monotonic() - at)
+        submit(one).add_done_callback(lambda future, index=index: note(index, future))  # type: ignore[misc]
+    for _ in requests:
+        if not left.acquire(timeout=TIMEOUT_S):
+            raise TimeoutError(f"No request was answered within {TIMEOUT_S:g} s.")
+    if errors:
+        raise errors[0]
+    return Offered(finished - intended, float(finished.max() - began), lag)
+
+
+def offer_all(submit: Submit, requests: Sequence[Generation]) -> Offered:
+    """All at once: how fast does it go when there is always something to do."""
+    return offer(submit, requests, np.zeros(len(requests)))

@@ -1,0 +1,237 @@
+"""What the way to a client costs, and what it costs to mix requests.
+
+    python -m benchmarks.overhead          # starts a local cluster of its own and ends it; exit 1 where a bar is missed
+
+HTTP: images per second over HTTP at saturation, the encoding of files included, over the pipeline's own verbs in a loop
+in this process, in whichever batch makes most of them; in turns, the server idle while the loop runs.
+
+Mixed: UNet rows per second of the engine under requests with random steps, samplers and guidance, over requests that
+are all alike. A guided row and an unguided one are counted at what each costs in a stream of its own kind, and the
+streams have as many steps an image on average, so what is left is the price of mixing.
+"""
+
+import argparse
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import aiohttp
+import numpy as np
+import yaml
+
+from app.builders import Args
+from app.engine import Verbs
+from app.protocol import Generation
+from app.samplers import SAMPLERS
+from benchmarks.engine import ROOT, demo_pipeline, ours, tell
+from benchmarks.figures import Figure, missed, table_of
+from benchmarks.load import GUIDANCE_SCALE, equal_requests, offer_all, request
+from benchmarks.paced import Pace, PacedPipeline
+from benchmarks.report import machine, write
+from benchmarks.whole_batch import Images, Picture, draw
+from ops import processes
+
+RUN_DIR = ROOT / ".run" / "bench"
+PORTS = range(19000, 20000)  # apart from what `make up` and the tests choose
+TIMEOUT_S = 1800.0
+MIXED_STEPS = (5, 50)
+MIXED_SCALES = (1.5, 12.0)
+
+
+def over_http(runs: int, count: int, concurrency: int) -> Figure:
+    config = read_config()
+    args = Args(**config["applications"][0]["args"])
+    dashboard_port, serve_port = [port for port in PORTS if processes.free(port)][:2]
+    with cluster(config, dashboard_port, serve_port):
+        pipeline = demo_pipeline(args.batch_buckets, args.limits.num_inference_steps[1])
+        requests = [
+            request(
+                pipeline.sizes[0],
+                seed,
+                steps=args.defaults.num_inference_steps,
+                guidance_scale=args.defaults.guidance_scale,
+            )
+            for seed in range(count)
+        ]
+        batch = best_batch(pipeline, requests[0])
+        figure = Figure(
+            *("demo model", f"{concurrency} clients", "images/s over HTTP"),
+            bar=0.95,
+            at_most=False,
+            against=f"encode, insert, steps, decode in batches of {batch}",
+        )
+        url = f"http://127.0.0.1:{serve_port}/v1/images/generations"
+        asyncio.run(ask(url, requests[:concurrency], concurrency))  # what is done once, is done
+        for run in range(runs):
+            seconds = {}
+            for way in ("HTTP", "loop") if run % 2 else ("loop", "HTTP"):
+                began = time.monotonic()
+                if way == "HTTP":
+                    asyncio.run(ask(url, requests, concurrency))
+                else:
+                    loop(pipeline, requests, batch)
+                seconds[way] = time.monotonic() - began
+            figure.add(count / seconds["HTTP"], count / seconds["loop"])
+            tell(f"{count} images: {seconds['HTTP']:.1f} s over HTTP, {seconds['loop']:.1f} s in a loop")
+    return figure
+
+
+def mixed(device: str, pipeline: Verbs, samplers: Sequence[str | None], runs: int, count: int) -> Figure:
+    figure = Figure(
+        *(device, "mixed requests", "UNet rows/s"), bar=0.97, at_most=False, against="guided and unguided, each alike"
+    )
+    for run in range(runs):
+        rng = np.random.default_rng(run)
+        various = [vary(request(pipeline.sizes[0], seed, steps=1), samplers, rng) for seed in range(count)]
+        steps = round(float(np.mean([evaluations(pipeline, one) for one in various])))
+        size = pipeline.sizes[0]
+        streams = {
+            "mixed": various,
+            "guided": equal_requests(count, size, steps=steps, guidance_scale=GUIDANCE_SCALE),
+            "unguided": equal_requests(count, size, steps=steps, guidance_scale=1.0),
+        }
+        row_s = {}
+        for name in list(streams) if run % 2 else list(streams)[::-1]:
+            with ours(pipeline) as submit:
+                row_s[name] = offer_all(submit, streams[name]).makespan_s / rows(pipeline, streams[name])
+        guided = rows(pipeline, [one for one in various if Picture(one, 0).guided]) / rows(pipeline, various)
+        figure.add(1 / row_s["mixed"], 1 / (guided * row_s["guided"] + (1 - guided) * row_s["unguided"]))
+        tell(f"{device}: ms a row " + ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in row_s.items()))
+    return figure
+
+
+def vary(one: Generation, samplers: Sequence[str | None], rng: np.random.Generator) -> Generation:
+    guided = rng.random() < 0.5
+    return replace(
+        one,
+        num_inference_steps=int(rng.integers(*MIXED_STEPS, endpoint=True)),
+        guidance_scale=float(rng.uniform(*MIXED_SCALES)) if guided else 1.0,
+        sampler=samplers[int(rng.integers(len(samplers)))],
+    )
+
+
+def evaluations(pipeline: Verbs, one: Generation) -> int:
+    return len(pipeline.table(one.sampler, one.num_inference_steps))
+
+
+def rows(pipeline: Verbs, requests: Sequence[Generation]) -> int:
+    return sum(evaluations(pipeline, one) * Picture(one, 0).rows for one in requests)
+
+
+def loop(pipeline: Verbs, requests: Sequence[Generation], batch: int) -> list[Images]:
+    state = pipeline.empty_state(pipeline.sizes[0])
+    made = []
+    for first in range(0, len(requests), batch):
+        state, pixels = draw(pipeline, state, [Picture(one, 0) for one in requests[first : first + batch]])
+        made.append(pixels)
+    return made
+
+
+def best_batch(pipeline: Verbs, one: Generation) -> int:
+    """The batch that makes most images a second, by really running each."""
+    rates = {}
+    most = pipeline.row_buckets[-1] // Picture(one, 0).rows
+    for batch in [bucket for bucket in pipeline.row_buckets if bucket <= most]:
+        loop(pipeline, [one] * batch, batch)
+        count = max(8, 2 * batch)
+        began = time.monotonic()
+        loop(pipeline, [one] * count, batch)
+        rates[batch] = count / (time.monotonic() - began)
+    told = ", ".join(f"{batch}: {rate:.3g}" for batch, rate in rates.items())
+    tell(f"images/s of the loop by batch: {told}")
+    return max(rates, key=lambda batch: rates[batch])
+
+
+async def ask(url: str, requests: Sequence[Generation], concurrency: int) -> None:
+    """Clients that each ask for the next picture once they have one, until there are no more requests."""
+    pending = iter(requests)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
+
+        async def client() -> None:
+            for one in pending:
+                body = {
+                    "prompt": one.prompt,
+                    "seed": one.seed,
+                    "num_inference_steps": one.num_inference_steps,
+                    "guidance_scale": one.guidance_scale,
+                }
+                async with session.post(url, json=body) as answer:
+                    said = await answer.read()
+                    if answer.status != 200:
+                        raise RuntimeError(f"The server answers {answer.status}: {said[:300]!r}")
+
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+
+
+def read_config() -> dict[str, Any]:
+    """serve_config.yaml with one replica, whatever the load: what is compared is one pipeline with one pipeline."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    for deployment in config["applications"][0]["deployments"]:
+        if deployment.pop("autoscaling_config", None):
+            deployment["num_replicas"] = 1
+    return config
+
+
+@contextmanager
+def cluster(config: dict[str, Any], dashboard_port: int, serve_port: int) -> Iterator[None]:
+    """A local Ray with this config on it, on ports and in a folder of its own; it ends with the block."""
+    RUN_DIR.mkdir(parents=True, exist_ok=True)
+    path = RUN_DIR / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    verb("local", "down")  # what a run that was killed may have left
+    try:
+        verb("local", "up", "--dashboard-port", str(dashboard_port))
+        verb("deploy", "deploy", "--config", str(path), "--serve-port", str(serve_port))
+        yield
+    finally:
+        verb("local", "down")
+
+
+def verb(module: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", f"ops.{module}", *arguments, "--run-dir", str(RUN_DIR)]
+    if code := subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S, stdout=sys.stderr).returncode:
+        sys.exit(code)  # it has said why
+
+
+def leave(signum: int, frame: Any) -> NoReturn:
+    """So that what is in a `finally` happens when somebody ends this process, too."""
+    raise SystemExit(128 + signum)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("http", "mixed", "all"), default="all", help="(%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="of both sides (%(default)s)")
+    parser.add_argument("--requests", type=int, default=48, help="in each run (%(default)s)")
+    parser.add_argument("--concurrency", type=int, default=12, help="HTTP clients (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one run of 16 requests, to see that it works")
+    args = parser.parse_args()
+    here = machine()  # before it is busy with this
+    runs, count = (1, 16) if args.quick else (args.runs, args.requests)
+    signal.signal(signal.SIGTERM, leave)
+
+    figures = []
+    if args.part != "mixed":
+        figures.append(over_http(runs, count, args.concurrency))
+    if args.part != "http":
+        paced = PacedPipeline(Pace(step_s=0.005), batch_buckets=[1, 2, 4, 8])
+        figures.append(mixed("paced as a TPU host", paced, [None], runs, 8 * count))
+        figures.append(mixed("demo model", demo_pipeline(), SAMPLERS, runs, count))
+    result = {"machine": here, "arguments": vars(args), "figures": [figure.facts() for figure in figures]}
+    complete = not args.quick and args.part == "all"
+    write(
+        "overhead" if complete else "overhead-part",
+        result,
+        table_of(figures, "What HTTP and mixing cost: ours over theirs"),
+    )
+    return 1 if missed(figures) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The baseline: a server of whole batches over the same pipeline, the way the predecessor works.
+
+It waits until a batch is full or its oldest picture has waited long enough, runs all steps in one dispatch, decodes and
+answers; who arrives meanwhile waits for the next batch. Everything that this design allows, it gets here: pictures with
+other samplers, guidance and negative prompts share a batch (one batch per number of steps and size), an unguided one
+costs one row, the pictures of a request need not stand in one batch, the encoder sees each text of a batch once, and
+nothing is padded beyond the smallest compiled bucket unless `padded` asks for the predecessor's way.
+
+`simulate` is the same server on a virtual clock, by which `ranked` finds the settings that are worth a real run.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from app.admission import Lane
+from app.engine import Verbs
+from app.protocol import SEEDS, Generation
+
+Seconds = npt.NDArray[np.float64]
+Images = npt.NDArray[np.uint8]  # [n, H, W, 3]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How long to wait for how many pictures; `padded`: each batch costs as much as a full one."""
+
+    batch: int
+    wait_s: float
+    padded: bool = False
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}{' padded' if self.padded else ''}, wait {self.wait_s:.3g} s"
+
+
+PREDECESSOR = Setting(batch=64, wait_s=10.0, padded=True)
+
+
+class Place(NamedTuple):
+    """A picture in the queue. Those of one `kind` (size and number of steps) can share a batch."""
+
+    since: float
+    kind: Hashable
+    request: Any
+    number: int  # of the picture within its request
+
+
+class Picture(NamedTuple):
+    generation: Generation
+    number: int
+
+    @property
+    def guided(self) -> bool:
+        return self.generation.guidance_scale > 1
+
+    @property
+    def rows(self) -> int:
+        return 1 + self.guided
+
+
+def next_batch(queue: Sequence[Place], now: float, setting: Setting) -> tuple[list[Place], float]:
+    """The batch to run now, or none and when to look again. Of several kinds the one that has waited longest goes
+    first; `queue` is in the order of arrival."""
+    kinds: dict[Hashable, list[Place]] = {}
+    for place in queue:
+        kinds.setdefault(place.kind, []).append(place)
+    look_again = float("inf")
+    for places in kinds.values():  # in the order of their oldest pictures
+        due = places[0].since + setting.wait_s
+        if len(places) >= setting.batch or now >= due:
+            return places[: setting.batch], now
+        look_again = min(look_again, due)
+    return [], look_again
+
+
+def kind_of(pipeline: Verbs, generation: Generation) -> Hashable:
+    table = pipeline.table(generation.sampler, generation.num_inference_steps)
+    return generation.width, generation.height, len(table)
+
+
+def draw(pipeline: Verbs, state: Any, pictures: Sequence[Picture]) -> tuple[Any, Images]:
+    """Pictures of one size and number of steps, from text to numpy, by nothing but the pipeline's verbs."""
+    asked = [picture.generation for picture in pictures]
+    texts = list(dict.fromkeys(text for one in asked for text in (one.prompt, one.negative_prompt)))
+    encoded = dict(zip(texts, pipeline.encode(texts), strict=True))
+    for slot, (one, number) in enumerate(pictures):
+        state = pipeline.insert(
+            state,
+            slot,
+            encoded[one.prompt],
+            encoded[one.negative_prompt],
+            pipeline.table(one.sampler, one.num_inference_steps),
+            one.guidance_scale,
+            (one.seed + number) % SEEDS,
+        )
+    lanes = [Lane(slot, picture.guided) for slot, picture in enumerate(pictures)]
+    state, _ = pipeline.step(state, lanes, len(pipeline.table(asked[0].sampler, asked[0].num_inference_steps)))
+    parts = list(in_parts(range(len(pictures)), pipeline.decode_buckets[-1]))
+    decoded = [pipeline.decode(state, part) for part in parts]
+    return state, np.concatenate([np.asarray(pixels)[: len(part)] for pixels, part in zip(decoded, parts, strict=True)])
+
+
+def in_parts(slots: range, most: int) -> Iterable[range]:
+    return (slots[first : first + most] for first in range(0, len(slots), most))
+
+
+@dataclass
+class _Asked:
+    """A request; its future is set when the last of its pictures is there."""
+
+    generation: Generation
+    future: "Future[Images]" = field(default_factory=Future)
+    pixels: dict[int, Images] = field(default_factory=dict)
+
+
+class WholeBatch:
+    """Owns the queue, the state and one thread. `submit` gives a future of all pixels, as the engine's does."""
+
+    def __init__(self, pipeline: Verbs, setting: Setting):
+        self.pipeline = pipeline
+        self.setting = setting
+        self._queue: list[Place] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._states = {size: pipeline.empty_state(size) for size in pipeline.sizes}
+        self._thread = threading.Thread(target=self._run, name="whole-batch", daemon=True)
+        self._thread.start()
+
+    def submit(self, generation: Generation) -> "Future[Images]":
+        asked = _Asked(generation)
+        kind = kind_of(self.pipeline, generation)
+        with self._changed:
+            now = time.monotonic()
+            self._queue += [Place(now, kind, asked, number) for number in range(generation.n)]
+            self._changed.notify()
+        return asked.future
+
+    def close(self) -> None:
+        """Ends the thread after its batch. What is unfinished stays so: a benchmark waits for all that it asks for."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._next():
+            pictures = [Picture(place.request.generation, place.number) for place in batch]
+            size = (pictures[0].generation.width, pictures[0].generation.height)
+            if self.setting.padded:
+                pictures += [pictures[-1]] * (self.setting.batch - len(pictures))
+            try:
+                self._states[size], pixels = draw(self.pipeline, self._states[size], pictures)
+            except Exception as error:
+                for place in batch:
+                    if not place.request.future.done():
+                        place.request.future.set_exception(error)
+                self._states[size] = self.pipeline.empty_state(size)
+                continue
+            for place, picture in zip(batch, pixels, strict=False):
+                answer(place, picture)
+
+    def _next(self) -> list[Place]:
+        """Waits for the next batch; none when closing."""
+        with self._changed:
+            while not self._stopping:
+                batch, look_again = next_batch(self._queue, time.monotonic(), self.setting)
+                if batch:
+                    taken = set(map(id, batch))
+                    self._queue = [place for place in self._queue if id(place) not in taken]
+                    return batch
+                self._changed.wait(None if look_again == float("inf") else look_again - time.monotonic())
+        return []
+
+
+def answer(place: Place, picture: Images) -> None:
+    asked: _Asked = place.request
+    asked.pixels[place.number] = picture
+    if len(asked.pixels) == asked.generation.n and not asked.future.done():
+        asked.future.set_result(np.stack([asked.pixels[number] for number in range(asked.generation.n)]))
+
+
+def simulate(pipeline: Verbs, setting: Setting, requests: Sequence[Generation], arrivals: Seconds) -> Seconds:
+    """Each request's latency from such a server, if a batch takes what the pipeline has measured."""
+    places = [
+        Place(float(at), kind_of(pipeline, one), index, number)
+        for index, (one, at) in enumerate(zip(requests, arrivals, strict=True))
+        for number in range(one.n)
+    ]
+    finished = np.zeros(len(requests))
+    queue: list[Place] = []
+    now, arrived = 0.0, 0
+    while queue or arrived < len(places):
+        while arrived < len(places) and places[arrived].since <= now:
+            queue.append(places[arrived])
+            arrived += 1
+        batch, look_again = next_batch(queue, now, setting)
+        if not batch:
+            now = min([look_again, *(place.since for place in places[arrived : arrived + 1])])
+            continue
+        now += batch_seconds(pipeline, [Picture(requests[place.request], place.number) for place in batch])
+        taken = set(map(id, batch))
+        queue = [place for place in queue if id(place) not in taken]
+        for place in batch:
+            finished[place.request] = now  # its later pictures finish later
+    return finished - arrivals
+
+
+def batch_seconds(pipeline: Verbs, pictures: Sequence[Picture]) -> float:
+    """What `draw` takes by the pipeline's own measurements."""
+    one = pictures[0].generation
+    size = (one.width, one.height)
+    rows = sum(picture.rows for picture in pictures)
+    bucket = next(bucket for bucket in pipeline.row_buckets if bucket >= rows)
+    evaluations = len(pipeline.table(one.sampler, one.num_inference_steps))
+    decoding = 0.0
+    for part in in_parts(range(len(pictures)), pipeline.decode_buckets[-1]):
+        decoding += pipeline.decode_s[size, next(b for b in pipeline.decode_buckets if b >= len(part))]
+    return evaluations * pipeline.step_s[size, bucket] + decoding
+
+
+def ranked(
+    pipeline: Verbs,
+    batches: Sequence[int],
+    waits_s: Sequence[float],
+    offers: Sequence[tuple[Sequence[Generation], Seconds]],
+    score: Callable[[Sequence[Generation], Seconds], float],
+) -> list[tuple[float, Setting]]:
+    """Each batch size with each wait, simulated on the very arrivals that are to come; the lowest mean score first."""
+    scored = []
+    for batch in batches:
+        for wait_s in waits_s if batch > 1 else [0.0]:
+            setting = Setting(batch, wait_s)
+            scores = [score(requests, simulate(pipeline, setting, requests, arrivals)) for requests, arrivals in offers]
+            scored.append((float(np.mean(scores)), setting))
+    return sorted(scored, key=lambda pair: (pair[0], pair[1].batch, pair[1].wait_s))
