@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -153,12 +154,14 @@ def main() -> None:
     log.setLevel(logging.INFO)
 
     args.work.mkdir(parents=True, exist_ok=True)
-    (args.out / "tokenizer").mkdir(parents=True, exist_ok=True)
-    write_tokenizer(args.out / "tokenizer")
-    tokenizer = Tokenizer(args.out / "tokenizer", TEXT_JSON["max_position_embeddings"])
+    earlier = load_checkpoint(args.start_from) if args.start_from else None
+    words = (earlier.folder if earlier else args.work) / "tokenizer"
+    if not words.exists():  # kept, as its training breaks ties by chance
+        words.mkdir(parents=True)
+        write_tokenizer(words)
+    tokenizer = Tokenizer(words, TEXT_JSON["max_position_embeddings"])
 
     steps = dict.fromkeys(STAGES, 0) if args.export_only else {s: getattr(recipe, f"{s}_steps") for s in STAGES}
-    earlier = load_checkpoint(args.start_from) if args.start_from else None
     vae = earlier.vae if earlier else train_vae(recipe, args.work, steps["vae"])
     vae.config = vae_config()  # the factor that scales latents is the pool's, and counts only in what is written
     pool = encoded_pool(recipe, args.work, vae, tokenizer)
@@ -169,6 +172,7 @@ def main() -> None:
     unet = earlier.unet if earlier else UNet(UNetConfig.from_json(UNET_JSON, []), rngs=nnx.Rngs(recipe.seed + 1))
     unet, text_encoder = train_unet(recipe, args.work, pool, tokenizer, unet, text_encoder, steps["unet"])
     vae = sharpen_decoder(recipe, args.work, vae, steps["decoder"])
+    shutil.copytree(words, args.out / "tokenizer", dirs_exist_ok=True)
     export(args.out, vae, unet, text_encoder, scaling_factor=float(pool["scaling_factor"]))
     networks = {"VAE": vae, "UNet": unet, "text encoder": text_encoder}
     write_card(args.out, args.work, recipe, networks, earlier.folder if earlier else None)
@@ -592,9 +596,10 @@ and on the same code path as Stable Diffusion; it knows no other words than thos
 |---|---|
 {table}
 
-![The losses of the three trainings](loss.png)
+![The losses of the trainings](loss.png)
 
-Made by `make train-demo` (`python -m jobs.train_demo`); its options are the recipe, and their defaults made this model.
+Made by `python -m jobs.train_demo` (`make train-demo`), whose options are the recipe; where the table tells of more
+than one leg, the later ones began with `--start-from`, from the weights of those before.
 `make demo-quality` measures it on captions from the held-out combinations and prints the table that the project's
 README shows.
 """
