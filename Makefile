@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status logs undeploy down test check format golden demo-quality train-demo lock clean
-.PHONY: runtime dev parity bench-engine bench-overhead bench-coldstart
+.PHONY: runtime dev parity gcp check-config bench-engine bench-overhead bench-coldstart
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ check: dev ## Check format, lint and types
 	@$(py) -m ruff check
 	@$(py) -m mypy
 
+check-config: runtime ## Lint FILES= (all configs here) against Ray's own models, the app's Args and one another
+	@$(ops)lint $(or $(FILES),serve_config.yaml cluster.yaml $(sort $(wildcard configs/*.yaml)))
+
 format: dev ## Rewrite the code in the house format
 	@$(py) -m ruff check --fix --select I
 	@$(py) -m ruff format
@@ -89,6 +92,7 @@ lock: ## Pin requirements/*.txt again from pyproject.toml
 		{ $(PYTHON) -m venv .cache/uv-$(UV_VERSION) && $(dir $(uv))pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
 	@$(lock) -o requirements/runtime.txt
 	@$(lock) -c requirements/runtime.txt --extra tpu -o requirements/tpu.txt
+	@$(lock) -c requirements/runtime.txt --extra gcp -o requirements/gcp.txt
 	@$(lock) -c requirements/runtime.txt --extra dev -o requirements/dev.txt
 	@$(lock) -c requirements/runtime.txt --extra dev --extra parity -o requirements/parity.txt
 	@echo "Pinned requirements/*.txt anew. The next make installs what changed."
@@ -98,6 +102,6 @@ clean: ## Remove caches; .venv, outputs/ and what is up stay
 	@find app jobs ops tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments, each by the requirement file of its name.
-runtime dev parity:
+runtime dev parity gcp:
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or newer, or name another one: make PYTHON=..."; exit 1; }
 	@$(PYTHON) ops/install.py $@ --venv $(VENV) $(named)

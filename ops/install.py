@@ -19,7 +19,7 @@ from typing import Iterator  # noqa: UP035  (Python 3.6 has no other)
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements"
-LEVELS = ("runtime", "dev", "parity", "tpu")  # each holds all of runtime
+LEVELS = ("runtime", "dev", "gcp", "parity", "tpu")  # each holds all of runtime
 OLDEST, NEWEST = (3, 11), (3, 14)  # what every pinned package is built for
 LIVELY_S = 10.0
 

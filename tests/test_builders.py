@@ -1,55 +1,26 @@
-"""The YAML files, linted against Ray's own models because Ray ignores a key that it does not know, and the builder."""
+"""The builder, and what the serve configs must say for it; ops/lint.py checks the rest of them."""
 
 import inspect
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
 
 import pytest
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ray.serve._private import api
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
-from ray.serve.schema import (
-    DeploymentSchema,
-    HTTPOptionsSchema,
-    RayActorOptionsSchema,
-    ServeApplicationSchema,
-    ServeDeploySchema,
-)
 
 from app import builders
 from app.builders import Args, locate, text_to_image
 from app.server import StableDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
+CONFIGS = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("sd*.yaml"))]
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
-
-# Which model reads each nested mapping, or each item of a nested list.
-NESTED: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
-    (ServeDeploySchema, "http_options"): HTTPOptionsSchema,
-    (ServeDeploySchema, "applications"): ServeApplicationSchema,
-    (ServeApplicationSchema, "args"): Args,
-    (ServeApplicationSchema, "deployments"): DeploymentSchema,
-    (DeploymentSchema, "ray_actor_options"): RayActorOptionsSchema,
-    (DeploymentSchema, "autoscaling_config"): AutoscalingConfig,
-    (DeploymentSchema, "backpressure_config"): BackpressureConfig,
-}
-
-
-def unknown_keys(config: Any, model: type[BaseModel], where: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        if key not in model.model_fields:
-            yield f"{where}{key}"
-        elif inner := NESTED.get((model, key)):
-            for item in value if isinstance(value, list) else [value]:
-                yield from unknown_keys(item, inner, f"{where}{key}.")
 
 
 def read(path: Path) -> Any:
@@ -76,35 +47,6 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @each_config
-@pytest.mark.filterwarnings("ignore:The `metrics_interval_s`:DeprecationWarning")  # nothing replaces it in Ray 2.60
-def test_every_key_is_one_that_ray_or_args_knows(path: Path) -> None:
-    assert not list(unknown_keys(read(path), ServeDeploySchema))
-    ServeDeploySchema.model_validate(read(path))
-
-
-@pytest.mark.parametrize(
-    ("path", "old", "new"),
-    [
-        ("proxy_locations", "proxy_location:", "proxy_locations:"),
-        ("http_options.hosts", "  host:", "  hosts:"),
-        ("applications.route", "route_prefix:", "route:"),
-        ("applications.args.max_queue", "max_waiting:", "max_queue:"),
-        ("applications.deployments.max_concurrent_queries", "max_ongoing_requests:", "max_concurrent_queries:"),
-        ("applications.deployments.ray_actor_options.num_cpu", "num_cpus:", "num_cpu:"),
-        (
-            "applications.deployments.autoscaling_config.target_num_ongoing_requests_per_replica",
-            "target_ongoing_requests:",
-            "target_num_ongoing_requests_per_replica:",
-        ),
-        ("applications.deployments.backpressure_config.status", "status_code:", "status:"),
-    ],
-)
-def test_the_lint_finds_a_slip_at_every_level(path: str, old: str, new: str) -> None:
-    text = (ROOT / "serve_config.yaml").read_text()
-    assert path in unknown_keys(yaml.safe_load(text.replace(old, new)), ServeDeploySchema)
-
-
-@each_config
 def test_every_setting_has_a_comment_of_one_line(path: Path) -> None:
     for line in path.read_text().splitlines():
         if re.match(r"[ -]*\w+: \S", line):
@@ -116,25 +58,6 @@ def test_every_setting_has_a_comment_of_one_line(path: Path) -> None:
 def test_every_setting_of_args_is_written_out(path: Path) -> None:
     args = args_of(path)
     assert args == json.loads(Args.model_validate(args).model_dump_json())
-
-
-@each_config
-def test_limits_answer_in_the_order_that_gives_the_best_error(path: Path) -> None:
-    args, deployments = Args.model_validate(args_of(path)), deployments_of(path)
-    ingress, model = deployments["APIIngress"], deployments["StableDiffusion"]
-    slots = 2 * max(args.batch_buckets) * len(args.sizes)  # as app/pipeline.py has them
-    most_replicas = model["autoscaling_config"]["max_replicas"]
-    # The engine's queue is full before Serve's limit on a replica is reached, and health questions still get through.
-    assert model["max_ongoing_requests"] > slots + args.max_waiting
-    # The model's limits are reached before the ingress's, whose refusals Serve words in its own way.
-    held = most_replicas * model["max_ongoing_requests"] + model["max_queued_requests"]
-    assert ingress["num_replicas"] * ingress["max_ongoing_requests"] > held
-    # A change of args restarts both; each lets every request that it has accepted finish.
-    assert ingress["graceful_shutdown_timeout_s"] >= model["graceful_shutdown_timeout_s"] > args.limits.timeout_s
-    target = model["autoscaling_config"]["target_ongoing_requests"]
-    assert max(args.batch_buckets) < target < max(args.batch_buckets) + args.max_waiting
-    # Two prompts within their limit fit in the body and in the query: escaped, a character takes at most 12 bytes.
-    assert 2 * 12 * args.limits.prompt_characters < min(args.limits.body_bytes, args.limits.query_bytes)
 
 
 def deployments_made(args: Args) -> tuple[Any, Any, Any]:
