@@ -24,6 +24,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
+import numpy as np
 import psutil
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -355,15 +356,16 @@ def test_a_client_that_goes_away_frees_its_slots_and_harms_nobody(
         assert soon(lambda: stats(api)["total"]["requests"]["cancelled"] == before["requests"]["cancelled"] + 1)
         status, body, _ = stayed.result()
     assert status == 200
-    assert pixels(json.loads(body)["data"][0]) == pixels(json.loads(alone)["data"][0])
+    apart = pixels(json.loads(body)["data"][0]) - pixels(json.loads(alone)["data"][0])
+    assert abs(apart).max() <= 1, "a neighbour may change the bucket, and that the last bit of a float"
     after = stats(api)["total"]
     assert after["requests"]["completed"] == before["requests"]["completed"] + 1
     assert (after["active_slots"], after["unfinished"], after["backlog_s"]) == (0, 0, 0)
 
 
-def pixels(image: dict[str, Any]) -> bytes:
+def pixels(image: dict[str, Any]) -> np.ndarray:
     with Image.open(BytesIO(base64.b64decode(image["b64_json"]))) as picture:
-        return picture.tobytes()
+        return np.asarray(picture).astype(int)
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(api: str) -> None:
@@ -401,9 +403,9 @@ def test_openais_own_client_works_against_it(api: str) -> None:
     assert answer.data and [event.type for event in partials] == ["image_generation.partial_image"] * 2
     assert [getattr(event, "partial_image_index", None) for event in partials] == [0, 1]
     drafts = [pixels(event.to_dict()) for event in partials]
-    assert len({*drafts, pixels(last.to_dict())}) == 3, "pictures in the making"
+    assert len({picture.tobytes() for picture in (*drafts, pixels(last.to_dict()))}) == 3, "pictures in the making"
     assert last.type == "image_generation.completed"
-    assert pixels(last.to_dict()) == pixels(answer.data[0].to_dict())
+    assert (pixels(last.to_dict()) == pixels(answer.data[0].to_dict())).all()
 
 
 def test_openais_async_client_works_against_it(api: str) -> None:

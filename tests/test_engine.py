@@ -949,18 +949,22 @@ def test_previews_come_from_another_thread_and_before_the_picture(engine: Engine
 
 def held(engine: Engine, fake: FakePipeline) -> tuple[list["Future[Generated]"], ...]:
     """Requests that are decoded, that run, and that wait; their pixels and the next steps are held."""
+    all_run = threading.Event()
+
+    def hold(call: Call) -> None:
+        if len(call.seeds) == 4:
+            fake.before_step = lambda call: None
+            fake.gates["step"].clear()
+            all_run.set()
+
     fake.gates["read"].clear()
     decoding = [engine.submit(request(steps=1, seed=0))]
     assert fake.reached["read"].wait(WAIT_S)
-    fake.gates["step"].clear()
-    fake.reached["step"].clear()
+    fake.before_step = hold
+    fake.gates["insert"].clear()
     running = [engine.submit(request(steps=50, seed=100 * i)) for i in range(1, 5)]
-    assert fake.reached["step"].wait(WAIT_S)
-    while engine.stats()["waiting"]:  # those that came too late for that step begin with the next
-        fake.reached["step"].clear()
-        fake.gates["step"].set()
-        assert fake.reached["step"].wait(WAIT_S)
-        fake.gates["step"].clear()
+    fake.gates["insert"].set()
+    assert all_run.wait(WAIT_S)
     waiting = [engine.submit(request(steps=90, seed=1000 * i)) for i in range(1, 4)]
     return decoding, running, waiting
 
