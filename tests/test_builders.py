@@ -79,6 +79,13 @@ def test_the_yaml_names_the_deployments_that_the_builder_makes(path: Path, repos
     assert options["programs"] == repository / ".cache/programs"
 
 
+@each_config
+def test_every_deployment_drains_for_as_long_as_a_request_may_take(path: Path) -> None:
+    """A change of args restarts the ingress too, through which the model's answers pass."""
+    for deployment in deployments_of(path).values():
+        assert deployment["graceful_shutdown_timeout_s"] > args_of(path)["limits"]["timeout_s"]
+
+
 def test_what_the_yaml_says_reaches_the_replica(repository: Path) -> None:
     said = {"decode_buckets": [4, 2], "images_at_once": 3, "admission_gain": 0.2, "prompt_cache": 9}
     said |= {"encoding_threads": 5, "programs": None, "max_waiting": 7}
