@@ -31,6 +31,12 @@ RULES = [
     Rule("app.ingress", JAX | {"app.engine", "app.pipeline", "app.models", "app.server"}),
     Rule("app.protocol", {"app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
     Rule("app.engine", HTTP | {"ray", "app.server", "app.ingress", "app.builders", "app.models"}),
+    Rule("app.engine", JAX, anywhere=False),
+    Rule("app.admission", JAX | HTTP | {"ray", "app"}),
+    Rule("app.programs", HTTP | {"ray", "app"}),
+    Rule("app.metrics", JAX | HTTP | {"app"}),
+    Rule("app.stats", JAX | HTTP | {"app"}),
+    Rule("app.streaming", JAX | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress"}),
     Rule("app.pipeline", HTTP | {"ray", "app.engine", "app.server", "app.ingress", "app.protocol"}),
     Rule("app.models.", HTTP | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress", "app.protocol"}),
 ]
