@@ -161,14 +161,13 @@ class _Group:
     rows_asked: float = 0.0  # running sums of rows that were asked for and rows that buckets made of them
     rows_run: float = 0.0
 
+    def rank(self, request: _Request) -> float:
+        """The lower, the sooner: device-seconds that are left, and when it came, in ageing's measure."""
+        return device_s((picture.work for picture in request.pictures), self.profile) + AGEING * request.since
+
     def pictures(self) -> list[_Picture]:
         """The line: requests by what is left of them, with ageing; within one, those that have begun first."""
-        row_s = self.profile.row_s()
-
-        def left(request: _Request) -> float:
-            return sum(picture.steps_left for picture in request.pictures) * request.rows * row_s
-
-        line = sorted(self.requests, key=lambda request: left(request) + AGEING * request.since)
+        line = sorted(self.requests, key=self.rank)
         return [
             picture
             for request in line
@@ -631,16 +630,10 @@ class Engine:
         """From now until the request would be answered if nobody else came; `last`: and if it overtook nobody."""
         group = self._groups[size]
         own = [picture.work for picture in request.pictures]
-        own_s = device_s(own, group.profile)
-        key = own_s + AGEING * request.since
         standing = self._line(group)
-        ahead = [
-            picture.work
-            for picture in standing
-            if last
-            or device_s((p.work for p in picture.request.pictures), group.profile) + AGEING * picture.request.since
-            <= key
-        ]
+        requests = dict.fromkeys(picture.request for picture in standing)
+        before = {one for one in requests if last or group.rank(one) <= group.rank(request)}
+        ahead = [picture.work for picture in standing if picture.request in before]
         line = [*ahead, *own]
         ends = [end for _, end in schedule(line, group.profile, self.gain, self.images_at_once)]
         denoised_s = max(ends[-len(own) :])
