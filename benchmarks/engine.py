@@ -24,7 +24,7 @@ from rich.console import Console
 
 from app.engine import Engine, Verbs
 from app.protocol import Generation
-from benchmarks.figures import Figure, missed, table_of
+from benchmarks.figures import Figure, conclude
 from benchmarks.load import (
     GUIDANCE_SCALE,
     Offered,
@@ -38,7 +38,7 @@ from benchmarks.load import (
     request,
 )
 from benchmarks.paced import SD1_DECODE_STEPS, Pace, PacedPipeline, Size
-from benchmarks.report import machine, write
+from benchmarks.report import machine
 from benchmarks.whole_batch import PREDECESSOR, Picture, Setting, WholeBatch, batch_seconds, draw, ranked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,14 +330,9 @@ def main() -> int:
         decoding = paced_device(dataclasses.replace(pace, decode_steps=SD1_DECODE_STEPS), "paced, with decoding")
         figures += equal(scaled(dataclasses.replace(decoding, equal={0.6: 64})), runs, barred=False)
 
-    result = {"machine": here, "arguments": vars(args), "figures": [figure.facts() for figure in figures]}
     complete = not args.quick and (args.device, args.workload) == ("both", "all")
-    write(
-        "engine" if complete else "engine-part",
-        result,
-        table_of(figures, "Step-level batching against whole batches: ours over theirs"),
-    )
-    return 1 if missed(figures) else 0
+    title = "Step-level batching against whole batches: ours over theirs"
+    return conclude("engine", title, figures, here, vars(args), complete)
 
 
 if __name__ == "__main__":

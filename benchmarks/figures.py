@@ -9,7 +9,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from benchmarks.report import spread
+from benchmarks.report import spread, write
 
 
 @dataclass
@@ -68,3 +68,12 @@ def table_of(figures: Sequence[Figure], title: str) -> Table:
 
 def missed(figures: Sequence[Figure]) -> bool:
     return any(figure.met is False for figure in figures)
+
+
+def conclude(
+    name: str, title: str, figures: Sequence[Figure], here: dict[str, Any], arguments: dict[str, Any], complete: bool
+) -> int:
+    """Shows and writes the figures, those of a run in part beside those of a whole one; the exit status."""
+    result = {"machine": here, "arguments": arguments, "figures": [figure.facts() for figure in figures]}
+    write(name if complete else f"{name}-part", result, table_of(figures, title))
+    return 1 if missed(figures) else 0

@@ -30,10 +30,10 @@ from app.engine import Verbs
 from app.protocol import Generation
 from app.samplers import SAMPLERS
 from benchmarks.engine import ROOT, demo_pipeline, ours, tell
-from benchmarks.figures import Figure, missed, table_of
+from benchmarks.figures import Figure, conclude
 from benchmarks.load import GUIDANCE_SCALE, equal_requests, offer_all, request
 from benchmarks.paced import Pace, PacedPipeline
-from benchmarks.report import machine, write
+from benchmarks.report import machine
 from benchmarks.whole_batch import Images, Picture, draw
 from ops import processes
 
@@ -223,14 +223,9 @@ def main() -> int:
         paced = PacedPipeline(Pace(step_s=0.005), batch_buckets=[1, 2, 4, 8])
         figures.append(mixed("paced as a TPU host", paced, [None], runs, 8 * count))
         figures.append(mixed("demo model", demo_pipeline(), SAMPLERS, runs, count))
-    result = {"machine": here, "arguments": vars(args), "figures": [figure.facts() for figure in figures]}
     complete = not args.quick and args.part == "all"
-    write(
-        "overhead" if complete else "overhead-part",
-        result,
-        table_of(figures, "What HTTP and mixing cost: ours over theirs"),
-    )
-    return 1 if missed(figures) else 0
+    title = "What HTTP and mixing cost: ours over theirs"
+    return conclude("overhead", title, figures, here, vars(args), complete)
 
 
 if __name__ == "__main__":
