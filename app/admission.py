@@ -10,10 +10,11 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-# How far a measured time moves what was known: the machine's pace changes for all buckets together and soon, their
-# proportions slowly. Without the first, a bucket that has not run lately would look better than those that have.
+# How far a measured time moves what was known. The machine's pace changes for all buckets together, and any step tells
+# it: without that, a bucket that has not run lately would look better than those that have. Their proportions only the
+# first step in another bucket than before can tell.
 PACE = 0.2
-SHAPE = 0.02
+SHAPE = 0.1
 
 
 class Lane(NamedTuple):
@@ -40,6 +41,7 @@ class Profile:
     def __init__(self, step_s: Mapping[int, float]):
         self._step_s = {rows: max(step_s[rows], 1e-6) for rows in sorted(step_s)}
         self._pace = 1.0
+        self._latest: int | None = None  # bucket that told the pace
 
     @property
     def largest(self) -> int:
@@ -58,8 +60,10 @@ class Profile:
 
     def observe(self, bucket: int, seconds: float) -> None:
         ratio = min(max(seconds / self.step_s(bucket), 0.1), 10.0)  # one hiccup must not turn the order upside down
+        if self._latest not in (bucket, None):
+            self._step_s[bucket] *= ratio**SHAPE
         self._pace *= ratio**PACE
-        self._step_s[bucket] *= ratio**SHAPE
+        self._latest = bucket
 
     def table(self) -> dict[int, float]:
         return {rows: seconds * self._pace for rows, seconds in self._step_s.items()}
@@ -120,17 +124,16 @@ class Decoding:
         """The bucket to decode so many with, or the first of them: the one that costs least for each."""
         return min(self.decode_s, key=lambda bucket: (self.decode_s[bucket] / min(bucket, images), bucket))
 
-    def due(self, images: int, waited_s: float, running: int) -> bool:
-        """Whether to decode so many finished pictures now, which together have waited for `waited_s`.
+    def due(self, images: int, next_s: float, others: int) -> bool:
+        """Whether to decode so many finished pictures now, or with the next one, which is finished in `next_s`.
 
-        A decode holds up all that run; with the next to finish it could be shared. It is put off until those that wait
-        have lost as much as sharing would save the others. Where two decodes cost what one of both does, or nobody
-        runs, that is at once.
+        A decode holds up all `others` that run or wait. It is put off if those that are finished wait less for the
+        next one, all together, than sharing a decode with it saves the others.
         """
-        if not running or images >= max(self.decode_s):
+        if images >= max(self.decode_s):
             return True
         saved_s = self._costs[images] + self._costs[1] - self._costs[images + 1]
-        return waited_s >= saved_s * running
+        return next_s * images >= saved_s * others
 
     def image_s(self) -> float:
         """What a picture costs where buckets are full: device-seconds."""

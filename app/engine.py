@@ -3,8 +3,8 @@ or model weights.
 
 Between any two steps pictures join, leave and overtake: the requests of a size stand in line by what is left of them,
 with ageing, and the first few of the line share the next step, as many as make images come fastest (app/admission.py).
-Several sizes take turns. The thread dispatches one step ahead of the device and never waits for a picture: another
-thread fetches those.
+Several sizes take turns. The thread dispatches ahead of the device, but while nobody waits only just ahead, so that a
+newcomer finds a place in the very next step; and it never waits for a picture: another thread fetches those.
 """
 
 import dataclasses
@@ -28,12 +28,13 @@ logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve write
 
 Size = tuple[int, int]  # width and height, in pixels
 
-DISPATCH_S = 0.02  # several steps share a dispatch up to this: a newcomer, or a cancellation, waits no longer for it
+DISPATCH_S = 0.01  # several steps share a dispatch up to this: a newcomer, or a cancellation, waits no longer for it
 AHEAD = 1  # dispatches beyond the one that the device is at
+LEAD_S = 0.002  # before the device has nothing left to do the next dispatch is made, so that it never idles
 # Less left goes first, but not for ever: a request with t seconds of work more than another is overtaken by it only if
 # that one came no later than t / AGEING seconds after it.
 AGEING = 0.1
-FAILURES = 3  # dispatches that fail in a row before the engine gives up, so that Serve replaces the replica
+FAILURES = 3  # of one verb in a row before the engine gives up, so that Serve replaces the replica
 
 
 class Verbs(Protocol):
@@ -103,6 +104,10 @@ class DeadlineUnmeetable(Exception):
 
 class EngineStopped(Exception):
     """The engine's thread has ended, by `close` or by a failure."""
+
+
+class _GivenUp(Exception):
+    """A verb has failed too often; ends the thread."""
 
 
 Preview = Callable[[int, np.ndarray], None]
@@ -217,7 +222,7 @@ class Engine:
         self._flight: deque[_Dispatch] = deque()
         self._last_done = 0.0
         self._only_steps = True
-        self._failures = 0
+        self._failures = dict.fromkeys(("encode", "step", "decode"), 0)  # in a row
         self._texts: OrderedDict[str, Any] = OrderedDict()
         self._prompt_cache = prompt_cache
         self._hits = self._misses = 0
@@ -254,6 +259,8 @@ class Engine:
         if size not in self._groups:
             declared = ", ".join(f"{width}x{height}" for width, height in self._groups)
             raise ValueError(f"size must be one of {declared}, got {size[0]}x{size[1]}.")
+        if previews and on_preview is None:
+            raise ValueError(f"previews must be 0 without on_preview, got {previews}.")
         table = self.pipeline.table(generation.sampler, generation.num_inference_steps)
         request = _Request(
             generation, table, Future(), self.clock(), on_preview, rows=1 + (generation.guidance_scale > 1)
@@ -343,6 +350,7 @@ class Engine:
                     if self._stopping:
                         return
                 self.tick()
+                self._pause()
         except BaseException:
             logger.exception("The engine's thread failed.")
         finally:
@@ -360,11 +368,25 @@ class Engine:
             running = self._admit(group)
             if running:
                 self._advance(group, running)
+        except _GivenUp:
+            raise
         except Exception as error:
             self._fail_group(group, error)
-        self._retire(group, sum(picture.steps_left > 0 for picture in running))
+        self._retire(group, [picture for picture in running if picture.steps_left])
         self._settle(AHEAD)
         return True
+
+    def _pause(self) -> None:
+        """Until shortly before the device has done what it was given: who comes by then shares the next step. Where
+        pictures wait already, a newcomer would stand behind them, and there is nothing to be gained."""
+        if not self._flight or any(
+            p.slot is None for g in self._groups.values() for r in g.requests for p in r.pictures
+        ):
+            return
+        last = self._flight[-1]
+        ends = max(self._last_done, last.at) + last.count * last.group.profile.step_s(last.bucket)
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping, timeout=ends - LEAD_S - self.clock())
 
     def _take_arrivals(self) -> None:
         with self._changed:
@@ -430,11 +452,13 @@ class Engine:
             self._only_steps = False
             try:
                 self._texts.update(zip(unseen, self.pipeline.encode(unseen), strict=True))
+                self._note("encode")
             except Exception as error:
                 known = self._texts.keys()
                 for request in requests:
                     if not {request.generation.prompt, request.generation.negative_prompt} <= known:
                         self._fail(request, error)
+                self._note("encode", error)
                 requests = [request for request in requests if not request.future.done()]
                 texts = [text for text in texts if text in known]
         for request in requests:
@@ -482,11 +506,14 @@ class Engine:
             return
         self._fetcher.submit(self._show, request, number, pixels)
 
-    def _retire(self, group: _Group, running: int) -> None:
+    def _retire(self, group: _Group, running: Sequence[_Picture]) -> None:
         """Finished pictures are decoded, in as few programs as pays, and leave their slots at once."""
-        finished = [p for request in group.requests for p in request.pictures if not p.steps_left]
-        now = self.clock()
-        while finished and group.decoding.due(len(finished), sum(now - p.denoised for p in finished), running):
+        pictures = [picture for request in group.requests for picture in request.pictures]
+        finished = [picture for picture in pictures if not picture.steps_left]
+        others = len(pictures) - len(finished)
+        step_s = group.profile.step_s(sum(picture.request.rows for picture in running)) if running else 0.0
+        next_s = min((picture.steps_left * step_s for picture in running), default=math.inf)
+        while finished and group.decoding.due(len(finished), next_s, others):
             bucket = group.decoding.bucket(len(finished))
             batch, finished = finished[:bucket], finished[bucket:]
             self._only_steps = False
@@ -495,6 +522,7 @@ class Engine:
             except Exception as error:
                 for picture in batch:
                     self._fail(picture.request, error)
+                self._note("decode", error)
                 finished = [p for p in finished if p.slot is not None]  # others of those requests left with them
                 continue
             decode_s = group.decoding.decode_s[bucket]
@@ -521,13 +549,15 @@ class Engine:
             except Exception as error:
                 self._fail_group(dispatch.group, error)
                 continue
-            self._failures = 0
+            self._note("step")
             now = self.clock()
             spent = now - max(self._last_done, dispatch.at)
-            if dispatch.alone and now - asked > 1e-4:  # else it was done before anybody looked
-                dispatch.group.profile.observe(dispatch.bucket, spent / dispatch.count)
-            # What else ran in between, a decode, is counted already.
             step_s = dispatch.group.profile.step_s(dispatch.bucket)
+            # Where it was done before anybody looked, it took at most so long.
+            if dispatch.alone and (now - asked > 1e-4 or spent < dispatch.count * step_s):
+                dispatch.group.profile.observe(dispatch.bucket, spent / dispatch.count)
+                step_s = dispatch.group.profile.step_s(dispatch.bucket)
+            # What else ran in between, a decode, is counted already.
             self._busy_s += spent if dispatch.alone else min(spent, dispatch.count * step_s)
             self._last_done = now
         return waited
@@ -535,14 +565,18 @@ class Engine:
     def _fail_group(self, group: _Group, error: Exception) -> None:
         """A step or an insert that fails has consumed the state and with it every picture that had begun."""
         logger.error("A step of %dx%d failed: %s", *group.size, error)
-        self._failures += 1
         self._texts.clear()  # it may be an encoding that failed
         self._flight = deque(dispatch for dispatch in self._flight if dispatch.group is not group)
         for request in [r for r in group.requests if any(p.slot is not None for p in r.pictures)]:
             self._fail(request, error)
         group.state = self.pipeline.empty_state(group.size)
-        if self._failures >= FAILURES:
-            raise RuntimeError(f"{FAILURES} dispatches failed in a row") from error
+        self._note("step", error)
+
+    def _note(self, verb: str, error: Exception | None = None) -> None:
+        """How a verb went. One that always fails ends the engine, as a new replica may fare better."""
+        self._failures[verb] = 0 if error is None else self._failures[verb] + 1
+        if self._failures[verb] >= FAILURES:
+            raise _GivenUp(f"{verb} failed {FAILURES} times in a row") from error
 
     # --- what becomes of requests
 
@@ -550,9 +584,15 @@ class Engine:
         """In the fetching thread: waits for the device and completes what is complete."""
         try:
             pixels = np.asarray(handle)[: len(batch)]
+            self._note("decode")
         except Exception as error:
             for picture in batch:  # those of its pictures that still run leave at the next tick, in the engine's thread
                 finish(picture.request.future, error)
+            try:
+                self._note("decode", error)
+            except _GivenUp:
+                logger.exception("The engine gives up.")
+                self._give_up()
             return
         for picture, image in zip(batch, pixels, strict=True):
             request = picture.request

@@ -1,5 +1,6 @@
 """Who shares a step and when one that waits is done, from step times alone."""
 
+import math
 from itertools import accumulate
 
 import pytest
@@ -121,6 +122,13 @@ def test_proportions_are_learned_where_several_buckets_run() -> None:
     assert profile.step_s(16) == pytest.approx(profile.step_s(2), rel=0.1)
 
 
+def test_a_change_of_pace_does_not_pass_for_one_of_proportions() -> None:
+    profile = Profile(SERIAL)
+    for bucket in (16, *[2] * 100):  # twice as slow from the second step on
+        profile.observe(bucket, 2 * SERIAL[bucket] if bucket == 2 else SERIAL[16])
+    assert profile.step_s(16) / profile.step_s(2) == pytest.approx(SERIAL[16] / SERIAL[2], rel=0.08)
+
+
 def test_one_hiccup_changes_little() -> None:
     profile = Profile(SERIAL)
     profile.observe(2, 1000.0)
@@ -182,22 +190,24 @@ def test_as_many_are_decoded_together_as_makes_each_cheapest() -> None:
 
 
 def test_nobody_waits_for_a_decode_that_gains_nothing_or_holds_up_nobody() -> None:
-    assert Decoding({1: 0.03, 2: 0.06, 4: 0.12}).due(1, waited_s=0.0, running=8)
-    assert Decoding({1: 0.0}).due(1, waited_s=0.0, running=8)
+    assert Decoding({1: 0.03, 2: 0.06, 4: 0.12}).due(1, next_s=0.001, others=8)
+    assert Decoding({1: 0.0}).due(1, next_s=0.001, others=8)
     cheap = Decoding({1: 0.03, 2: 0.03, 4: 0.03})
-    assert cheap.due(1, waited_s=0.0, running=0)
-    assert cheap.due(4, waited_s=0.0, running=8)  # as many as there is a program for
+    assert cheap.due(1, next_s=0.001, others=0)
+    assert cheap.due(1, next_s=math.inf, others=8)  # nobody is being denoised
+    assert cheap.due(4, next_s=0.001, others=8)  # as many as there is a program for
 
 
-def test_a_decode_is_put_off_until_those_who_wait_have_lost_what_sharing_saves_the_others() -> None:
+def test_a_decode_is_put_off_if_those_who_wait_lose_less_than_sharing_saves_the_others() -> None:
     decoding = Decoding({1: 0.03, 2: 0.04, 4: 0.06})
-    assert not decoding.due(1, waited_s=0.0599, running=3)
-    assert decoding.due(1, waited_s=0.0601, running=3)  # two at once save 0.02 s for each of three
-    assert not decoding.due(1, waited_s=0.0601, running=4)
+    assert not decoding.due(1, next_s=0.0599, others=3)
+    assert decoding.due(1, next_s=0.0601, others=3)  # two at once save 0.02 s for each of three
+    assert not decoding.due(1, next_s=0.0601, others=4)
+    assert decoding.due(2, next_s=0.0401, others=4)  # two wait, and a third saves 0.02 s for each of four
 
 
 @quick
 @given(st.integers(0, 100), st.lists(st.floats(0, 1), min_size=3, max_size=3), st.integers(1, 8))
-def test_no_decode_is_put_off_for_longer_than_it_takes(images: int, seconds: list[float], running: int) -> None:
+def test_no_decode_is_put_off_for_longer_than_it_takes(images: int, seconds: list[float], others: int) -> None:
     decoding = Decoding(dict(zip((1, 2, 4), sorted(seconds), strict=True)))
-    assert decoding.due(images + 1, waited_s=decoding.decode_s[1] * running * (1 + 1e-9), running=running)
+    assert decoding.due(images + 1, next_s=decoding.decode_s[1] * others * (1 + 1e-9), others=others)

@@ -4,6 +4,7 @@ drive it by hand on a fake clock; those at the end are about its threads."""
 import itertools
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
@@ -429,7 +430,7 @@ def test_a_size_gains_nothing_by_leaving_and_coming_back() -> None:
 def test_steps_share_a_dispatch_until_it_takes_its_time() -> None:
     hand = Hand(FakePipeline(profile=lambda size, rows: 0.003))
     hand.finish(hand.submit(request(steps=20)))
-    assert [call.count for call in hand.fake.of("step")] == [6, 6, 6, 2]
+    assert [call.count for call in hand.fake.of("step")] == [3] * 6 + [2]
     hand = Hand(FakePipeline(profile=lambda size, rows: 0.5))
     hand.finish(hand.submit(request(steps=3)))
     assert [call.count for call in hand.fake.of("step")] == [1, 1, 1]
@@ -441,7 +442,11 @@ def test_a_dispatch_ends_where_anybody_in_it_ends_or_is_shown() -> None:
     third = hand.submit(request(steps=18, seed=200, size=LARGE), previews=2, on_preview=lambda *_: None)
     hand.finish(first, second, third)
     calls = hand.fake.of("step")
-    assert [(call.seeds, call.count) for call in calls if call.size == SMALL] == [((0, 100), 4), ((100,), 11)]
+    assert [(call.seeds, call.count) for call in calls if call.size == SMALL] == [
+        ((0, 100), 4),
+        ((100,), 10),
+        ((100,), 1),
+    ]
     assert [call.count for call in calls if call.size == LARGE] == [6, 6, 6]
 
 
@@ -468,6 +473,11 @@ def test_the_device_is_never_left_idle_and_never_more_than_one_dispatch_ahead() 
 
 
 # Previews
+
+
+def test_previews_need_somebody_to_see_them() -> None:
+    with pytest.raises(ValueError, match="previews must be 0 without on_preview, got 2."):
+        Hand().submit(request(), previews=2)
 
 
 @pytest.mark.parametrize(
@@ -1034,6 +1044,58 @@ def test_an_engine_whose_dispatches_all_fail_gives_up_and_leaves_nobody_waiting(
         engine.submit(request())
     assert not engine.healthy
     assert engine.stats()["requests"]["failed"] == 12
+
+
+@pytest.mark.parametrize(("verb", "later"), [("encode", False), ("decode", False), ("decode", True), ("read", False)])
+def test_a_verb_that_always_fails_stops_the_engine(fake: FakePipeline, engine: Engine, verb: str, later: bool) -> None:
+    """Steps in between, which succeed, are no excuse."""
+    fake.fail(verb, times=100, later=later)
+    errors = []
+    for i in range(2 * FAILURES):
+        try:
+            errors.append(engine.submit(request(f"prompt {i}", seed=100 * i)).exception(WAIT_S))
+        except EngineStopped as stopped:
+            errors.append(stopped)
+            break
+    assert [type(error) for error in errors[: FAILURES - 1]] == [Fault] * (FAILURES - 1)
+    assert type(errors[-1]) is EngineStopped and len(errors) <= FAILURES + 2
+    assert not engine.healthy
+
+
+def test_a_verb_that_fails_now_and_then_stops_nothing(fake: FakePipeline, engine: Engine) -> None:
+    for i in range(3 * FAILURES):
+        fake.fail("decode", times=1)
+        assert isinstance(engine.submit(request(seed=1000 * i)).exception(WAIT_S), Fault)
+        assert numbers(engine.submit(request(seed=1000 * i + 500)).result(WAIT_S)) == [1000 * i + 503]
+    assert engine.healthy
+
+
+def test_who_comes_while_nobody_waits_shares_the_next_step() -> None:
+    """The thread does not commit a second step while the first one runs."""
+    fake = FakePipeline(profile=lambda size, rows: 2.0, row_buckets=(1, 2, 4, 8), num_slots=8)
+    engine = Engine(fake, max_waiting=20)
+    engine.start()
+    first = engine.submit(request(steps=50, seed=0))
+    assert fake.reached["step"].wait(WAIT_S)
+    second = engine.submit(request(steps=50, seed=1000))
+    began = time.monotonic()
+    while not any(call.seeds == (0, 1000) for call in fake.of("step")):
+        assert time.monotonic() - began < WAIT_S
+        time.sleep(0.01)
+    assert [call.seeds for call in fake.of("step")][:2] == [(0,), (0, 1000)]
+    engine.close()
+    assert stopped([first, second])
+
+
+def test_closing_does_not_wait_for_the_next_step() -> None:
+    fake = FakePipeline(profile=lambda size, rows: 3600.0)
+    engine = Engine(fake, max_waiting=20)
+    engine.start()
+    future = engine.submit(request())
+    assert fake.reached["step"].wait(WAIT_S)
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < WAIT_S and stopped([future])
 
 
 def test_pixels_that_fail_leave_the_slots_to_the_thread_that_owns_them(fake: FakePipeline) -> None:
