@@ -7,6 +7,7 @@ divided among them.
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from app.admission import Lane
 from app.models.loading import Checkpoint, load_checkpoint
 from app.models.tokenizer import Tokenizer
-from app.programs import Program, compiled, fingerprint
+from app.programs import Program, compiled, fingerprint, first_line
 from app.samplers import (
     HISTORY,
     Coefficients,
@@ -38,7 +39,7 @@ logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve write
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ENCODE_TEXTS = 4  # most texts in one dispatch of the text encoder
-TIMED_RUNS, TIMED_S = 3, 2.0  # at warm-up each program runs so often, or until so long has passed
+TIMED_RUNS, TIMED_S = 3, 2.0  # at warm-up each program runs so often, or for about so long
 DRAFT_STEPS, DRAFT_S = 10, 2.0  # most steps of the pictures that drafts learn their colours from, and their time
 
 Size = tuple[int, int]  # width and height, in pixels
@@ -277,28 +278,43 @@ class Pipeline:
 
     def warmup(self) -> None:
         """Loads or compiles every declared program, runs each, and times those that the engine plans with."""
-        self.run = compiled(self.programs, folder=self.folder, fingerprint=fingerprint(self.mesh.devices.flat))
+        facts = fingerprint(self.mesh.devices.flat)
+        self.run = compiled(self.programs, folder=self.folder, fingerprint=facts)
+        try:
+            self.measure()
+        except jax.errors.JaxRuntimeError as error:
+            if self.folder is None:
+                raise
+            logger.warning("A program failed at its first run, so all are compiled anew: %s", first_line(error))
+            self.run = compiled(self.programs, folder=None, fingerprint=facts)
+            self.measure()
+
+    def measure(self) -> None:
+        """Runs every program and keeps the times that the engine plans with."""
         (text,) = self.encode(["warm-up"])
-        table = self.table(None, 1)
         for size in self.sizes:
-            state = self.empty_state(size)
-            for slot in range(self.num_slots):
-                state = self.insert(state, slot, text, text, table, 1.0, slot)
-            for rows in self.row_buckets:
-                lanes = [Lane(slot, True) for slot in range(rows // 2)] + [Lane(rows // 2, False)] * (rows % 2)
-
-                def one_step(lanes: list[Lane] = lanes) -> jax.Array:
-                    nonlocal state
-                    state, done = self.step(state, lanes)
-                    return done
-
-                self.step_s[size, rows] = timed(one_step)
-            for images in self.decode_buckets:
-                self.decode_s[size, images] = timed(partial(self.decode, state, range(images)))
-            self.draft_maps[size] = self.fit_draft_map(size, text)
-            jax.block_until_ready(self.decode(state, [0], draft=True))
+            self.measure_size(size, text)
             steps = ", ".join(f"{rows}: {1e3 * self.step_s[size, rows]:.1f}" for rows in self.row_buckets)
             logger.info("warm %dx%d ms a step by rows: %s", *size, steps)
+
+    def measure_size(self, size: Size, text: Encoded) -> None:
+        state, table = self.empty_state(size), self.table(None, 1)
+        for slot in range(self.num_slots):
+            state = self.insert(state, slot, text, text, table, 1.0, slot)
+
+        def one_step(rows: int) -> jax.Array:
+            nonlocal state
+            lanes = [Lane(slot, True) for slot in range(rows // 2)] + [Lane(rows // 2, False)] * (rows % 2)
+            state, done = self.step(state, lanes)
+            return done
+
+        def one_decode(images: int) -> jax.Array:
+            return self.decode(state, range(images))
+
+        self.step_s |= {(size, rows): seconds for rows, seconds in timed(one_step, self.row_buckets).items()}
+        self.decode_s |= {(size, images): seconds for images, seconds in timed(one_decode, self.decode_buckets).items()}
+        self.draft_maps[size] = self.fit_draft_map(size, text)
+        jax.block_until_ready(self.decode(state, [0], draft=True))
 
     def fit_draft_map(self, size: Size, text: Encoded) -> np.ndarray:
         """[C + 1, 3]: the linear map from scaled latents, and a one, to colours in [-1, 1] that comes closest to what
@@ -490,16 +506,21 @@ def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names[:halvings] or None))
 
 
-def timed(dispatch: Callable[[], jax.Array]) -> float:
-    """Seconds of the quickest of a few runs, after one that does not count."""
-    jax.block_until_ready(dispatch())
+def timed(dispatch: Callable[[int], jax.Array], buckets: Sequence[int]) -> dict[int, float]:
+    """Seconds of each bucket's quickest run of a few, after one that does not count. They take turns, so that what else
+    the machine has to do for a while does not make one of them look slow beside the others."""
+    for bucket in buckets:
+        jax.block_until_ready(dispatch(bucket))
+    seconds = dict.fromkeys(buckets, math.inf)
     began = time.perf_counter()
-    seconds: list[float] = []
-    while len(seconds) < TIMED_RUNS and (not seconds or time.perf_counter() - began < TIMED_S):
-        started = time.perf_counter()
-        jax.block_until_ready(dispatch())
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    for _ in range(TIMED_RUNS):
+        for bucket in buckets:
+            started = time.perf_counter()
+            jax.block_until_ready(dispatch(bucket))
+            seconds[bucket] = min(seconds[bucket], time.perf_counter() - started)
+        if time.perf_counter() - began > TIMED_S * len(buckets):
+            break
+    return seconds
 
 
 def check_sizes(sizes: Sequence[Size], multiple: int) -> None:

@@ -3,14 +3,16 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
+import app.pipeline
 from app.admission import Lane
 from app.pipeline import Pipeline, row_sharding, rows_of
-from app.programs import CompileWatch
+from app.programs import CompileWatch, compiled
 from tests.tiny import tensor_shapes, write_checkpoint
 
 SIZE = (16, 24)
@@ -154,6 +156,23 @@ def test_every_declared_program_has_run_and_been_timed(pipeline: Pipeline) -> No
     assert set(pipeline.decode_s) == {(SIZE, images) for images in pipeline.decode_buckets}
     assert min(*pipeline.step_s.values(), *pipeline.decode_s.values()) > 0
     assert set(pipeline.run) == {program.name for program in pipeline.programs}
+
+
+def test_a_loaded_program_that_fails_at_its_first_run_is_compiled_instead(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def spoilt(programs: Any, *, folder: Path | None, fingerprint: Any) -> Any:
+        def fail(*arguments: Any) -> None:
+            raise jax.errors.JaxRuntimeError("INTERNAL: no such symbol")
+
+        found = compiled(programs, folder=None, fingerprint=fingerprint)
+        return {name: fail if folder and name.startswith("decode") else one for name, one in found.items()}
+
+    monkeypatch.setattr(app.pipeline, "compiled", spoilt)
+    pipeline = Pipeline.load(str(folder), sizes=[SIZE], batch_buckets=[1], max_steps=2, programs=tmp_path)
+    pipeline.warmup()
+    assert draw(pipeline, [Asked(steps=2)]).shape == (1, SIZE[1], SIZE[0], 3)
+    assert "A program failed at its first run, so all are compiled anew: INTERNAL: no such symbol" in caplog.text
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
