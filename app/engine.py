@@ -20,20 +20,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from app.admission import Decoding, Lane, Profile, Work, at_once, device_s, schedule
-from app.protocol import SEEDS, Generation
+from app.admission import Decoding, Lane, Profile, at_once
+from app.line import Generated, Group, Lines, Picture, Preview, Request, Size, answer_s, backlog_s, place_s
+from app.protocol import Generation
 from app.samplers import SamplerTable
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
-Size = tuple[int, int]  # width and height, in pixels
-
 DISPATCH_S = 0.01  # several steps share a dispatch up to this: a newcomer, or a cancellation, waits no longer for it
 AHEAD = 1  # dispatches beyond the one that the device is at
 LEAD_S = 0.002  # before the device has nothing left to do the next dispatch is made, so that it never idles
-# Less left goes first, but not for ever: a request with t seconds of work more than another is overtaken by it only if
-# that one came no later than t / AGEING seconds after it.
-AGEING = 0.1
 FAILURES = 3  # of one verb in a row before the engine gives up, so that Serve replaces the replica
 
 
@@ -70,21 +66,6 @@ class Verbs(Protocol):
     def wait(self, done: Any) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """The pictures of one request and what it took to make them."""
-
-    pixels: np.ndarray  # uint8 [n, H, W, 3]
-    seeds: tuple[int, ...]
-    sampler: str
-    prompt_truncated: bool
-    negative_prompt_truncated: bool
-    queue_s: float
-    denoise_s: float  # from the first picture's first step to the last one's last, with pauses
-    decode_s: float  # from there to pixels on the host
-    device_s: float  # its share of the steps and decodes that it took part in
-
-
 class QueueFull(Exception):
     """Nothing was queued; `retry_after_s` says when a place should be free."""
 
@@ -110,80 +91,9 @@ class _GivenUp(Exception):
     """A verb has failed too often; ends the thread."""
 
 
-Preview = Callable[[int, np.ndarray], None]
-
-
-@dataclasses.dataclass(eq=False)
-class _Picture:
-    """One image in the making."""
-
-    request: "_Request"
-    number: int  # among the request's
-    steps_left: int
-    slot: int | None = None
-    previews: list[int] = dataclasses.field(default_factory=list)  # `steps_left` at which each is due, falling
-    denoised: float = math.inf  # when its last step was dispatched
-
-    @property
-    def work(self) -> Work:
-        return Work(self.steps_left, self.request.rows)
-
-
-@dataclasses.dataclass(eq=False)
-class _Request:
-    generation: Generation
-    table: SamplerTable
-    future: "Future[Generated]"
-    since: float
-    on_preview: Preview | None
-    rows: int  # of the UNet for each step of each picture
-    pictures: list[_Picture] = dataclasses.field(default_factory=list)  # those that are not decoded yet
-    texts: tuple[Any, Any] | None = None  # prompt and negative prompt, encoded
-    began: float | None = None
-    denoised: float = 0.0
-    device_s: float = 0.0
-    previewed: int = 0
-    pixels: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple((self.generation.seed + i) % SEEDS for i in range(self.generation.n))
-
-
-@dataclasses.dataclass(eq=False)
-class _Group:
-    """All of one size: its slots and its line."""
-
-    size: Size
-    state: Any
-    profile: Profile
-    decoding: Decoding
-    free: list[int]
-    requests: list[_Request] = dataclasses.field(default_factory=list)  # with pictures that are not decoded yet
-    turn: float = 0.0  # device time had, over pictures there were to share it; the group with the least is next
-    images_at_once: int = 0
-    steps: int = 0
-    rows_asked: float = 0.0  # running sums of rows that were asked for and rows that buckets made of them
-    rows_run: float = 0.0
-
-    def rank(self, request: _Request) -> float:
-        """The lower, the sooner: device-seconds that are left, and when it came, in ageing's measure."""
-        return device_s((picture.work for picture in request.pictures), self.profile) + AGEING * request.since
-
-    def pictures(self) -> list[_Picture]:
-        """The line: requests by what is left of them, with ageing; within one, those that have begun first."""
-        line = sorted(self.requests, key=self.rank)
-        return [
-            picture
-            for request in line
-            for picture in sorted(request.pictures, key=lambda picture: (picture.steps_left, picture.number))
-            if picture.steps_left
-        ]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Dispatch:
-    group: _Group
+    group: Group
     done: Any
     bucket: int
     count: int
@@ -215,8 +125,8 @@ class Engine:
         self.started = clock()
         self._groups = {size: self._new_group(size) for size in pipeline.sizes}
         self._changed = threading.Condition()  # guards what `submit` and the thread share: arrivals and each line
-        self._arrivals: list[_Request] = []
-        self._unfinished: set[_Request] = set()
+        self._arrivals: list[Request] = []
+        self._unfinished: set[Request] = set()
         self._stopping = self._draining = False
         self._thread: threading.Thread | None = None
         self._flight: deque[_Dispatch] = deque()
@@ -262,23 +172,20 @@ class Engine:
         if previews and on_preview is None:
             raise ValueError(f"previews must be 0 without on_preview, got {previews}.")
         table = self.pipeline.table(generation.sampler, generation.num_inference_steps)
-        request = _Request(
-            generation, table, Future(), self.clock(), on_preview, rows=1 + (generation.guidance_scale > 1)
-        )
-        steps = len(table)
-        due = sorted({steps - round(steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, steps})
-        request.pictures = [_Picture(request, number, steps, previews=due[:]) for number in range(generation.n)]
+        request = Request.of(generation, table, self.clock(), previews, on_preview)
         with self._changed:
             if self._draining or not self.healthy:
                 raise EngineStopped("the engine has stopped")
             if sum(waiting.began is None for waiting in self._unfinished) >= self.max_waiting:
                 self._outcomes["queue_full"] += 1
-                raise QueueFull(self._place_s())
-            if timeout_s < math.inf and (estimate_s := self._estimate_s(request, size)) > timeout_s:
-                self._outcomes["deadline"] += 1
-                # Those that it could overtake now will have less left by then, or have waited longer.
-                last_s = self._estimate_s(request, size, last=True)
-                raise DeadlineUnmeetable(estimate_s, max(last_s - timeout_s, 0.1))
+                raise QueueFull(place_s(self._lines()))
+            if timeout_s < math.inf:
+                group, lines = self._groups[size], self._lines()
+                if (estimate_s := answer_s(request, group, lines)) > timeout_s:
+                    self._outcomes["deadline"] += 1
+                    # Those that it could overtake now will have less left by then, or have waited longer.
+                    last_s = answer_s(request, group, lines, last=True)
+                    raise DeadlineUnmeetable(estimate_s, max(last_s - timeout_s, 0.1))
             self._unfinished.add(request)
             self._arrivals.append(request)
             self._changed.notify()
@@ -288,7 +195,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """What it does right now, and has done; plain numbers, for JSON."""
         with self._changed:
-            lines = {group: self._line(group) for group in self._groups.values()}
+            lines = self._lines()
             waiting = [request for request in self._unfinished if request.began is None]
             asked, run = (sum(getattr(g, name) for g in lines) for name in ("rows_asked", "rows_run"))
             return {
@@ -296,7 +203,7 @@ class Engine:
                 "unfinished": len(self._unfinished),
                 "active_slots": sum(self.pipeline.num_slots - len(group.free) for group in lines),
                 "num_slots": self.pipeline.num_slots * len(lines),
-                "backlog_s": sum(self._backlog_s(group) for group in lines),
+                "backlog_s": sum(backlog_s(group, line) for group, line in lines.items()),
                 "bucket_fill": asked / run if run else 1.0,
                 "sizes": {
                     f"{group.size[0]}x{group.size[1]}": {
@@ -363,7 +270,7 @@ class Engine:
         group = self._next()
         if group is None:
             return self._settle(0)
-        running: list[_Picture] = []
+        running: list[Picture] = []
         try:
             running = self._admit(group)
             if running:
@@ -407,11 +314,11 @@ class Engine:
                     for request in gone:
                         self._leave(group, request)
 
-    def _next(self) -> _Group | None:
+    def _next(self) -> Group | None:
         """Sizes take turns by device time, in proportion to how many pictures each has in line."""
         return min((group for group in self._groups.values() if group.requests), key=lambda g: g.turn, default=None)
 
-    def _admit(self, group: _Group) -> list[_Picture]:
+    def _admit(self, group: Group) -> list[Picture]:
         """The pictures that share the next step; those of them that wait go into free slots."""
         line = group.pictures()
         seated, free = [], len(group.free)
@@ -420,7 +327,7 @@ class Engine:
                 seated.append(picture)
                 free -= picture.slot is None
         rows = [picture.request.rows for picture in seated]
-        group.images_at_once = at_once(rows, group.profile, self.gain, self.images_at_once)
+        group.images_at_once = at_once(rows, group.profile, group.gain, group.fixed)
         chosen = seated[: group.images_at_once]
         self._encode([picture.request for picture in chosen if picture.request.texts is None])
         admitted = []
@@ -441,7 +348,7 @@ class Engine:
             admitted.append(picture)
         return admitted
 
-    def _encode(self, requests: Sequence[_Request]) -> None:
+    def _encode(self, requests: Sequence[Request]) -> None:
         """Gives each its encoded texts, of which those that were seen lately cost nothing."""
         requests = list(dict.fromkeys(requests))
         texts = [text for r in requests for text in (r.generation.prompt, r.generation.negative_prompt)]
@@ -468,7 +375,7 @@ class Engine:
         while len(self._texts) > self._prompt_cache:
             self._texts.popitem(last=False)
 
-    def _advance(self, group: _Group, pictures: Sequence[_Picture]) -> None:
+    def _advance(self, group: Group, pictures: Sequence[Picture]) -> None:
         """One dispatch: as many steps as fit into DISPATCH_S, up to the first that somebody ends or shows."""
         lanes = [Lane(picture.slot, picture.request.rows == 2) for picture in pictures if picture.slot is not None]
         rows = sum(lane.rows for lane in lanes)
@@ -492,7 +399,7 @@ class Engine:
             if picture.previews and picture.previews[-1] == picture.steps_left:
                 self._preview(group, picture)
 
-    def _preview(self, group: _Group, picture: _Picture) -> None:
+    def _preview(self, group: Group, picture: Picture) -> None:
         request = picture.request
         picture.previews.pop()
         number = request.previewed
@@ -506,7 +413,7 @@ class Engine:
             return
         self._fetcher.submit(self._show, request, number, pixels)
 
-    def _retire(self, group: _Group, running: Sequence[_Picture]) -> None:
+    def _retire(self, group: Group, running: Sequence[Picture]) -> None:
         """Finished pictures are decoded, in as few programs as pays, and leave their slots at once."""
         pictures = [picture for request in group.requests for picture in request.pictures]
         finished = [picture for picture in pictures if not picture.steps_left]
@@ -562,7 +469,7 @@ class Engine:
             self._last_done = now
         return waited
 
-    def _fail_group(self, group: _Group, error: Exception) -> None:
+    def _fail_group(self, group: Group, error: Exception) -> None:
         """A step or an insert that fails has consumed the state and with it every picture that had begun."""
         logger.error("A step of %dx%d failed: %s", *group.size, error)
         self._texts.clear()  # it may be an encoding that failed
@@ -580,7 +487,7 @@ class Engine:
 
     # --- what becomes of requests
 
-    def _fetch(self, batch: Sequence[_Picture], handle: Any) -> None:
+    def _fetch(self, batch: Sequence[Picture], handle: Any) -> None:
         """In the fetching thread: waits for the device and completes what is complete."""
         try:
             pixels = np.asarray(handle)[: len(batch)]
@@ -598,24 +505,9 @@ class Engine:
             request = picture.request
             request.pixels[picture.number] = image
             if len(request.pixels) == request.generation.n:
-                finish(request.future, self._generated(request))
+                finish(request.future, request.generated(self.pipeline.default_sampler, self.clock()))
 
-    def _generated(self, request: _Request) -> Generated:
-        assert request.began is not None and request.texts is not None
-        prompt, negative_prompt = request.texts
-        return Generated(
-            pixels=np.stack([request.pixels[number] for number in range(request.generation.n)]),
-            seeds=request.seeds,
-            sampler=request.generation.sampler or self.pipeline.default_sampler,
-            prompt_truncated=prompt.truncated,
-            negative_prompt_truncated=negative_prompt.truncated,
-            queue_s=request.began - request.since,
-            denoise_s=request.denoised - request.began,
-            decode_s=self.clock() - request.denoised,
-            device_s=request.device_s,
-        )
-
-    def _show(self, request: _Request, number: int, handle: Any) -> None:
+    def _show(self, request: Request, number: int, handle: Any) -> None:
         """In the fetching thread. A preview that fails is no reason to lose the picture."""
         try:
             if not request.future.done() and request.on_preview is not None:
@@ -623,25 +515,25 @@ class Engine:
         except Exception:
             logger.exception("A preview failed.")
 
-    def _fail(self, request: _Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: Exception) -> None:
         finish(request.future, error)
         group = self._group(request)
         with self._changed:
             self._leave(group, request)
 
-    def _leave(self, group: _Group, request: _Request) -> None:
+    def _leave(self, group: Group, request: Request) -> None:
         for picture in request.pictures:
             self._free(group, picture)
         request.pictures.clear()
         if request in group.requests:
             group.requests.remove(request)
 
-    def _free(self, group: _Group, picture: _Picture) -> None:
+    def _free(self, group: Group, picture: Picture) -> None:
         if picture.slot is not None:
             group.free.append(picture.slot)
             picture.slot = None
 
-    def _left(self, request: _Request, future: "Future[Generated]") -> None:
+    def _left(self, request: Request, future: "Future[Generated]") -> None:
         """However it ended; also wakes a thread that has nothing else to do than to free its slots."""
         outcome = "cancelled" if future.cancelled() else "failed" if future.exception() else "completed"
         with self._changed:
@@ -656,63 +548,30 @@ class Engine:
         for request in unfinished:
             finish(request.future, EngineStopped("the engine has stopped"))
 
-    # --- what is known of the time that things take; the lock is held
-
-    def _line(self, group: _Group) -> list[_Picture]:
-        arrived = [p for r in self._arrivals if self._group(r) is group for p in r.pictures]
-        return group.pictures() + arrived
-
-    def _backlog_s(self, group: _Group) -> float:
-        line = self._line(group)
-        return device_s((p.work for p in line), group.profile) + len(line) * group.decoding.image_s()
-
-    def _estimate_s(self, request: _Request, size: Size, last: bool = False) -> float:
-        """From now until the request would be answered if nobody else came; `last`: and if it overtook nobody."""
-        group = self._groups[size]
-        own = [picture.work for picture in request.pictures]
-        standing = self._line(group)
-        requests = dict.fromkeys(picture.request for picture in standing)
-        before = {one for one in requests if last or group.rank(one) <= group.rank(request)}
-        ahead = [picture.work for picture in standing if picture.request in before]
-        line = [*ahead, *own]
-        ends = [end for _, end in schedule(line, group.profile, self.gain, self.images_at_once)]
-        denoised_s = max(ends[-len(own) :])
-        decodes = sum(end <= denoised_s for end in ends)
-        # Other sizes have their turns, in proportion to their pictures and until they are through.
-        theirs = [other for other in self._groups.values() if other is not group]
-        pictures = sum(len(self._line(other)) for other in theirs)
-        backlog_s = sum(self._backlog_s(other) for other in theirs)
-        turns_s = denoised_s * pictures / (len(standing) + len(own))
-        return denoised_s + (backlog_s if last else min(backlog_s, turns_s)) + decodes * group.decoding.image_s()
-
-    def _place_s(self) -> float:
-        """From now until a place in the queue should be free: when the next that waits begins."""
-        lines = {group: self._line(group) for group in self._groups.values()}
-        pictures = sum(map(len, lines.values()))
-        places_s = []
-        for group, line in lines.items():
-            spans = schedule([p.work for p in line], group.profile, self.gain, self.images_at_once)
-            begins = [start for (start, _), p in zip(spans, line, strict=True) if p.request.began is None]
-            if begins:
-                decodes = sum(end <= min(begins) for _, end in spans)
-                own_s = min(begins) + decodes * group.decoding.image_s()
-                places_s.append(own_s * pictures / len(line))  # sizes take turns
-        return max(0.1, min(places_s, default=0.0))
+    def _lines(self) -> Lines:
+        """The lock is held."""
+        arrived = [picture for request in self._arrivals for picture in request.pictures]
+        return {
+            group: [*group.pictures(), *(picture for picture in arrived if picture.request.size == group.size)]
+            for group in self._groups.values()
+        }
 
     def _waiting_for_steps(self) -> bool:
         return any(group.requests for group in self._groups.values())
 
-    def _group(self, request: _Request) -> _Group:
-        return self._groups[request.generation.width, request.generation.height]
+    def _group(self, request: Request) -> Group:
+        return self._groups[request.size]
 
-    def _new_group(self, size: Size) -> _Group:
+    def _new_group(self, size: Size) -> Group:
         pipeline = self.pipeline
-        return _Group(
+        return Group(
             size,
             pipeline.empty_state(size),
             Profile({rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets}),
             Decoding({images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets}),
             free=list(range(pipeline.num_slots))[::-1],
+            gain=self.gain,
+            fixed=self.images_at_once,
         )
 
 

@@ -18,8 +18,9 @@ import numpy as np
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from app.engine import DeadlineUnmeetable, Engine, EngineStopped, Generated, QueueFull
+from app.engine import DeadlineUnmeetable, Engine, EngineStopped, QueueFull
 from app.images import encode
+from app.line import Generated
 from app.metrics import Metrics
 from app.protocol import (
     BODY_FIELDS,

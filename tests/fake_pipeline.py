@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from app.admission import Lane
-from app.engine import Engine, Generated
+from app.engine import Engine
+from app.line import Generated
 from app.protocol import Generation
 from app.samplers import HISTORY, SamplerTable
 

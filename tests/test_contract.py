@@ -8,7 +8,8 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from app.engine import Engine, Generated
+from app.engine import Engine
+from app.line import Generated
 from app.pipeline import Pipeline
 from app.programs import CompileWatch
 from app.protocol import SEEDS, Generation

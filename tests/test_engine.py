@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.engine import AGEING, DISPATCH_S, FAILURES, DeadlineUnmeetable, Engine, EngineStopped, Generated, QueueFull
+from app.engine import DISPATCH_S, FAILURES, DeadlineUnmeetable, Engine, EngineStopped, QueueFull
+from app.line import AGEING, Generated
 from app.protocol import Generation
 from tests.fake_pipeline import (
     LARGE,

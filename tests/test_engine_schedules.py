@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.engine import AGEING, DISPATCH_S, FAILURES, DeadlineUnmeetable, EngineStopped, Generated, QueueFull
+from app.engine import DISPATCH_S, FAILURES, DeadlineUnmeetable, EngineStopped, QueueFull
+from app.line import AGEING, Generated
 from app.protocol import Generation
 from tests.fake_pipeline import (
     LARGE,
