@@ -23,7 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from app.admission import Lane
 from app.models.loading import Checkpoint, load_checkpoint
 from app.models.tokenizer import Tokenizer
-from app.programs import Program, compiled, fingerprint, first_line
+from app.program_files import first_line
+from app.program_keys import fingerprint
+from app.programs import Program, compiled
 from app.samplers import (
     HISTORY,
     Coefficients,

@@ -22,8 +22,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from app import programs
-from app.programs import CompileWatch, Program, compiled, fingerprint
+from app import program_files, program_keys, programs
+from app.program_keys import fingerprint
+from app.programs import CompileWatch, Program, compiled
 
 FACTS = {"jaxlib": "0.10.2", "source app/pipeline.py": "1234", "XLA_FLAGS": ""}
 
@@ -162,16 +163,16 @@ def test_a_file_with_any_byte_changed_is_not_read(folder: Path) -> None:
     make(add(), folder)
     (path,) = folder.iterdir()
     content = path.read_bytes()
-    assert programs.read(path).header["key"]["program"] == "add rows 5"
+    assert program_files.read(path).header["key"]["program"] == "add rows 5"
     line = content.index(b"\n") + 1
     for at in [*range(0, line, 3), line - 1, *range(line, len(content), 97), len(content) - 1]:
         path.write_bytes(damaged(content, at))
-        with pytest.raises(programs.Unusable, match="damaged"):
-            programs.read(path)
+        with pytest.raises(program_files.Unusable, match="damaged"):
+            program_files.read(path)
     for length in (0, 1, line - 1, line, line + 1, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(programs.Unusable, match="damaged"):
-            programs.read(path)
+        with pytest.raises(program_files.Unusable, match="damaged"):
+            program_files.read(path)
 
 
 @pytest.mark.parametrize("spoil", [lambda x: damaged(x, 50), lambda x: x[:-1], lambda x: b"", lambda x: b"\x80" * 99])
@@ -234,14 +235,14 @@ def test_a_fingerprint_follows_versions_flags_options_and_sources(
     assert {f"source app/{name}.py" for name in ("pipeline", "samplers", "models/unet")} <= set(before)
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
-        patch.setattr(programs, "version", lambda package: "9")
-        assert changed(before) == {"XLA_FLAGS", *programs.PACKAGES}
+        patch.setattr(program_keys, "version", lambda package: "9")
+        assert changed(before) == {"XLA_FLAGS", *program_keys.PACKAGES}
     with jax.default_matmul_precision("highest"):
         assert changed(before) == {"jax_default_matmul_precision"}
     source = tmp_path / "app" / "pipeline.py"
     source.parent.mkdir()
-    monkeypatch.setattr(programs, "APP", source.parent)
-    monkeypatch.setattr(programs, "SOURCES", (source,))
+    monkeypatch.setattr(program_keys, "APP", source.parent)
+    monkeypatch.setattr(program_keys, "SOURCES", (source,))
     source.write_text("a = 1\n")
     before = fingerprint()
     source.write_text("a = 2\n")
@@ -250,7 +251,7 @@ def test_a_fingerprint_follows_versions_flags_options_and_sources(
 
 def test_values_that_a_function_holds_are_part_of_its_key() -> None:
     def held(value: Any) -> Any:
-        return programs.key_of(add(weight=value), FACTS, {})["function"]
+        return program_keys.key_of(add(weight=value), FACTS, {})["function"]
 
     def inner(value: Any) -> Callable[..., Any]:
         return lambda state, n: (state.x * value, n)
@@ -296,7 +297,7 @@ def test_a_file_that_others_may_write_to_is_compiled_again_and_replaced(folder: 
 
 def test_only_this_users_files_and_roots_are_trusted(tmp_path: Path) -> None:
     def why(uid: int) -> str:
-        return programs.distrust(tmp_path, SimpleNamespace(st_uid=uid, st_mode=0o100600))  # type: ignore[arg-type]
+        return program_files.distrust(tmp_path, SimpleNamespace(st_uid=uid, st_mode=0o100600))  # type: ignore[arg-type]
 
     assert why(os.geteuid()) == why(0) == ""
     assert f"{tmp_path} belongs to user 54321, not to {os.geteuid()} or root" in why(54321)
@@ -313,11 +314,11 @@ class Evil:
 def forge(folder: Path, **changes: Any) -> None:
     """Another content under the right name, key and checksum."""
     (path,) = folder.iterdir()
-    saved = programs.read(path)
+    saved = program_files.read(path)
     header, payload = saved.header | {k: v for k, v in changes.items() if k != "payload"}, saved.payload
     payload = changes.get("payload", payload)
-    sealed = header | {"sha256": programs.checksum_of(header, payload)}
-    path.write_bytes(programs.line_of(sealed) + payload)
+    sealed = header | {"sha256": program_files.checksum_of(header, payload)}
+    path.write_bytes(program_files.line_of(sealed) + payload)
 
 
 def test_an_envelope_may_name_only_what_a_program_needs(folder: Path, tmp_path: Path, told: Told) -> None:
@@ -432,7 +433,7 @@ def test_the_last_used_files_of_a_name_are_kept(folder: Path, told: Told) -> Non
     (other,) = folder.iterdir()
     age(other, 90)
     paths: list[Path] = []
-    for i in range(programs.KEEP):
+    for i in range(program_files.KEEP):
         make(add(), folder, facts(i))
         (path,) = set(folder.iterdir()) - {other, *paths}
         paths.append(path)
@@ -443,11 +444,11 @@ def test_the_last_used_files_of_a_name_are_kept(folder: Path, told: Told) -> Non
     stale.touch()
     fresh.touch()
     age(stale, 1)
-    make(add(), folder, facts(programs.KEEP))
+    make(add(), folder, facts(program_files.KEEP))
     left = set(folder.iterdir())
     assert {other, paths[0], *paths[2:], fresh} < left
     assert paths[1] not in left and stale not in left
-    assert len(left) == programs.KEEP + 2
+    assert len(left) == program_files.KEEP + 2
 
 
 def test_names_must_differ() -> None:
@@ -477,7 +478,8 @@ import logging, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from tests.test_programs import mesh_programs, state_on
-from app.programs import compiled, fingerprint
+from app.program_keys import fingerprint
+from app.programs import compiled
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 assert jax.device_count() == 4
 for order in ([0, 1, 2, 3], [2, 0, 3, 1], [3]):
