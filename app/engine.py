@@ -29,7 +29,9 @@ logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve write
 
 DISPATCH_S = 0.01  # several steps share a dispatch up to this: a newcomer, or a cancellation, waits no longer for it
 AHEAD = 1  # dispatches beyond the one that the device is at
-LEAD_S = 0.002  # before the device has nothing left to do the next dispatch is made, so that it never idles
+# The next dispatch is made so long before the device has nothing left to do, and so many times the usual difference of
+# a step from what was expected of it; so that the device never idles.
+LEAD_S, LEAD_SPREADS = 0.002, 4
 FAILURES = 3  # of one verb in a row before the engine gives up, so that Serve replaces the replica
 
 
@@ -87,7 +89,7 @@ class EngineStopped(Exception):
     """The engine's thread has ended, by `close` or by a failure."""
 
 
-class _GivenUp(Exception):
+class _GivenUp(RuntimeError):
     """A verb has failed too often; ends the thread."""
 
 
@@ -132,7 +134,9 @@ class Engine:
         self._flight: deque[_Dispatch] = deque()
         self._last_done = 0.0
         self._only_steps = True
+        self._spread_s = 0.0  # mean difference of what a dispatch takes from what was expected
         self._failures = dict.fromkeys(("encode", "step", "decode"), 0)  # in a row
+        self._stepped = True  # since a decode failed
         self._texts: OrderedDict[str, Any] = OrderedDict()
         self._prompt_cache = prompt_cache
         self._hits = self._misses = 0
@@ -265,6 +269,7 @@ class Engine:
 
     def tick(self) -> bool:
         """One turn of the loop; whether there was anything to do."""
+        self._check()
         self._take_arrivals()
         self._free_cancelled()
         group = self._next()
@@ -284,16 +289,15 @@ class Engine:
         return True
 
     def _pause(self) -> None:
-        """Until shortly before the device has done what it was given: who comes by then shares the next step. Where
-        pictures wait already, a newcomer would stand behind them, and there is nothing to be gained."""
-        if not self._flight or any(
-            p.slot is None for g in self._groups.values() for r in g.requests for p in r.pictures
-        ):
+        """Until shortly before the device has done what it was given, if who comes by then could share the next step:
+        not where others wait already, or where sharing does not pay."""
+        if not self._flight or not all(group.open for group in self._groups.values() if group.requests):
             return
         last = self._flight[-1]
         ends = max(self._last_done, last.at) + last.count * last.group.profile.step_s(last.bucket)
+        until = ends - LEAD_S - LEAD_SPREADS * self._spread_s
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping, timeout=ends - LEAD_S - self.clock())
+            self._changed.wait_for(lambda: self._stopping, timeout=until - self.clock())
 
     def _take_arrivals(self) -> None:
         with self._changed:
@@ -326,9 +330,10 @@ class Engine:
             if picture.slot is not None or free > 0:
                 seated.append(picture)
                 free -= picture.slot is None
-        rows = [picture.request.rows for picture in seated]
-        group.images_at_once = at_once(rows, group.profile, group.gain, group.fixed)
+        rows, behind = [picture.request.rows for picture in seated], len(line) - len(seated)
+        group.images_at_once = at_once(rows, group.profile, group.gain, group.fixed, behind)
         chosen = seated[: group.images_at_once]
+        group.open = free > 0 and at_once([*rows, 2], group.profile, group.gain, group.fixed, behind) > len(line)
         self._encode([picture.request for picture in chosen if picture.request.texts is None])
         admitted = []
         for picture in chosen:
@@ -457,11 +462,13 @@ class Engine:
                 self._fail_group(dispatch.group, error)
                 continue
             self._note("step")
+            self._stepped = True
             now = self.clock()
             spent = now - max(self._last_done, dispatch.at)
             step_s = dispatch.group.profile.step_s(dispatch.bucket)
             # Where it was done before anybody looked, it took at most so long.
             if dispatch.alone and (now - asked > 1e-4 or spent < dispatch.count * step_s):
+                self._spread_s += 0.1 * (abs(spent - dispatch.count * step_s) - self._spread_s)
                 dispatch.group.profile.observe(dispatch.bucket, spent / dispatch.count)
                 step_s = dispatch.group.profile.step_s(dispatch.bucket)
             # What else ran in between, a decode, is counted already.
@@ -482,8 +489,12 @@ class Engine:
     def _note(self, verb: str, error: Exception | None = None) -> None:
         """How a verb went. One that always fails ends the engine, as a new replica may fare better."""
         self._failures[verb] = 0 if error is None else self._failures[verb] + 1
-        if self._failures[verb] >= FAILURES:
-            raise _GivenUp(f"{verb} failed {FAILURES} times in a row") from error
+        self._check()
+
+    def _check(self) -> None:
+        for verb, count in self._failures.items():
+            if count >= FAILURES:
+                raise _GivenUp(f"{verb} failed {count} times in a row")
 
     # --- what becomes of requests
 
@@ -491,16 +502,15 @@ class Engine:
         """In the fetching thread: waits for the device and completes what is complete."""
         try:
             pixels = np.asarray(handle)[: len(batch)]
-            self._note("decode")
         except Exception as error:
+            with self._changed:
+                if self._stepped:  # else it may be a step that failed, and with it all that it left to be decoded
+                    self._failures["decode"] += 1
+                self._stepped = False
             for picture in batch:  # those of its pictures that still run leave at the next tick, in the engine's thread
                 finish(picture.request.future, error)
-            try:
-                self._note("decode", error)
-            except _GivenUp:
-                logger.exception("The engine gives up.")
-                self._give_up()
             return
+        self._failures["decode"] = 0
         for picture, image in zip(batch, pixels, strict=True):
             request = picture.request
             request.pixels[picture.number] = image

@@ -128,6 +128,7 @@ class Group:
     requests: list[Request] = dataclasses.field(default_factory=list)  # with pictures that are not decoded yet
     turn: float = 0.0  # device time had, over pictures there were to share it; the group with the least is next
     images_at_once: int = 0
+    open: bool = False  # to a newcomer, which would share the very next step
     steps: int = 0
     rows_asked: float = 0.0  # running sums of rows that were asked for and rows that buckets made of them
     rows_run: float = 0.0
