@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 
 from app.ingress import APIIngress
+from app.keys import Keys
 from app.protocol import Defaults, Encoding, Limits, Service, Settings, width_height
 from app.samplers import SAMPLERS
 from app.server import StableDiffusion
@@ -68,6 +69,10 @@ class Args(Settings):
     programs: str | None = Field(
         default=None, description="folder of compiled programs, relative to the repository; null: each start compiles"
     )
+    api_keys_file: str | None = Field(
+        default=None,
+        description="hashes of API keys, relative to the repository; null: only this machine itself may ask",
+    )
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
     encoding: Encoding = Encoding()
@@ -105,7 +110,18 @@ def text_to_image(args: Args) -> Application:
         prompt_cache=args.prompt_cache,
         encoding_threads=args.encoding_threads,
     )
-    return serve.deployment()(serve.ingress()(APIIngress)).bind(replicas, service)
+    keys = None if args.api_keys_file is None else keys_file(args.api_keys_file)
+    return serve.deployment()(serve.ingress()(APIIngress)).bind(replicas, service, api_keys_file=keys)
+
+
+def keys_file(name: str) -> Path:
+    """Read here as well as by the ingress, so that a mistake in it is told before a model is loaded."""
+    path = ROOT / Path(name).expanduser()
+    try:
+        Keys(path)
+    except ValueError as error:
+        raise ValueError(f"api_keys_file {error}") from None
+    return path
 
 
 def locate(model: str) -> tuple[str, str]:

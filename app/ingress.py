@@ -8,16 +8,21 @@ import time
 from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from app.door import Door, count_images
+from app.keys import Keys
 from app.protocol import (
     Accepted,
     ApiError,
@@ -69,9 +74,12 @@ class Items(Cancellable, Protocol):
 class APIIngress:
     """`replicas` is the DeploymentHandle of StableDiffusion. Keeps only what a replica says of itself."""
 
-    def __init__(self, replicas: Any, service: Service) -> None:
+    def __init__(self, replicas: Any, service: Service, api_keys_file: Path | None = None) -> None:
+        if RAY_SERVE_ENABLE_HA_PROXY and api_keys_file is None:  # it listens everywhere, and speaks to us over loopback
+            raise ValueError("api_keys_file must be set where RAY_SERVE_ENABLE_HA_PROXY is: it hides who connects.")
         self.replicas = replicas
         self.service = service
+        self.keys = None if api_keys_file is None else Keys(api_keys_file)
         self.description: Description | None = None
         self.started = int(time.time())
 
@@ -88,7 +96,8 @@ class APIIngress:
             Route("/healthz", self.healthz),
         ]
         handlers = {ApiError: on_refusal, HTTPException: on_http_error, Exception: on_bug}
-        app = Starlette(routes=routes, exception_handlers=handlers)
+        door = Middleware(Door, keys=self.keys, refused=refused)
+        app = Starlette(routes=routes, exception_handlers=handlers, middleware=[door])
         app.router.redirect_slashes = False
         return app
 
@@ -106,6 +115,7 @@ class APIIngress:
     async def generations(self, request: Request) -> Response:
         body = await read_body(request, self.service.limits.body_bytes, self.service.limits.timeout_s)
         asked = parse_body(body, self.service)
+        count_images(request.scope, asked.generation.n)
         if asked.stream:
             return await self.stream(asked)
         images = await self.generate(asked)
@@ -254,7 +264,13 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
 
 async def on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    return refused(error)
+
+
+def refused(error: ApiError) -> Response:
     headers = {} if error.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return json_response(error.body(), error.status, headers)
 
 

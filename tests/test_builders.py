@@ -96,6 +96,19 @@ def test_what_the_yaml_says_reaches_the_replica(repository: Path) -> None:
     assert deployments_made(absolute)[1].init_kwargs["programs"] == Path("/var/programs")
 
 
+def test_a_keys_file_is_read_before_anything_is_loaded_and_named_to_the_ingress(repository: Path) -> None:
+    args = Args.model_validate({"model": "a/b", "sizes": ["64x64"], "api_keys_file": "keys.yaml"})
+    with pytest.raises(ValueError, match=r"^api_keys_file .*/keys.yaml cannot be read: No such file or directory\.$"):
+        text_to_image(args)
+    (repository / "keys.yaml").write_text("- {name: alice}")
+    with pytest.raises(ValueError, match=r"^api_keys_file .*/keys.yaml, entry 1 \(alice\): sha256 is missing"):
+        text_to_image(args)
+    (repository / "keys.yaml").write_text("[]")
+    assert deployments_made(args)[0].init_kwargs == {"api_keys_file": repository / "keys.yaml"}
+    with pytest.raises(ValueError, match="^api_keys_file "):
+        text_to_image(args.model_copy(update={"api_keys_file": ""}))  # a slip, not a wish for no keys
+
+
 def test_the_replica_takes_exactly_what_the_builder_gives() -> None:
     replicas = deployments_made(Args(model="a/b", sizes=["64x64"]))[1]
     inspect.signature(StableDiffusion.__init__).bind(None, *replicas.init_args, **replicas.init_kwargs)

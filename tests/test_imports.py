@@ -39,6 +39,8 @@ RULES = [
     Rule("app.program_files", HTTP | {"ray", "app"}),
     Rule("app.program_keys", HTTP | {"ray", "app.programs", "app.program_files", "app.pipeline"}, anywhere=False),
     Rule("app.metrics", JAX | HTTP | {"app"}),
+    Rule("app.keys", JAX | HTTP | {"ray", "app", "numpy"}),
+    Rule("app.door", JAX | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
     Rule("app.stats", JAX | HTTP | {"app"}),
     Rule("app.streaming", JAX | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress"}),
     Rule("app.pipeline", HTTP | {"ray", "app.engine", "app.server", "app.ingress", "app.protocol"}),

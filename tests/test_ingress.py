@@ -144,9 +144,14 @@ def replicas() -> Replicas:
 
 @pytest.fixture
 def client(replicas: Replicas) -> Iterator[TestClient]:
-    app = APIIngress(replicas, SERVICE).__serve_build_asgi_app__()
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with local_client(APIIngress(replicas, SERVICE)) as client:
         yield client
+
+
+def local_client(ingress: APIIngress) -> TestClient:
+    """On this machine, as the API demands that has no keys."""
+    app, here = ingress.__serve_build_asgi_app__(), ("127.0.0.1", 50000)
+    return TestClient(app, "http://127.0.0.1", raise_server_exceptions=False, client=here)
 
 
 def post(client: TestClient, **fields: Any) -> Any:
@@ -384,7 +389,9 @@ def test_a_client_that_leaves_while_it_sends_is_no_server_error() -> None:
     assert status == 400
 
 
-async def raw_post(receive: Callable[[], Any], headers: dict[str, str]) -> tuple[int, Any]:
+async def raw_post(
+    receive: Callable[[], Any], headers: dict[str, str], ingress: APIIngress | None = None
+) -> tuple[int, Any]:
     """One POST over bare ASGI, for what a well-behaved client does not do."""
     sent: list[Message] = []
 
@@ -398,8 +405,11 @@ async def raw_post(receive: Callable[[], Any], headers: dict[str, str]) -> tuple
         "path": "/v1/images/generations",
         "query_string": b"",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "server": ("127.0.0.1", 8000),
+        "client": ("127.0.0.1", 50000),
     }
-    await APIIngress(Replicas(), SERVICE).__serve_build_asgi_app__()(scope, receive, send)
+    app = (ingress or APIIngress(Replicas(), SERVICE)).__serve_build_asgi_app__()
+    await app(scope, receive, send)
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +17,14 @@ import uvicorn
 from openai import OpenAI
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from ray.exceptions import ActorDiedError
-from starlette.testclient import TestClient
 
 from app import streaming
 from app.ingress import APIIngress
 from app.protocol import Accepted, ApiError, Images, Preview, parse_body
 from app.streaming import events
-from tests.test_ingress import SERVICE, Replicas, pictures, stream_of
+from tests.test_ingress import SERVICE, Replicas, local_client, pictures, stream_of
 
+PATIENT = replace(SERVICE, limits=SERVICE.limits.model_copy(update={"timeout_s": 30.0}))
 ASKED = parse_body(b'{"prompt": "a", "seed": 7, "stream": true, "partial_images": 2}', SERVICE)
 
 
@@ -35,8 +36,13 @@ def replicas() -> Replicas:
 @pytest.fixture
 def address(replicas: Replicas) -> Iterator[str]:
     """The routes behind a real HTTP server, on a port of its own."""
-    service = replace(SERVICE, limits=SERVICE.limits.model_copy(update={"timeout_s": 30.0}))
-    app = APIIngress(replicas, service).__serve_build_asgi_app__()
+    with serving(APIIngress(replicas, PATIENT)) as address:
+        yield address
+
+
+@contextmanager
+def serving(ingress: APIIngress) -> Iterator[str]:
+    app = ingress.__serve_build_asgi_app__()
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -141,9 +147,8 @@ def test_a_failure_after_the_first_event_is_an_event_that_openais_client_raises(
 
 
 def test_an_event_is_two_lines_and_no_proxy_keeps_it(replicas: Replicas) -> None:
-    app = APIIngress(replicas, SERVICE).__serve_build_asgi_app__()
     body = {"prompt": "a", "stream": True, "partial_images": 1}
-    with TestClient(app) as client:
+    with local_client(APIIngress(replicas, SERVICE)) as client:
         response = client.post("/v1/images/generations", json=body)
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert response.headers["cache-control"] == "no-store" and response.headers["x-accel-buffering"] == "no"
