@@ -17,7 +17,7 @@ from app.server import StableDiffusion
 from ops.documents import Document, Finding, nearest, read
 from ops.lint_cluster import check_cluster, most_workers, node_types
 from ops.lint_models import check_keys, check_values
-from ops.lint_serve import Deployment, apps, check_fit
+from ops.lint_serve import App, Deployment, apps, check_fit
 from ops.terminal import run, say
 
 SERVE, CLUSTER = "applications", "available_node_types"  # the keys that tell the two apart
@@ -57,10 +57,22 @@ def check(document: Document) -> tuple[list[Finding], bool]:
 
 def check_together(serve: Document, cluster: Document) -> Iterator[Finding]:
     for app in apps(serve):
+        yield from check_mount(serve, cluster, app)
         for deployment in app.deployments:
             yield from check_room(serve, cluster, deployment)
             if deployment.name == StableDiffusion.__name__:
                 yield from check_chips(serve, cluster, deployment)
+
+
+def check_mount(serve: Document, cluster: Document, app: App) -> Iterator[Finding]:
+    """Whether the nodes get the file with the API's keys: the ingress may be placed on any."""
+    name = getattr(app.args, "api_keys_file", None)
+    if name is None or name.startswith(("~", "/")):
+        return
+    mounted = (cluster.at(("file_mounts",)) or {}).values()
+    if not any(Path(name).is_relative_to(local) for local in mounted):
+        text = f"is {name}, which {cluster.file}'s file_mounts bring to no node."
+        yield serve.error((*app.key, "args", "api_keys_file"), text)
 
 
 def check_room(serve: Document, cluster: Document, deployment: Deployment) -> Iterator[Finding]:

@@ -101,9 +101,10 @@ def args_of(document: Document, key: Key) -> BaseModel | None:
 def check_doors(document: Document) -> Iterator[Finding]:
     http = HTTPOptionsSchema.model_validate(document.value.get("http_options") or {})
     key: Key = ("http_options", "host")
-    keyed = any(getattr(app.args, "api_keys_file", None) for app in apps(document))
+    keyed = all(getattr(app.args, "api_keys_file", None) is not None for app in apps(document))
     if http.host not in LOOPBACK and not keyed:
-        yield document.advice(key, f"is {http.host}, so whoever reaches that port may draw: the API has no login.")
+        text = f"must be loopback, 127.0.0.1, unless every application has args.api_keys_file, got {http.host}."
+        yield document.error(key, text)
     if http.host in LOOPBACK and document.value.get("proxy_location", "EveryNode") == "EveryNode":
         text = f"is EveryNode, and http_options.host {http.host}: only the node itself could reach its door."
         yield document.advice(("proxy_location",), text)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app import builders
 from ops import lint_cluster
 from ops.documents import Document, Key, child, dotted
 from ops.lint import lint, main
@@ -381,7 +382,7 @@ FIT: list[tuple[Edit, Key, str]] = [
     (
         put(("http_options", "host"), "0.0.0.0"),
         ("http_options", "host"),
-        "advice: {} is 0.0.0.0, so whoever reaches that port may draw: the API has no login.",
+        "error: {} must be loopback, 127.0.0.1, unless every application has args.api_keys_file, got 0.0.0.0.",
     ),
     (
         put(("proxy_location",), "EveryNode"),
@@ -395,6 +396,33 @@ FIT: list[tuple[Edit, Key, str]] = [
 def test_numbers_that_do_not_fit_together_are_told(tmp_path: Path, edit: Edit, key: Key, words: str) -> None:
     text = edit(SERVE)
     assert f"serve.yaml:{line_of(text, key) + 1}: {words.format(dotted(key))}" in said(tmp_path, text)
+
+
+def test_with_keys_the_door_may_be_open(tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").write_text("[]")
+    keyed = put((*ARGS, "api_keys_file"), tmp_path / "keys.yaml")
+    assert said(tmp_path, edited(SERVE, keyed, put(("http_options", "host"), "0.0.0.0"))) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read: No such file or directory."),
+        ("- {name: alice}", "entry 1 (alice): sha256 is missing; it must be 64 hexadecimal digits in lower case."),
+    ],
+)
+def test_a_keys_file_that_cannot_be_used_is_told(tmp_path: Path, content: str | None, words: str) -> None:
+    file, key = tmp_path / "keys.yaml", (*ARGS, "api_keys_file")
+    if content is not None:
+        file.write_text(content)
+    (found,) = said(tmp_path, put(key, file)(SERVE))
+    line = line_of(SERVE, key) + 1
+    assert found.startswith(f"serve.yaml:{line}: error: {dotted(key)} {file}") and found.endswith(words)
+
+
+def test_a_host_that_the_file_leaves_out_is_rays_which_is_open(tmp_path: Path) -> None:
+    (found,) = said(tmp_path, drop(("http_options", "host"))(SERVE))
+    assert "error: http_options.host must be loopback" in found and found.endswith("got 0.0.0.0.")
 
 
 def test_what_ray_takes_by_default_counts_where_the_file_says_nothing(tmp_path: Path) -> None:
@@ -674,6 +702,22 @@ def test_a_config_that_its_cluster_cannot_run_is_told(
     text = serve(SERVE)
     found = said(tmp_path, text, cluster(CLUSTER))
     assert f"serve.yaml:{line_of(text, key) + 1}: {words.replace('{}', dotted(key), 1)}" in found
+
+
+def test_a_keys_file_that_no_node_would_get_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders, "ROOT", tmp_path)
+    monkeypatch.setattr(lint_cluster, "ROOT", tmp_path)
+    for folder in ("app", "assets", "jobs", "ops", "requirements"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "keys.yaml").write_text("[]")
+    key = (*ARGS, "api_keys_file")
+    serve = put(key, "keys.yaml")(SERVE)
+    message = f"serve.yaml:{line_of(serve, key) + 1}: error: {dotted(key)} is keys.yaml, which cluster.yaml's "
+    assert said(tmp_path, serve, CLUSTER) == [f"{message}file_mounts bring to no node."]
+    mounted = before(("file_mounts", "~/imagine/app"), "~/imagine/keys.yaml: keys.yaml")
+    assert said(tmp_path, serve, mounted(CLUSTER)) == []
+    elsewhere = put(key, tmp_path / "keys.yaml")(SERVE)
+    assert said(tmp_path, elsewhere, CLUSTER) == [], "what is not in the repository comes by another way"
 
 
 def test_several_replicas_share_a_node_where_it_has_room(tmp_path: Path) -> None:
