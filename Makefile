@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status logs undeploy down test check format golden demo-quality train-demo lock clean
-.PHONY: runtime dev parity gcp check-config bench-engine bench-overhead bench-coldstart
+.PHONY: runtime dev parity gcp check-config api-key bench-engine bench-overhead bench-coldstart
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,9 @@ check: dev ## Check format, lint and types
 
 check-config: runtime ## Lint FILES= (all configs here) against Ray's own models, the app's Args and one another
 	@$(ops)lint $(or $(FILES),serve_config.yaml cluster.yaml $(sort $(wildcard configs/*.yaml)))
+
+api-key: runtime ## Make an API key: NAME=alice [FILE=api_keys.yaml] [RPM=60] [CONCURRENT=4]
+	@$(ops)api_key --name "$(NAME)" --file "$(or $(FILE),api_keys.yaml)" --rpm "$(RPM)" --concurrent "$(CONCURRENT)"
 
 format: dev ## Rewrite the code in the house format
 	@$(py) -m ruff check --fix --select I

@@ -1,0 +1,139 @@
+"""`make api-key`: what it prints, what it writes, and what it leaves alone."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from app.keys import Keys, parse
+from ops import api_key
+from ops.local import ROOT
+from ops.terminal import Stop
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "api_keys.yaml"
+
+
+def make(file: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ops.api_key", "--name", name, "--file", str(file), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def made(file: Path, name: str, *options: str) -> str:
+    done = make(file, name, *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(file: Path, name: str, *options: str) -> str:
+    done = make(file, name, *options)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_the_key_is_told_once_and_only_its_hash_is_kept(file: Path) -> None:
+    done = make(file, "alice")
+    assert re.fullmatch(r"imagine-[\w-]{43}\n", done.stdout), "stdout is the key alone"
+    key = done.stdout.strip()
+    assert key not in done.stderr and "alice" in done.stderr
+    assert key not in file.read_text() and key.removeprefix("imagine-") not in file.read_text()
+    holder = Keys(file).holder(key.encode())
+    assert holder and holder.entry.name == "alice"
+    assert (holder.entry.requests_per_minute, holder.entry.concurrent_requests) == (None, None)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and [*file.parent.iterdir()] == [file]
+
+
+def test_limits_are_written_and_what_stood_in_the_file_stays(file: Path) -> None:
+    file.write_text(
+        "# Ours. Ask Carol before you delete one.\n- name: carol\n  sha256: " + "c" * 64
+    )  # without a newline
+    file.chmod(0o640)
+    before = file.read_text()
+    key = made(file, "yes", "--rpm", "30", "--concurrent", "2").strip()  # a name that YAML would take for a truth
+    assert file.read_text().startswith(before) and stat.S_IMODE(file.stat().st_mode) == 0o640
+    holder = Keys(file).holder(key.encode())
+    assert holder and holder.entry.name == "yes"
+    assert (holder.entry.requests_per_minute, holder.entry.concurrent_requests) == (30, 2)
+    assert [entry.name for entry in parse(file.read_bytes(), "")] == ["carol", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        (
+            "",
+            [],
+            "NAME must be 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first, got ''.",
+        ),
+        ("al ice", [], "NAME must be 1 to 64"),
+        ("alice", ["--rpm", "0"], "RPM must be an integer of at least 1, got 0."),
+        ("alice", ["--rpm", "many"], "RPM must be an integer of at least 1, got 'many'."),
+        ("alice", ["--concurrent", "-1"], "CONCURRENT must be an integer of at least 1, got '-1'."),
+        ("carol", [], "has a key named carol. Take another name, or delete that entry first."),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(file: Path, name: str, options: list[str], sentence: str) -> None:
+    file.write_text(f"- name: carol\n  sha256: {'c' * 64}\n")
+    before = file.read_bytes()
+    assert sentence in refused(file, name, *options)
+    assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (f"[{{name: carol, sha256: {'c' * 64}}}]\n", "must be a list with one `- name:` below the other"),
+        (f"  - name: carol\n    sha256: {'c' * 64}\n", "must be a list with one `- name:` below the other"),
+        ("[]\n", "must be a list with one `- name:` below the other"),
+        ("name: carol", "must be a list of keys"),
+        ("- name: carol\n", "entry 1 (carol): sha256 is missing"),
+    ],
+)
+def test_a_file_that_nothing_can_be_added_to_is_left_as_it_is(file: Path, content: str, sentence: str) -> None:
+    file.write_text(content)
+    assert sentence in refused(file, "alice")
+    assert file.read_text() == content and [*file.parent.iterdir()] == [file]
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    assert "cannot be written: No such file or directory." in refused(tmp_path / "nowhere/keys.yaml", "alice")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_draft(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api_key.add(api_key.entry_for("a", "alice", "", ""), file)
+    before = file.read_bytes()
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(Stop, match="cannot be written: No space left on device"):
+        api_key.add(api_key.entry_for("b", "bob", "", ""), file)
+    assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
+
+
+def test_a_link_stays_a_link(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    file.symlink_to("elsewhere/keys.yaml")
+    made(file, "alice")
+    assert file.is_symlink() and "alice" in (tmp_path / "elsewhere/keys.yaml").read_text()
+
+
+def test_keys_that_are_made_at_once_are_all_kept(file: Path) -> None:
+    names = [f"user{i}" for i in range(4)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        keys = [*pool.map(lambda name: made(file, name).strip(), names)]
+    known = Keys(file)
+    holders = [known.holder(key.encode()) for key in keys]
+    assert [holder.entry.name for holder in holders if holder] == names
+
+
+def test_the_default_file_is_in_no_commit() -> None:
+    assert "api_keys.yaml" in (ROOT / ".gitignore").read_text().splitlines()
