@@ -27,7 +27,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import psutil
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, AuthenticationError, OpenAI, RateLimitError
 from PIL import Image
 from ray.serve.metrics import Counter, Histogram
 from ray.util.metrics import Metric
@@ -491,6 +491,64 @@ def test_the_demonstration_draws_a_sheet_and_says_how_to_go_on(api: str, verbs: 
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 512
     assert said.count("curl ") == 3 and "make down" in said and api in said
+
+
+# The door. With X-Forwarded-For uvicorn tells the routes what it would tell of a caller from elsewhere.
+
+
+def test_without_keys_whoever_comes_from_elsewhere_is_refused(api: str) -> None:
+    elsewhere = Request(f"{api}/v1/models", headers={"X-Forwarded-For": "192.0.2.7"})
+    with pytest.raises(HTTPError) as caught:
+        urlopen(elsewhere, timeout=60)
+    assert caught.value.code == 403 and "args.api_keys_file" in json.load(caught.value)["error"]["message"]
+
+
+def test_with_keys_only_they_open_the_door_and_a_change_of_the_file_closes_it(
+    api: str, verbs: Verbs, tmp_path: Path
+) -> None:
+    file, config = tmp_path / "keys.yaml", tmp_path / "serve_config.yaml"
+    make = [sys.executable, "-m", "ops.api_key", "--name", "alice", "--file", str(file), "--rpm", "3"]
+    key = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    config.write_text((ROOT / "serve_config.yaml").read_text().replace("api_keys_file: null", f"api_keys_file: {file}"))
+    succeeds(verbs("deploy", "deploy", "--config", str(config), "--serve-port", str(verbs.serve_port)))
+    with OpenAI(base_url=f"{api}/v1", api_key=key, max_retries=0) as client:
+        stranger = client.with_options(api_key="imagine-not-a-key-of-anyone")
+        for ask in (stranger.models.list, lambda: stranger.images.generate(prompt=PROMPT)):
+            with pytest.raises(AuthenticationError) as unknown:
+                ask()
+            assert unknown.value.code == "invalid_api_key"
+        assert refusal(imagine(api, prompt=PROMPT, api_key=key))[0] == 401
+        assert fetch(f"{api}/healthz")[0] == fetch(f"{api}/")[0] == 200
+        stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=1)
+        assert [event.type for event in stream][-1] == "image_generation.completed"
+        answer = client.images.generate(prompt=PROMPT, n=2)
+        assert len(answer.data or []) == 2
+        with pytest.raises(RateLimitError) as full:
+            client.images.generate(prompt=PROMPT)
+        assert full.value.code == "rate_limit_exceeded" and 1 <= int(full.value.response.headers["retry-after"]) <= 20
+        file.write_text("# revoked\n")
+        with pytest.raises(AuthenticationError):
+            client.models.list()
+    assert not found_in_logs(verbs.cluster, key), "in a log"
+    arguments = ("--config", "serve_config.yaml", "--serve-port", str(verbs.serve_port))
+    succeeds(verbs("deploy", "deploy", *arguments))
+
+
+def found_in_logs(cluster: Cluster, words: str) -> list[Path]:
+    logs = [path for path in cluster.temp_dir.rglob("*") if path.is_file() and "logs" in path.parts]
+    return [path for path in logs if words.encode() in path.read_bytes()]
+
+
+def test_no_log_has_a_prompt_whatever_became_of_its_request(api: str, verbs: Verbs) -> None:
+    """Of all that the tests above have sent; in a query string the words are written otherwise."""
+    prompt = "a lighthouse that nobody else may hear of"
+    assert imagine(api, prompt=prompt, num_inference_steps=1)[0] == 200
+    assert imagine(api, prompt=prompt, size=prompt)[0] == 400
+    assert fetch(f"{api}/v1/images/generations", {"prompt": prompt, "num_inference_steps": 1})[0] == 200
+    assert soon(lambda: bool(found_in_logs(verbs.cluster, "GET /imagine 400"))), "Serve's access log"
+    for text in (prompt, PROMPT):
+        for words in (text, text.replace(" ", "+"), text.replace(" ", "%20")):
+            assert found_in_logs(verbs.cluster, words) == []
 
 
 # The end, and what comes after a crash. These go last: they end the cluster.
