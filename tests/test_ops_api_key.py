@@ -1,11 +1,11 @@
 """`make api-key`: what it prints, what it writes, and what it leaves alone."""
 
+import fcntl
 import os
 import re
 import stat
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,13 +126,20 @@ def test_a_link_stays_a_link(file: Path, tmp_path: Path) -> None:
     assert file.is_symlink() and "alice" in (tmp_path / "elsewhere/keys.yaml").read_text()
 
 
-def test_keys_that_are_made_at_once_are_all_kept(file: Path) -> None:
-    names = [f"user{i}" for i in range(4)]
-    with ThreadPoolExecutor(len(names)) as pool:
-        keys = [*pool.map(lambda name: made(file, name).strip(), names)]
-    known = Keys(file)
-    holders = [known.holder(key.encode()) for key in keys]
-    assert [holder.entry.name for holder in holders if holder] == names
+def test_between_reading_and_replacing_the_file_nobody_else_may(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced = []
+
+    def replace(target: Path, content: bytes) -> None:
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        replaced.append(target)
+
+    monkeypatch.setattr(api_key, "replace", replace)
+    for name in ("alice", "bob"):  # and the first leaves no lock behind
+        api_key.add(api_key.entry_for(name, name, "", ""), file)
+    assert replaced == [file, file]
 
 
 def test_the_default_file_is_in_no_commit() -> None:
