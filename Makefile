@@ -6,14 +6,24 @@ RUN_DIR ?= .run
 CONFIG ?= serve_config.yaml
 RAY_DASHBOARD_PORT ?=
 SERVE_PORT ?=
+CLUSTER ?= local
+TWIN ?=
+IDLE_MINUTES ?=
+LAUNCH_S ?=
+STOCK_OUT ?=
+PREEMPTION ?=
+NODE ?=
 LINES ?= 30
 FOLLOW ?=
+ONCE ?=
 TESTS ?=
 UV_VERSION := 0.13.9
 
 py := $(VENV)/bin/python
 ops := $(py) -m ops.
 at := --run-dir "$(RUN_DIR)"
+place := $(if $(filter local,$(CLUSTER)),local,remote)
+behaviour = --idle-minutes "$(IDLE_MINUTES)" --launch-s "$(LAUNCH_S)" --stock-out "$(STOCK_OUT)" --preemption "$(PREEMPTION)"
 # Whether the user named a Python; if not, an environment that another one made will do.
 named := $(if $(filter file,$(origin PYTHON)),,--this-python)
 
@@ -21,8 +31,9 @@ named := $(if $(filter file,$(origin PYTHON)),,--this-python)
 unexport PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo up deploy status logs undeploy down test check format golden demo-quality train-demo lock clean
-.PHONY: runtime dev parity gcp check-config api-key bench-engine bench-overhead bench-coldstart
+.PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test check format
+.PHONY: golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key
+.PHONY: bench-engine bench-overhead bench-coldstart
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,8 +42,8 @@ demo: runtime ## Install, start, deploy and draw eight pictures into outputs/
 	@$(MAKE) up deploy
 	@$(ops)demo $(at)
 
-up: runtime ## Start a local Ray with a pretended TPU host (RAY_DASHBOARD_PORT= moves its dashboard from 8265)
-	@$(ops)local up $(at) --dashboard-port "$(RAY_DASHBOARD_PORT)"
+up: runtime ## Start a local twin of TWIN=cluster.yaml, or have one that is up change its IDLE_MINUTES= LAUNCH_S= STOCK_OUT= PREEMPTION=
+	@$(ops)$(place) up $(at) --dashboard-port "$(RAY_DASHBOARD_PORT)" --twin "$(TWIN)" $(behaviour)
 
 deploy: runtime ## Deploy CONFIG=serve_config.yaml and wait until it serves (SERVE_PORT= overrides its port)
 	@$(ops)deploy deploy $(at) --config "$(CONFIG)" --serve-port "$(SERVE_PORT)"
@@ -40,14 +51,30 @@ deploy: runtime ## Deploy CONFIG=serve_config.yaml and wait until it serves (SER
 status: runtime ## Say what is up, deployed and healthy
 	@$(ops)deploy status $(at)
 
+monitor: runtime ## Follow what the autoscaler does, until Ctrl-C; with ONCE=1 tell how it is
+	@$(ops)$(place) monitor $(at) $(if $(ONCE),--once)
+
 logs: runtime ## Show the replicas' last LINES=30 log lines, and with FOLLOW=1 what comes
 	@$(ops)logs $(at) --lines $(LINES) $(if $(FOLLOW),--follow)
+
+dashboard: runtime ## Say where Ray's dashboard is
+	@$(ops)$(place) dashboard $(at)
+
+address: ## Print what plain ray, serve and curl need: eval "$$(make -s address)"
+	@$(MAKE) runtime >&2
+	@$(ops)$(place) address $(at)
+
+attach: runtime ## Open a shell in which plain ray, serve and curl reach the cluster
+	@$(ops)$(place) attach $(at)
+
+preempt: runtime ## Have a node of the twin taken away, NODE= or the youngest: notice at once, the end 30 s later
+	@$(ops)$(place) preempt $(at) --node "$(NODE)"
 
 undeploy: runtime ## Take everything off the cluster, which stays up
 	@$(ops)deploy undeploy $(at)
 
 down: runtime ## End what `make up` started in this checkout, and nothing else
-	@$(ops)local down $(at)
+	@$(ops)$(place) down $(at)
 
 test: dev ## Run the tests; TESTS="tests/test_x.py -k name" for some
 	@$(py) -m pytest $(TESTS)

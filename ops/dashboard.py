@@ -8,7 +8,7 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from ops.terminal import Stop
 
@@ -22,16 +22,20 @@ PLAIN_ERRORS = ("ValueError", "FileNotFoundError", "ValidationError", "RuntimeEr
 @dataclass(frozen=True)
 class Dashboard:
     address: str
+    name: str = "dashboard"
 
-    def open(self, path: str, timeout_s: float | None = TIMEOUT_S, **query: object) -> HTTPResponse:
+    def open(
+        self, path: str, timeout_s: float | None = TIMEOUT_S, method: str = "GET", **query: object
+    ) -> HTTPResponse:
         url = f"{self.address}{path}" + (f"?{urlencode(query)}" if query else "")
+        place = f"The {self.name} at {self.address}"
         try:
-            answer: HTTPResponse = urlopen(url, timeout=timeout_s)
+            answer: HTTPResponse = urlopen(Request(url, method=method), timeout=timeout_s)
             return answer
         except HTTPError as error:
-            raise Stop(f"The dashboard at {self.address} answers {error.code}: {error.read().decode()[:500]}") from None
+            raise Stop(f"{place} answers {error.code}: {error.read().decode()[:500]}") from None
         except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
-            raise Stop(f"The dashboard at {self.address} does not answer: {error}.") from None
+            raise Stop(f"{place} does not answer: {error}.") from None
 
     def details(self) -> Details:
         with self.open("/api/serve/applications/") as answer:

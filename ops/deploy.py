@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ops import processes
+from ops import nodes, processes
 from ops.dashboard import Dashboard, Details, log_places, reason, serve_address, serves
 from ops.local import RUN_DIR, port, running
 from ops.terminal import Progress, Stop, run, say, span
@@ -201,6 +201,7 @@ def latest(dashboard: Dashboard, replica: Details, news: dict[str, list[str]]) -
 def status(dashboard: Dashboard, uptime_s: float) -> None:
     details = dashboard.details()
     say(f"Ray    {dashboard.address}  up {span(uptime_s)}")
+    say("Nodes  " + "\n       ".join(nodes.status(dashboard).rows()))
     if not details["applications"]:
         say("Serve  nothing is deployed. Deploy with: make deploy")
         return

@@ -1,4 +1,5 @@
-"""The local Ray: `up` starts one that says it has a TPU host's four chips, `down` ends exactly that one.
+"""The local twin of a cluster on Google Cloud: `up` starts a head here and Ray's own autoscaler, which adds and removes
+nodes of the types that a cluster file declares, each a real raylet on this machine; `down` ends exactly those.
 
 All of it listens on loopback only. What it is and where is written to cluster.json in the run directory (`.run`)
 before anything starts, so that `down` and the next `up` can clear away whatever a crash leaves.
@@ -14,31 +15,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import yaml
 
-from ops import processes
+from ops import nodes, processes, shell, twin
+from ops.dashboard import Dashboard
 from ops.processes import Recorded
 from ops.terminal import Progress, Stop, run, say
+from ops.twin import NodeTypes, Timings
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_DIR = ROOT / ".run"
+TWIN = ROOT / "cluster.yaml"
 DASHBOARD_PORT = 8265  # where `serve` and `ray job` look by default
-RESOURCES = {"TPU": 4}
 OBJECT_STORE_BYTES = 256 << 20
-VITAL = {"gcs_server", "raylet", "dashboard"}
+VITAL = {"gcs_server", "raylet", "dashboard", "monitor"}  # of the head; nodes may come and go
 # Ray's ports that nobody needs to know beforehand: options of `ray start`, and two that only an environment can set.
 PORT_OPTIONS = (
     *("port", "ray-client-server-port", "node-manager-port", "object-manager-port", "metrics-export-port"),
     *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
 )
 PORT_VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
+METADATA_PORT = "metadata"
 START_TIMEOUT_S = 120.0
+NODES_TIMEOUT_S = 120.0
 GRACE_S = 3.0  # all end within one second, but for the GCS, which has nothing to save and does not listen
 
 
@@ -48,12 +54,23 @@ class Cluster:
     mark: str  # in the environment of all its processes
     temp_dir: Path
     dashboard_port: int
-    ports: dict[str, int]  # PORT_OPTIONS and PORT_VARIABLES
-    processes: tuple[Recorded, ...] = ()  # empty until it is up
+    ports: dict[str, int]  # PORT_OPTIONS, PORT_VARIABLES and METADATA_PORT
+    file: str  # whose node types it has
+    timings: Timings = Timings()
+    processes: tuple[Recorded, ...] = ()  # the head's; empty until it is up
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def gcs_address(self) -> str:
+        return f"127.0.0.1:{self.ports['port']}"
+
+    @property
+    def config_file(self) -> Path:
+        """What the autoscaler reads."""
+        return self.temp_dir / "autoscaling.yaml"
 
     @property
     def missing(self) -> set[str]:
@@ -83,6 +100,8 @@ class Cluster:
                 temp_dir=Path(state["temp_dir"]),
                 dashboard_port=state["dashboard_port"],
                 ports=state["ports"],
+                file=state["file"],
+                timings=Timings(**state["timings"]),
                 processes=tuple(Recorded(**one) for one in state["processes"]),
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -99,27 +118,49 @@ def running(run_dir: Path) -> Cluster:
     return cluster
 
 
-def up(run_dir: Path, wanted_port: int | None = None) -> None:
+def up(
+    run_dir: Path, wanted_port: int | None = None, file: Path | None = None, given: Mapping[str, str] | None = None
+) -> None:
+    """With what is given; what is not stays as it is, or as it is by default."""
     with locked(run_dir):
         cluster = Cluster.load(run_dir)
         if cluster and not cluster.missing:
-            if wanted_port not in (None, cluster.dashboard_port):
-                raise Stop(f"A local Ray is already up at {cluster.address}. To move it, first: make down")
+            cluster = changed(cluster, wanted_port, file, given or {})
             say(f"The local Ray is already up: {cluster.address}")
-            return
-        dashboard_port = wanted_port or DASHBOARD_PORT
-        if leftovers := clear(run_dir):
-            say(f"Cleared away what a cluster that died had left: {leftovers}.")
-        if not processes.free(dashboard_port):
-            raise Stop(
-                f"Port {dashboard_port} is taken by {processes.listener(dashboard_port)}. "
-                f"Choose another one: make up RAY_DASHBOARD_PORT={dashboard_port + 1}"
-            )
-        try:
-            start(run_dir, dashboard_port)
-        except BaseException:
-            clear(run_dir)
-            raise
+        else:
+            cluster = anew(run_dir, wanted_port or DASHBOARD_PORT, file or TWIN, twin.timings(given or {}, Timings()))
+        wait_for_nodes(cluster)
+
+
+def changed(cluster: Cluster, wanted_port: int | None, file: Path | None, given: Mapping[str, str]) -> Cluster:
+    """The cluster that is up, from now on with the timings that are given."""
+    if wanted_port not in (None, cluster.dashboard_port):
+        raise Stop(f"A local Ray is already up at {cluster.address}. To move it, first: make down")
+    if file and str(file.resolve()) != cluster.file:
+        raise Stop(f"The local Ray that is up has the node types of {cluster.file}. For others, first: make down")
+    timings = twin.timings(given, cluster.timings)
+    if timings != cluster.timings:
+        cluster = replace(cluster, timings=timings)
+        configure(cluster, twin.read(Path(cluster.file)))
+        cluster.save()
+        say(f"From now on: {timings or 'no delay, no stock-out, no pre-emption'}")
+    return cluster
+
+
+def anew(run_dir: Path, dashboard_port: int, file: Path, timings: Timings) -> Cluster:
+    types = twin.read(file.resolve())
+    if leftovers := clear(run_dir):
+        say(f"Cleared away what a cluster that died had left: {leftovers}.")
+    if not processes.free(dashboard_port):
+        raise Stop(
+            f"Port {dashboard_port} is taken by {processes.listener(dashboard_port)}. "
+            f"Choose another one: make up RAY_DASHBOARD_PORT={dashboard_port + 1}"
+        )
+    try:
+        return start(replace(new(run_dir, dashboard_port, file), timings=timings), types)
+    except BaseException:
+        clear(run_dir)
+        raise
 
 
 def down(run_dir: Path) -> None:
@@ -140,15 +181,15 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def start(run_dir: Path, dashboard_port: int) -> None:
-    cluster = new(run_dir, dashboard_port)
+def start(cluster: Cluster, types: NodeTypes) -> Cluster:
     cluster.save()
     cluster.temp_dir.mkdir(mode=0o700)  # Ray opens its own folder to all users; this one above it stays ours
+    configure(cluster, types)
     log = cluster.temp_dir / "start.log"
     with log.open("w") as output, Progress() as progress:
         starting = subprocess.Popen(
-            command(cluster),
-            env=environment(cluster),
+            command(cluster, types),
+            env=environment(cluster) | {"RAY_NODE_TYPE_NAME": types.head, "RAY_CLOUD_INSTANCE_ID": types.head},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -162,19 +203,64 @@ def start(run_dir: Path, dashboard_port: int) -> None:
             time.sleep(0.1)
     if starting.returncode:
         raise Stop(f"Ray did not start. {last_words(log)}")
-    cluster = replace(cluster, processes=tuple(processes.record(one) for one in cluster.search()))
+    cluster = replace(cluster, processes=tuple(processes.record(one) for one in of_the_head(cluster)))
     if cluster.missing:
         raise Stop(f"Ray did not start: {', '.join(sorted(cluster.missing))} ended at once. {last_words(log)}")
     cluster.save()
-    resources = ", ".join(f"{name} {amount}" for name, amount in {"CPU": cpus(), **RESOURCES}.items())
-    say(f"The local Ray is up in {progress.elapsed:.0f} s ({resources}). Dashboard: {cluster.address}")
+    say(f"The local Ray is up in {progress.elapsed:.0f} s, a twin of {shown(types)}. Dashboard: {cluster.address}")
+    return cluster
 
 
-def new(run_dir: Path, dashboard_port: int) -> Cluster:
+def configure(cluster: Cluster, types: NodeTypes) -> None:
+    provider = {
+        "gcs_address": cluster.gcs_address,
+        "metadata_port": cluster.ports[METADATA_PORT],
+        "config_file": str(cluster.config_file),
+    }
+    twin.write(twin.autoscaling(types, cluster.timings, **provider), cluster.config_file)
+
+
+def of_the_head(cluster: Cluster) -> list[psutil.Process]:
+    """All but the nodes that the autoscaler may have started already, which are its children."""
+    found = cluster.search()
+    others = {child for one in found if processes.name_of(one) == "monitor" for child in one.children(recursive=True)}
+    return [one for one in found if one not in others]
+
+
+def shown(types: NodeTypes) -> str:
+    workers = [
+        f"{one['min_workers']} to {one['max_workers']} {name} nodes of "
+        + ", ".join(f"{resource} {amount:g}" for resource, amount in one["resources"].items() if "-" not in resource)
+        for name, one in types.workers.items()
+    ]
+    return f"{Path(types.file).name} ({'; '.join(workers)})"
+
+
+def wait_for_nodes(cluster: Cluster) -> None:
+    """Until those are there that always should be; a cloud that has none for now is no failure."""
+    types = yaml.safe_load(cluster.config_file.read_text())["available_node_types"]
+    wanted = {name: one["min_workers"] for name, one in types.items() if one["min_workers"]}
+    dashboard = Dashboard(cluster.address)
+    with Progress() as progress:
+        while True:
+            found = nodes.status(dashboard)
+            short = {name: count for name, count in wanted.items() if found.running.get(name, 0) < count}
+            if not short:
+                return
+            told = {f"{name} nodes": f"{found.running.get(name, 0)} of {count}" for name, count in short.items()}
+            if cluster.timings.stock_out == 1 or progress.elapsed > NODES_TIMEOUT_S + cluster.timings.launch_s:
+                counts = ", ".join(f"{count} {name}" for name, count in told.items())
+                say(f"Of the nodes that should be there, there are: {counts}. It goes on trying; see: make monitor")
+                return
+            progress.show({name: (count, "; ".join(found.pending)) for name, count in told.items()})
+            time.sleep(0.5)
+
+
+def new(run_dir: Path, dashboard_port: int, file: Path = TWIN) -> Cluster:
     mark = f"{run_dir}#{secrets.token_hex(4)}"
-    names = (*PORT_OPTIONS, *PORT_VARIABLES)
+    names = (*PORT_OPTIONS, *PORT_VARIABLES, METADATA_PORT)
     ports = dict(zip(names, processes.free_ports(len(names), apart_from=dashboard_port), strict=True))
-    return Cluster(run_dir, mark, temp_dir_of(mark), dashboard_port, ports)
+    return Cluster(run_dir, mark, temp_dir_of(mark), dashboard_port, ports, str(file.resolve()))
 
 
 def temp_dir_of(mark: str) -> Path:
@@ -183,23 +269,23 @@ def temp_dir_of(mark: str) -> Path:
     return (base if len(str(base)) <= 12 else Path("/tmp")) / f"imagine-{mark[-8:]}"
 
 
-def cpus() -> int:
-    return max(2, os.cpu_count() or 1)  # one for each of the two deployments; Ray counts, it does not pin
-
-
-def command(cluster: Cluster) -> list[str]:
+def command(cluster: Cluster, types: NodeTypes) -> list[str]:
+    head = types.types[types.head]
+    resources = {name: amount for name, amount in head["resources"].items() if name not in ("CPU", "GPU", "memory")}
     options: dict[str, object] = {name: cluster.ports[name] for name in PORT_OPTIONS} | {
         "node-ip-address": "127.0.0.1",
         "dashboard-host": "127.0.0.1",
         "dashboard-port": cluster.dashboard_port,
         "min-worker-port": 0,  # the system gives each worker a free port
         "max-worker-port": 0,
-        "num-cpus": cpus(),
-        "resources": json.dumps(RESOURCES),
+        "num-cpus": head["resources"].get("CPU", 0),
+        "resources": json.dumps(resources),
+        "labels": ",".join(f"{name}={value}" for name, value in head["labels"].items()),
         "object-store-memory": OBJECT_STORE_BYTES,
         "temp-dir": cluster.temp_dir / "ray",
+        "autoscaling-config": cluster.config_file,
     }
-    given = [f"--{name}={value}" for name, value in options.items()]
+    given = [f"--{name}={value}" for name, value in options.items() if value != ""]
     return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats", *given]
 
 
@@ -215,6 +301,11 @@ def environment(cluster: Cluster) -> dict[str, str]:
         # Without this Ray takes 127.0.0.1 for a mistake and binds to the machine's address on the network.
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
         RAY_preload_python_modules="ops.loopback",
+        RAY_FAKE_CLUSTER="1",  # without which Ray's local provider refuses to work
+        RAY_enable_autoscaler_v2="1",  # as `ray up` has it on Google Cloud
+        AUTOSCALER_UPDATE_INTERVAL_S="1",  # asking this machine costs little
+        # A job's driver on a node would have as many workers started as the node says it has CPUs.
+        RAY_prestart_worker_first_driver="0",
         **{name: str(cluster.ports[name]) for name in PORT_VARIABLES},
     )
 
@@ -248,17 +339,52 @@ def port(text: str) -> int:
     return int(text)
 
 
+def preempt(cluster: Cluster, node: str) -> None:
+    """Has the twin's Google take a node away: notice first, the end half a minute later."""
+    google = Dashboard(f"http://127.0.0.1:{cluster.ports[METADATA_PORT]}", name="twin's Google")
+    with google.open("/") as answer:
+        there: list[str] = json.load(answer)
+    if not there:
+        raise Stop("No node is there that could be taken away. See: make status")
+    if node and node not in there:
+        raise Stop(f"NODE must be one of {', '.join(there)}, got {node}.")
+    with google.open(f"/{node or there[-1]}/preempted", method="PUT"):
+        say(f"{node or there[-1]} has its notice and goes in 30 s. Watch it with: make monitor")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["up", "down"])
+    parser.add_argument("verb", choices=["up", "down", "monitor", "attach", "dashboard", "address", "preempt"])
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="where its state is kept (default: .run)")
-    parser.add_argument("--dashboard-port", default="", help=f"(default: {DASHBOARD_PORT}, or where it is up)")
+    parser.add_argument("--dashboard-port", default="", help=f"up: (default: {DASHBOARD_PORT}, or where it is up)")
+    parser.add_argument("--twin", default="", help="up: the cluster file whose node types it has (cluster.yaml)")
+    for name, (least, most) in twin.BOUNDS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default="", help=f"up: {least:g} to {most:g}")
+    parser.add_argument("--once", action="store_true", help="monitor: tell how it is, and do not follow")
+    parser.add_argument("--node", default="", help="preempt: which (the youngest)")
     arguments = parser.parse_args()
     run_dir = arguments.run_dir.resolve()
+    os.environ.update(processes.past_proxies())
     if arguments.verb == "up":
-        up(run_dir, port(arguments.dashboard_port) if arguments.dashboard_port else None)
-    else:
+        given = {name: text for name in twin.BOUNDS if (text := getattr(arguments, name))}
+        file = Path(arguments.twin) if arguments.twin else None
+        up(run_dir, port(arguments.dashboard_port) if arguments.dashboard_port else None, file, given)
+        return
+    if arguments.verb == "down":
         down(run_dir)
+        return
+    cluster = running(run_dir)
+    match arguments.verb:
+        case "monitor":
+            nodes.monitor(Dashboard(cluster.address), follow=not arguments.once)
+        case "attach":
+            shell.attach(cluster.address, cluster.gcs_address)
+        case "address":
+            shell.export(cluster.address, cluster.gcs_address)
+        case "dashboard":
+            say(cluster.address)
+        case "preempt":
+            preempt(cluster, arguments.node)
 
 
 if __name__ == "__main__":

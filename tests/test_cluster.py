@@ -60,6 +60,7 @@ class Verbs:
 
     dashboard_port: int
     serve_port: int
+    twin: Path
 
     def __call__(self, module: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         # Somebody else's cluster in the environment must change nothing.
@@ -68,7 +69,7 @@ class Verbs:
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
     def up(self) -> subprocess.CompletedProcess[str]:
-        return self("local", "up", "--dashboard-port", str(self.dashboard_port))
+        return self("local", "up", "--dashboard-port", str(self.dashboard_port), "--twin", str(self.twin))
 
     def down(self) -> subprocess.CompletedProcess[str]:
         return self("local", "down")
@@ -95,12 +96,20 @@ def refuses(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def verbs() -> Iterator[Verbs]:
-    verbs = Verbs(*[port for port in range(18000, 19000) if processes.free(port)][:2])  # apart from what `up` chooses
+def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
+    ports = [port for port in range(18000, 19000) if processes.free(port)]  # apart from what `up` chooses
+    twin = tmp_path_factory.mktemp("twin") / "cluster.yaml"
+    twin.write_text(one_tpu_node((ROOT / "cluster.yaml").read_text()))
+    verbs = Verbs(ports[0], ports[1], twin)
     verbs.down()  # what a test run that was killed may have left
     succeeds(verbs.up())
     yield verbs
     succeeds(verbs.down())
+
+
+def one_tpu_node(cluster: str) -> str:
+    """So that load adds no second replica here; tests/test_cluster_scaling.py has it come and go."""
+    return cluster.replace("max_workers: 4 # of this type", "max_workers: 1")
 
 
 @pytest.fixture
@@ -311,7 +320,7 @@ def stats(api: str) -> dict[str, Any]:
 
 
 def the_replica(api: str) -> dict[str, Any]:
-    """The one that runs; load may have asked for a second one, for which the local cluster has no chips."""
+    """The one that runs; load may have asked for a second one, for which this twin may have no node."""
     (one,) = [told for told in stats(api)["replicas"].values() if "error" not in told]
     return dict(one)
 
@@ -423,13 +432,15 @@ def test_openais_async_client_works_against_it(api: str) -> None:
 
 def test_every_metric_is_at_the_nodes_metrics_endpoint(api: str, verbs: Verbs) -> None:
     assert imagine(api, prompt=PROMPT)[0] == 200
-    address = f"http://127.0.0.1:{verbs.cluster.ports['metrics-export-port']}/metrics"
+    discovery = verbs.cluster.temp_dir / "ray" / "prom_metrics_service_discovery.json"
     names = {metric.info["name"]: metric for metric in vars(Metrics()).values() if isinstance(metric, Metric)}
     suffix = {Counter: "_total", Histogram: "_bucket"}
     wanted = {f"ray_{name}{suffix.get(type(metric), '')}" for name, metric in names.items()}
 
     def exported() -> dict[str, str]:
-        lines = fetch(address)[1].decode().splitlines()
+        (found,) = json.loads(discovery.read_text())  # as Prometheus finds them
+        texts = [fetch(f"http://{target}/metrics")[1].decode() for target in found["targets"]]
+        lines = [line for text in texts for line in text.splitlines()]
         return {line.partition("{")[0]: line for line in lines if line.startswith("ray_imagine_")}
 
     assert soon(lambda: wanted <= set(exported())), wanted - set(exported())  # Ray exports every 10 s
@@ -554,7 +565,7 @@ def test_no_log_has_a_prompt_whatever_became_of_its_request(api: str, verbs: Ver
 # The end, and what comes after a crash. These go last: they end the cluster.
 
 
-@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server", "monitor"])
 def test_after_a_kill_up_clears_away_what_is_left_and_starts_anew(verbs: Verbs, victim: str) -> None:
     before = verbs.cluster
     for recorded in before.processes:

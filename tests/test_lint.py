@@ -730,8 +730,9 @@ def test_several_replicas_share_a_node_where_it_has_room(tmp_path: Path) -> None
 
 
 def test_a_resource_of_every_head_puts_a_deployment_there(tmp_path: Path) -> None:
-    on_head = replace("num_cpus: 0 #", "resources: {'node:__internal_head__': 0.001}\n          num_cpus: 0 #")
-    assert said(tmp_path, on_head(SERVE), CLUSTER) == []
+    assert said(tmp_path, SERVE, CLUSTER) == []
+    (found,) = said(tmp_path, replace("node:__internal_head__", "node:elsewhere")(SERVE), CLUSTER)
+    assert "ask for node:elsewhere 0.001, which no node type of cluster.yaml has" in found
 
 
 def test_a_file_that_is_broken_by_itself_is_not_held_against_others(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_damaged_state_counts_as_none(run_dir: Path, content: str) -> None:
 
 def test_a_cluster_whose_raylet_is_gone_is_told(run_dir: Path) -> None:
     cluster = cluster_in(run_dir)
-    with pytest.raises(Stop, match=r"The cluster died \(dashboard, gcs_server, raylet gone\)"):
+    with pytest.raises(Stop, match=r"The cluster died \(dashboard, gcs_server, monitor, raylet gone\)"):
         local.running(run_dir)
     shutil.rmtree(cluster.temp_dir)
 
@@ -214,7 +214,7 @@ def test_up_names_who_has_its_port(run_dir: Path) -> None:
 
 
 def test_a_failed_start_says_why_and_leaves_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "command", lambda cluster: [sys.executable, "-c", "raise SystemExit('no room')"])
+    monkeypatch.setattr(local, "command", lambda cluster, types: [sys.executable, "-c", "raise SystemExit('no room')"])
     with pytest.raises(Stop, match="Ray did not start. It says: no room"):
         local.up(run_dir, processes.free_ports(1)[0])
     assert [path.name for path in run_dir.iterdir()] == ["lock"]

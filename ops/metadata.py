@@ -1,0 +1,87 @@
+"""What the local twin has for Google's metadata server: tells each node's watcher whether the node is taken away.
+
+GET /NODE/KEY answers as Google's own does: at once or, with wait_for_change, when the value changes. PUT
+/NODE/preempted has the twin take the node away, and GET / lists the nodes. Knows nothing of Ray.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+VALUES = {"preempted": "FALSE", "maintenance-event": "NONE"}  # of a node that nobody takes away
+WAIT_S = 60.0
+
+
+class Metadata:
+    def __init__(self, nodes: Callable[[], list[str]], preempt: Callable[[str], None]) -> None:
+        self.nodes = nodes
+        self.preempt = preempt
+        self.changed = threading.Condition()
+        self.taken: set[str] = set()
+
+    def take(self, node: str) -> None:
+        with self.changed:
+            self.taken.add(node)
+            self.changed.notify_all()
+
+    def value(self, node: str, key: str) -> str:
+        return "TRUE" if key == "preempted" and node in self.taken else VALUES[key]
+
+    def value_that_differs(self, node: str, key: str, tag: str, timeout_s: float) -> str:
+        """The value, which is its own tag, once it is no longer `tag`, or after `timeout_s`."""
+        until = time.monotonic() + timeout_s
+        with self.changed:
+            while (value := self.value(node, key)) == tag and (left_s := until - time.monotonic()) > 0:
+                self.changed.wait(left_s)
+            return value
+
+    def serve(self, port: int) -> ThreadingHTTPServer:
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler(self))
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server
+
+
+def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            if url.path == "/":
+                self.answer(200, json.dumps(metadata.nodes()))
+                return
+            node, key = self.asked(url.path)
+            if not key:
+                self.answer(404, f"There is no {url.path} here.")
+                return
+            query = {name: values[0] for name, values in parse_qs(url.query).items()}
+            tag = query.get("last_etag", "") if query.get("wait_for_change") == "true" else ""
+            value = metadata.value_that_differs(node, key, tag, float(query.get("timeout_sec", WAIT_S)))
+            self.answer(200, value, {"ETag": value})
+
+        def do_PUT(self) -> None:
+            node, key = self.asked(urlsplit(self.path).path)
+            if key != "preempted" or node not in metadata.nodes():
+                self.answer(404, f"There is no node {node}.")
+                return
+            metadata.preempt(node)
+            self.answer(200, "TRUE")
+
+        def asked(self, path: str) -> tuple[str, str]:
+            node, _, key = path.removeprefix("/").partition("/")
+            return node, key if key in VALUES else ""
+
+        def answer(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
+            body = text.encode()
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """The watcher logs what it is told."""
+
+    return Handler
