@@ -116,6 +116,8 @@ def check_app(document: Document, app: App) -> Iterator[Finding]:
     ingress, model = app.deployment(APIIngress), app.deployment(StableDiffusion)
     if isinstance(app.args, Args):
         yield from check_limits(document, app.key, app.args)
+        for deployment in filter(None, (ingress, model)):  # an answer of the model's passes through the ingress
+            yield from check_drain(document, deployment, app.args)
         if model:
             yield from check_model(document, model, app.args)
             yield from check_timeouts(document, model, app.args)
@@ -188,12 +190,16 @@ def check_chips(document: Document, model: Deployment, args: Args) -> Iterator[F
             yield document.advice((*model.key[:2], "args", "batch_buckets"), text)
 
 
-def check_timeouts(document: Document, model: Deployment, args: Args) -> Iterator[Finding]:
-    """A request's own deadline comes first, then the drain, then whatever would cut it off."""
-    timeout_s, drain_s = args.limits.timeout_s, model.option("graceful_shutdown_timeout_s")
+def check_drain(document: Document, deployment: Deployment, args: Args) -> Iterator[Finding]:
+    timeout_s, drain_s = args.limits.timeout_s, deployment.option("graceful_shutdown_timeout_s")
     if drain_s <= timeout_s:
         text = f"must be above limits.timeout_s, {timeout_s:g}, or accepted requests are cut off, got {drain_s:g}."
-        yield document.error((*model.key, "graceful_shutdown_timeout_s"), text)
+        yield document.error((*deployment.key, "graceful_shutdown_timeout_s"), text)
+
+
+def check_timeouts(document: Document, model: Deployment, args: Args) -> Iterator[Finding]:
+    """A request's own deadline comes before whatever would cut it off."""
+    timeout_s = args.limits.timeout_s
     request_s = document.at(("http_options", "request_timeout_s"))
     if request_s is not None and request_s <= timeout_s:
         text = (

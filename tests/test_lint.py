@@ -364,6 +364,11 @@ FIT: list[tuple[Edit, Key, str]] = [
         "error: {} must be above limits.timeout_s, 120, or accepted requests are cut off, got 120.",
     ),
     (
+        put((*INGRESS, "graceful_shutdown_timeout_s"), 20),
+        (*INGRESS, "graceful_shutdown_timeout_s"),
+        "error: {} must be above limits.timeout_s, 120, or accepted requests are cut off, got 20.",
+    ),
+    (
         put((*MODEL, "graceful_shutdown_wait_loop_s"), 150),
         (*MODEL, "graceful_shutdown_wait_loop_s"),
         "error: {} must be below graceful_shutdown_timeout_s, 150, or nothing drains, got 150.",
