@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -19,23 +19,37 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 PLAIN_ERRORS = ("ValueError", "FileNotFoundError", "ValidationError", "RuntimeError")  # their sentence says it all
 
 
+class Refused(Stop):
+    """It is there, and asks for another token than ours."""
+
+
 @dataclass(frozen=True)
 class Dashboard:
     address: str
-    name: str = "dashboard"
+    cluster: str = "local"  # as the user's CLUSTER= named it
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # hold the token, which is told to nobody
+    what: str = "dashboard"
+
+    @property
+    def name(self) -> str:
+        return f"{self.what} at {self.address}" if self.cluster == "local" else f"{self.what} of {self.cluster}'s cluster"
 
     def open(
         self, path: str, timeout_s: float | None = TIMEOUT_S, method: str = "GET", **query: object
     ) -> HTTPResponse:
         url = f"{self.address}{path}" + (f"?{urlencode(query)}" if query else "")
-        place = f"The {self.name} at {self.address}"
         try:
-            answer: HTTPResponse = urlopen(Request(url, method=method), timeout=timeout_s)
+            answer: HTTPResponse = urlopen(Request(url, headers=dict(self.headers), method=method), timeout=timeout_s)
             return answer
         except HTTPError as error:
-            raise Stop(f"{place} answers {error.code}: {error.read().decode()[:500]}") from None
+            if error.code in (401, 403):
+                raise Refused(
+                    f"The {self.name} answers {error.code}: it was started with another token than the one that is in "
+                    "~/.ray/auth_token here."
+                ) from None
+            raise Stop(f"The {self.name} answers {error.code}: {error.read().decode()[:500]}") from None
         except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
-            raise Stop(f"{place} does not answer: {error}.") from None
+            raise Stop(f"The {self.name} does not answer: {error}.") from None
 
     def details(self) -> Details:
         with self.open("/api/serve/applications/") as answer:

@@ -1,7 +1,8 @@
 """Puts a Serve config on the cluster and waits until it serves; tells how it fares; takes it off again.
 
-The request is the one that `serve deploy CONFIG` makes, by Ray's own client. What is added: the wait, the reason of a
-failure, and a second try of a config that has failed, which Serve by itself takes for nothing new.
+The request is the one that `serve deploy CONFIG` makes, by Ray's own client. What is added: the linter before it, the
+wait, the reason of a failure, and a second try of a config that has failed, which Serve by itself takes for nothing
+new. Where the cluster is, only ops/places.py knows.
 """
 
 import argparse
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ops import nodes, processes
-from ops.dashboard import Dashboard, Details, log_places, reason, serve_address, serves
-from ops.local import RUN_DIR, port, running
-from ops.terminal import Progress, Stop, run, say, span
+from ops.dashboard import Dashboard, Details, log_places, reason, serves
+from ops.local import ROOT, RUN_DIR, port, running
+from ops.places import LOCAL, dashboard_of, isolate, reach
+from ops.terminal import Progress, Stop, make, run, say, span
 
 if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
@@ -26,14 +28,13 @@ POLL_S = 0.5
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
-def deploy(dashboard: Dashboard, path: Path, serve_port: int | None, timeout_s: float) -> None:
-    say(f"Deploying {path}")
-    config = read(path, serve_port)
+def deploy(dashboard: Dashboard, config: "ServeDeploySchema", path: Path, timeout_s: float) -> None:
+    say(f"Deploying {path}" + (f" to {dashboard.cluster}" if dashboard.cluster != LOCAL else ""))
     wanted: Details = json.loads(json.dumps(config.model_dump(exclude_unset=True)))
     before = dashboard.details()
-    check_http_options(before, config, path)
+    check_http_options(before, config, path, dashboard.cluster)
     if same := unchanged(before, wanted):
-        say(f"{', '.join(same)} runs this config already. To have it load changed code: make undeploy deploy")
+        say(f"{', '.join(same)} runs this config already. To have it load changed code: {reload(dashboard.cluster)}")
     if again := stuck(before, wanted):
         say(f"{', '.join(sorted(again))} has failed before and is removed first: Serve does not retry by itself.")
         put(dashboard, {**wanted, "applications": [app for app in wanted["applications"] if name_of(app) not in again]})
@@ -41,7 +42,19 @@ def deploy(dashboard: Dashboard, path: Path, serve_port: int | None, timeout_s: 
     put(dashboard, wanted)
     names = [name_of(app) for app in wanted["applications"]]
     took = wait(dashboard, lambda details: ready(details, names), timeout_s)
-    say(f"{', '.join(names)} is ready after {span(took)}: {serve_address(dashboard.details())}")
+    say(f"{', '.join(names)} is ready after {span(took)}: {reach(dashboard)}")
+
+
+def lint_first(path: Path, cluster: str) -> None:
+    """Tells what ops/lint.py says of a config and of what it is to run on, and stops at errors."""
+    from ops.lint import refuse_errors  # imports the app and all of Ray's schemas, which takes seconds
+
+    refuse_errors([path, Path(os.path.relpath(ROOT / "cluster.yaml")) if cluster == LOCAL else Path(cluster)])
+
+
+def reload(cluster: str) -> str:
+    """A cluster elsewhere gets the code when it is brought up to date; its TPU nodes, when they start."""
+    return make("undeploy deploy") if cluster == LOCAL else make("down up deploy", cluster)
 
 
 def read(path: Path, serve_port: int | None) -> "ServeDeploySchema":
@@ -70,17 +83,17 @@ def read(path: Path, serve_port: int | None) -> "ServeDeploySchema":
         raise Stop(f"{path} is not a Serve config. {error}") from None
 
 
-def check_http_options(before: Details, config: "ServeDeploySchema", path: Path) -> None:
+def check_http_options(before: Details, config: "ServeDeploySchema", path: Path, cluster: str) -> None:
     wanted = config.http_options.model_dump()
     if serves(before):  # then Serve ignores another value, in silence
         for option, value in wanted.items():
             if (current := before["http_options"].get(option, value)) != value:
-                keep = f", or keep it: make deploy SERVE_PORT={current}" if option == "port" else ""
+                keep = f", or keep it: {make(f'deploy SERVE_PORT={current}', cluster)}" if option == "port" else ""
                 raise Stop(
                     f"http_options.{option} is {current} while Serve runs, and {path} wants {value}. "
-                    f"Stop Serve first: make undeploy{keep}"
+                    f"Stop Serve first: {make('undeploy', cluster)}{keep}"
                 )
-    elif not processes.free(wanted["port"]):
+    elif cluster == LOCAL and not processes.free(wanted["port"]):  # a head elsewhere has ports of its own
         raise Stop(
             f"Port {wanted['port']} (http_options.port in {path}) is taken by {processes.listener(wanted['port'])}. "
             f"Choose another one: make deploy SERVE_PORT={wanted['port'] + 1}"
@@ -154,7 +167,8 @@ def wait(dashboard: Dashboard, done: Callable[[Details], bool], timeout_s: float
     with Progress() as progress:
         while not done(details := dashboard.details()):
             if progress.elapsed > timeout_s:
-                raise Stop(f"Not ready after {span(timeout_s)}. It goes on trying; see: make status, make logs")
+                see = ", ".join(make(verb, dashboard.cluster) for verb in ("status", "logs"))
+                raise Stop(f"Not ready after {span(timeout_s)}. It goes on trying; see: {see}")
             progress.show(dict(rows(dashboard, details, news)))
             time.sleep(POLL_S)
         return progress.elapsed
@@ -198,14 +212,14 @@ def latest(dashboard: Dashboard, replica: Details, news: dict[str, list[str]]) -
     return known[-1] if known else ""
 
 
-def status(dashboard: Dashboard, uptime_s: float) -> None:
+def status(dashboard: Dashboard, uptime: str) -> None:
     details = dashboard.details()
-    say(f"Ray    {dashboard.address}  up {span(uptime_s)}")
+    say(f"Ray    {dashboard.address if dashboard.cluster == LOCAL else dashboard.cluster}  {uptime}")
     say("Nodes  " + "\n       ".join(nodes.status(dashboard).rows()))
     if not details["applications"]:
-        say("Serve  nothing is deployed. Deploy with: make deploy")
+        say(f"Serve  nothing is deployed. Deploy with: {make('deploy', dashboard.cluster)}")
         return
-    say(f"Serve  {serve_address(details)}")
+    say(f"Serve  {reach(dashboard)}")
     for name, app in details["applications"].items():
         say(f"{name}  {app['status']}")
         for deployment, one in app["deployments"].items():
@@ -219,33 +233,36 @@ def undeploy(dashboard: Dashboard, timeout_s: float) -> None:
     if not serves(details):
         say("Nothing is deployed, so nothing to remove.")
         return
+    elsewhere = dashboard.cluster != LOCAL
     client(dashboard).delete_applications()
     serve_port = details["http_options"]["port"]
-    wait(dashboard, lambda details: not serves(details) and processes.free(serve_port), timeout_s)
+    wait(dashboard, lambda details: not serves(details) and (elsewhere or processes.free(serve_port)), timeout_s)
     say(f"Removed {', '.join(details['applications']) or 'Serve'}; the cluster is still up.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["deploy", "status", "undeploy"])
+    parser.add_argument("--cluster", default=LOCAL, help="local, or a file for `ray up`")
     parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
     parser.add_argument("--serve-port", default="", help="instead of the config's http_options.port")
     parser.add_argument("--timeout-s", type=float, default=1800.0)
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     arguments = parser.parse_args()
-    ours = processes.environment(RAY_AUTH_MODE="disabled")
-    os.environ.clear()
-    os.environ.update(ours)
-    cluster = running(arguments.run_dir.resolve())
-    dashboard = Dashboard(cluster.address)
-    match arguments.verb:
-        case "deploy":
-            serve_port = port(arguments.serve_port) if arguments.serve_port else None
-            deploy(dashboard, arguments.config, serve_port, arguments.timeout_s)
-        case "status":
-            status(dashboard, cluster.uptime_s)
-        case "undeploy":
-            undeploy(dashboard, arguments.timeout_s)
+    cluster, run_dir, timeout_s = arguments.cluster, arguments.run_dir.resolve(), arguments.timeout_s
+    isolate(cluster)
+    if arguments.verb == "deploy":
+        serve_port = port(arguments.serve_port) if arguments.serve_port else None
+        config = read(arguments.config, serve_port)
+        lint_first(arguments.config, cluster)
+    with dashboard_of(cluster, run_dir) as dashboard:
+        match arguments.verb:
+            case "deploy":
+                deploy(dashboard, config, arguments.config, timeout_s)
+            case "status":
+                status(dashboard, f"up {span(running(run_dir).uptime_s)}" if cluster == LOCAL else "answers")
+            case "undeploy":
+                undeploy(dashboard, timeout_s)
 
 
 if __name__ == "__main__":

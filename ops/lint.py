@@ -18,9 +18,9 @@ from ops.documents import Document, Finding, nearest, read
 from ops.lint_cluster import check_cluster, most_workers, node_types
 from ops.lint_models import check_keys, check_values
 from ops.lint_serve import App, Deployment, apps, check_fit
-from ops.terminal import run, say
+from ops.terminal import Stop, run, say
 
-SERVE, CLUSTER = "applications", "available_node_types"  # the keys that tell the two apart
+SERVE, CLUSTER = "applications", ("available_node_types", "provider")  # the keys that tell the two apart
 
 
 def lint(paths: Sequence[Path]) -> list[Finding]:
@@ -41,6 +41,18 @@ def lint(paths: Sequence[Path]) -> list[Finding]:
     return [one for file in found.values() for one in sorted(file, key=lambda finding: finding.line)]
 
 
+def refuse_errors(paths: Sequence[Path]) -> None:
+    """Tells all that is to be said, and raises Stop where any of it is an error."""
+    try:
+        found = lint(paths)
+    except OSError as error:
+        raise Stop(f"{error.filename} cannot be read: {error.strerror}.") from None
+    for finding in found:
+        say(str(finding))
+    if errors := sum(finding.error for finding in found):
+        raise Stop(f"Nothing was begun, because of {'that error' if errors == 1 else f'those {errors} errors'}.")
+
+
 def check(document: Document) -> tuple[list[Finding], bool]:
     """What is to be said about a file by itself, and whether it is sound enough to be held against others."""
     keys = document.value if isinstance(document.value, dict) else {}
@@ -48,10 +60,10 @@ def check(document: Document) -> tuple[list[Finding], bool]:
         found, wrong = [*check_keys(document)], [*check_values(document)]
         broken = any(finding.error for finding in wrong)
         return [*found, *wrong, *(() if broken else check_fit(document))], not broken
-    if CLUSTER in keys:
+    if any(name in keys for name in CLUSTER):
         return check_cluster(document)
-    near = next(filter(None, (nearest(name, (SERVE, CLUSTER)) for name in keys)), "")
-    text = f"it has neither {SERVE}, as a serve config, nor {CLUSTER}, as a cluster file.{near}"
+    near = next(filter(None, (nearest(name, (SERVE, *CLUSTER)) for name in keys)), "")
+    text = f"it has neither {SERVE}, as a serve config, nor {CLUSTER[0]}, as a cluster file.{near}"
     return [document.error((), text)], False
 
 
@@ -78,6 +90,8 @@ def check_mount(serve: Document, cluster: Document, app: App) -> Iterator[Findin
 def check_room(serve: Document, cluster: Document, deployment: Deployment) -> Iterator[Finding]:
     """Whether a replica fits on a node, and all replicas on as many nodes as there may be."""
     needs, types = needs_of(deployment), node_types(cluster)
+    if cluster.at(("provider", "type")) == "local":  # Ray asks the machines themselves what they have
+        return
     fitting = {name: replicas_on(needs, one["resources"], deployment) for name, one in types.items()}
     if not any(fitting.values()):
         asked = ", ".join(f"{name} {amount:g}" for name, amount in needs.items() if amount)

@@ -341,7 +341,7 @@ def port(text: str) -> int:
 
 def preempt(cluster: Cluster, node: str) -> None:
     """Has the twin's Google take a node away: notice first, the end half a minute later."""
-    google = Dashboard(f"http://127.0.0.1:{cluster.ports[METADATA_PORT]}", name="twin's Google")
+    google = Dashboard(f"http://127.0.0.1:{cluster.ports[METADATA_PORT]}", what="twin's Google")
     with google.open("/") as answer:
         there: list[str] = json.load(answer)
     if not there:

@@ -1,22 +1,21 @@
 """What the replicas log, each line after the name of its replica."""
 
 import argparse
-import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ops import processes
 from ops.dashboard import Dashboard, Details, log_places
-from ops.local import RUN_DIR, running
-from ops.terminal import Stop, run, say
+from ops.local import RUN_DIR
+from ops.places import LOCAL, dashboard_of, isolate
+from ops.terminal import Stop, make, run, say
 
 RESCAN_S = 2.0
 
 
 def show(dashboard: Dashboard, lines: int) -> None:
-    for name, replica in all_replicas(dashboard.details()):
+    for name, replica in all_replicas(dashboard.details(), dashboard.cluster):
         seen: set[str] = set()
         for place in log_places(replica):
             for line in dashboard.log(place, lines):
@@ -29,7 +28,7 @@ def follow(dashboard: Dashboard, lines: int) -> None:
     """Until interrupted; replicas that come later are joined."""
     followed: set[str] = set()
     while True:
-        for name, replica in all_replicas(dashboard.details()):
+        for name, replica in all_replicas(dashboard.details(), dashboard.cluster):
             if name not in followed:
                 followed.add(name)
                 threading.Thread(target=tell, args=(dashboard, name, replica, lines), daemon=True).start()
@@ -42,7 +41,7 @@ def tell(dashboard: Dashboard, name: str, replica: Details, lines: int) -> None:
             say(f"{name} | {line}")
 
 
-def all_replicas(details: Details) -> Iterator[tuple[str, Details]]:
+def all_replicas(details: Details, cluster: str = LOCAL) -> Iterator[tuple[str, Details]]:
     """Those that live, or for a deployment without any those that died last."""
     found = False
     for app in details["applications"].values():
@@ -51,18 +50,19 @@ def all_replicas(details: Details) -> Iterator[tuple[str, Details]]:
                 found = True
                 yield f"{deployment} {replica['replica_id']}", replica
     if not found:
-        raise Stop("No replica has started, so there are no logs. See: make status")
+        raise Stop(f"No replica has started, so there are no logs. See: {make('status', cluster)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lines", type=int, default=30, help="of each replica, the last ones")
     parser.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    parser.add_argument("--cluster", default=LOCAL, help="local, or a file for `ray up`")
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     arguments = parser.parse_args()
-    os.environ.update(processes.past_proxies())
-    dashboard = Dashboard(running(arguments.run_dir.resolve()).address)
-    (follow if arguments.follow else show)(dashboard, arguments.lines)
+    isolate(arguments.cluster)
+    with dashboard_of(arguments.cluster, arguments.run_dir.resolve()) as dashboard:
+        (follow if arguments.follow else show)(dashboard, arguments.lines)
 
 
 if __name__ == "__main__":

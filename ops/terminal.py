@@ -23,6 +23,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def make(verbs: str, cluster: str = "local") -> str:
+    """What the user types for these verbs, `cluster` being what CLUSTER= says."""
+    return f"make {verbs}" + ("" if cluster == "local" else f" CLUSTER={cluster}")
+
+
 def run(command: Callable[[], None]) -> NoReturn:
     try:
         command()

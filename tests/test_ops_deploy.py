@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ops import deploy, logs
+from ops import deploy, logs, processes
 from ops.dashboard import Dashboard, Details, log_places, reason, serve_address
 from ops.terminal import Progress, Stop, span
 
@@ -170,8 +170,20 @@ def test_http_options_that_serve_would_ignore_are_an_error() -> None:
     options = config.http_options.model_dump()
     running = {"controller_info": {"node_id": "n"}, "http_options": options | {"port": 8000}}
     with pytest.raises(Stop, match="http_options.port is 8000 while Serve runs, and serve_config.yaml wants 8123"):
-        deploy.check_http_options(running, config, path)
-    deploy.check_http_options(running | {"http_options": options}, config, path)
+        deploy.check_http_options(running, config, path, "local")
+    with pytest.raises(Stop, match="make undeploy CLUSTER=x.yaml, or keep it: make deploy SERVE_PORT=8000 CLUSTER=x.y"):
+        deploy.check_http_options(running, config, path, "x.yaml")
+    deploy.check_http_options(running | {"http_options": options}, config, path, "local")
+
+
+@USES_METRICS_INTERVAL
+def test_a_port_that_is_taken_here_matters_to_a_cluster_here_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("serve_config.yaml")
+    config = deploy.read(path, 8123)
+    monkeypatch.setattr(processes, "free", lambda port: False)
+    with pytest.raises(Stop, match="Port 8123 .* is taken"):
+        deploy.check_http_options({}, config, path, "local")
+    deploy.check_http_options({}, config, path, "x.yaml")
 
 
 def test_the_api_is_addressed_on_loopback_when_it_listens_everywhere() -> None:

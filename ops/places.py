@@ -1,0 +1,93 @@
+"""Where a cluster is: on this machine (`CLUSTER=local`), or where a file for `ray up` put it (`CLUSTER=cluster.yaml`).
+
+Gives a Dashboard for either, so that whoever deploys need not know which it is.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ops import local, processes
+from ops.dashboard import Dashboard, serve_address
+from ops.terminal import Stop, make
+from ops.tunnel import route, tunnel
+
+LOCAL = "local"
+DASHBOARD_PORT = 8265  # of a head whose start command names none
+
+
+@contextmanager
+def dashboard_of(cluster: str, run_dir: Path) -> Iterator[Dashboard]:
+    """The cluster's dashboard, while the block runs."""
+    if cluster == LOCAL:
+        yield Dashboard(local.running(run_dir).address)
+        return
+    path = Path(cluster)
+    there = dashboard_port(content(path))
+    here = processes.free_ports(1)[0]
+    headers = authorization()
+    with tunnel(route(path), {here: there}):
+        yield Dashboard(f"http://127.0.0.1:{here}", cluster, headers)
+
+
+def isolate(cluster: str) -> None:
+    """Takes from the environment what would lead Ray elsewhere. To be called before Ray is imported: it reads it once.
+
+    A token that the environment names is taken out too, as clusters get the one in the home.
+    """
+    auth_mode = "disabled" if cluster == LOCAL else "token"
+    ours = processes.environment(RAY_AUTH_MODE=auth_mode, RAY_USAGE_STATS_ENABLED="0")
+    os.environ.clear()
+    os.environ.update(ours)
+
+
+def reach(dashboard: Dashboard) -> str:
+    """Where the API is, in words for the user."""
+    address = serve_address(dashboard.details())
+    if dashboard.cluster == LOCAL:
+        return address
+    return f"{address} on the head, and here at the end of: {make('dashboard', dashboard.cluster)}"
+
+
+def content(path: Path) -> dict[str, Any]:
+    """A cluster file's. The linter says more about one that is not as it should be."""
+    try:
+        said = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise Stop(f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Stop(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise Stop(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    provider = said.get("provider") if isinstance(said, dict) else None
+    if not isinstance(provider, dict) or not provider.get("type") or not said.get("cluster_name"):
+        raise Stop(f"{path} must have a cluster_name and a provider with a type, as files for `ray up` do.")
+    return dict(said)
+
+
+def dashboard_port(cluster: dict[str, Any]) -> int:
+    commands = " ".join(map(str, cluster.get("head_start_ray_commands") or ()))
+    named = re.search(r"--dashboard-port[= ](\d+)", commands)
+    return int(named[1]) if named else DASHBOARD_PORT
+
+
+def token_file() -> Path:
+    return Path.home() / ".ray" / "auth_token"
+
+
+def authorization() -> dict[str, str]:
+    """The header by which Ray's dashboard knows us, from the file that the cluster got too."""
+    try:
+        token = token_file().read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        token = ""
+    if not re.fullmatch(r"[!-~]+", token):  # else http.client would quote it in an error
+        raise Stop(
+            f"{token_file()} holds no token. Put the cluster's there, or make one: ray get-auth-token --generate"
+        )
+    return {"Authorization": f"Bearer {token}"}
