@@ -3,10 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN_DIR ?= .run
+CLUSTER ?= local
 CONFIG ?= serve_config.yaml
 RAY_DASHBOARD_PORT ?=
 SERVE_PORT ?=
-CLUSTER ?= local
 TWIN ?=
 IDLE_MINUTES ?=
 LAUNCH_S ?=
@@ -16,13 +16,18 @@ NODE ?=
 LINES ?= 30
 FOLLOW ?=
 ONCE ?=
+CMD ?=
 TESTS ?=
 UV_VERSION := 0.13.9
 
 py := $(VENV)/bin/python
 ops := $(py) -m ops.
 at := --run-dir "$(RUN_DIR)"
+# Where the cluster is: on this machine, or where a file for `ray up` puts it.
 place := $(if $(filter local,$(CLUSTER)),local,remote)
+where := --cluster "$(CLUSTER)"
+its := $(at) $(if $(filter remote,$(place)),$(where))
+needs := $(if $(filter remote,$(place)),gcp,runtime)
 behaviour = --idle-minutes "$(IDLE_MINUTES)" --launch-s "$(LAUNCH_S)" --stock-out "$(STOCK_OUT)" --preemption "$(PREEMPTION)"
 # Whether the user named a Python; if not, an environment that another one made will do.
 named := $(if $(filter file,$(origin PYTHON)),,--this-python)
@@ -39,42 +44,42 @@ help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: runtime ## Install, start, deploy and draw eight pictures into outputs/
-	@$(MAKE) up deploy
+	@$(MAKE) CLUSTER=local up deploy
 	@$(ops)demo $(at)
 
-up: runtime ## Start a local twin of TWIN=cluster.yaml, or have one that is up change its IDLE_MINUTES= LAUNCH_S= STOCK_OUT= PREEMPTION=
-	@$(ops)$(place) up $(at) --dashboard-port "$(RAY_DASHBOARD_PORT)" --twin "$(TWIN)" $(behaviour)
+up: $(needs) ## Start a cluster: CLUSTER=local, a twin of cluster.yaml on this machine, or =cluster.yaml, which costs money
+	@$(ops)$(place) up $(its) $(if $(filter local,$(place)),--dashboard-port "$(RAY_DASHBOARD_PORT)" --twin "$(TWIN)" $(behaviour))
 
-deploy: runtime ## Deploy CONFIG=serve_config.yaml and wait until it serves (SERVE_PORT= overrides its port)
-	@$(ops)deploy deploy $(at) --config "$(CONFIG)" --serve-port "$(SERVE_PORT)"
+deploy: $(needs) ## Lint and deploy CONFIG=serve_config.yaml and wait until it serves (SERVE_PORT= overrides its port)
+	@$(ops)deploy deploy $(at) $(where) --config "$(CONFIG)" --serve-port "$(SERVE_PORT)"
 
-status: runtime ## Say what is up, deployed and healthy
-	@$(ops)deploy status $(at)
+status: $(needs) ## Say what is up, deployed and healthy
+	@$(ops)deploy status $(at) $(where)
 
-monitor: runtime ## Follow what the autoscaler does, until Ctrl-C; with ONCE=1 tell how it is
-	@$(ops)$(place) monitor $(at) $(if $(ONCE),--once)
+monitor: $(needs) ## Follow what the autoscaler does, until Ctrl-C; with ONCE=1 tell how a local one is
+	@$(ops)$(place) monitor $(its) $(if $(ONCE),--once)
 
-logs: runtime ## Show the replicas' last LINES=30 log lines, and with FOLLOW=1 what comes
-	@$(ops)logs $(at) --lines $(LINES) $(if $(FOLLOW),--follow)
+attach: $(needs) ## Open a shell where plain ray and serve work: on the head of CLUSTER=, which can run CMD= instead
+	@$(ops)$(place) attach $(its) $(if $(CMD),--command "$(CMD)")
 
-dashboard: runtime ## Say where Ray's dashboard is
-	@$(ops)$(place) dashboard $(at)
+dashboard: $(needs) ## Say where the dashboard is; of CLUSTER=, bring it and the API to this machine's ports, until Ctrl-C
+	@$(ops)$(place) dashboard $(its) $(if $(filter remote,$(place)),--dashboard-port "$(RAY_DASHBOARD_PORT)" --serve-port "$(SERVE_PORT)")
 
-address: ## Print what plain ray, serve and curl need: eval "$$(make -s address)"
-	@$(MAKE) runtime >&2
-	@$(ops)$(place) address $(at)
+address: ## Print what plain ray, serve and curl need: eval "$(make -s address)"
+	@$(MAKE) $(needs) >&2
+	@$(ops)$(place) address $(its)
 
-attach: runtime ## Open a shell in which plain ray, serve and curl reach the cluster
-	@$(ops)$(place) attach $(at)
+logs: $(needs) ## Show the replicas' last LINES=30 log lines, and with FOLLOW=1 what comes
+	@$(ops)logs $(at) $(where) --lines $(LINES) $(if $(FOLLOW),--follow)
 
 preempt: runtime ## Have a node of the twin taken away, NODE= or the youngest: notice at once, the end 30 s later
-	@$(ops)$(place) preempt $(at) --node "$(NODE)"
+	@$(ops)local preempt $(at) --node "$(NODE)"
 
-undeploy: runtime ## Take everything off the cluster, which stays up
-	@$(ops)deploy undeploy $(at)
+undeploy: $(needs) ## Take everything off the cluster, which stays up
+	@$(ops)deploy undeploy $(at) $(where)
 
-down: runtime ## End what `make up` started in this checkout, and nothing else
-	@$(ops)$(place) down $(at)
+down: $(needs) ## End what `make up` started with the same CLUSTER=, and nothing else
+	@$(ops)$(place) down $(its)
 
 test: dev ## Run the tests; TESTS="tests/test_x.py -k name" for some
 	@$(py) -m pytest $(TESTS)
