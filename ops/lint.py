@@ -42,15 +42,15 @@ def lint(paths: Sequence[Path]) -> list[Finding]:
 
 
 def refuse_errors(paths: Sequence[Path]) -> None:
-    """Tells all that is to be said, and raises Stop where any of it is an error."""
+    """Tells what is advice, and raises Stop where there are errors."""
     try:
         found = lint(paths)
     except OSError as error:
         raise Stop(f"{error.filename} cannot be read: {error.strerror}.") from None
-    for finding in found:
-        say(str(finding))
-    if errors := sum(finding.error for finding in found):
-        raise Stop(f"Nothing was begun, because of {'that error' if errors == 1 else f'those {errors} errors'}.")
+    for advice in (finding for finding in found if not finding.error):
+        say(str(advice))
+    if errors := [str(finding) for finding in found if finding.error]:
+        raise Stop("\n".join([*errors, "Nothing was begun. Put that right, and run the same again."]))
 
 
 def check(document: Document) -> tuple[list[Finding], bool]:

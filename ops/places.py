@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ops import local, processes
 from ops.dashboard import Dashboard, serve_address
+from ops.preflight import content, ready, token_file
 from ops.terminal import Stop, make
 from ops.tunnel import route, tunnel
 
@@ -28,6 +27,7 @@ def dashboard_of(cluster: str, run_dir: Path) -> Iterator[Dashboard]:
         yield Dashboard(local.running(run_dir).address)
         return
     path = Path(cluster)
+    ready(path)
     there = dashboard_port(content(path))
     here = processes.free_ports(1)[0]
     headers = authorization()
@@ -54,30 +54,10 @@ def reach(dashboard: Dashboard) -> str:
     return f"{address} on the head, and here at the end of: {make('dashboard', dashboard.cluster)}"
 
 
-def content(path: Path) -> dict[str, Any]:
-    """A cluster file's. The linter says more about one that is not as it should be."""
-    try:
-        said = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise Stop(f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Stop(f"{path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise Stop(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    provider = said.get("provider") if isinstance(said, dict) else None
-    if not isinstance(provider, dict) or not provider.get("type") or not said.get("cluster_name"):
-        raise Stop(f"{path} must have a cluster_name and a provider with a type, as files for `ray up` do.")
-    return dict(said)
-
-
 def dashboard_port(cluster: dict[str, Any]) -> int:
     commands = " ".join(map(str, cluster.get("head_start_ray_commands") or ()))
     named = re.search(r"--dashboard-port[= ](\d+)", commands)
     return int(named[1]) if named else DASHBOARD_PORT
-
-
-def token_file() -> Path:
-    return Path.home() / ".ray" / "auth_token"
 
 
 def authorization() -> dict[str, str]:

@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ops.documents import read
-from ops.places import content, token_file
 from ops.terminal import Stop
 
 PROGRAMS = {"ssh": "openssh-client", "rsync": "rsync"}  # and the packages of Debian and Ubuntu that bring them
@@ -31,6 +32,22 @@ def ready_to_start(path: Path) -> None:
     refuse_errors([path])
     if missing := [*lacks_programs(), *lacks_google(path, content(path)), *lacks_token()]:
         raise Stop("\n".join(missing))
+
+
+def content(path: Path) -> dict[str, Any]:
+    """A cluster file's. The linter says more about one that is not as it should be."""
+    try:
+        said = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise Stop(f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Stop(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise Stop(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    provider = said.get("provider") if isinstance(said, dict) else None
+    if not isinstance(provider, dict) or not provider.get("type") or not said.get("cluster_name"):
+        raise Stop(f"{path} must have a cluster_name and a provider with a type, as files for `ray up` do.")
+    return dict(said)
 
 
 def lacks_programs() -> Iterator[str]:
@@ -75,3 +92,7 @@ def lacks_token() -> Iterator[str]:
         yield f"{file} is empty. Remove it and make the cluster's token: ray get-auth-token --generate > /dev/null"
     elif file.stat().st_mode & 0o077:
         yield f"{file} can be read by others on this machine: chmod 600 {file}"
+
+
+def token_file() -> Path:
+    return Path.home() / ".ray" / "auth_token"

@@ -154,6 +154,6 @@ def environment(**ours: str) -> dict[str, str]:
 
 def past_proxies() -> dict[str, str]:
     """What keeps requests to this machine away from a proxy that the user's environment names."""
-    listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    value = ",".join(filter(None, (listed, "127.0.0.1", "localhost")))
+    listed = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
+    value = ",".join(filter(None, dict.fromkeys([*listed, "127.0.0.1", "localhost"])))
     return {"no_proxy": value, "NO_PROXY": value}

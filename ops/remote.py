@@ -23,8 +23,8 @@ import psutil
 from ops import processes
 from ops.dashboard import Dashboard, Refused
 from ops.local import RUN_DIR, locked, port
-from ops.places import DASHBOARD_PORT, authorization, content, dashboard_of, dashboard_port, isolate
-from ops.preflight import ready, ready_to_start
+from ops.places import DASHBOARD_PORT, authorization, dashboard_of, dashboard_port, isolate
+from ops.preflight import content, ready, ready_to_start
 from ops.processes import Recorded
 from ops.terminal import Progress, Stop, make, run, say
 from ops.tunnel import NoHead, route, tunnel

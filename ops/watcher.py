@@ -44,6 +44,9 @@ class Notice:
 
 # What the metadata server may say: key -> value -> what it means. Every other value means nothing to us, such as
 # MIGRATE_ON_HOST_MAINTENANCE: no machine with a TPU is moved alive.
+# Not read: upcoming-maintenance, by which Google announces a TPU's maintenance up to days ahead. Its pages spell the
+# fields in two ways and the absence of any in three, and do not say whether it can be waited for:
+# cloud.google.com/tpu/docs/view-maintenance-notifications, .../docs/instances/monitor-plan-host-maintenance-event
 # cloud.google.com/compute/docs/instances/preemptible, .../docs/metadata/getting-live-migration-notice
 NOTICES = {
     "preempted": {"TRUE": Notice("Google Cloud takes this spot machine back", 30)},

@@ -58,12 +58,13 @@ exec bash -c "${{SSH_ORIGINAL_COMMAND//\\/tmp\\/ray\\//{base}/ray/}}"
 """
 RAY = """#!/bin/bash
 [ "$1" != stop ] || exec {python} -c \
-    "import os; from ops import processes as p; p.end(lambda: p.belonging(os.environ[p.MARK]), 3)"
+    "import os; from ops import processes as p; p.end(lambda: p.belonging(os.environ[p.MARK]), 1)"
 exec {python} -m ray.scripts.scripts "$@"
 """
 # Ray's SSH options know no port.
 PROXY = """#!{python}
-import os, socket, sys, threading
+import os, signal, socket, threading
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray's commands share it, and one of them may be interrupted
 head = socket.create_connection(("127.0.0.1", {ssh_port}))
 def pump():
     while data := head.recv(65536):
