@@ -36,8 +36,8 @@ named := $(if $(filter file,$(origin PYTHON)),,--this-python)
 unexport PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test check format
-.PHONY: golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key
+.PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check
+.PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key
 .PHONY: bench-engine bench-overhead bench-coldstart
 
 help: ## List the verbs
@@ -83,6 +83,9 @@ down: $(needs) ## End what `make up` started with the same CLUSTER=, and nothing
 
 test: dev ## Run the tests; TESTS="tests/test_x.py -k name" for some
 	@$(py) -m pytest $(TESTS)
+
+test-cluster: dev ## Run the tests in which nodes of a local cluster come, go and die
+	@$(py) -m pytest -m twin tests/test_cluster_scaling.py
 
 check: dev ## Check format, lint and types
 	@$(py) -m ruff format --check

@@ -214,8 +214,10 @@ def latest(dashboard: Dashboard, replica: Details, news: dict[str, list[str]]) -
 
 def status(dashboard: Dashboard, uptime: str) -> None:
     details = dashboard.details()
+    failure = nodes.failure(nodes.past(dashboard))
+    rows = [*nodes.status(dashboard).rows(), *([f"last failure: {failure}"] if failure else [])]
     say(f"Ray    {dashboard.address if dashboard.cluster == LOCAL else dashboard.cluster}  {uptime}")
-    say("Nodes  " + "\n       ".join(nodes.status(dashboard).rows()))
+    say("Nodes  " + "\n       ".join(rows))
     if not details["applications"]:
         say(f"Serve  nothing is deployed. Deploy with: {make('deploy', dashboard.cluster)}")
         return

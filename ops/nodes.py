@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from ops.dashboard import Dashboard, Details
 from ops.terminal import say
 
-EVENTS = 20  # of the past, that are told first
+LINES = 2000  # of the log, some ten minutes
+EVENTS = 20  # of those, that are told
 POLL_S = 1.0
 # A line of monitor.log: when, how grave, where in the source, what. Those from these places tell what is done and why
 # it failed; the rest is the autoscaler's bookkeeping, several lines a second.
@@ -27,14 +28,11 @@ INSTANCE = re.compile(r"[0-9a-f-]{36}: (\w+),.*")
 class Nodes:
     running: Counter[str]  # by type, idle ones included
     pending: list[str]
-    failures: list[str]
 
     def rows(self) -> Iterator[str]:
         yield ", ".join(f"{count} {name}" for name, count in sorted(self.running.items())) or "none yet"
         if self.pending:
             yield f"pending: {'; '.join(self.pending)}"
-        if self.failures:
-            yield f"last failure: {self.failures[-1]}"
 
 
 def status(dashboard: Dashboard) -> Nodes:
@@ -56,21 +54,33 @@ def parsed(text: str) -> Nodes:
         count, _, name = line.partition(" ")
         running[name] += int(count)
     pending = [INSTANCE.sub(r"\1, starting", line) for line in sections.get("Pending", [])]
-    # Ray counts each node that has ended among the failures, also one that it ended itself.
-    failures = [line for line in sections.get("Recent failures", []) if "NodeTerminated" not in line]
-    return Nodes(running, pending, failures)
+    return Nodes(running, pending)
+
+
+def past(dashboard: Dashboard) -> list[str]:
+    return [*events(dashboard.log(log_place(dashboard), lines=LINES))]
+
+
+def failure(past: list[str]) -> str:
+    """The last start that failed, unless one has succeeded since. (`ray status` does not say why, and counts each node
+    that has ended among its failures, also one that it ended itself.)"""
+    for event in reversed(past):
+        if "  Launched " in event:
+            break
+        if "  Failed to launch " in event:
+            return event
+    return ""
 
 
 def monitor(dashboard: Dashboard, follow: bool) -> None:
     """The nodes whenever they change, and what the autoscaler does; until interrupted, or what is known by now."""
-    log = {"node_id": head(dashboard), "filename": "monitor.log"}
     if not follow:
-        for event in [*events(dashboard.log(log, lines=1000))][-EVENTS:]:
+        for event in past(dashboard)[-EVENTS:]:
             say(event)
         say(time.strftime("%X  ") + ", ".join(status(dashboard).rows()))
         return
     news: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=listen, args=(dashboard, log, news.put), daemon=True).start()
+    threading.Thread(target=listen, args=(dashboard, news.put), daemon=True).start()
     before = ""
     while True:
         told = "; ".join(status(dashboard).rows())
@@ -82,8 +92,8 @@ def monitor(dashboard: Dashboard, follow: bool) -> None:
         time.sleep(POLL_S)
 
 
-def listen(dashboard: Dashboard, log: Details, tell: Callable[[str], None]) -> None:
-    for event in events(dashboard.log(log, lines=200, follow=True)):
+def listen(dashboard: Dashboard, tell: Callable[[str], None]) -> None:
+    for event in events(dashboard.log(log_place(dashboard), lines=200, follow=True)):
         tell(event)
 
 
@@ -97,7 +107,8 @@ def events(lines: Iterator[str]) -> Iterator[str]:
             yield f"{found['time']}  {before}"
 
 
-def head(dashboard: Dashboard) -> str:
+def log_place(dashboard: Dashboard) -> Details:
     with dashboard.open("/nodes", view="summary") as answer:
         raylets: list[Details] = [one["raylet"] for one in json.load(answer)["data"]["summary"]]
-    return next((str(one["nodeId"]) for one in raylets if one.get("isHeadNode")), "")
+    head = next((one["nodeId"] for one in raylets if one.get("isHeadNode")), "")
+    return {"node_id": head, "filename": "monitor.log"}

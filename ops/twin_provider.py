@@ -58,7 +58,7 @@ class TwinProvider(FakeMultiNodeProvider):
         self.going: dict[str, float] = {}  # nodes that are taken away, and when
         self.metadata = Metadata(self.workers, self.preempt)
         self.metadata_port = int(provider_config["metadata_port"])
-        self.metadata.serve(self.metadata_port)
+        self.server = self.metadata.serve(self.metadata_port)
         threading.Thread(target=self.live, daemon=True).start()
 
     def timings(self) -> Timings:

@@ -13,16 +13,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import urlencode
-from urllib.request import Request, urlopen
 
 import numpy as np
 import psutil
@@ -35,6 +32,7 @@ from ray.util.metrics import Metric
 from app.metrics import Metrics
 from ops import processes
 from ops.local import ROOT, Cluster
+from tests.clusters import Verbs, fetch, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
 
@@ -54,53 +52,12 @@ applications:
 PROMPT = "a red house under a yellow sun at dusk"
 
 
-@dataclass(frozen=True)
-class Verbs:
-    """Runs the modules behind the Makefile's verbs, as its recipes do."""
-
-    dashboard_port: int
-    serve_port: int
-    twin: Path
-
-    def __call__(self, module: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        # Somebody else's cluster in the environment must change nothing.
-        environment = os.environ | {"RAY_ADDRESS": "10.255.255.1:6379", "RAY_AUTH_MODE": "token"}
-        command = [sys.executable, "-m", f"ops.{module}", *arguments, "--run-dir", str(RUN_DIR)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-
-    def up(self) -> subprocess.CompletedProcess[str]:
-        return self("local", "up", "--dashboard-port", str(self.dashboard_port), "--twin", str(self.twin))
-
-    def down(self) -> subprocess.CompletedProcess[str]:
-        return self("local", "down")
-
-    def deploy(self, config: Path) -> subprocess.CompletedProcess[str]:
-        return self("deploy", "deploy", "--config", str(config))
-
-    @property
-    def cluster(self) -> Cluster:
-        cluster = Cluster.load(RUN_DIR)
-        assert cluster
-        return cluster
-
-
-def succeeds(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def refuses(done: subprocess.CompletedProcess[str]) -> str:
-    """The sentence of a refusal; a traceback would be more lines, or begin with the word."""
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
-    return done.stderr.strip()
-
-
 @pytest.fixture(scope="module")
 def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
-    ports = [port for port in range(18000, 19000) if processes.free(port)]  # apart from what `up` chooses
     twin = tmp_path_factory.mktemp("twin") / "cluster.yaml"
     twin.write_text(one_tpu_node((ROOT / "cluster.yaml").read_text()))
-    verbs = Verbs(ports[0], ports[1], twin)
+    dashboard_port, serve_port = ports(2)
+    verbs = Verbs(RUN_DIR, dashboard_port, serve_port, twin)
     verbs.down()  # what a test run that was killed may have left
     succeeds(verbs.up())
     yield verbs
@@ -117,16 +74,6 @@ def greeter(verbs: Verbs, tmp_path: Path) -> Path:
     path = tmp_path / "greeter.yaml"
     path.write_text(GREETER.replace("PORT", str(verbs.serve_port)))
     return path
-
-
-def fetch(url: str, body: object = None, timeout_s: float = 120) -> tuple[int, bytes, dict[str, str]]:
-    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = Request(url, data, {"Content-Type": "application/json"} if data is not None else {})
-    try:
-        with urlopen(request, timeout=timeout_s) as answer:
-            return answer.status, answer.read(), dict(answer.headers)
-    except HTTPError as error:
-        return error.code, error.read(), dict(error.headers)
 
 
 def listening(cluster: Cluster) -> set[tuple[str, int]]:
@@ -323,13 +270,6 @@ def the_replica(api: str) -> dict[str, Any]:
     """The one that runs; load may have asked for a second one, for which this twin may have no node."""
     (one,) = [told for told in stats(api)["replicas"].values() if "error" not in told]
     return dict(one)
-
-
-def soon(true: Callable[[], bool], timeout_s: float = 60) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return true()
 
 
 @contextmanager
@@ -581,12 +521,12 @@ def test_after_a_kill_up_clears_away_what_is_left_and_starts_anew(verbs: Verbs, 
 def test_down_leaves_no_process_no_port_and_no_folder(verbs: Verbs, greeter: Path) -> None:
     succeeds(verbs.deploy(greeter))
     cluster = verbs.cluster
-    ports = {port for _, port in listening(cluster)}
+    taken = {port for _, port in listening(cluster)}
     stranger = subprocess.Popen(["tail", "-f", str(cluster.temp_dir / "start.log")], stdout=subprocess.DEVNULL)
     try:
         assert succeeds(verbs.down()).startswith("The local Ray is down: ")
         assert not cluster.search() and not cluster.temp_dir.exists()
-        assert len(ports) > 10 and all(processes.free(port) for port in ports)
+        assert len(taken) > 10 and all(processes.free(port) for port in taken)
         assert stranger.poll() is None, "who looks at our files is not ours"
     finally:
         stranger.kill()

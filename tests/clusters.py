@@ -1,0 +1,79 @@
+"""What tests of a real local cluster share: the Makefile's verbs as a user would run them, and plain HTTP."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from ops import processes
+from ops.local import ROOT, Cluster
+
+
+@dataclass(frozen=True)
+class Verbs:
+    """Runs the modules behind the Makefile's verbs, as its recipes do."""
+
+    run_dir: Path
+    dashboard_port: int
+    serve_port: int
+    twin: Path = ROOT / "cluster.yaml"
+
+    def __call__(self, module: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        # Somebody else's cluster in the environment must change nothing.
+        environment = os.environ | {"RAY_ADDRESS": "10.255.255.1:6379", "RAY_AUTH_MODE": "token"}
+        command = [sys.executable, "-m", f"ops.{module}", *arguments, "--run-dir", str(self.run_dir)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+    def up(self, *options: str) -> subprocess.CompletedProcess[str]:
+        return self("local", "up", "--dashboard-port", str(self.dashboard_port), "--twin", str(self.twin), *options)
+
+    def down(self) -> subprocess.CompletedProcess[str]:
+        return self("local", "down")
+
+    def deploy(self, config: Path) -> subprocess.CompletedProcess[str]:
+        return self("deploy", "deploy", "--config", str(config))
+
+    @property
+    def cluster(self) -> Cluster:
+        cluster = Cluster.load(self.run_dir)
+        assert cluster
+        return cluster
+
+
+def ports(count: int) -> list[int]:
+    """Apart from those that `up` chooses."""
+    return [port for port in range(18000, 19000) if processes.free(port)][:count]
+
+
+def succeeds(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def refuses(done: subprocess.CompletedProcess[str]) -> str:
+    """The sentence of a refusal; a traceback would be more lines, or begin with the word."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stderr.strip()
+
+
+def fetch(url: str, body: object = None, timeout_s: float = 120) -> tuple[int, bytes, dict[str, str]]:
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = Request(url, data, {"Content-Type": "application/json"} if data is not None else {})
+    try:
+        with urlopen(request, timeout=timeout_s) as answer:
+            return answer.status, answer.read(), dict(answer.headers)
+    except HTTPError as error:
+        return error.code, error.read(), dict(error.headers)
+
+
+def soon(true: Callable[[], bool], timeout_s: float = 60) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
