@@ -32,7 +32,9 @@ class Dashboard:
 
     @property
     def name(self) -> str:
-        return f"{self.what} at {self.address}" if self.cluster == "local" else f"{self.what} of {self.cluster}'s cluster"
+        if self.cluster == "local":
+            return f"{self.what} at {self.address}"
+        return f"{self.what} of {self.cluster}'s cluster"
 
     def open(
         self, path: str, timeout_s: float | None = TIMEOUT_S, method: str = "GET", **query: object
