@@ -61,6 +61,8 @@ def silence(path: Path, run_dir: Path) -> str:
         return ""
     except Refused:
         raise
+    except NoHead:
+        return f"No cluster is up by {path} yet."
     except Stop as reason:
         return str(reason)
 

@@ -261,6 +261,7 @@ def test_up_that_is_interrupted_goes_on_when_it_is_run_again(far: Far) -> None:
     assert first.returncode == 130 and said.endswith("Interrupted.\n"), said
     assert "gcs_server" not in head(far)
     said = succeeds(far("remote", "up"))
+    assert "Starting it with `ray up`" in said
     assert "its dashboard answers, to the token." in said.splitlines()[-1]
     assert {"gcs_server", "raylet"} <= set(head(far))
     assert (far.base / "home/.ray/auth_token").read_text() == far.token
