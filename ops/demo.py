@@ -15,8 +15,8 @@ from PIL import Image
 
 from app.images import contact_sheet
 from ops import processes
+from ops.cluster import ROOT, RUN_DIR, running
 from ops.dashboard import Dashboard, serve_address
-from ops.local import ROOT, RUN_DIR, running
 from ops.terminal import Progress, Stop, run, say, span
 
 PROMPTS = (  # in the words of the bundled model, which jobs/scenes.py lists

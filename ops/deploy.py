@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ops import nodes, processes
+from ops.cluster import ROOT, RUN_DIR, running
 from ops.dashboard import Dashboard, Details, log_places, reason, serves
-from ops.local import ROOT, RUN_DIR, port, running
+from ops.local import port
 from ops.places import LOCAL, dashboard_of, isolate, reach
 from ops.terminal import Progress, Stop, make, run, say, span
 

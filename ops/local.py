@@ -9,113 +9,19 @@ import argparse
 import fcntl
 import json
 import os
-import secrets
 import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
 
-import psutil
-import yaml
-
-from ops import nodes, processes, shell, twin
+from ops import head, nodes, processes, shell, twin
+from ops.cluster import DASHBOARD_PORT, METADATA_PORT, RUN_DIR, TWIN, Cluster, new, running, temp_dir_of
 from ops.dashboard import Dashboard
-from ops.processes import Recorded
-from ops.terminal import Progress, Stop, run, say
-from ops.twin import NodeTypes, Timings
+from ops.terminal import Stop, run, say
+from ops.twin import Timings
 
-ROOT = Path(__file__).resolve().parents[1]
-RUN_DIR = ROOT / ".run"
-TWIN = ROOT / "cluster.yaml"
-DASHBOARD_PORT = 8265  # where `serve` and `ray job` look by default
-OBJECT_STORE_BYTES = 256 << 20
-VITAL = {"gcs_server", "raylet", "dashboard", "monitor"}  # of the head; nodes may come and go
-# Ray's ports that nobody needs to know beforehand: options of `ray start`, and two that only an environment can set.
-PORT_OPTIONS = (
-    *("port", "ray-client-server-port", "node-manager-port", "object-manager-port", "metrics-export-port"),
-    *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
-)
-PORT_VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
-METADATA_PORT = "metadata"
-START_TIMEOUT_S = 120.0
-NODES_TIMEOUT_S = 120.0
 GRACE_S = 3.0  # all end within one second, but for the GCS, which has nothing to save and does not listen
-
-
-@dataclass(frozen=True)
-class Cluster:
-    run_dir: Path
-    mark: str  # in the environment of all its processes
-    temp_dir: Path
-    dashboard_port: int
-    ports: dict[str, int]  # PORT_OPTIONS, PORT_VARIABLES and METADATA_PORT
-    file: str  # whose node types it has
-    timings: Timings = Timings()
-    processes: tuple[Recorded, ...] = ()  # the head's; empty until it is up
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.dashboard_port}"
-
-    @property
-    def gcs_address(self) -> str:
-        return f"127.0.0.1:{self.ports['port']}"
-
-    @property
-    def config_file(self) -> Path:
-        """What the autoscaler reads."""
-        return self.temp_dir / "autoscaling.yaml"
-
-    @property
-    def missing(self) -> set[str]:
-        """The vital processes that do not run."""
-        return VITAL - {one.name for one in self.processes if processes.find(one)}
-
-    @property
-    def uptime_s(self) -> float:
-        return time.time() - min(one.started for one in self.processes)
-
-    def search(self) -> list[psutil.Process]:
-        return processes.belonging(self.mark, self.processes)
-
-    def save(self) -> None:
-        file = self.run_dir / "cluster.json"
-        draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
-        draft.replace(file)
-
-    @classmethod
-    def load(cls, run_dir: Path) -> Self | None:
-        try:
-            state: dict[str, Any] = json.loads((run_dir / "cluster.json").read_text())
-            return cls(
-                run_dir=run_dir,
-                mark=state["mark"],
-                temp_dir=Path(state["temp_dir"]),
-                dashboard_port=state["dashboard_port"],
-                ports=state["ports"],
-                file=state["file"],
-                timings=Timings(**state["timings"]),
-                processes=tuple(Recorded(**one) for one in state["processes"]),
-            )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
-
-
-def running(run_dir: Path) -> Cluster:
-    """The cluster that `up` started here, or a sentence about why there is none."""
-    cluster = Cluster.load(run_dir)
-    if not cluster:
-        raise Stop("No cluster is up in this checkout. Start one with: make up")
-    if cluster.missing:
-        raise Stop(f"The cluster died ({', '.join(sorted(cluster.missing))} gone). Start a new one with: make up")
-    return cluster
 
 
 def up(
@@ -129,7 +35,7 @@ def up(
             say(f"The local Ray is already up: {cluster.address}")
         else:
             cluster = anew(run_dir, wanted_port or DASHBOARD_PORT, file or TWIN, twin.timings(given or {}, Timings()))
-        wait_for_nodes(cluster)
+        head.wait_for_nodes(cluster)
 
 
 def changed(cluster: Cluster, wanted_port: int | None, file: Path | None, given: Mapping[str, str]) -> Cluster:
@@ -141,7 +47,7 @@ def changed(cluster: Cluster, wanted_port: int | None, file: Path | None, given:
     timings = twin.timings(given, cluster.timings)
     if timings != cluster.timings:
         cluster = replace(cluster, timings=timings)
-        configure(cluster, twin.read(Path(cluster.file)))
+        head.configure(cluster, twin.read(Path(cluster.file)))
         cluster.save()
         say(f"From now on: {timings or 'no delay, no stock-out, no pre-emption'}")
     return cluster
@@ -157,7 +63,7 @@ def anew(run_dir: Path, dashboard_port: int, file: Path, timings: Timings) -> Cl
             f"Choose another one: make up RAY_DASHBOARD_PORT={dashboard_port + 1}"
         )
     try:
-        return start(replace(new(run_dir, dashboard_port, file), timings=timings), types)
+        return head.start(replace(new(run_dir, dashboard_port, file), timings=timings), types)
     except BaseException:
         clear(run_dir)
         raise
@@ -179,141 +85,6 @@ def locked(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise Stop("Another make up or make down is at work in this checkout. Wait for it to end.") from None
         yield
-
-
-def start(cluster: Cluster, types: NodeTypes) -> Cluster:
-    cluster.save()
-    cluster.temp_dir.mkdir(mode=0o700)  # Ray opens its own folder to all users; this one above it stays ours
-    configure(cluster, types)
-    log = cluster.temp_dir / "start.log"
-    with log.open("w") as output, Progress() as progress:
-        starting = subprocess.Popen(
-            command(cluster, types),
-            env=environment(cluster) | {"RAY_NODE_TYPE_NAME": types.head, "RAY_CLOUD_INSTANCE_ID": types.head},
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # the terminal's Ctrl-C and hang-up are not for the cluster
-        )
-        while starting.poll() is None:
-            if progress.elapsed > START_TIMEOUT_S:
-                raise Stop(f"Ray did not start within {START_TIMEOUT_S:.0f} s. {last_words(log)}")
-            progress.show({"Ray": ("starting", "")})
-            time.sleep(0.1)
-    if starting.returncode:
-        raise Stop(f"Ray did not start. {last_words(log)}")
-    cluster = replace(cluster, processes=tuple(processes.record(one) for one in of_the_head(cluster)))
-    if cluster.missing:
-        raise Stop(f"Ray did not start: {', '.join(sorted(cluster.missing))} ended at once. {last_words(log)}")
-    cluster.save()
-    say(f"The local Ray is up in {progress.elapsed:.0f} s, a twin of {shown(types)}. Dashboard: {cluster.address}")
-    return cluster
-
-
-def configure(cluster: Cluster, types: NodeTypes) -> None:
-    provider = {
-        "gcs_address": cluster.gcs_address,
-        "metadata_port": cluster.ports[METADATA_PORT],
-        "config_file": str(cluster.config_file),
-    }
-    twin.write(twin.autoscaling(types, cluster.timings, **provider), cluster.config_file)
-
-
-def of_the_head(cluster: Cluster) -> list[psutil.Process]:
-    """All but the nodes that the autoscaler may have started already, which are its children."""
-    found = cluster.search()
-    others = {child for one in found if processes.name_of(one) == "monitor" for child in one.children(recursive=True)}
-    return [one for one in found if one not in others]
-
-
-def shown(types: NodeTypes) -> str:
-    workers = [
-        f"{one['min_workers']} to {one['max_workers']} {name} nodes of "
-        + ", ".join(f"{resource} {amount:g}" for resource, amount in one["resources"].items() if "-" not in resource)
-        for name, one in types.workers.items()
-    ]
-    return f"{Path(types.file).name} ({'; '.join(workers)})"
-
-
-def wait_for_nodes(cluster: Cluster) -> None:
-    """Until those are there that always should be; a cloud that has none for now is no failure."""
-    types = yaml.safe_load(cluster.config_file.read_text())["available_node_types"]
-    wanted = {name: one["min_workers"] for name, one in types.items() if one["min_workers"]}
-    dashboard = Dashboard(cluster.address)
-    with Progress() as progress:
-        while True:
-            found = nodes.status(dashboard)
-            short = {name: count for name, count in wanted.items() if found.running.get(name, 0) < count}
-            if not short:
-                return
-            told = {f"{name} nodes": f"{found.running.get(name, 0)} of {count}" for name, count in short.items()}
-            if cluster.timings.stock_out == 1 or progress.elapsed > NODES_TIMEOUT_S + cluster.timings.launch_s:
-                counts = ", ".join(f"{count} {name}" for name, count in told.items())
-                say(f"Of the nodes that should be there, there are: {counts}. It goes on trying; see: make monitor")
-                return
-            progress.show({name: (count, "; ".join(found.pending)) for name, count in told.items()})
-            time.sleep(0.5)
-
-
-def new(run_dir: Path, dashboard_port: int, file: Path = TWIN) -> Cluster:
-    mark = f"{run_dir}#{secrets.token_hex(4)}"
-    names = (*PORT_OPTIONS, *PORT_VARIABLES, METADATA_PORT)
-    ports = dict(zip(names, processes.free_ports(len(names), apart_from=dashboard_port), strict=True))
-    return Cluster(run_dir, mark, temp_dir_of(mark), dashboard_port, ports, str(file.resolve()))
-
-
-def temp_dir_of(mark: str) -> Path:
-    """Short, because Ray adds some 70 characters to it and a socket's path may have 103 (macOS) or 107 (Linux)."""
-    base = Path(tempfile.gettempdir())
-    return (base if len(str(base)) <= 12 else Path("/tmp")) / f"imagine-{mark[-8:]}"
-
-
-def command(cluster: Cluster, types: NodeTypes) -> list[str]:
-    head = types.types[types.head]
-    resources = {name: amount for name, amount in head["resources"].items() if name not in ("CPU", "GPU", "memory")}
-    options: dict[str, object] = {name: cluster.ports[name] for name in PORT_OPTIONS} | {
-        "node-ip-address": "127.0.0.1",
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": cluster.dashboard_port,
-        "min-worker-port": 0,  # the system gives each worker a free port
-        "max-worker-port": 0,
-        "num-cpus": head["resources"].get("CPU", 0),
-        "resources": json.dumps(resources),
-        "labels": ",".join(f"{name}={value}" for name, value in head["labels"].items()),
-        "object-store-memory": OBJECT_STORE_BYTES,
-        "temp-dir": cluster.temp_dir / "ray",
-        "autoscaling-config": cluster.config_file,
-    }
-    given = [f"--{name}={value}" for name, value in options.items() if value != ""]
-    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats", *given]
-
-
-def environment(cluster: Cluster) -> dict[str, str]:
-    bin_dir = Path(sys.executable).parent
-    return processes.environment(
-        **{processes.MARK: cluster.mark},
-        PATH=f"{bin_dir}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # a job's `python` is this one
-        PYTHONPATH=str(ROOT),  # `app.builders` is importable wherever Serve builds or runs it
-        JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", "cpu"),  # the TPU is only said to be there
-        RAY_AUTH_MODE="disabled",  # so that plain `serve deploy` works; loopback and a 0700 folder keep others out
-        RAY_USAGE_STATS_ENABLED="0",
-        # Without this Ray takes 127.0.0.1 for a mistake and binds to the machine's address on the network.
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-        RAY_preload_python_modules="ops.loopback",
-        RAY_FAKE_CLUSTER="1",  # without which Ray's local provider refuses to work
-        RAY_enable_autoscaler_v2="1",  # as `ray up` has it on Google Cloud
-        AUTOSCALER_UPDATE_INTERVAL_S="1",  # asking this machine costs little
-        # A job's driver on a node would have as many workers started as the node says it has CPUs.
-        RAY_prestart_worker_first_driver="0",
-        **{name: str(cluster.ports[name]) for name in PORT_VARIABLES},
-    )
-
-
-def last_words(log: Path) -> str:
-    """The last line that Ray wrote, which in a traceback is what went wrong."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"It says: {lines[-1]}" if lines else ""
 
 
 def clear(run_dir: Path) -> str:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ops.cluster import RUN_DIR
 from ops.dashboard import Dashboard, Details, log_places
-from ops.local import RUN_DIR
 from ops.places import LOCAL, dashboard_of, isolate
 from ops.terminal import Stop, make, run, say
 

@@ -83,13 +83,13 @@ def monitor(dashboard: Dashboard, follow: bool) -> None:
     threading.Thread(target=listen, args=(dashboard, news.put), daemon=True).start()
     before = ""
     while True:
+        time.sleep(POLL_S)  # first, so that the past comes before the present
         told = "; ".join(status(dashboard).rows())
         while not news.empty():
             say(news.get())
         if told != before:
             say(time.strftime("%X  ") + told)
         before = told
-        time.sleep(POLL_S)
 
 
 def listen(dashboard: Dashboard, tell: Callable[[str], None]) -> None:

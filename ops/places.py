@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ops import local, processes
+from ops import processes
+from ops.cluster import running
 from ops.dashboard import Dashboard, serve_address
 from ops.preflight import content, ready, token_file
 from ops.terminal import Stop, make
@@ -24,7 +25,7 @@ DASHBOARD_PORT = 8265  # of a head whose start command names none
 def dashboard_of(cluster: str, run_dir: Path) -> Iterator[Dashboard]:
     """The cluster's dashboard, while the block runs."""
     if cluster == LOCAL:
-        yield Dashboard(local.running(run_dir).address)
+        yield Dashboard(running(run_dir).address)
         return
     path = Path(cluster)
     ready(path)

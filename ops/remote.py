@@ -21,8 +21,9 @@ from pathlib import Path
 import psutil
 
 from ops import processes
+from ops.cluster import RUN_DIR
 from ops.dashboard import Dashboard, Refused
-from ops.local import RUN_DIR, locked, port
+from ops.local import locked, port
 from ops.places import DASHBOARD_PORT, authorization, dashboard_of, dashboard_port, isolate
 from ops.preflight import content, ready, ready_to_start
 from ops.processes import Recorded

@@ -12,7 +12,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from ops import processes
-from ops.local import ROOT, Cluster
+from ops.cluster import ROOT, Cluster
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ray.util.metrics import Metric
 
 from app.metrics import Metrics
 from ops import processes
-from ops.local import ROOT, Cluster
+from ops.cluster import ROOT, Cluster
 from tests.clusters import Verbs, fetch, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster

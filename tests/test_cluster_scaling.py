@@ -23,8 +23,8 @@ import pytest
 import yaml
 
 from ops import nodes, processes
+from ops.cluster import ROOT
 from ops.dashboard import Dashboard
-from ops.local import ROOT
 from tests.clusters import Verbs, fetch, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.twin

@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ops import local, processes
-from ops.local import Cluster
+from ops import cluster as clusters
+from ops import head, local, processes
+from ops.cluster import Cluster
 from ops.processes import MARK
 from ops.terminal import Stop
 
@@ -61,7 +62,7 @@ def run_dir(tmp_path: Path) -> Path:
 def cluster_in(run_dir: Path) -> Cluster:
     """A cluster as `up` leaves it on disk, without Ray."""
     run_dir.mkdir(exist_ok=True)
-    cluster = local.new(run_dir, 8265)
+    cluster = clusters.new(run_dir, 8265)
     cluster.temp_dir.mkdir(mode=0o700)
     cluster.save()
     return cluster
@@ -131,10 +132,10 @@ def test_somebody_elses_ray_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, ru
         monkeypatch.setenv(name, "elsewhere")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.setenv("no_proxy", "internal.example")
-    cluster = local.new(run_dir, 8265)
-    environment = local.environment(cluster)
+    cluster = clusters.new(run_dir, 8265)
+    environment = head.environment(cluster)
     assert "elsewhere" not in "".join(environment.values())
-    assert environment["PYTHONPATH"] == str(local.ROOT)
+    assert environment["PYTHONPATH"] == str(clusters.ROOT)
     assert environment["no_proxy"] == "internal.example,127.0.0.1,localhost"
     assert environment[MARK] == cluster.mark
 
@@ -143,7 +144,7 @@ def test_somebody_elses_ray_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, ru
 def test_rays_sockets_fit_into_the_systems_limit(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
     monkeypatch.setattr(tempfile, "tempdir", base)
     session = "session_2026-11-23_14-22-53_512762_4194304"
-    socket_path = local.temp_dir_of("a/long/run/dir#0123abcd") / "ray" / session / "sockets" / "dash_MetricsHead"
+    socket_path = clusters.temp_dir_of("a/long/run/dir#0123abcd") / "ray" / session / "sockets" / "dash_MetricsHead"
     assert len(str(socket_path)) < 104
 
 
@@ -159,13 +160,13 @@ def test_a_damaged_state_counts_as_none(run_dir: Path, content: str) -> None:
     run_dir.mkdir()
     (run_dir / "cluster.json").write_text(content)
     with pytest.raises(Stop, match="No cluster is up"):
-        local.running(run_dir)
+        clusters.running(run_dir)
 
 
 def test_a_cluster_whose_raylet_is_gone_is_told(run_dir: Path) -> None:
     cluster = cluster_in(run_dir)
     with pytest.raises(Stop, match=r"The cluster died \(dashboard, gcs_server, monitor, raylet gone\)"):
-        local.running(run_dir)
+        clusters.running(run_dir)
     shutil.rmtree(cluster.temp_dir)
 
 
@@ -214,7 +215,7 @@ def test_up_names_who_has_its_port(run_dir: Path) -> None:
 
 
 def test_a_failed_start_says_why_and_leaves_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "command", lambda cluster, types: [sys.executable, "-c", "raise SystemExit('no room')"])
+    monkeypatch.setattr(head, "command", lambda cluster, types: [sys.executable, "-c", "raise SystemExit('no room')"])
     with pytest.raises(Stop, match="Ray did not start. It says: no room"):
         local.up(run_dir, processes.free_ports(1)[0])
     assert [path.name for path in run_dir.iterdir()] == ["lock"]

@@ -12,7 +12,7 @@ import pytest
 
 from app.keys import Keys, parse
 from ops import api_key
-from ops.local import ROOT
+from ops.cluster import ROOT
 from ops.terminal import Stop
 
 

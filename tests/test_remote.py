@@ -16,8 +16,8 @@ import yaml
 from ray.scripts.scripts import cli
 
 from ops import deploy, places, preflight, processes, remote
+from ops.cluster import ROOT
 from ops.dashboard import Dashboard
-from ops.local import ROOT
 from ops.terminal import Stop, make
 from ops.tunnel import tunnel
 

@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from ops import processes
-from ops.local import ROOT
+from ops.cluster import ROOT
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
 MISSING = [name for name, found in (("sshd", SSHD), ("rsync", shutil.which("rsync"))) if not found]

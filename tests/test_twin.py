@@ -14,8 +14,8 @@ from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 from ops import nodes, shell, twin, twin_provider, watcher
+from ops.cluster import ROOT
 from ops.dashboard import Dashboard
-from ops.local import ROOT
 from ops.metadata import Metadata
 from ops.terminal import Stop
 from ops.twin import Timings
