@@ -173,7 +173,7 @@ def test_a_mistake_in_the_file_stops_up_before_anything_begins(home: Path, capsy
 
 def test_a_mistake_in_the_config_stops_deploy_and_advice_does_not(home: Path, ours: Path) -> None:
     config = (ROOT / "serve_config.yaml").read_text()
-    advised = write(home / "advised.yaml", config.replace("host: 127.0.0.1", "host: 0.0.0.0"))
+    advised = write(home / "advised.yaml", config.replace("proxy_location: HeadOnly", "proxy_location: EveryNode"))
     deploy.lint_first(advised, str(ours))
     deploy.lint_first(advised, "local")
     wrong = write(home / "wrong.yaml", config.replace("TPU: 4", "TPU: 8"))
