@@ -15,12 +15,12 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import HTTPOptionsSchema, RayActorOptionsSchema
 
 from app.builders import Args
+from app.door import is_loopback
 from app.ingress import APIIngress
 from app.server import StableDiffusion
 from ops.documents import Document, Finding, Key
 from ops.lint_models import applications, args_model, items, known_args, load, quietly
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ESCAPED_BYTES = 12  # most that a character takes in a query or in JSON: two surrogates as \uXXXX
 FAILURES = 3  # of health checks in a row, after which Serve replaces a replica
 SLOTS = 2  # for each image of the largest bucket, of each size, as app/pipeline.py has them
@@ -102,10 +102,11 @@ def check_doors(document: Document) -> Iterator[Finding]:
     http = HTTPOptionsSchema.model_validate(document.value.get("http_options") or {})
     key: Key = ("http_options", "host")
     keyed = all(getattr(app.args, "api_keys_file", None) is not None for app in apps(document))
-    if http.host not in LOOPBACK and not keyed:
+    loopback = http.host == "localhost" or is_loopback((http.host,))
+    if not loopback and not keyed:
         text = f"must be loopback, 127.0.0.1, unless every application has args.api_keys_file, got {http.host}."
         yield document.error(key, text)
-    if http.host in LOOPBACK and document.value.get("proxy_location", "EveryNode") == "EveryNode":
+    if loopback and document.value.get("proxy_location", "EveryNode") == "EveryNode":
         text = f"is EveryNode, and http_options.host {http.host}: only the node itself could reach its door."
         yield document.advice(("proxy_location",), text)
 

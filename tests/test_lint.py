@@ -403,6 +403,11 @@ def test_numbers_that_do_not_fit_together_are_told(tmp_path: Path, edit: Edit, k
     assert f"serve.yaml:{line_of(text, key) + 1}: {words.format(dotted(key))}" in said(tmp_path, text)
 
 
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
+def test_every_loopback_address_is_one(tmp_path: Path, host: str) -> None:
+    assert said(tmp_path, edited(SERVE, put(("http_options", "host"), host))) == []
+
+
 def test_with_keys_the_door_may_be_open(tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").write_text("[]")
     keyed = put((*ARGS, "api_keys_file"), tmp_path / "keys.yaml")
