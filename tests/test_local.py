@@ -23,6 +23,7 @@ from ops.terminal import Stop
 
 Start = Callable[..., psutil.Process]
 SLEEP = "print(flush=True); import time; time.sleep(60)"
+OURS, THEIRS = f"run{os.getpid()}#1", f"run{os.getpid()}#2"  # of nobody else who runs these tests at the same time
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
 # A child whose environment is empty, in a session of its own: nothing but its parent tells whose it is.
 PARENT = (
@@ -69,33 +70,33 @@ def cluster_in(run_dir: Path) -> Cluster:
 
 
 def test_a_marked_process_is_ended_and_a_stranger_is_not(start: Start) -> None:
-    ours, stranger, neighbour = start(SLEEP, "run#1"), start(SLEEP), start(SLEEP, "run#2")
-    assert processes.end(lambda: processes.belonging("run#1"), grace_s=5) == 1
+    ours, stranger, neighbour = start(SLEEP, OURS), start(SLEEP), start(SLEEP, THEIRS)
+    assert processes.end(lambda: processes.belonging(OURS), grace_s=5) == 1
     assert processes.dead(ours) and not processes.dead(stranger) and not processes.dead(neighbour)
 
 
 def test_a_process_that_ignores_sigterm_is_killed(start: Start) -> None:
-    ours = start(STUBBORN, "run#1")
-    processes.end(lambda: processes.belonging("run#1"), grace_s=0.3)
+    ours = start(STUBBORN, OURS)
+    processes.end(lambda: processes.belonging(OURS), grace_s=0.3)
     assert processes.dead(ours)
 
 
 def test_a_child_without_the_mark_is_found_through_its_parent(start: Start) -> None:
-    parent = start(PARENT, "run#1")
+    parent = start(PARENT, OURS)
     child = psutil.Process(int(parent.first_line))  # type: ignore[attr-defined]
-    assert {child, parent} == set(processes.belonging("run#1"))
-    processes.end(lambda: processes.belonging("run#1"), grace_s=5)
+    assert {child, parent} == set(processes.belonging(OURS))
+    processes.end(lambda: processes.belonging(OURS), grace_s=5)
     assert processes.dead(child)
 
 
 def test_a_marked_process_is_found_after_its_parent_was_killed(start: Start) -> None:
-    program = PARENT.replace("env={}", f"env={{{MARK!r}: 'run#1'}}")
-    parent = start(program, "run#1")
+    program = PARENT.replace("env={}", f"env={{{MARK!r}: {OURS!r}}}")
+    parent = start(program, OURS)
     child = psutil.Process(int(parent.first_line))  # type: ignore[attr-defined]
     parent.send_signal(signal.SIGKILL)
     parent.wait(5)
-    assert processes.belonging("run#1") == [child]
-    processes.end(lambda: processes.belonging("run#1"), grace_s=5)
+    assert processes.belonging(OURS) == [child]
+    processes.end(lambda: processes.belonging(OURS), grace_s=5)
 
 
 def test_a_recorded_pid_that_was_given_to_another_process_is_not_ours(start: Start) -> None:
@@ -104,12 +105,12 @@ def test_a_recorded_pid_that_was_given_to_another_process_is_not_ours(start: Sta
     assert processes.find(recorded) == stranger
     reused = replace(recorded, started=recorded.started - 60)
     assert processes.find(reused) is None
-    assert processes.belonging("run#1", [reused]) == []
+    assert processes.belonging(OURS, [reused]) == []
 
 
 def test_the_caller_is_never_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
     me = processes.record(psutil.Process())
-    assert processes.belonging("run#1", [me]) == []
+    assert processes.belonging(OURS, [me]) == []
 
 
 def test_a_taken_port_is_told_with_its_owner() -> None:
