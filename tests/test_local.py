@@ -28,7 +28,9 @@ STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEE
 # A child whose environment is empty, in a session of its own: nothing but its parent tells whose it is.
 PARENT = (
     "import subprocess, sys, time\n"
-    f"child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], env={{}}, start_new_session=True)\n"
+    f"child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], env={{}}, stdout=subprocess.PIPE, "
+    "start_new_session=True)\n"
+    "child.stdout.readline()  # a process that is only just starting has no environment yet\n"
     "print(child.pid, flush=True); time.sleep(60)"
 )
 

@@ -213,7 +213,8 @@ def test_a_metadata_server_that_fails_is_asked_until_it_answers(
     metadata.set("preempted", "TRUE")
     watching()
     arguments(metadata)
-    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("preempted ")]
+    told = [message for message in caplog.messages if message.startswith("preempted ")]
+    told = [message for message in told if "refused" not in message]  # listeners of earlier tests, whose server is gone
     assert told == [
         "preempted cannot be read, and is asked for until it can: HTTP Error 503: Service Unavailable",
         "preempted is TRUE",
