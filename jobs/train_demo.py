@@ -163,8 +163,11 @@ def main() -> None:
 
     steps = dict.fromkeys(STAGES, 0) if args.export_only else {s: getattr(recipe, f"{s}_steps") for s in STAGES}
     vae = earlier.vae if earlier else train_vae(recipe, args.work, steps["vae"])
+    known = vae.config.scaling_factor  # of an earlier UNet, which has learned with it
     vae.config = vae_config()  # the factor that scales latents is the pool's, and counts only in what is written
     pool = encoded_pool(recipe, args.work, vae, tokenizer)
+    if earlier:
+        pool["scaling_factor"] = np.array(known, np.float32)
     if earlier and earlier.text_encoder.config == text_config(tokenizer):
         text_encoder = earlier.text_encoder
     else:
@@ -569,8 +572,11 @@ def write_card(
         "combinations is held out",
         STAGES["vae"]: trained("vae", f"{recipe.vae_batch} fresh pictures"),
         STAGES["text"]: trained("text", f"{recipe.text_batch} fresh captions, telling what is where"),
-        STAGES["unet"]: trained("unet", f"{recipe.unet_batch} latents out of a pool of {recipe.pool}")
-        + f"; v-prediction, {recipe.prompt_dropout:.0%} of prompts dropped",
+        STAGES["unet"]: trained(
+            "unet",
+            f"{recipe.unet_batch} latents out of a pool of {recipe.pool}, v-prediction, "
+            f"{recipe.prompt_dropout:.0%} of prompts dropped",
+        ),
         STAGES["decoder"]: trained("decoder", f"{recipe.vae_batch} fresh pictures with the encoder fixed"),
         "machine": f"{os.cpu_count()} CPU cores, shared with other work",
         "licence": "Apache-2.0, weights and pictures; nothing was trained on anybody's work but the drawing program's",
