@@ -545,12 +545,15 @@ def write_card(
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         if lines:
             curves[stage] = {line["step"]: line for line in lines}  # a resumed run repeats a few: the last one counts
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3), layout="constrained", squeeze=False)
-    for axis, stage in zip(axes[0], curves, strict=True):
-        axis.semilogy(list(curves[stage]), [line["loss"] for line in curves[stage].values()])
-        axis.set(title=STAGES[stage], xlabel="step", ylabel="loss")
-        axis.grid(alpha=0.3, which="both")
-    figure.savefig(out / "loss.png", dpi=100)
+    if curves:
+        figure, axes = pyplot.subplots(
+            1, len(curves), figsize=(4 * len(curves), 3), layout="constrained", squeeze=False
+        )
+        for axis, stage in zip(axes[0], curves, strict=True):
+            axis.semilogy(list(curves[stage]), [line["loss"] for line in curves[stage].values()])
+            axis.set(title=STAGES[stage], xlabel="step", ylabel="loss")
+            axis.grid(alpha=0.3, which="both")
+        figure.savefig(out / "loss.png", dpi=100)
 
     def trained(stage: str, how: str) -> str:
         if stage not in curves:
