@@ -2,7 +2,8 @@
 
 Sharing a step is free only while the device would otherwise idle. Where two images in one step take twice as long as
 one, running both makes both slow, and one after the other is better for everybody. So the engine asks `at_once` how
-many of the pictures in line should share, and runs the first that many. Knows nothing of threads, devices or requests.
+many of the pictures in line make images come fastest, and runs the first that many. Knows nothing of threads, devices
+or requests.
 """
 
 import heapq
@@ -68,12 +69,11 @@ class Profile:
         return {rows: seconds * self._pace for rows, seconds in self._step_s.items()}
 
 
-def at_once(line: Sequence[int], profile: Profile, gain: float, fixed: int | None = None, behind: int = 0) -> int:
-    """How many of a line of pictures, given by their rows, should share the next step; `behind` it wait so many more.
+def at_once(line: Sequence[int], profile: Profile, gain: float, fixed: int | None = None) -> int:
+    """How many of a line of pictures, given by their rows, should share the next step.
 
-    A larger bucket must raise rows per second by the share `gain` over the best smaller one, and pay for the pictures
-    that it makes slower; within a bucket one more costs nothing. `fixed` overrides the measurement, never the largest
-    bucket.
+    A larger bucket must raise rows per second by the share `gain` over the best smaller one; within a bucket one more
+    costs nothing. `fixed` overrides the measurement, never the largest bucket.
     """
     filled: dict[int, tuple[int, int]] = {}  # bucket -> (pictures, rows) that it holds of the line
     rows = 0
@@ -82,31 +82,12 @@ def at_once(line: Sequence[int], profile: Profile, gain: float, fixed: int | Non
         if rows > profile.largest or (fixed is not None and count > fixed):
             break
         filled[profile.bucket(rows)] = (count, rows)
-    best, best_rows = 0, 0
-    for count, rows in filled.values():  # ascending, as rows only grow
-        faster = not best or rows / profile.step_s(rows) > best_rows / profile.step_s(best_rows) * (1 + gain)
-        waiting = behind + len(line) - count
-        if fixed is not None or (faster and pays(profile, best, best_rows, count, rows, waiting)):
-            best, best_rows = count, rows
+    best, best_rate = 0, 0.0
+    for bucket, (count, rows) in filled.items():  # ascending, as rows only grow
+        rate = rows / profile.step_s(bucket)
+        if fixed is not None or rate > best_rate * (1 + gain):
+            best, best_rate = count, rate
     return best
-
-
-def pays(profile: Profile, few: int, few_rows: int, many: int, many_rows: int, waiting: int) -> bool:
-    """Whether latencies add up to less if `many` share a step instead of the first `few` of them.
-
-    For each step that they share all `many` lose what it takes longer; the newcomers, who would have gone next,
-    together or one by one, do not wait for a step of their own; and those who are `waiting` behind them gain what
-    sharing saves. So with nobody behind, two should share only if a step of both takes less than one and a half of
-    one; with a long line, whenever images come faster.
-    """
-    if not few:
-        return True
-    newcomers, rows = many - few, many_rows - few_rows
-    shared_s, before_s, together_s = (profile.step_s(rows) for rows in (many_rows, few_rows, rows))
-    one_s = profile.step_s(-(-rows // newcomers))
-    own_s = min(newcomers * together_s, newcomers * (newcomers + 1) / 2 * one_s)
-    saved_s = before_s + min(together_s, newcomers * one_s) - shared_s
-    return many * (shared_s - before_s) < own_s + waiting * saved_s
 
 
 def schedule(

@@ -330,10 +330,10 @@ class Engine:
             if picture.slot is not None or free > 0:
                 seated.append(picture)
                 free -= picture.slot is None
-        rows, behind = [picture.request.rows for picture in seated], len(line) - len(seated)
-        group.images_at_once = at_once(rows, group.profile, group.gain, group.fixed, behind)
+        rows = [picture.request.rows for picture in seated]
+        group.images_at_once = at_once(rows, group.profile, group.gain, group.fixed)
         chosen = seated[: group.images_at_once]
-        group.open = free > 0 and at_once([*rows, 2], group.profile, group.gain, group.fixed, behind) > len(line)
+        group.open = free > 0 and at_once([*rows, 2], group.profile, group.gain, group.fixed) > len(line)
         self._encode([picture.request for picture in chosen if picture.request.texts is None])
         admitted = []
         for picture in chosen:
