@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ops import nodes, processes
 from ops.cluster import ROOT, RUN_DIR, running
 from ops.dashboard import Dashboard, Details, log_places, reason, serves
+from ops.documents import loaded
 from ops.local import port
 from ops.places import LOCAL, dashboard_of, isolate, reach
 from ops.terminal import Progress, Stop, make, run, say, span
@@ -59,14 +58,7 @@ def reload(cluster: str) -> str:
 
 
 def read(path: Path, serve_port: int | None) -> "ServeDeploySchema":
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise Stop(f"There is no file {path}. Name the config with: make deploy CONFIG=...") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Stop(f"{path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise Stop(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    content = loaded(path, f"There is no file {path}. Name the config with: make deploy CONFIG=...")
     if not isinstance(content, dict) or not content.get("applications"):
         raise Stop(f"{path} must have a list `applications`, as Ray Serve's config files do.")
     if serve_port and isinstance(content.setdefault("http_options", {}), dict):

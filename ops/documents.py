@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ops.terminal import Stop
+
 Key = tuple[str | int, ...]  # the way from the top of a file: names and places in lists
 
 
@@ -116,3 +118,15 @@ def nearest(name: object, known: Iterable[str]) -> str:
     longer = [one for one in names if one.startswith(f"{name}_")]
     near = difflib.get_close_matches(str(name), names, n=1) or longer
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def loaded(path: Path, absent: str) -> Any:
+    """What a YAML file says, for a command that cannot go on without it; `absent` is said if there is no such file."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise Stop(absent) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Stop(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise Stop(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None

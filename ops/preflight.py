@@ -10,9 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ops.documents import read
+from ops.documents import loaded, read
 from ops.terminal import Stop
 
 PROGRAMS = {"ssh": "openssh-client", "rsync": "rsync"}  # and the packages of Debian and Ubuntu that bring them
@@ -36,14 +34,7 @@ def ready_to_start(path: Path) -> None:
 
 def content(path: Path) -> dict[str, Any]:
     """A cluster file's. The linter says more about one that is not as it should be."""
-    try:
-        said = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise Stop(f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Stop(f"{path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise Stop(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    said = loaded(path, f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml")
     provider = said.get("provider") if isinstance(said, dict) else None
     if not isinstance(provider, dict) or not provider.get("type") or not said.get("cluster_name"):
         raise Stop(f"{path} must have a cluster_name and a provider with a type, as files for `ray up` do.")
