@@ -14,8 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from getpass import getuser
@@ -26,6 +25,7 @@ import pytest
 
 from ops import processes
 from ops.cluster import ROOT
+from tests.clusters import refuses, soon, succeeds
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
 MISSING = [name for name, found in (("sshd", SSHD), ("rsync", shutil.which("rsync"))) if not found]
@@ -205,23 +205,6 @@ def far() -> Iterator[Far]:
         sshd.wait()
         log.close()
         shutil.rmtree(base)
-
-
-def succeeds(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def refuses(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
-    return done.stderr.strip()
-
-
-def soon(true: Callable[[], bool], timeout_s: float = 60) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return true()
 
 
 def head(far: Far) -> dict[str, int]:
