@@ -364,13 +364,13 @@ class Engine:
             self._only_steps = False
             try:
                 self._texts.update(zip(unseen, self.pipeline.encode(unseen), strict=True))
-                self._note("encode")
+                self._note("encode", failed=False)
             except Exception as error:
                 known = self._texts.keys()
                 for request in requests:
                     if not {request.generation.prompt, request.generation.negative_prompt} <= known:
                         self._fail(request, error)
-                self._note("encode", error)
+                self._note("encode", failed=True)
                 requests = [request for request in requests if not request.future.done()]
                 texts = [text for text in texts if text in known]
         for request in requests:
@@ -434,7 +434,7 @@ class Engine:
             except Exception as error:
                 for picture in batch:
                     self._fail(picture.request, error)
-                self._note("decode", error)
+                self._note("decode", failed=True)
                 finished = [p for p in finished if p.slot is not None]  # others of those requests left with them
                 continue
             decode_s = group.decoding.decode_s[bucket]
@@ -461,7 +461,7 @@ class Engine:
             except Exception as error:
                 self._fail_group(dispatch.group, error)
                 continue
-            self._note("step")
+            self._note("step", failed=False)
             self._stepped = True
             now = self.clock()
             spent = now - max(self._last_done, dispatch.at)
@@ -484,11 +484,11 @@ class Engine:
         for request in [r for r in group.requests if any(p.slot is not None for p in r.pictures)]:
             self._fail(request, error)
         group.state = self.pipeline.empty_state(group.size)
-        self._note("step", error)
+        self._note("step", failed=True)
 
-    def _note(self, verb: str, error: Exception | None = None) -> None:
+    def _note(self, verb: str, *, failed: bool) -> None:
         """How a verb went. One that always fails ends the engine, as a new replica may fare better."""
-        self._failures[verb] = 0 if error is None else self._failures[verb] + 1
+        self._failures[verb] = self._failures[verb] + 1 if failed else 0
         self._check()
 
     def _check(self) -> None:
