@@ -32,7 +32,6 @@ from ops.tunnel import NoHead, route, tunnel
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 MONITOR_LOGS = "/tmp/ray/session_latest/logs/monitor.*"
-SSH_FAILED = 255
 API_PORT = 8000  # of Serve, where nothing is deployed that says another
 ANSWER_TIMEOUT_S = 120.0  # from Ray's start on the head until its dashboard answers
 POLL_S = 0.5
@@ -86,12 +85,11 @@ def down(path: Path, run_dir: Path) -> None:
 
 
 def monitor(path: Path, lines: int) -> None:
-    """As `ray monitor` does, which takes Ctrl-C for a failure."""
+    """As `ray monitor` does, which takes Ctrl-C for a failure. Becomes ssh, so that none can be left behind."""
     ready(path)
     *ssh, head = route(path)
     say(f"What the autoscaler of {path}'s cluster logs, until Ctrl-C")
-    if subprocess.call([*ssh, "-tt", head, f"tail -n {lines} -F {MONITOR_LOGS}"]) == SSH_FAILED:
-        raise Stop("The connection broke.")
+    os.execvp(ssh[0], [*ssh, "-tt", head, f"tail -n {lines} -F {MONITOR_LOGS}"])
 
 
 def attach(path: Path, command: str) -> None:

@@ -278,7 +278,7 @@ def test_attach_runs_a_command_on_the_head(far: Far) -> None:
 
 def test_monitor_follows_the_autoscaler(far: Far) -> None:
     with far.start("remote", "monitor") as watching:
-        assert line(watching, "autoscaler")
+        assert line(watching, "<==")  # which tail writes on the head
         os.killpg(watching.pid, signal.SIGINT)
         watching.communicate(timeout=10)
 
