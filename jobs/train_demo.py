@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +137,7 @@ class Recipe:
 STAGES = {"vae": "VAE", "text": "text encoder", "unet": "UNet and text encoder", "decoder": "decoder, sharpened"}
 
 State = dict[str, Any]
+Network = TypeVar("Network", bound=nnx.Module)
 
 
 def main() -> None:
@@ -145,10 +146,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cache/train-demo"), help="checkpoints (%(default)s)")
     parser.add_argument("--export-only", action="store_true", help="write the folder from the last checkpoint")
     parser.add_argument("--start-from", type=Path, help="folder whose networks to train on (from nothing)")
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="write the mean of UNets and text encoders: --start-from's and the trained",
+    )
     for field in dataclasses.fields(Recipe):
         kind = type(field.default)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
     args = parser.parse_args()
+    if args.average and not args.start_from:
+        parser.error("--average needs --start-from: the weights to average with.")
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
     logging.basicConfig(format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
@@ -174,11 +182,14 @@ def main() -> None:
         text_encoder = train_text_encoder(recipe, args.work, tokenizer, steps["text"])
     unet = earlier.unet if earlier else UNet(UNetConfig.from_json(UNET_JSON, []), rngs=nnx.Rngs(recipe.seed + 1))
     unet, text_encoder = train_unet(recipe, args.work, pool, tokenizer, unet, text_encoder, steps["unet"])
+    if args.average:
+        before = load_checkpoint(args.start_from)  # again, as training has used up the first one's arrays
+        unet, text_encoder = mean_of(before.unet, unet), mean_of(before.text_encoder, text_encoder)
     vae = sharpen_decoder(recipe, args.work, vae, steps["decoder"])
     shutil.copytree(words, args.out / "tokenizer", dirs_exist_ok=True)
     export(args.out, vae, unet, text_encoder, scaling_factor=float(pool["scaling_factor"]))
     networks = {"VAE": vae, "UNet": unet, "text encoder": text_encoder}
-    write_card(args.out, args.work, recipe, networks, earlier.folder if earlier else None)
+    write_card(args.out, args.work, recipe, networks, earlier.folder if earlier else None, args.average)
     log.info("Wrote %s.", args.out)
 
 
@@ -268,8 +279,7 @@ def encoded_pool(recipe: Recipe, work: Path, vae: VAE, tokenizer: Tokenizer) -> 
         task = bar.add_task("pool", total=recipe.pool)
         for first in range(0, recipe.pool, 64):
             rng = np.random.default_rng([recipe.seed, 2, first])
-            # Two objects are the harder thing to learn, so most scenes have two.
-            batch = [scenes.sample_scene(rng, objects=2 if rng.random() < 0.6 else 1) for _ in range(64)]
+            batch = [pool_scene(rng) for _ in range(64)]
             pixels = np.stack([scenes.draw(scene) for scene in batch])
             latents.append(np.asarray(encode(params, jnp.asarray(pixels, jnp.float32) / 127.5 - 1), np.float16))
             captions += [scenes.caption(scene, rng) for scene in batch for _ in range(WORDINGS)]
@@ -287,6 +297,16 @@ def encoded_pool(recipe: Recipe, work: Path, vae: VAE, tokenizer: Tokenizer) -> 
     np.savez(partial, **pool)
     os.replace(partial, file)
     return pool
+
+
+def pool_scene(rng: np.random.Generator) -> scenes.Scene:
+    """More of what is harder to learn than `scenes.sample_scene` has: half hold two things, a third a small one."""
+    if rng.random() < 1 / 2:
+        return scenes.sample_scene(rng, objects=2)
+    small = rng.random() < 2 / 3
+    while (scene := scenes.sample_scene(rng, objects=1)).size_word != "small" and small:
+        pass
+    return scene
 
 
 # --- the text encoder -------------------------------------------------------------------------------------------------
@@ -393,6 +413,15 @@ def train_unet(
     state = train("unet", work, recipe, initial, step, batches, steps)
     ema = state["ema"]
     return nnx.merge(unet_graph, ema["unet"]), nnx.merge(text_graph, ema["text_encoder"])
+
+
+def mean_of(one: Network, other: Network) -> Network:
+    """The network halfway between two, the second of which was trained on from the first.
+
+    Both lie in one basin, and halfway is often better than either (Wortsman et al. 2022, "Model soups").
+    """
+    graph, params = nnx.split(other)
+    return nnx.merge(graph, jax.tree.map(lambda a, b: (a + b) / 2, nnx.state(one), params))
 
 
 def text_config(tokenizer: Tokenizer) -> CLIPTextConfig:
@@ -530,7 +559,12 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_card(
-    out: Path, work: Path, recipe: Recipe, networks: dict[str, nnx.Module], started_from: Path | None
+    out: Path,
+    work: Path,
+    recipe: Recipe,
+    networks: dict[str, nnx.Module],
+    started_from: Path | None,
+    averaged: bool,
 ) -> None:
     """The model card, with the curves of its losses. What `started_from`'s card says of its own training is kept."""
     import matplotlib
@@ -578,7 +612,7 @@ def write_card(
         STAGES["unet"]: trained(
             "unet",
             f"{recipe.unet_batch} latents out of a pool of {recipe.pool}, v-prediction, "
-            f"{recipe.prompt_dropout:.0%} of prompts dropped",
+            f"{recipe.prompt_dropout:.0%} of prompts dropped{', and averaged with what it began from' * averaged}",
         ),
         STAGES["decoder"]: trained("decoder", f"{recipe.vae_batch} fresh pictures with the encoder fixed"),
         "machine": f"{os.cpu_count()} CPU cores, shared with other work",
