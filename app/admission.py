@@ -1,13 +1,16 @@
 """Who shares the next step, in which order, and when one that waits would be done. Measured step times decide.
 
 Sharing a step is free only while the device would otherwise idle. Where two images in one step take twice as long as
-one, running both makes both slow, and one after the other is better for everybody. So the engine asks `at_once` how
-many of the pictures in line make images come fastest, and runs the first that many. Knows nothing of threads, devices
-or requests.
+one, running both makes both slow, and one after the other is better for everybody. In between it depends on the load:
+what a shared step gains helps those who wait, and slows those who run. So the engine asks `at_once` how many of the
+pictures in line should share the next step, and runs the first that many. Knows nothing of threads or devices.
 """
 
 import heapq
+import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 # How far a measured time moves what was known. The machine's pace changes for all buckets together, and any step tells
@@ -15,6 +18,8 @@ from typing import NamedTuple
 # first step in another bucket than before can tell.
 PACE = 0.2
 SHAPE = 0.1
+LATELY = 32  # requests that tell how fast others will come
+FULL = 0.95  # a higher load is taken for this one: what an endless queue would be worth, nobody knows
 
 
 class Lane(NamedTuple):
@@ -29,10 +34,11 @@ class Lane(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is left of a picture."""
+    """What is left of a picture. `last`: with it, its request is answered."""
 
     steps: int
     rows: int
+    last: bool = True
 
 
 class Profile:
@@ -69,33 +75,42 @@ class Profile:
         return {rows: seconds * self._pace for rows, seconds in self._step_s.items()}
 
 
-def at_once(line: Sequence[int], profile: Profile, gain: float, fixed: int | None = None) -> int:
-    """How many of a line of pictures, given by their rows, should share the next step.
+def at_once(line: Sequence[Work], profile: Profile, gain: float, coming: float, fixed: int | None = None) -> int:
+    """How many of a line of pictures should share the next step.
 
-    A larger bucket must raise rows per second by the share `gain` over the best smaller one; within a bucket one more
-    costs nothing. `fixed` overrides the measurement, never the largest bucket.
+    Within a bucket one more costs nothing. A larger bucket must raise rows per second by the share `gain` over the best
+    smaller one. Of those that do, the one counts with which latencies add up to least if the line goes through in
+    groups like it: of the requests in line, and of the `coming` who will arrive before the device is idle. `fixed`
+    overrides all this, never the largest bucket.
     """
-    filled: dict[int, tuple[int, int]] = {}  # bucket -> (pictures, rows) that it holds of the line
-    rows = 0
-    for count, more in enumerate(line, 1):
-        rows += more
+    sums = list(accumulate(work.rows for work in line))
+    filled: dict[int, int] = {}  # bucket -> pictures that it holds of the line
+    for count, rows in enumerate(sums, 1):
         if rows > profile.largest or (fixed is not None and count > fixed):
             break
-        filled[profile.bucket(rows)] = (count, rows)
-    best, best_rate = 0, 0.0
-    for bucket, (count, rows) in filled.items():  # ascending, as rows only grow
-        rate = rows / profile.step_s(bucket)
-        if fixed is not None or rate > best_rate * (1 + gain):
-            best, best_rate = count, rate
+        filled[profile.bucket(rows)] = count
+    if fixed is not None:
+        return max(filled.values(), default=0)
+
+    best, least_s, best_rate = 0, math.inf, 0.0
+    for bucket, count in filled.items():  # ascending, as rows only grow
+        rows, step_s = sums[count - 1], profile.step_s(bucket)
+        if rows / step_s <= best_rate * (1 + gain):
+            continue
+        best_rate = rows / step_s
+        groups = sum(math.ceil(until / rows) for until, work in zip(sums, line, strict=True) if work.last)
+        latencies_s = step_s * (groups + coming * sums[-1] / rows)
+        if latencies_s < least_s:
+            best, least_s = count, latencies_s
     return best
 
 
 def schedule(
-    line: Sequence[Work], profile: Profile, gain: float, fixed: int | None = None
+    line: Sequence[Work], profile: Profile, gain: float, coming: float, fixed: int | None = None
 ) -> list[tuple[float, float]]:
     """When each picture of a line begins and is denoised, in seconds from now, if nothing joins: a list schedule in
     which each takes the place of the first of those before it that ends."""
-    places = at_once([work.rows for work in line], profile, gain, fixed)
+    places = at_once(line, profile, gain, coming, fixed)
     free = [0.0] * places
     spans = []
     for work in line:  # as if those who share its steps were like it
@@ -109,6 +124,27 @@ def schedule(
 def device_s(line: Iterable[Work], profile: Profile) -> float:
     """Device-seconds that are left in a line of pictures, at the best that buckets can do."""
     return sum(work.steps * work.rows for work in line) * profile.row_s()
+
+
+class Arrivals:
+    """When the latest requests came, and how much they asked for."""
+
+    def __init__(self) -> None:
+        self._latest: deque[tuple[float, float]] = deque(maxlen=LATELY)
+
+    def note(self, at: float, device_s: float) -> None:
+        self._latest.append((at, device_s))
+
+    def coming(self, now: float, backlog_s: float) -> float:
+        """How many requests should arrive before a device with so much to do is idle, if they come as they came.
+
+        Those who arrive meanwhile keep it busy longer, as in any M/G/1 queue: for backlog / (1 - load) in all.
+        """
+        if len(self._latest) < 2:
+            return 0.0
+        seconds = max(now - self._latest[0][0], 1e-6)
+        load = sum(device_s for _, device_s in self._latest) / seconds
+        return len(self._latest) / seconds * backlog_s / (1 - min(load, FULL))
 
 
 class Decoding:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from app.admission import Decoding, Lane, Profile, at_once
+from app.admission import Arrivals, Decoding, Lane, Profile, Work
 from app.line import Generated, Group, Lines, Picture, Preview, Request, Size, answer_s, backlog_s, place_s
 from app.protocol import Generation
 from app.samplers import SamplerTable
@@ -128,6 +128,7 @@ class Engine:
         self._groups = {size: self._new_group(size) for size in pipeline.sizes}
         self._changed = threading.Condition()  # guards what `submit` and the thread share: arrivals and each line
         self._arrivals: list[Request] = []
+        self._arrived = Arrivals()
         self._unfinished: set[Request] = set()
         self._stopping = self._draining = False
         self._thread: threading.Thread | None = None
@@ -309,6 +310,7 @@ class Engine:
                     turns = [g.turn for g in groups if g.requests] or [max(g.turn for g in groups)]
                     group.turn = max(group.turn, min(turns))
                 group.requests.append(request)
+                self._arrived.note(request.since, backlog_s(group, request.pictures))
             self._arrivals.clear()
 
     def _free_cancelled(self) -> None:
@@ -330,10 +332,11 @@ class Engine:
             if picture.slot is not None or free > 0:
                 seated.append(picture)
                 free -= picture.slot is None
-        rows = [picture.request.rows for picture in seated]
-        group.images_at_once = at_once(rows, group.profile, group.gain, group.fixed)
+        work = [picture.work for picture in seated]
+        group.coming = self._others(group) + len({p.request for p in line} - {p.request for p in seated})
+        group.images_at_once = group.share(work)
         chosen = seated[: group.images_at_once]
-        group.open = free > 0 and at_once([*rows, 2], group.profile, group.gain, group.fixed) > len(line)
+        group.open = free > 0 and group.share([*work, Work(steps=1, rows=2)]) > len(line)
         self._encode([picture.request for picture in chosen if picture.request.texts is None])
         admitted = []
         for picture in chosen:
@@ -352,6 +355,14 @@ class Engine:
                 )
             admitted.append(picture)
         return admitted
+
+    def _others(self, group: Group) -> float:
+        """Requests of other sizes, and those that should come before the device is idle."""
+        backlog = sum(
+            backlog_s(g, [p for request in g.requests for p in request.pictures]) for g in self._groups.values()
+        )
+        waiting = sum(len(other.requests) for other in self._groups.values() if other is not group)
+        return waiting + self._arrived.coming(self.clock(), backlog)
 
     def _encode(self, requests: Sequence[Request]) -> None:
         """Gives each its encoded texts, of which those that were seen lately cost nothing."""

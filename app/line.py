@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from app.admission import Decoding, Profile, Work, device_s, schedule
+from app.admission import Decoding, Profile, Work, at_once, device_s, schedule
 from app.protocol import SEEDS, Generation
 from app.samplers import SamplerTable
 
@@ -21,7 +21,7 @@ Preview = Callable[[int, np.ndarray], None]
 
 # Less left goes first, but not for ever: a request with t seconds of work more than another is overtaken by it only if
 # that one came no later than t / AGEING seconds after it.
-AGEING = 0.1
+AGEING = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Picture:
 
     @property
     def work(self) -> Work:
-        return Work(self.steps_left, self.request.rows)
+        return Work(self.steps_left, self.request.rows, self is self.request.pictures[-1])
 
 
 @dataclasses.dataclass(eq=False)
@@ -127,6 +127,7 @@ class Group:
     fixed: int | None
     requests: list[Request] = dataclasses.field(default_factory=list)  # with pictures that are not decoded yet
     turn: float = 0.0  # device time had, over pictures there were to share it; the group with the least is next
+    coming: float = 0.0  # requests, before the device is idle
     images_at_once: int = 0
     open: bool = False  # to a newcomer, which would share the very next step
     steps: int = 0
@@ -147,8 +148,11 @@ class Group:
             if picture.steps_left
         ]
 
+    def share(self, line: Sequence[Work]) -> int:
+        return at_once(line, self.profile, self.gain, self.coming, self.fixed)
+
     def spans(self, line: Sequence[Work]) -> list[tuple[float, float]]:
-        return schedule(line, self.profile, self.gain, self.fixed)
+        return schedule(line, self.profile, self.gain, self.coming, self.fixed)
 
 
 Lines = Mapping[Group, Sequence[Picture]]  # of every size, in order, and at its end those that have just arrived

@@ -274,9 +274,9 @@ def demo_device() -> Device:
         lambda: demo_pipeline([PREDECESSOR.batch]),
         steps=10,
         guidance_scale=GUIDANCE_SCALE,
-        equal={0.3: 10, 0.6: 20, 0.9: 30},
-        rush=24,
-        mixed=16,
+        equal={0.3: 24, 0.6: 48, 0.9: 72},
+        rush=64,
+        mixed=64,
     )
 
 
