@@ -37,6 +37,7 @@ class SelfAttention(nnx.Module):
         self.v_proj = linear(config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.out_proj = linear(config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("self-attention")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
 
@@ -47,6 +48,7 @@ class MLP(nnx.Module):
         self.fc1 = linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
         self.fc2 = linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("feed-forward")
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.fc1(x)
         x = quick_gelu(x) if self.hidden_act == "quick_gelu" else jax.nn.gelu(x, approximate=False)

@@ -1,4 +1,7 @@
-"""The blocks that UNet and VAE share. Attribute names are diffusers' tensor names; arrays are NHWC."""
+"""The blocks that UNet and VAE share. Attribute names are diffusers' tensor names; arrays are NHWC.
+
+Named scopes say which part an operation is of, in profiles and in `make tpu-check`.
+"""
 
 import math
 from typing import Any
@@ -43,6 +46,7 @@ class TimestepEmbedding(nnx.Module):
         self.linear_1 = linear(channels, features, dtype=dtype, rngs=rngs)
         self.linear_2 = linear(features, features, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("time-embedding")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
@@ -70,6 +74,7 @@ class ResnetBlock(nnx.Module):
         if channels_in != channels_out:
             self.conv_shortcut = conv(channels_in, channels_out, 1, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("resnet")
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
         residual = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
         x = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -87,6 +92,7 @@ class Downsample(nnx.Module):
             channels, channels, (3, 3), strides=2, padding=padding, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
 
+    @jax.named_scope("resampling")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(x)
 
@@ -97,6 +103,7 @@ class Upsample(nnx.Module):
     def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("resampling")
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
@@ -114,9 +121,10 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([linear(channels, channels, dtype=dtype, rngs=rngs)])
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        context = x if context is None else context
-        x = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
-        return self.to_out[0](x)
+        with jax.named_scope("self-attention" if context is None else "cross-attention"):
+            context = x if context is None else context
+            x = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
+            return self.to_out[0](x)
 
 
 class GEGLU(nnx.Module):
@@ -141,6 +149,7 @@ class FeedForward(nnx.Module):
             ]
         )
 
+    @jax.named_scope("feed-forward")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.net[2](self.net[0](x))
 
@@ -177,6 +186,7 @@ class Transformer2D(nnx.Module):
         )
         self.proj_out = linear(channels, channels, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("transformer")
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         residual = x

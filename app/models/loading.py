@@ -30,6 +30,12 @@ COMPONENTS = {
     "text_encoder": "CLIPTextModel",
     "tokenizer": "CLIPTokenizer",
 }
+CONFIGS = {
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 DOWNLOADED = [
     "model_index.json",
@@ -68,19 +74,10 @@ def load_checkpoint(model: str | Path, *, revision: str | None = None, dtype: An
         got = entry[-1] if isinstance(entry, list) and entry else entry
         if index and got not in (wanted, f"{wanted}Fast"):
             problems.append(f"model_index.json: {part} must be a {wanted}, got {got}.")
-    scheduler = read_json(folder, "scheduler/scheduler_config.json", problems)
-    unet_config = UNetConfig.from_json(read_json(folder, "unet/config.json", problems), problems)
-    vae_config = VAEConfig.from_json(read_json(folder, "vae/config.json", problems), problems)
-    text_config = CLIPTextConfig.from_json(read_json(folder, "text_encoder/config.json", problems), problems)
-    problems += _mismatches(unet_config, vae_config, text_config)
+    files = {part: read_json(folder, name, problems) for part, name in CONFIGS.items()}
+    builders = architecture(files, dtype, problems)
     _refuse(folder, problems)  # shapes are worth comparing only once the architecture is understood
 
-    rngs: Any = OneKey()
-    builders: dict[str, Callable[[], nnx.Module]] = {
-        "unet": lambda: UNet(unet_config, dtype=dtype, rngs=rngs),
-        "vae": lambda: VAE(vae_config, dtype=dtype, rngs=rngs),
-        "text_encoder": lambda: CLIPText(text_config, dtype=dtype, rngs=rngs),
-    }
     tensors = {part: find_tensors(folder / part, STEMS[part], problems) for part in builders}
     modules = {
         part: load_module(build, tensors[part], part, problems) for part, build in builders.items() if tensors[part]
@@ -91,8 +88,24 @@ def load_checkpoint(model: str | Path, *, revision: str | None = None, dtype: An
         cast(UNet, modules["unet"]),
         cast(VAE, modules["vae"]),
         cast(CLIPText, modules["text_encoder"]),
-        scheduler,
+        files["scheduler"],
     )
+
+
+def architecture(
+    configs: Mapping[str, Mapping[str, Any]], dtype: Any, problems: list[str]
+) -> dict[str, Callable[[], nnx.Module]]:
+    """What builds each network, by the contents of a checkpoint's files in CONFIGS."""
+    unet_config = UNetConfig.from_json(configs["unet"], problems)
+    vae_config = VAEConfig.from_json(configs["vae"], problems)
+    text_config = CLIPTextConfig.from_json(configs["text_encoder"], problems)
+    problems += _mismatches(unet_config, vae_config, text_config)
+    rngs: Any = OneKey()
+    return {
+        "unet": lambda: UNet(unet_config, dtype=dtype, rngs=rngs),
+        "vae": lambda: VAE(vae_config, dtype=dtype, rngs=rngs),
+        "text_encoder": lambda: CLIPText(text_config, dtype=dtype, rngs=rngs),
+    }
 
 
 class OneKey:

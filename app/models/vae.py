@@ -20,6 +20,7 @@ class AttentionBlock(nnx.Module):
         self.to_v = linear(channels, channels, dtype=dtype, rngs=rngs)
         self.to_out = nnx.List([linear(channels, channels, dtype=dtype, rngs=rngs)])
 
+    @jax.named_scope("self-attention")
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         residual = x

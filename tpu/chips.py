@@ -1,0 +1,79 @@
+"""TPUs: what their chips can do, how Google names and sells them, and libtpu's name for a host of them.
+
+Speeds, memory and matrix units are Google's (cloud.google.com/tpu/docs, the page of each version). The clock follows
+from them: peak FLOPs a second over FLOPs a cycle. Prices are Google's list prices on demand, which flags override.
+"""
+
+import re
+from dataclasses import dataclass
+
+PRICES_OF = "us-central1 or the cheapest American region that has it, on demand, as listed in mid-2025"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One generation. A v4 or v5p chip has two cores that work as one."""
+
+    name: str
+    sold_as: str  # how an accelerator type begins
+    cores: int  # that an accelerator type counts for each chip
+    peak_flops: float  # bfloat16, a second
+    flops_a_cycle: int  # of all matrix units
+    tile: int  # side of a matrix unit
+    hbm_gib: float
+    hbm_bytes_s: float
+    dollars_hour: float
+    hosts: tuple[int, ...]  # chips that one host can have
+    flat: bool  # v5e and v6e: topologies have two dimensions
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second."""
+        return self.peak_flops / self.flops_a_cycle
+
+
+def units(count: int, tile: int) -> int:
+    """FLOPs a cycle of so many matrix units."""
+    return 2 * count * tile * tile
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", "v4", 2, 275e12, units(8, 128), 128, 32, 1.2e12, 3.22, (4,), False),
+        Chip("v5e", "v5litepod", 1, 197e12, units(4, 128), 128, 16, 0.819e12, 1.20, (1, 4, 8), True),
+        Chip("v5p", "v5p", 2, 459e12, units(8, 128), 128, 95, 2.765e12, 4.20, (4,), False),
+        Chip("v6e", "v6e", 1, 918e12, units(4, 256), 256, 32, 1.638e12, 2.70, (1, 4, 8), True),
+    )
+}
+SHAPES = {1: "1x1", 4: "2x2", 8: "2x4"}  # of a host's chips
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host with all its chips: what one replica has."""
+
+    chip: Chip
+    chips: int
+
+    @property
+    def accelerator_type(self) -> str:
+        """As Google sells it, and as cluster.yaml names it."""
+        return f"{self.chip.sold_as}-{self.chips * self.chip.cores}"
+
+    @property
+    def dollars_hour(self) -> float:
+        return self.chips * self.chip.dollars_hour
+
+
+def host_of(accelerator_type: str) -> Host:
+    """`v5litepod-8` -> a host of it. Raises ValueError with what there is."""
+    named = re.fullmatch(r"([a-z0-9]+)-(\d+)", accelerator_type)
+    chip = next((chip for chip in CHIPS.values() if named and named[1] in (chip.name, chip.sold_as)), None)
+    hosts = [Host(one, chips) for one in CHIPS.values() for chips in one.hosts]
+    if named and chip:
+        chips, rest = divmod(int(named[2]), chip.cores)
+        if chips in chip.hosts and not rest:
+            return Host(chip, chips)
+    names = ", ".join(host.accelerator_type for host in hosts)
+    raise ValueError(f"TPU must be one host, {names}, got {accelerator_type}.")
