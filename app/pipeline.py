@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from app.admission import Lane
+from app.libtpu_flags import set_flags
 from app.models.loading import Checkpoint, load_checkpoint
 from app.models.tokenizer import Tokenizer
 from app.program_files import first_line
@@ -148,6 +149,7 @@ class Pipeline:
 
         `programs` is the folder of compiled programs; None: each start compiles. `devices`: all of this host.
         """
+        set_flags()
         checkpoint = load_checkpoint(model, revision=revision, dtype=DTYPES[dtype])
         length = checkpoint.text_encoder.config.max_position_embeddings
         tokenizer = Tokenizer(checkpoint.folder / "tokenizer", length)

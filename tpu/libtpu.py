@@ -5,6 +5,7 @@ import platform
 from collections.abc import MutableMapping
 from typing import Any
 
+from app.libtpu_flags import set_flags
 from tpu.chips import SHAPES, Host
 
 # It compiles only: no metadata server, no lock on chips, no log files; of what it would write to stderr, errors reach
@@ -24,6 +25,7 @@ ENVIRONMENT = {
 def compile_only(environment: MutableMapping[str, str] = os.environ) -> None:
     """To be called before JAX is imported: it reads the environment once."""
     environment.update(ENVIRONMENT)
+    set_flags(environment)  # as the pipeline does on a TPU
 
 
 def missing() -> str:
