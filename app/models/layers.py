@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 Dtype = Any
 
@@ -188,9 +189,12 @@ class Transformer2D(nnx.Module):
 
     @jax.named_scope("transformer")
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
+        shape = x.shape
+        x = x.reshape(shape[0], -1, shape[-1])
         residual = x
-        x = self.proj_in(self.norm(x).reshape(b, h * w, c))
+        x = self.proj_in(self.norm(x))
         for block in self.transformer_blocks:
             x = block(x, context)
-        return residual + self.proj_out(x).reshape(b, h, w, c)
+        # Left to itself, XLA for TPU keeps pixels minor as attention has them, and turns them round in passes apart.
+        x = with_layout_constraint(self.proj_out(x), Layout((0, 1, 2)))
+        return (residual + x).reshape(shape)
