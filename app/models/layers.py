@@ -12,6 +12,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 Dtype = Any
+FEW_KEYS = 128
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -29,9 +30,22 @@ def linear(features_in: int, features_out: int, *, bias: bool = True, dtype: Dty
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, *, causal: bool = False) -> jax.Array:
     """Multi-head attention of q [B, T, C] over k and v [B, S, C]; the softmax is float32 in any dtype."""
-    split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
-    x = jax.nn.dot_product_attention(split(q), split(k), split(v), is_causal=causal)
-    return x.reshape(q.shape)
+    shape = q.shape
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+    if k.shape[1] < FEW_KEYS and not causal:
+        x = attend_few(q, k, v)
+    else:
+        x = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    return x.reshape(shape)
+
+
+def attend_few(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The same over few keys, [B, T, N, H] and [B, S, N, H]: divided by the softmax's sum at the end, not before the
+    second product. On TPU it is a quarter quicker with 77 keys, and with thousands many times slower."""
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    x = jnp.einsum("bnts,bsnh->bnth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(x / weights.sum(axis=-1, keepdims=True), 1, 2).astype(q.dtype)
 
 
 def timestep_embedding(timesteps: jax.Array, channels: int) -> jax.Array:
