@@ -83,10 +83,11 @@ def convolution(equation: Any, tile: int) -> Work:
     outputs, inputs, *taps = (kernel[i] for i in numbers.rhs_spec)
     positions = math.prod(out) // outputs
     groups = equation.params["feature_group_count"]
-    return matrix(groups * math.prod(taps), positions, inputs, outputs // groups, tile)
+    met = math.prod(taps) / math.prod(equation.params["lhs_dilation"])  # the others meet the zeros between pixels
+    return matrix(groups * met, positions, inputs, outputs // groups, tile)
 
 
-def matrix(batch: int, rows: int, inner: int, columns: int, tile: int) -> Work:
+def matrix(batch: float, rows: int, inner: int, columns: int, tile: int) -> Work:
     """`batch` products of [rows, inner] and [inner, columns]; the longer outer side streams through the unit."""
     narrow, wide = sorted((rows, columns))
     padded = batch * up(narrow, tile) * up(wide, SUBLANES) * up(inner, tile)

@@ -113,16 +113,24 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width by repeating pixels (a broadcast, not a gather), then smooths."""
+    """Doubles height and width by repeating pixels, then smooths, both in one convolution.
+
+    Repeating a pixel is spreading it with a 2x2 kernel of ones, and two kernels make one of 4x4. Of its taps three in
+    four meet the zeros between pixels, so it multiplies less than the 3x3 kernel over the repeated pixels would.
+    """
 
     def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("resampling")
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return self.conv(x)
+        kernel = self.conv.kernel[...].astype(jnp.float32)
+        shifts = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in (0, 1) for j in (0, 1)]
+        kernel = sum(jnp.pad(kernel, shift) for shift in shifts).astype(x.dtype)
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return x + self.conv.bias[...].astype(x.dtype)[None, None, None]
 
 
 class Attention(nnx.Module):
