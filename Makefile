@@ -18,6 +18,11 @@ FOLLOW ?=
 ONCE ?=
 CMD ?=
 TESTS ?=
+MODEL ?=
+TPU ?=
+SIZE ?=
+RATE ?=
+SLO ?=
 UV_VERSION := 0.13.9
 
 py := $(VENV)/bin/python
@@ -38,7 +43,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key
-.PHONY: bench-engine bench-overhead bench-coldstart
+.PHONY: bench-engine bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -95,6 +100,12 @@ check: dev ## Check format, lint and types
 check-config: runtime ## Lint FILES= (all configs here) against Ray's own models, the app's Args and one another
 	@$(ops)lint $(or $(FILES),serve_config.yaml cluster.yaml $(sort $(wildcard configs/*.yaml)))
 
+tpu-check: libtpu ## Compile CONFIG= for a TPU that is not there (TPU=v5litepod-4,..., MODEL=demo): does it fit, how fast, how dear
+	@$(py) -m tpu.check --config "$(CONFIG)" --cluster "$(or $(filter-out local,$(CLUSTER)),cluster.yaml)" --model "$(MODEL)" --tpu "$(TPU)"
+
+tpu-plan: libtpu ## Say which TPU, and how many, serve RATE= pictures a second within SLO= seconds (MODEL=, SIZE=, TPU=, CONFIG=)
+	@$(py) -m tpu.plan --config "$(CONFIG)" --model "$(MODEL)" --size "$(SIZE)" --tpu "$(TPU)" --rate "$(RATE)" --slo "$(SLO)"
+
 api-key: runtime ## Make an API key: NAME=alice [FILE=api_keys.yaml] [RPM=60] [CONCURRENT=4]
 	@$(ops)api_key --name "$(NAME)" --file "$(or $(FILE),api_keys.yaml)" --rpm "$(RPM)" --concurrent "$(CONCURRENT)"
 
@@ -117,6 +128,9 @@ bench-engine: runtime ## Measure the engine against whole batches: latency, slow
 bench-overhead: runtime ## Measure what HTTP and mixed requests cost over the pipeline's own loop
 	@$(py) -m benchmarks.overhead
 
+bench-plan: runtime ## Hold the planner's simulation against the engine with the demo model, under three loads
+	@$(py) -m benchmarks.planner
+
 bench-coldstart: dev ## Measure a start with compiled programs at hand against one without
 	@$(py) -m benchmarks.coldstart
 
@@ -137,7 +151,10 @@ lock: ## Pin requirements/*.txt again from pyproject.toml
 
 clean: ## Remove caches; .venv, outputs/ and what is up stay
 	@rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@find app jobs ops tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find app jobs ops tests tpu benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+libtpu: runtime
+	@$(py) -m tpu.libtpu
 
 # The environments, each by the requirement file of its name.
 runtime dev parity gcp:

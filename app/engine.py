@@ -290,15 +290,18 @@ class Engine:
         return True
 
     def _pause(self) -> None:
+        if (pause_s := self.pause_s()) > 0:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping, timeout=pause_s)
+
+    def pause_s(self) -> float:
         """Until shortly before the device has done what it was given, if who comes by then could share the next step:
         not where others wait already, or where sharing does not pay."""
         if not self._flight or not all(group.open for group in self._groups.values() if group.requests):
-            return
+            return 0.0
         last = self._flight[-1]
         ends = max(self._last_done, last.at) + last.count * last.group.profile.step_s(last.bucket)
-        until = ends - LEAD_S - LEAD_SPREADS * self._spread_s
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopping, timeout=until - self.clock())
+        return ends - LEAD_S - LEAD_SPREADS * self._spread_s - self.clock()
 
     def _take_arrivals(self) -> None:
         with self._changed:

@@ -125,7 +125,7 @@ class Pipeline:
         graphs, params = {}, {}
         for name, network in networks.items():
             graphs[name], params[name] = nnx.split(network)
-        self.params = jax.device_put(params, self.everywhere)
+        self.params = placed(params, self.everywhere)
         self.draft_maps = {size: np.zeros((self.latent_channels + 1, 3), np.float32) for size in self.sizes}
         self.programs = self.declare(graphs)
         self.folder = programs
@@ -494,6 +494,13 @@ def rows_of(lanes: Sequence[Lane], buckets: Sequence[int], nobody: int) -> Rows:
 def small(batch_buckets: Sequence[int]) -> list[int]:
     """Buckets for decoding: a finished image waits for nobody, so few finish at once."""
     return [bucket for bucket in batch_buckets if bucket <= 4] or [min(batch_buckets)]
+
+
+def placed(params: Any, sharding: NamedSharding) -> Any:
+    """Weights on the devices; what is a shape only, to be compiled for and never run (tpu/programs.py), stays one."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.device_put(params, sharding)
 
 
 def mesh_of(devices: Sequence[jax.Device]) -> Mesh:

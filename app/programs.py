@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled, Lowered, Traced
 
 from app.program_files import Place, Unusable, first_line, prepare, prune, read, revive, save
 from app.program_keys import differences, key_of
@@ -53,9 +53,13 @@ class Program:
         if not isinstance(inner, types.FunctionType):  # what else could change without changing a saved program's key?
             raise ValueError(f"{self.name}: function must be a function or a partial of one, got {inner!r}.")
 
-    def lower(self) -> Lowered:
+    def trace(self) -> Traced:
         options = {} if self.out_shardings is None else {"out_shardings": self.out_shardings}
-        return jax.jit(self.function, donate_argnums=self.donate, **options).lower(*self.arguments)
+        return jax.jit(self.function, donate_argnums=self.donate, **options).trace(*self.arguments)
+
+    def lower(self) -> Lowered:
+        lowered: Lowered = self.trace().lower()
+        return lowered
 
 
 def compiled(

@@ -20,7 +20,7 @@ class Chip:
     peak_flops: float  # bfloat16, a second
     flops_a_cycle: int  # of all matrix units
     tile: int  # side of a matrix unit
-    hbm_gib: float
+    hbm_gib: float  # that libtpu gives to programs
     hbm_bytes_s: float
     dollars_hour: float
     hosts: tuple[int, ...]  # chips that one host can have
@@ -40,10 +40,10 @@ def units(count: int, tile: int) -> int:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4", 2, 275e12, units(8, 128), 128, 32, 1.2e12, 3.22, (4,), False),
-        Chip("v5e", "v5litepod", 1, 197e12, units(4, 128), 128, 16, 0.819e12, 1.20, (1, 4, 8), True),
-        Chip("v5p", "v5p", 2, 459e12, units(8, 128), 128, 95, 2.765e12, 4.20, (4,), False),
-        Chip("v6e", "v6e", 1, 918e12, units(4, 256), 256, 32, 1.638e12, 2.70, (1, 4, 8), True),
+        Chip("v4", "v4", 2, 275e12, units(8, 128), 128, 30.75, 1.2e12, 3.22, (4,), False),
+        Chip("v5e", "v5litepod", 1, 197e12, units(4, 128), 128, 15.75, 0.819e12, 1.20, (1, 4, 8), True),
+        Chip("v5p", "v5p", 2, 459e12, units(8, 128), 128, 95.74, 2.765e12, 4.20, (4,), False),
+        Chip("v6e", "v6e", 1, 918e12, units(4, 256), 256, 31.25, 1.638e12, 2.70, (1, 4, 8), True),
     )
 }
 SHAPES = {1: "1x1", 4: "2x2", 8: "2x4"}  # of a host's chips

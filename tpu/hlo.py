@@ -157,7 +157,7 @@ def charge(name: str, computations: Mapping[str, Computation], done: dict[str, B
             total.cycles[one.op_name] += cycles
         elif one.opcode in ("fusion", "call", "async-start") and (called := CALLED.search(one.text)):
             total.add(charge(called[1], computations, done))
-        elif one.opcode in MATTER:
+        elif one.opcode in MATTER and '"AllocateBuffer"' not in one.text:
             total.unpriced[one.opcode] += 1
     done[name] = total
     return total

@@ -1,17 +1,33 @@
-"""libtpu as a compiler for chips that are not there: the environment that it needs, and devices to compile for."""
+"""libtpu as a compiler for chips that are not there: its installation, the environment that it needs, and devices.
 
+It has a folder of its own under .cache and stays out of .venv: where it is installed, every JAX that starts looks for
+TPUs with it, and complains that there are none.
+"""
+
+import fcntl
 import os
 import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
 from app.libtpu_flags import set_flags
+from ops.terminal import Stop, run, say
 from tpu.chips import SHAPES, Host
 
+ROOT = Path(__file__).resolve().parents[1]
+REQUIREMENTS = ROOT / "requirements" / "tpu.txt"
+FOLDER = ROOT / ".cache" / "libtpu"
 # It compiles only: no metadata server, no lock on chips, no log files; of what it would write to stderr, errors reach
 # us as exceptions.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process at the same time finds a lock file, and ends
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # any: without one it complains
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -22,21 +38,33 @@ ENVIRONMENT = {
 }
 
 
-def compile_only(environment: MutableMapping[str, str] = os.environ) -> None:
-    """To be called before JAX is imported: it reads the environment once."""
-    environment.update(ENVIRONMENT)
-    set_flags(environment)  # as the pipeline does on a TPU
+def pinned() -> str:
+    """Its requirement with its hashes, as `make lock` has pinned it."""
+    found = re.search(r"^libtpu==\S+(?: *\\\n +--hash=\S+)+", REQUIREMENTS.read_text("utf-8"), re.M)
+    if not found:
+        raise ValueError(f"{REQUIREMENTS} pins no libtpu.")
+    return found[0]
+
+
+def version() -> str:
+    return pinned().split()[0].removeprefix("libtpu==")
+
+
+def library() -> Path:
+    return FOLDER / version() / "libtpu" / "libtpu.so"
 
 
 def missing() -> str:
     """Why programs cannot be compiled for TPUs here; nothing if they can."""
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-            return f"libtpu, which compiles for TPUs, exists for x86-64 Linux only, and this is {platform.platform()}."
-        return "libtpu, which compiles for TPUs, is not installed: make tpu"
-    return ""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return f"libtpu, which compiles for TPUs, exists for x86-64 Linux only, and this is {platform.platform()}."
+    return "" if library().exists() else "libtpu, which compiles for TPUs, is not installed: make libtpu"
+
+
+def compile_only(environment: MutableMapping[str, str] = os.environ) -> None:
+    """To be called before JAX is imported: it reads the environment once."""
+    environment.update(ENVIRONMENT, TPU_LIBRARY_PATH=str(library()))
+    set_flags(environment)  # as the pipeline does on a TPU
 
 
 def devices(host: Host) -> list[Any]:
@@ -50,3 +78,32 @@ def devices(host: Host) -> list[Any]:
     name = SHAPES[host.chips] if host.chip.flat else f"{SHAPES[host.chips]}x1"
     topology = topologies.get_topology_desc(f"{host.chip.name}:{name}", "tpu", **options)
     return list(topology.devices)
+
+
+def install() -> None:
+    if reason := missing():
+        if not reason.endswith("make libtpu"):
+            raise Stop(reason)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with open(FOLDER / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if missing():  # and not installed by another make, while this one waited
+                fetch()
+
+
+def fetch() -> None:
+    say(f"Installing libtpu {version()} into {FOLDER.relative_to(ROOT)} (213 MB)")
+    with tempfile.TemporaryDirectory(dir=FOLDER) as work:
+        requirement = Path(work) / "libtpu.txt"
+        requirement.write_text(pinned() + "\n", "utf-8")
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes", "--no-input", "--quiet"]
+        command += ["--disable-pip-version-check", "--no-compile", "--target", f"{work}/there", "-r", str(requirement)]
+        if subprocess.run(command).returncode:
+            raise Stop("libtpu could not be installed; pip says above why. To try again, run the same make.")
+        there = FOLDER / version()
+        shutil.rmtree(there, ignore_errors=True)
+        os.replace(f"{work}/there", there)  # complete, or not there
+
+
+if __name__ == "__main__":
+    run(install)

@@ -40,7 +40,7 @@ GIB = 1 << 30
 
 
 class TooLarge(Exception):
-    """The program does not fit into the chip's memory. Says how much it would need, as libtpu tells it."""
+    """The program does not fit into the chip's memory; in libtpu's words."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Price:
     arguments: int  # bytes
     outputs: int
     temporaries: int
-    peak: int  # all that is in HBM while it runs, its code too
+    code: int
     tflop: float  # of matrix products, on all chips together
     bytes: float  # read and written, as XLA counts them
     cycles: int
@@ -61,6 +61,11 @@ class Price:
     seconds: float  # modelled
     parts: dict[str, int] = field(default_factory=dict)  # cycles
     notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """All that is in HBM while it runs alone."""
+        return self.arguments + self.outputs + self.temporaries + self.code
 
     def share(self, part: str) -> float:
         return self.parts.get(part, 0) / self.cycles if self.cycles else 0.0
@@ -75,10 +80,9 @@ def price(traced: "Traced", chip: Chip, shards: int = 1) -> Price:
     try:
         compiled = traced.lower().compile()
     except JaxRuntimeError as error:
-        if needs := re.search(
-            r"Ran out of memory in memory space hbm.*?Used ([^.]*\.\S+ of \S+) hbm", str(error), re.S
-        ):
-            raise TooLarge(needs[1]) from None
+        text = str(error)
+        if text.startswith("RESOURCE_EXHAUSTED") and re.search("hbm", text[:500], re.I):  # and not VMEM, say
+            raise TooLarge(text.splitlines()[0].partition(": ")[2]) from None
         raise
     compile_s = time.perf_counter() - began
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -92,11 +96,7 @@ def price(traced: "Traced", chip: Chip, shards: int = 1) -> Price:
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
         tflop=total.flops / 1e12,
         bytes=costs.get("bytes accessed", 0.0),
         cycles=cycles,

@@ -1,0 +1,92 @@
+"""Whether the planner's simulation (tpu/simulate.py) tells what the engine does.
+
+    python -m benchmarks.planner           # about 3 minutes; exit 1 where a bar is missed
+
+The demo model on this machine's CPU, by the engine itself, under three loads of random arrivals, against the simulation
+of the very same arrivals from the times that warm-up measured. The two latencies are to be within 20 % of each other.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+
+import numpy as np
+
+from app.engine import Engine
+from app.pipeline import Pipeline
+from benchmarks.engine import demo_pipeline, tell
+from benchmarks.figures import Figure, conclude
+from benchmarks.load import equal_requests, offer, poisson
+from benchmarks.report import machine
+from tpu.simulate import Load, Timings, simulate
+
+SHARES = (0.3, 0.6, 0.8)  # of what the engine makes at most
+STEPS, GUIDANCE_SCALE, GAIN, MAX_WAITING = 20, 4.0, 0.05, 10_000
+BUCKETS = (1, 2, 4)
+WITHIN = 1.2
+
+
+def timings_of(pipeline: Pipeline) -> Timings:
+    size = pipeline.sizes[0]
+    pipeline.encode(["a text"])
+    began = time.perf_counter()
+    for number in range(10):
+        pipeline.encode([f"text {number}"])[0].embeds.block_until_ready()
+    return Timings(
+        size,
+        {rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets},
+        {images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets},
+        (time.perf_counter() - began) / 10,
+    )
+
+
+def compare(runs: int, count: int) -> list[Figure]:
+    figures = {
+        (share, percentile): Figure("demo model, CPU", f"{share:.0%} load", f"p{percentile}", bar=WITHIN)
+        for share in SHARES
+        for percentile in (50, 95)
+    }
+    pipeline = demo_pipeline(BUCKETS, STEPS)
+    assert isinstance(pipeline, Pipeline)
+    size = pipeline.sizes[0]
+    evaluations = len(pipeline.table(None, STEPS))
+    for run in range(runs):
+        pipeline.measure()  # so that both are of the same minutes
+        timings = timings_of(pipeline)
+        image_s = evaluations * min(timings.step_s[2 * images] / images for images in BUCKETS)
+        image_s += min(seconds / images for images, seconds in timings.decode_s.items())
+        for share in SHARES:
+            tell(f"run {run + 1} of {runs}, {share:.0%} of {1 / image_s:.1f} pictures a second")
+            arrivals = poisson(count, np.random.default_rng([run, round(100 * share)])) * image_s / share
+            engine = Engine(pipeline, max_waiting=MAX_WAITING, gain=GAIN)
+            engine.start()
+            try:
+                requests = equal_requests(count, size, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+                requests = [dataclasses.replace(one, prompt=f"run {run} {share} {one.prompt}") for one in requests]
+                measured = offer(engine.submit, requests, arrivals)
+            finally:
+                engine.close()
+            simulated = simulate(timings, Load(arrivals, evaluations), gain=GAIN, max_waiting=MAX_WAITING)
+            for percentile in (50, 95):
+                ours = simulated.percentile(percentile)
+                theirs = float(np.percentile(measured.latencies, percentile))
+                figures[share, percentile].add(max(ours, theirs), min(ours, theirs))
+                tell(f"  p{percentile}: simulated {ours:.3f} s, measured {theirs:.3f} s")
+    return list(figures.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--count", type=int, default=100, help="requests of each load")
+    arguments = parser.parse_args()
+    here = machine()
+    figures = compare(arguments.runs, arguments.count)
+    title = "Simulated against measured latency: the larger over the smaller"
+    whole = arguments.runs >= 3 and arguments.count >= 100
+    return conclude("planner", title, figures, here, vars(arguments), whole)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What a serve config and a cluster file say about what is compiled, and for which TPU."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.builders import Args
+from app.protocol import width_height
+from ops.documents import Document, read
+from ops.lint import refuse_errors
+from ops.lint_cluster import node_types
+from ops.lint_serve import apps
+from ops.terminal import Stop
+from tpu.chips import Host, host_of
+from tpu.programs import Served
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A config's model and shapes, and what a request is that says nothing."""
+
+    served: Served
+    sampler: str | None
+    num_inference_steps: int
+    guidance_scale: float
+    args: Args
+
+
+def asked_of(config: Path, model: str = "", size: str = "") -> Asked:
+    """Of the first application here that is built from app.builders' Args. Raises Stop with what is wrong."""
+    args = next((app.args for app in apps(sound(config)) if isinstance(app.args, Args)), None)
+    if args is None:
+        raise Stop(f"{config} has no application that app.builders:text_to_image builds.")
+    return of_args(args, model, size)
+
+
+def of_args(args: Args, model: str = "", size: str = "") -> Asked:
+    try:
+        sizes = tuple(width_height(one) for one in ([size] if size else args.sizes))
+    except ValueError:
+        raise Stop(f"SIZE must be WIDTHxHEIGHT, such as 512x512, got {size}.") from None
+    served = Served(
+        model=model or args.model,
+        dtype=args.dtype,
+        sizes=sizes,
+        batch_buckets=tuple(sorted(args.batch_buckets)),
+        decode_buckets=tuple(sorted(args.decode_buckets)) if args.decode_buckets else None,
+        max_steps=args.limits.num_inference_steps[1],
+    )
+    defaults = args.defaults
+    return Asked(served, defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, args)
+
+
+def hosts_of(tpus: str, cluster: Path) -> list[Host]:
+    """`v5litepod-4,v6e-8`, or else what the cluster file's TPU nodes are. Raises Stop."""
+    names = [name.strip() for name in tpus.split(",") if name.strip()]
+    if not names:
+        names = [one["slice"].name for one in node_types(sound(cluster)).values() if one["slice"]]
+        if not names:
+            raise Stop(f"{cluster} has no TPU nodes. Name a TPU: TPU=v5litepod-4")
+    try:
+        return [host_of(name) for name in dict.fromkeys(names)]
+    except ValueError as error:
+        raise Stop(str(error)) from None
+
+
+def sound(path: Path) -> Document:
+    """The file, if the linter finds no error in it."""
+    refuse_errors([path])
+    document, _ = read(path)
+    assert document is not None
+    return document

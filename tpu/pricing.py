@@ -1,0 +1,179 @@
+"""Prices many programs: those that were priced before from files, the others by processes side by side."""
+
+import contextlib
+import json
+import os
+import queue
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tpu.chips import Host
+from tpu.price import Price
+from tpu.programs import Served
+
+ATTEMPTS = 2  # libtpu has crashed once where it did not the next time
+WORKERS = 2  # each compiles with more than one thread, and needs up to 3 GB for a full-size UNet
+
+
+@dataclass(frozen=True)
+class Task:
+    served: Served
+    host: Host
+    program: str
+    key: str  # of the file that keeps its price
+
+    @property
+    def label(self) -> str:
+        return f"{self.host.accelerator_type}: {self.program}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A price, or why there is none: that it does not fit, with what libtpu says it needs, or another refusal."""
+
+    price: Price | None = None
+    too_large: str = ""
+    refused: str = ""
+    cached: bool = False
+
+
+Tell = Callable[[Task, Outcome | None], None]  # None: it has begun
+
+
+def price_all(tasks: Sequence[Task], cache: Path, tell: Tell) -> dict[Task, Outcome]:
+    """Calls `tell` from other threads. Crashes of a worker are told as refusals."""
+    outcomes: dict[Task, Outcome] = {}
+    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    for task in tasks:
+        if found := load(cache, task):
+            outcomes[task] = found
+            tell(task, found)
+        else:
+            waiting.put(task)
+    failures: list[BaseException] = []
+    stopping = threading.Event()
+
+    def work() -> None:
+        try:
+            with Worker() as worker:
+                while not stopping.is_set():
+                    with contextlib.suppress(queue.Empty):
+                        task = waiting.get_nowait()
+                        tell(task, None)
+                        outcomes[task] = worker.price(task)
+                        save(cache, task, outcomes[task])
+                        tell(task, outcomes[task])
+                        continue
+                    return
+        except BaseException as error:
+            failures.append(error)
+            stopping.set()
+
+    threads = [threading.Thread(target=work) for _ in range(min(WORKERS, waiting.qsize()))]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C: the workers are in the same group and have got it too
+        stopping.set()
+        raise
+    if failures:
+        raise failures[0]
+    return {task: outcomes[task] for task in tasks}
+
+
+class Worker:
+    """A process of tpu/worker.py, started when it is first needed, and again after a crash."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> int | None:
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        return process.wait()
+
+    def price(self, task: Task) -> Outcome:
+        asked = {"served": asdict(task.served), "tpu": task.host.accelerator_type, "program": task.program}
+        status: int | None = None
+        for _ in range(ATTEMPTS):
+            process = self.process = self.process or start()
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(asked), file=process.stdin, flush=True)
+            if line := process.stdout.readline():
+                return outcome(json.loads(line))  # a mistake of ours is raised here, with the worker's traceback
+            status = self.end()
+        return Outcome(refused=f"libtpu ended the process that compiled it, with status {status}.")
+
+
+def start() -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tpu.worker"]
+    with roomy_stacks():
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=Path(__file__).resolve().parents[1],
+        )
+
+
+@contextlib.contextmanager
+def roomy_stacks() -> Iterator[None]:
+    """What is started inside may have stacks as large as this user may allow: with 8 MiB, compiling a full-size UNet
+    has overflowed one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))
+
+
+def outcome(said: Mapping[str, Any], *, cached: bool = False) -> Outcome:
+    if "failed" in said:
+        raise RuntimeError(said["failed"])
+    priced = said.get("price")
+    if priced:
+        priced = Price(**{**priced, "notes": tuple(priced["notes"])})
+    return Outcome(priced, said.get("too_large", ""), said.get("refused", ""), cached)
+
+
+def load(cache: Path, task: Task) -> Outcome | None:
+    try:
+        return outcome(json.loads((cache / f"{task.key}.json").read_text("utf-8")), cached=True)
+    except (OSError, ValueError, TypeError, KeyError):  # none, cut short, or of an older form
+        return None
+
+
+def save(cache: Path, task: Task, found: Outcome) -> None:
+    """What is refused is tried again the next time; a full disk costs only that."""
+    if found.refused:
+        return
+    said = {"price": asdict(found.price)} if found.price else {"too_large": found.too_large}
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:  # complete, or not there
+            json.dump(said, file)
+        os.replace(file.name, cache / f"{task.key}.json")

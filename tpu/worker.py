@@ -1,0 +1,62 @@
+"""Prices programs that it is asked for, a line of JSON each way: a process of its own, as libtpu ends the process when
+it meets something that it did not expect.
+"""
+
+import json
+import os
+import sys
+import traceback
+from dataclasses import asdict
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from tpu.chips import Host, host_of
+from tpu.libtpu import compile_only
+
+if TYPE_CHECKING:
+    from app.pipeline import Pipeline
+    from tpu.programs import Served
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print what they like
+    compile_only()
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """{"price": ...}, {"too_large": libtpu's words}, {"refused": the compiler's} or {"failed": a traceback}."""
+    from jax.errors import JaxRuntimeError
+
+    from tpu.price import TooLarge, price
+    from tpu.programs import Served, shards_of
+
+    try:
+        served = Served(**{name: frozen(value) for name, value in asked["served"].items()})
+        host = host_of(asked["tpu"])
+        program = next(one for one in pipeline(served, host).programs if one.name == asked["program"])
+        return {"price": asdict(price(program.trace(), host.chip, shards_of(program)))}
+    except TooLarge as reason:
+        return {"too_large": str(reason)}
+    except (JaxRuntimeError, NotImplementedError) as error:
+        return {"refused": str(error).strip().splitlines()[0]}
+    except Exception:  # ours, not the program's
+        return {"failed": traceback.format_exc()}
+
+
+@lru_cache(1)
+def pipeline(served: "Served", host: Host) -> "Pipeline":
+    from tpu.programs import pipeline_of
+
+    return pipeline_of(served, host)
+
+
+def frozen(value: Any) -> Any:
+    """A list of JSON's, as the tuple that it was."""
+    return tuple(frozen(one) for one in value) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()
