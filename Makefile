@@ -17,6 +17,10 @@ LINES ?= 30
 FOLLOW ?=
 ONCE ?=
 CMD ?=
+JOB ?=
+export ARGS ?=
+RESOURCES ?=
+ID ?=
 TESTS ?=
 MODEL ?=
 TPU ?=
@@ -42,8 +46,8 @@ unexport PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check
-.PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key
-.PHONY: bench-engine bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan
+.PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
+.PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +86,15 @@ preempt: runtime ## Have a node of the twin taken away, NODE= or the youngest: n
 
 undeploy: $(needs) ## Take everything off the cluster, which stays up
 	@$(ops)deploy undeploy $(at) $(where)
+
+job: $(needs) ## Run JOB=name ARGS="..." on the cluster and follow it, Ctrl-C stops it; ID=... follows one that runs
+	@$(ops)job run $(at) $(where) --job "$(JOB)" --arguments="$$ARGS" --resources '$(RESOURCES)' --id "$(ID)"
+
+jobs: $(needs) ## List the jobs that run on the cluster or have run there, with their states
+	@$(ops)job list $(at) $(where)
+
+stop-job: $(needs) ## Stop the job ID=
+	@$(ops)job stop $(at) $(where) --id "$(ID)"
 
 down: $(needs) ## End what `make up` started with the same CLUSTER=, and nothing else
 	@$(ops)$(place) down $(its)

@@ -6,7 +6,6 @@ The captions are drawn from the held-out combinations of jobs/scenes.py, the jud
 come from the engine that is served. Everything is fixed by --seed, so two runs print the same table.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from app.images import contact_sheet
 from app.pipeline import Pipeline
 from app.protocol import Generation
 from jobs import scenes
+from jobs.entry import Parser, path, whole
 
 SIZE = (128, 128)
 
@@ -58,23 +58,19 @@ BARS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/demo-model", help="folder (%(default)s)")
-    parser.add_argument("--count", type=int, default=200, help="captions of each kind (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="num_inference_steps (%(default)s)")
+    parser = Parser(__doc__)
+    parser.add_argument("--model", type=path, default="assets/demo-model", help="folder (%(default)s)")
+    parser.add_argument("--count", type=whole(1, 10_000), default=200, help="captions of each kind (%(default)s)")
+    parser.add_argument("--steps", type=whole(1, 1000), default=20, help="num_inference_steps (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="(%(default)s)")
     parser.add_argument("--sampler", default=None, help="(the checkpoint's own)")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo-quality"), help="sheets (%(default)s)")
+    parser.add_argument("--out", type=path, default="outputs/demo-quality", help="sheets (%(default)s)")
     args = parser.parse_args()
-    if not 1 <= args.count <= 10_000:
-        parser.error(f"--count must be between 1 and 10000, got {args.count}.")
-    if not 1 <= args.steps <= 1000:
-        parser.error(f"--steps must be between 1 and 1000, got {args.steps}.")
 
     try:
-        pipeline = Pipeline.load(args.model, sizes=[SIZE], batch_buckets=[8], max_steps=args.steps)
+        pipeline = Pipeline.load(str(args.model), sizes=[SIZE], batch_buckets=[8], max_steps=args.steps)
         pipeline.table(args.sampler, args.steps)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -46,6 +46,11 @@ class Verbs:
         return cluster
 
 
+def one_tpu_node(cluster: str) -> str:
+    """So that load adds no second replica here; tests/test_cluster_scaling.py has it come and go."""
+    return cluster.replace("max_workers: 4 # of this type", "max_workers: 1")
+
+
 def ports(count: int) -> list[int]:
     """Apart from those that `up` chooses."""
     return [port for port in range(18000, 19000) if processes.free(port)][:count]

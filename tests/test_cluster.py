@@ -34,7 +34,7 @@ from ray.util.metrics import Metric
 from app.metrics import Metrics
 from ops import processes
 from ops.cluster import ROOT, Cluster
-from tests.clusters import Verbs, fetch, ports, refuses, soon, succeeds
+from tests.clusters import Verbs, fetch, one_tpu_node, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
 
@@ -64,11 +64,6 @@ def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
     succeeds(verbs.up())
     yield verbs
     succeeds(verbs.down())
-
-
-def one_tpu_node(cluster: str) -> str:
-    """So that load adds no second replica here; tests/test_cluster_scaling.py has it come and go."""
-    return cluster.replace("max_workers: 4 # of this type", "max_workers: 1")
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""The jobs on a real local Ray, submitted as `make job` does it. One cluster of one TPU node serves all tests here."""
+
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ops.cluster import ROOT
+from tests.clusters import Verbs, one_tpu_node, ports, refuses, soon, succeeds
+
+pytestmark = pytest.mark.cluster
+
+RUN_DIR = ROOT / ".run" / "test-jobs"
+
+
+@pytest.fixture(scope="module")
+def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
+    twin = tmp_path_factory.mktemp("twin") / "cluster.yaml"
+    twin.write_text(one_tpu_node((ROOT / "cluster.yaml").read_text()))
+    dashboard_port, serve_port = ports(2)
+    verbs = Verbs(RUN_DIR, dashboard_port, serve_port, twin)
+    verbs.down()  # what a test run that was killed may have left
+    succeeds(verbs.up())
+    yield verbs
+    succeeds(verbs.down())
+
+
+def submitted(verbs: Verbs, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return verbs("job", "run", "--job", name, f"--arguments={shlex.join(map(str, arguments))}")
+
+
+def started(verbs: Verbs, name: str, *arguments: object) -> subprocess.Popen[str]:
+    return beside(verbs, "--job", name, f"--arguments={shlex.join(map(str, arguments))}")
+
+
+def beside(verbs: Verbs, *options: str) -> subprocess.Popen[str]:
+    """`make job` while the test goes on."""
+    command = [sys.executable, "-m", "ops.job", "run", *options, "--run-dir", str(verbs.run_dir)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(process: subprocess.Popen[str], words: str) -> str:
+    """Reads what it prints up to a line that has these words."""
+    assert process.stdout
+    read = ""
+    for line in process.stdout:
+        read += line
+        if words in line:
+            return read
+    raise AssertionError(read)
+
+
+# `make job` and `make jobs` themselves, with the smallest job that there is.
+
+
+def test_a_job_runs_from_todays_code_and_its_files_are_in_the_checkout(verbs: Verbs, tmp_path: Path) -> None:
+    out = tmp_path / "it's here"  # as a shell must quote it
+    done = submitted(verbs, "demo_quality", "--count", 1, "--steps", 1, "--out", out)
+    assert "everything said" in done.stdout and list(out.glob("*.png")), done.stdout + done.stderr
+    assert done.returncode == (1 if "MISSED" in done.stdout else 0)  # the job's own
+    (package,) = verbs.cluster.temp_dir.glob("ray/session_latest/runtime_resources/working_dir_files/_ray_pkg_*/")
+    assert {one.name for one in package.iterdir()} == {"app", "benchmarks", "jobs", "ops"}
+
+
+def test_a_jobs_mistake_is_one_line_and_its_exit_status_is_ours(verbs: Verbs) -> None:
+    done = submitted(verbs, "demo_quality", "--count", "0")
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert "\n--count: must be an integer between 1 and 10000, got 0.\ndemo_quality-" in done.stdout
+    assert "has failed after" in done.stdout
+    assert "failed (exit 2)  demo_quality --count 0\n" in succeeds(verbs("job", "list"))
+
+
+def test_ctrl_c_stops_the_job(verbs: Verbs, tmp_path: Path) -> None:
+    process = started(verbs, "demo_quality", "--count", 9999, "--out", tmp_path)
+    until(process, "Running entrypoint")
+    (driver,) = [one for one in verbs.cluster.search() if "jobs.demo_quality" in one.cmdline()[-5:]]
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.splitlines()[-1].endswith("is stopped.")
+    assert soon(lambda: not driver.is_running())
+    assert "stopped  demo_quality --count 9999" in succeeds(verbs("job", "list"))
+
+
+def test_one_that_runs_can_be_followed_again_and_stopped(verbs: Verbs, tmp_path: Path) -> None:
+    process = started(verbs, "demo_quality", "--count", 9999, "--out", tmp_path)
+    job = until(process, " is submitted.").split()[0]
+    process.kill()  # as when the terminal's machine goes away
+    process.communicate()
+    again = beside(verbs, "--id", job)
+    until(again, "Running entrypoint")
+    assert f"{job} is stopped." in succeeds(verbs("job", "stop", "--id", job))
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 1 and f"{job} was stopped after" in said
+    assert "had ended already" in succeeds(verbs("job", "stop", "--id", job))
+
+
+def test_mistakes_are_told_before_anything_is_submitted(verbs: Verbs) -> None:
+    before = succeeds(verbs("job", "list"))
+    assert refuses(submitted(verbs, "draw_all")).startswith("JOB must be one of ")
+    assert refuses(verbs("job", "run", "--id", "nobody")).startswith("There is no job nobody.")
+    assert "No closing quotation" in refuses(verbs("job", "run", "--job", "train_demo", "--arguments", "'"))
+    assert refuses(verbs("job", "run", "--job", "train_demo", "--resources", "4")).startswith("RESOURCES must be JSON")
+    assert "usage: " in succeeds(submitted(verbs, "demo_quality", "--help"))
+    assert succeeds(verbs("job", "list")) == before
