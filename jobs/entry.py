@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -44,7 +45,9 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def run(job: Callable[[], str]) -> NoReturn:
-    """Ends the process as the job ends. What the job returns says what it made and where."""
+    """Ends the process as the job ends. What the job returns says what it made and where. A stop, which is a SIGTERM,
+    lets it clean up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     try:
         made = job()

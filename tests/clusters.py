@@ -1,7 +1,10 @@
 """What tests of a real local cluster share: the Makefile's verbs as a user would run them, and plain HTTP."""
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from jobs import entry
 from ops import processes
 from ops.cluster import ROOT, Cluster
 
@@ -49,6 +53,21 @@ class Verbs:
 def one_tpu_node(cluster: str) -> str:
     """So that load adds no second replica here; tests/test_cluster_scaling.py has it come and go."""
     return cluster.replace("max_workers: 4 # of this type", "max_workers: 1")
+
+
+def in_this_process(main: Callable[[], str], command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A job's module as `python -m` runs it, without the seconds that its imports take."""
+    out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = command
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            entry.run(main)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 def ports(count: int) -> list[int]:

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
+from app.models.loading import load_checkpoint
 from ops.cluster import ROOT
 from tests.clusters import Verbs, one_tpu_node, ports, refuses, soon, succeeds
 
@@ -106,3 +108,14 @@ def test_mistakes_are_told_before_anything_is_submitted(verbs: Verbs) -> None:
     assert refuses(verbs("job", "run", "--job", "train_demo", "--resources", "4")).startswith("RESOURCES must be JSON")
     assert "usage: " in succeeds(submitted(verbs, "demo_quality", "--help"))
     assert succeeds(verbs("job", "list")) == before
+
+
+# Each of the others, at demo size.
+
+
+def test_fetched_weights_are_the_models_in_bf16(verbs: Verbs, tmp_path: Path) -> None:
+    out = tmp_path / "weights"  # a relative path starts where the cluster has the repository
+    said = succeeds(submitted(verbs, "fetch_weights", "assets/demo-model", "--out", out))
+    assert f"Deploy it with `model: {out}`." in said
+    checkpoint = load_checkpoint(out, dtype=jnp.bfloat16)
+    assert checkpoint.unet.config == load_checkpoint(ROOT / "assets/demo-model").unet.config

@@ -1,0 +1,207 @@
+"""Brings a checkpoint to a folder that replicas load from: bf16 safetensors, verified, with a manifest.
+
+    python -m jobs.fetch_weights CompVis/stable-diffusion-v1-4 --out weights/sd14
+    python -m jobs.fetch_weights assets/demo-model --out weights/demo          # a folder in diffusers layout
+    python -m jobs.fetch_weights --from-single-file some.safetensors --layout CompVis/stable-diffusion-v1-4 --out ...
+
+The source goes through the loader that replicas use, which names all that is wrong with it; what is written is read
+back, and each tensor compared with the source's bit for bit. The folder appears under its name when it is whole, and
+its model_index.json, without which nothing loads it, goes in last. Run again, it checks what is there.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from app.models.loading import COMPONENTS, DOWNLOADED, STEMS, Checkpoint, find_tensors, load_checkpoint, to_tensors
+from jobs import hub
+from jobs.entry import Invalid, Parser, path, run
+from ops.terminal import Stop, say
+
+DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+INDEX, MANIFEST = "model_index.json", "manifest.json"
+STALE_S = 3600  # a draft that was not touched for so long belongs to a run that was killed
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the tensors come from, and what the manifest says of it."""
+
+    folder: Path
+    name: str
+    revision: str | None
+
+
+def main() -> str:
+    parser = Parser(__doc__)
+    parser.add_argument("model", nargs="?", help="a Hugging Face repo id, or a folder in diffusers layout")
+    parser.add_argument("--revision", help="branch, tag or commit of a repo id; the manifest keeps the commit (main)")
+    parser.add_argument("--from-single-file", type=path, metavar="FILE", help="one .safetensors file that holds it all")
+    parser.add_argument("--layout", help="of FILE: a repo id or folder whose configuration it has (diffusers guesses)")
+    parser.add_argument("--out", type=path, required=True, help="the folder to make, on a disk that replicas see")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the tensors (%(default)s)")
+    args = parser.parse_args()
+    if (args.model is None) == (args.from_single_file is None):
+        parser.error("model, or --from-single-file FILE, must be given, and not both.")
+
+    with source_of(args.model, args.revision, args.from_single_file, args.layout) as source:
+        wanted = {"source": source.name, "revision": source.revision, "dtype": args.dtype}
+        if (args.out / MANIFEST).is_file():
+            finish(args.out, wanted, source)
+            return f"{args.out} was there already, and all its files have the hashes of its manifest."
+        if args.out.exists():
+            raise Invalid(f"--out: {args.out} is there and no work of this job, as it has no {MANIFEST}.")
+        make(source, args.out, args.dtype, wanted)
+    files = manifest_of(args.out)["files"]
+    size = sum(one["bytes"] for one in files.values()) / 1e6
+    return f"Made {args.out}: {len(files)} files, {size:,.1f} MB, {args.dtype}. Deploy it with `model: {args.out}`."
+
+
+@contextlib.contextmanager
+def source_of(model: str | None, revision: str | None, file: Path | None, layout: str | None) -> Iterator[Source]:
+    if file is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield unpacked(file, layout, Path(folder))
+    elif model is not None and path(model).is_dir():
+        if revision:
+            raise Invalid(f"--revision is of a repo id, and {model} is a folder.")
+        yield Source(path(model), str(path(model)), fingerprint(path(model)))
+    # A slip in a path must not turn into a download.
+    elif model and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not path(model).parent.is_dir():
+        snapshot = hub.download(model, revision, DOWNLOADED)
+        yield Source(snapshot.folder, model, snapshot.commit)
+    else:
+        raise Invalid(f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model}.")
+
+
+def fingerprint(folder: Path) -> str:
+    """What stands for a commit where there is none: the weights themselves."""
+    files = [folder / part / f"{stem}.safetensors" for part, stem in STEMS.items()]
+    hashes = [hub.sha256_of(file) for file in files if file.is_file()]  # the loader says what is missing
+    return "weights " + hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
+    """By diffusers, whose business the dozen layouts of such files are. The source's name is the file's own hash."""
+    if file.suffix != ".safetensors" or not file.is_file():  # a .ckpt is a pickle, and loading it runs what it says
+        raise Invalid(f"--from-single-file must be a .safetensors file, got {file}.")
+    try:
+        from diffusers import StableDiffusionPipeline
+    except ImportError:
+        raise Stop(
+            "--from-single-file needs diffusers and PyTorch where the job runs: pip install -r requirements/parity.txt"
+        ) from None
+    local = layout is not None and path(layout).is_dir()
+    where = str(path(layout)) if layout and local else layout
+    given = {} if where is None else {"config": where, "local_files_only": local}
+    try:
+        pipeline = StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **given)
+    except Exception as error:  # of diffusers, of the Hub, of the file
+        raise Stop(f"{file} cannot be read as Stable Diffusion: {(str(error).splitlines() or [''])[0]}") from None
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return Source(folder, f"{file.name} sha256:{hub.sha256_of(file)}", None)
+
+
+def make(source: Source, out: Path, dtype: str, wanted: dict[str, Any]) -> None:
+    try:
+        checkpoint = load_checkpoint(source.folder, dtype=DTYPES[dtype])
+    except ValueError as problems:
+        raise Stop(str(problems)) from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    clear_stale(out)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.draft-", dir=out.parent))
+    try:
+        copy_small(source.folder, draft)
+        for part in STEMS:
+            write_part(part, checkpoint, draft, dtype)
+            verify_part(part, source.folder, draft, dtype)
+        files = sorted(file for file in draft.rglob("*") if file.is_file())
+        facts = {
+            str(file.relative_to(draft)): {"bytes": file.stat().st_size, "sha256": hub.sha256_of(file)}
+            for file in files
+        }
+        made = {**wanted, "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": facts}
+        (draft / MANIFEST).write_text(json.dumps(made, indent=2) + "\n")
+        (draft / INDEX).unlink()
+        draft.chmod(0o755)  # mkdtemp's is its maker's alone, and replicas may be another user
+        os.rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    finish(out, wanted, source)
+
+
+def clear_stale(out: Path) -> None:
+    for left in out.parent.glob(f".{out.name}.draft-*"):
+        if left.stat().st_mtime < time.time() - STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def copy_small(source: Path, draft: Path) -> None:
+    """What is no tensor, from the parts that we know; nothing is followed out of them."""
+    shutil.copyfile(source / INDEX, draft / INDEX)
+    for part in ("scheduler", *COMPONENTS):
+        (draft / part).mkdir()
+        for file in (source / part).iterdir():
+            if file.is_file() and file.suffix in (".json", ".txt"):
+                shutil.copyfile(file, draft / part / file.name)
+
+
+def write_part(part: str, checkpoint: Checkpoint, draft: Path, dtype: str) -> None:
+    tensors = to_tensors(getattr(checkpoint, part), DTYPES[dtype])
+    if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]:
+        raise Stop(f"{part}: tensor {bad[0]} holds a number that is not finite in {dtype}.")
+    file = draft / part / f"{STEMS[part]}.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})  # as diffusers and transformers ask for
+    say(f"{part}: {len(tensors)} tensors, {file.stat().st_size / 1e6:,.1f} MB")
+
+
+def verify_part(part: str, source: Path, draft: Path, dtype: str) -> None:
+    """What was written, read from the disk, against what was given, by a way that does not go through our modules."""
+    problems: list[str] = []
+    given, written = (find_tensors(folder / part, STEMS[part], problems) for folder in (source, draft))
+    problems += [f"{part}: tensor {name} is not in both." for name in sorted(set(given) ^ set(written))]
+    for name in set(given) & set(written):
+        before, after = given[name].read().astype(DTYPES[dtype]), written[name].read()
+        if before.dtype != after.dtype or before.tobytes() != after.tobytes():
+            problems.append(f"{part}: tensor {name} was not written as it was read.")
+    if problems:
+        raise Stop("\n".join(problems))
+
+
+def finish(out: Path, wanted: dict[str, Any], source: Source) -> None:
+    """A folder that has its name and its manifest: put in what a run that was killed then has left out, and check."""
+    manifest = manifest_of(out)
+    if differing := [f"{name} {manifest.get(name)}" for name, value in wanted.items() if manifest.get(name) != value]:
+        raise Invalid(f"--out: {out} holds another one: {', '.join(differing)}. Name another folder.")
+    if not (out / INDEX).exists():
+        draft = out / f".{INDEX}"
+        shutil.copyfile(source.folder / INDEX, draft)
+        os.replace(draft, out / INDEX)
+    for name, fact in manifest["files"].items():
+        if not (out / name).is_file() or hub.sha256_of(out / name) != fact["sha256"]:
+            raise Stop(f"{out / name} is not what {MANIFEST} says. Remove {out}, and the same job makes it anew.")
+
+
+def manifest_of(out: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((out / MANIFEST).read_text("utf-8"))
+        return found
+    except (OSError, ValueError) as error:
+        raise Stop(f"{out / MANIFEST} cannot be read: {error}. Remove {out}, and the same job makes it anew.") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+"""Files of a Hugging Face repo at one commit, each held to the hash that the Hub declares for it.
+
+Finished files stay in the Hub client's own cache, so a download that was cut short goes on with the first that is
+missing. HF_ENDPOINT names another Hub, HF_TOKEN a token; nothing here keeps either.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from ops.terminal import Stop, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    folder: Path
+    commit: str
+
+
+def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Snapshot:
+    """Raises Stop where the Hub does not answer, has no such repo, or sends other bytes than it has declared."""
+    try:
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+        assert info.sha and info.siblings is not None
+        wanted = [one for one in info.siblings if any(fnmatch(one.rfilename, pattern) for pattern in patterns)]
+        size = sum(one.size or 0 for one in wanted)
+        say(f"{repo} at {info.sha}: {len(wanted)} files, {size / 1e6:,.1f} MB")
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=info.sha, allow_patterns=[one.rfilename for one in wanted], max_workers=8
+        )
+    except Exception as error:  # the Hub's client raises a dozen kinds
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise Stop(f"{repo} cannot be fetched: {lines[0]}") from None
+    for one in wanted:
+        check(Path(folder) / one.rfilename, one)
+    return Snapshot(Path(folder), info.sha)
+
+
+def check(file: Path, declared: Any) -> None:
+    """A large file is declared by its SHA-256, a small one by its git blob id. A damaged one leaves the cache."""
+    if declared.lfs:
+        got, wanted = sha256_of(file), declared.lfs.sha256
+    else:
+        content = file.read_bytes()
+        got, wanted = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), declared.blob_id
+    if got != wanted:
+        file.resolve().unlink()
+        file.unlink(missing_ok=True)
+        raise Stop(
+            f"{declared.rfilename} has the hash {got}, and the Hub declares {wanted}. The same job fetches it anew."
+        )
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
