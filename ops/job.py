@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 HOME_ELSEWHERE = "~/imagine"  # where the cluster files' file_mounts put the repository
-CODE = ("app", "benchmarks", "jobs", "ops")
+TRAVELS = ("app", "benchmarks", "configs", "jobs", "ops", "serve_config.yaml")
 POLL_S = 0.5
 STOP_S = 20  # what a job has from our Ctrl-C until it is killed
 # Of Ray's, those that tell of each upload and each connection that ends.
@@ -43,6 +43,7 @@ def submit(dashboard: Dashboard, name: str, arguments: list[str], resources: dic
     environment = {
         "IMAGINE_HOME": HOME_ELSEWHERE if elsewhere else str(ROOT),
         "PYTHONUNBUFFERED": "1",  # so that progress is seen when it is made
+        "RAY_COLOR_PREFIX": "0",  # a log file has no colours
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that there is no PyTorch
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
     }
@@ -52,7 +53,7 @@ def submit(dashboard: Dashboard, name: str, arguments: list[str], resources: dic
             submission_id=f"{name}-{secrets.token_hex(3)}",
             runtime_env={
                 "working_dir": str(ROOT),
-                "excludes": [f"/{one.name}" for one in ROOT.iterdir() if one.name not in CODE],
+                "excludes": [f"/{one.name}" for one in ROOT.iterdir() if one.name not in TRAVELS],
                 "env_vars": environment,
             },
             metadata={"job": name},

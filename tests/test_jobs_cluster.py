@@ -1,5 +1,7 @@
 """The jobs on a real local Ray, submitted as `make job` does it. One cluster of one TPU node serves all tests here."""
 
+import contextlib
+import json
 import shlex
 import signal
 import subprocess
@@ -8,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
+import psutil
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from app.models.loading import load_checkpoint
 from ops.cluster import ROOT
+from ops.job import TRAVELS
 from tests.clusters import Verbs, one_tpu_node, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
@@ -56,6 +62,15 @@ def until(process: subprocess.Popen[str], words: str) -> str:
     raise AssertionError(read)
 
 
+def running(verbs: Verbs, beginning: str) -> list[psutil.Process]:
+    """The cluster's processes whose command line begins so."""
+    found = []
+    for one in verbs.cluster.search():
+        with contextlib.suppress(psutil.Error):
+            found += [one] if " ".join(one.cmdline()).startswith(beginning) else []
+    return found
+
+
 # `make job` and `make jobs` themselves, with the smallest job that there is.
 
 
@@ -65,7 +80,7 @@ def test_a_job_runs_from_todays_code_and_its_files_are_in_the_checkout(verbs: Ve
     assert "everything said" in done.stdout and list(out.glob("*.png")), done.stdout + done.stderr
     assert done.returncode == (1 if "MISSED" in done.stdout else 0)  # the job's own
     (package,) = verbs.cluster.temp_dir.glob("ray/session_latest/runtime_resources/working_dir_files/_ray_pkg_*/")
-    assert {one.name for one in package.iterdir()} == {"app", "benchmarks", "jobs", "ops"}
+    assert {one.name for one in package.iterdir()} == set(TRAVELS)
 
 
 def test_a_jobs_mistake_is_one_line_and_its_exit_status_is_ours(verbs: Verbs) -> None:
@@ -79,7 +94,7 @@ def test_a_jobs_mistake_is_one_line_and_its_exit_status_is_ours(verbs: Verbs) ->
 def test_ctrl_c_stops_the_job(verbs: Verbs, tmp_path: Path) -> None:
     process = started(verbs, "demo_quality", "--count", 9999, "--out", tmp_path)
     until(process, "Running entrypoint")
-    (driver,) = [one for one in verbs.cluster.search() if "jobs.demo_quality" in one.cmdline()[-5:]]
+    (driver,) = running(verbs, "python -m jobs.demo_quality ")
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and said.splitlines()[-1].endswith("is stopped.")
@@ -119,3 +134,62 @@ def test_fetched_weights_are_the_models_in_bf16(verbs: Verbs, tmp_path: Path) ->
     assert f"Deploy it with `model: {out}`." in said
     checkpoint = load_checkpoint(out, dtype=jnp.bfloat16)
     assert checkpoint.unet.config == load_checkpoint(ROOT / "assets/demo-model").unet.config
+
+
+BATCH = 60
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("batch") / "prompts.jsonl"
+    rows = [{"prompt": f"a red boat at dusk, {number}"} for number in range(BATCH)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "a boat", "n": 99}]))
+    return file
+
+
+def test_a_batch_that_is_killed_twice_is_whole_and_drawn_once(verbs: Verbs, prompts: Path) -> None:
+    out = prompts.parent / "out"
+
+    def records() -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in (out / "rows").glob("*")}
+
+    def drawing(process: subprocess.Popen[str], more: int, name: str) -> psutil.Process:
+        until(process, "Waiting for a TPU host")
+        had = len(records())
+        assert soon(lambda: len(records()) >= had + more)
+        (found,) = running(verbs, name)
+        return found
+
+    first = started(verbs, "batch_generate", "--prompts", prompts, "--out", out)
+    drawing(first, 8, "python -m jobs.batch_generate ").kill()  # the driver
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode not in (0, 2) and "has failed after" in said
+    assert soon(lambda: not running(verbs, "ray::MapWorker"))
+    kept = records()
+    assert 8 <= len(kept) < BATCH
+
+    second = started(verbs, "batch_generate", "--prompts", prompts, "--out", out)
+    worker = drawing(second, 4, "ray::MapWorker")
+    kept |= records()
+    assert len(kept) < BATCH
+    worker.kill()
+    said, wrong = second.communicate(timeout=120)
+    assert second.returncode == 0, said + wrong
+    assert f"{BATCH} pictures of {BATCH} rows are in {out}, 1 rows were skipped." in said
+    assert {name: records()[name] for name in kept} == kept  # what was finished was not drawn again
+
+    told = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [record["row"] for record in told] == [*range(1, BATCH + 2)]
+    assert told.pop()["error"] == "n must be an integer between 1 and 4, got 99."
+    files = [out / name for record in told for name in record["files"]]
+    assert set(files) == set((out / "images").iterdir()) and len(files) == BATCH
+    for record, file in zip(told, files, strict=True):
+        with Image.open(file) as picture:
+            picture.load()
+            assert picture.text["prompt"] == record["prompt"]  # type: ignore[attr-defined]
+    assert pq.read_table(out / "manifest.parquet").num_rows == BATCH + 1
+    assert {one.name for one in out.iterdir()} == {"images", "rows", "manifest.jsonl", "manifest.parquet"}
+
+    before = records()
+    again = succeeds(submitted(verbs, "batch_generate", "--prompts", prompts, "--out", out))
+    assert f"{BATCH} finished before, 0 to draw, 1 bad" in again and records() == before

@@ -1,0 +1,82 @@
+"""What a job takes from a Serve config: the model and how it is run, as the replicas have it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from app.builders import Args, locate
+from app.protocol import Service, width_height
+from jobs.entry import Invalid, path
+from ops.documents import loaded
+from ops.terminal import Stop
+
+BUILDER = "app.builders:text_to_image"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The `args:` of the application that draws, with folders as this cluster has them."""
+
+    args: Args
+    model: str  # a folder, or a repo id
+    name: str
+
+    @classmethod
+    def read(cls, file: Path) -> "Settings":
+        try:
+            content = loaded(file, f"--config: there is no file {file}.")
+        except Stop as reason:
+            raise Invalid(str(reason)) from None
+        applications = content.get("applications") if isinstance(content, dict) else None
+        ours = [app for app in applications or () if isinstance(app, dict) and app.get("import_path") == BUILDER]
+        if len(ours) != 1:
+            raise Invalid(f"--config: {file} must have one application of {BUILDER}, got {len(ours)}.")
+        return cls.of(ours[0].get("args") or {}, str(file))
+
+    @classmethod
+    def of(cls, given: dict[str, Any], where: str) -> "Settings":
+        try:
+            args = Args.model_validate(given)
+            folder = path(args.model)
+            model, name = locate(str(folder) if folder.is_dir() else args.model)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+            raise Invalid(f"{where}: {'; '.join(problems)}.") from None
+        except ValueError as error:
+            raise Invalid(f"{where}: {error}") from None
+        return cls(args, model, name)
+
+    @property
+    def service(self) -> Service:
+        args = self.args
+        return Service(self.name, tuple(args.sizes), args.limits, args.defaults, args.encoding)
+
+    @property
+    def programs(self) -> Path | None:
+        return path(self.args.programs) if self.args.programs else None
+
+    def pipeline(self) -> dict[str, Any]:
+        """What `Pipeline.load` takes, as the replicas have it."""
+        args = self.args
+        return {
+            "model": self.model,
+            "revision": args.revision,
+            "dtype": args.dtype,
+            "sizes": [width_height(size) for size in args.sizes],
+            "batch_buckets": sorted(args.batch_buckets),
+            "decode_buckets": args.decode_buckets and sorted(args.decode_buckets),
+            "max_steps": args.limits.num_inference_steps[1],
+            "programs": self.programs,
+        }
+
+    def largest(self) -> dict[str, Any]:
+        """The same with the largest buckets alone: whoever has work enough to fill them needs no others."""
+        decode_buckets = self.args.decode_buckets and [max(self.args.decode_buckets)]
+        return {**self.pipeline(), "batch_buckets": [max(self.args.batch_buckets)], "decode_buckets": decode_buckets}
+
+
+def config(text: str) -> Path:
+    """A config travels with the job's code; one that did not is looked for where relative paths start."""
+    return Path(text).absolute() if Path(text).is_file() else path(text)
