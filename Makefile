@@ -47,7 +47,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
-.PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job
+.PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -146,6 +146,10 @@ bench-plan: runtime ## Hold the planner's simulation against the engine with the
 
 bench-coldstart: dev ## Measure a start with compiled programs at hand against one without
 	@$(py) -m benchmarks.coldstart
+
+bench-batch: runtime ## Measure batch generation on the local cluster against the engine alone (about 4 minutes)
+	@$(MAKE) CLUSTER=local up
+	@$(py) -m benchmarks.batch $(at)
 
 # uv resolves for every platform at once, which pip cannot. It has an environment of its own, so that it is in no lock.
 uv := .cache/uv-$(UV_VERSION)/bin/uv

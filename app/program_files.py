@@ -30,6 +30,7 @@ from jax.experimental import serialize_executable
 from jax.stages import Compiled
 
 KEEP = 4  # files of a program's name; the longest unused go first
+PUBLISHED = "published.json"  # where it lies, jobs/compile_ahead.py alone adds files, and none is changed or removed
 
 # All that JAX 0.10 pickles around an executable whose arguments and results are arrays of numbers.
 ENVELOPE = {
@@ -150,6 +151,23 @@ def save(place: Place, executable: Compiled, seconds: float) -> None:
         with open(handle, "wb") as file:
             file.write(line_of(header | {"sha256": checksum_of(header, payload)}) + payload)
         os.replace(temporary, place.path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def published(folder: Path) -> bool:
+    return (folder / PUBLISHED).is_file()
+
+
+def publish(draft: Path, path: Path) -> None:
+    """Puts a saved program where others load it from: whole under its name or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with open(handle, "wb") as file:
+            file.write(draft.read_bytes())
+        os.chmod(temporary, 0o444)
+        os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.stages import Compiled, Lowered, Traced
 
-from app.program_files import Place, Unusable, first_line, prepare, prune, read, revive, save
+from app.program_files import Place, Unusable, first_line, prepare, prune, published, read, revive, save
 from app.program_keys import differences, key_of
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
@@ -132,7 +132,7 @@ def compile_and_save(
     executable = lowered.compile()
     seconds = spent + time.perf_counter() - began
     logger.info("compiled %s in %.1f s%s", program.name, seconds, f": {why}" if why else "")
-    if place is None:
+    if place is None or published(place.folder):
         return executable
     try:
         if hits.count(thread) > before:  # it would load, and miss functions when called: seen in JAX 0.10.2 on CPU

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from app import programs
 from app.models.loading import load_checkpoint
+from app.pipeline import Pipeline
+from app.program_keys import fingerprint
+from jobs.settings import BUILDER, Settings
 from ops.cluster import ROOT
 from ops.job import TRAVELS
 from tests.clusters import Verbs, one_tpu_node, ports, refuses, soon, succeeds
@@ -193,3 +198,34 @@ def test_a_batch_that_is_killed_twice_is_whole_and_drawn_once(verbs: Verbs, prom
     before = records()
     again = succeeds(submitted(verbs, "batch_generate", "--prompts", prompts, "--out", out))
     assert f"{BATCH} finished before, 0 to draw, 1 bad" in again and records() == before
+
+
+def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
+    verbs: Verbs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, folder = tmp_path / "small.yaml", tmp_path / "programs"
+    args = {"model": "assets/demo-model", "sizes": ["64x64"], "batch_buckets": [1], "programs": str(folder)}
+    application = {"name": "small", "import_path": BUILDER, "args": args}
+    config.write_text(json.dumps({"applications": [application]}))
+    said = succeeds(submitted(verbs, "compile_ahead", "--config", config))
+    assert f"{folder} has all 6 programs for cpu, 6 of them compiled now" in said
+    assert not (folder / ".draft").exists()
+    before = {file.name for file in folder.iterdir()}
+    assert len(before) == 6 + 1  # published.json
+    assert "0 of them compiled now" in succeeds(submitted(verbs, "compile_ahead", "--config", config))
+
+    def told() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records if record.name == programs.logger.name]
+        caplog.clear()
+        return lines
+
+    caplog.set_level(logging.INFO, programs.logger.name)
+    replica = Pipeline.load(**Settings.read(config).pipeline())
+    replica.warmup()
+    assert [line.split()[0] for line in told()] == ["loaded"] * 6
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
+    facts = fingerprint(replica.mesh.devices.flat)
+    programs.compiled(replica.programs[:1], folder=folder, fingerprint=facts)
+    (line,) = told()
+    assert line.startswith("compiled ") and line.endswith("the saved one differs in LIBTPU_INIT_ARGS (, here --other)")
+    assert {file.name for file in folder.iterdir()} == before  # who loads from a published folder adds nothing

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -449,6 +450,24 @@ def test_the_last_used_files_of_a_name_are_kept(folder: Path, told: Told) -> Non
     assert {other, paths[0], *paths[2:], fresh} < left
     assert paths[1] not in left and stale not in left
     assert len(left) == program_files.KEEP + 2
+
+
+def test_a_published_folder_is_loaded_from_and_left_alone(folder: Path, told: Told) -> None:
+    for number in range(program_files.KEEP + 1):
+        compiled([add(weight=float(number))], folder=folder / "draft", fingerprint=FACTS)
+        for path in (folder / "draft").glob("*.xla"):
+            program_files.publish(path, folder / path.name)
+            path.unlink()
+    (folder / program_files.PUBLISHED).write_text("{}")
+    before = {path: path.read_bytes() for path in folder.glob("*.xla")}
+    assert len(before) == program_files.KEEP + 1
+    assert {stat.S_IMODE(path.stat().st_mode) for path in before} == {0o444}
+    told()
+    make(add(weight=1.0), folder)
+    make(add(weight=99.0), folder)
+    assert [line.split()[0] for line in told()] == ["loaded", "compiled"]
+    assert {path: path.read_bytes() for path in folder.glob("*.xla")} == before
+    assert not list(folder.glob(".*.tmp"))
 
 
 def test_names_must_differ() -> None:

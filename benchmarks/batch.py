@@ -1,0 +1,109 @@
+"""Holds batch generation on the local cluster to the saturated throughput of the engine that it is made of.
+
+    make bench-batch      # starts the local cluster if need be
+
+Both draw the same rows with the same buckets on this machine, one after the other, round after round: the engine alone
+in a process of its own, which throws its pictures away, and the job as `make job JOB=batch_generate` submits it, with
+Ray, PNG and files. Pictures per second are counted from the first picture to the last, so no start counts.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.report import OUTPUTS, machine, spread, write
+from jobs.prompts import Row, read
+from jobs.settings import Settings
+from ops.cluster import RUN_DIR
+from ops.job import follow, submit
+from ops.places import LOCAL, dashboard_of, isolate
+from ops.terminal import Stop, run
+
+BAR = 0.95
+CONFIG = Path("serve_config.yaml")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=200, help="of a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)  # the process that has the engine alone
+    parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
+    args = parser.parse_args()
+    if args.engine:
+        print(engine_alone(args.engine))
+        return
+    isolate(LOCAL)
+    folder = OUTPUTS / "bench-batch"
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"a red boat under a yellow sun at dusk, number {i}\n" for i in range(args.rows)))
+    alone, batch = [], []
+    for _ in range(args.rounds):
+        alone.append(in_a_process(prompts))
+        batch.append(by_the_job(prompts, folder / "out", args.run_dir.resolve()))
+    ratios = [ours / theirs for ours, theirs in zip(batch, alone, strict=True)]
+    told = {"engine alone, pictures/s": alone, "batch_generate, pictures/s": batch, "ratio": ratios}
+    table = Table(title=f"Batch generation against its engine: {args.rows} rows, {args.rounds} rounds")
+    for heading in ("", "median", "least", "most"):
+        table.add_column(heading)
+    for name, values in told.items():
+        figures = spread(values)
+        table.add_row(name, *(f"{figures[key]:.3f}" for key in ("median", "min", "max")))
+    figures = {name: spread(values) for name, values in told.items()}
+    write("batch", {"machine": machine(), "rows": args.rows, "bar": BAR, **figures}, table)
+    if figures["ratio"]["median"] < BAR:
+        raise Stop(f"The ratio must be at least {BAR:g}, got {figures['ratio']['median']:.3f}.")
+
+
+def in_a_process(prompts: Path) -> float:
+    command = [sys.executable, "-m", "benchmarks.batch", "--engine", str(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Stop(f"The engine alone failed: {done.stderr.strip()}")
+    return float(done.stdout.split()[-1])
+
+
+def engine_alone(prompts: Path) -> float:
+    """All rows are submitted at once, so the engine is saturated from the first to the last."""
+    from app.engine import Engine
+    from app.pipeline import Pipeline
+
+    settings = Settings.read(CONFIG)
+    rows = [row for row in read(prompts, settings) if isinstance(row, Row)]
+    pipeline = Pipeline.load(**settings.largest())
+    pipeline.warmup()
+    engine = Engine(pipeline, max_waiting=len(rows), gain=settings.args.admission_gain)
+    ended: list[float] = []
+    engine.start()
+    futures = [engine.submit(row.generation) for row in rows]
+    for future in futures:
+        future.add_done_callback(lambda _: ended.append(time.time()))
+    for future in futures:
+        future.result()
+    engine.close()
+    return rate(ended)
+
+
+def by_the_job(prompts: Path, out: Path, run_dir: Path) -> float:
+    shutil.rmtree(out, ignore_errors=True)
+    with dashboard_of(LOCAL, run_dir) as dashboard:
+        arguments = ["--prompts", str(prompts), "--out", str(out), "--hosts", "1"]
+        if status := follow(dashboard, submit(dashboard, "batch_generate", arguments, {})):
+            raise Stop(f"The job failed with exit status {status}.")
+    return rate([json.loads(line)["ended"] for line in (out / "manifest.jsonl").read_text().splitlines()])
+
+
+def rate(ended: Sequence[float]) -> float:
+    return (len(ended) - 1) / (max(ended) - min(ended))
+
+
+if __name__ == "__main__":
+    run(main)
