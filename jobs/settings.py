@@ -1,6 +1,7 @@
 """What a job takes from a Serve config: the model and how it is run, as the replicas have it."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ class Settings:
         except ValueError as error:
             raise Invalid(f"{where}: {error}") from None
         return cls(args, model, name)
+
+    def changed(self, given: Mapping[str, Any], where: str) -> "Settings":
+        return Settings.of({**self.args.model_dump(exclude_unset=True), **given}, where)
 
     @property
     def service(self) -> Service:

@@ -1,8 +1,8 @@
 """Runs the modules of jobs/ on the cluster through Ray's Jobs API: submits one and follows it to its end, lists them,
 stops one. Knows nothing of what a job does.
 
-A job's process runs on the head, from a copy of the code that is here now; what it asks of the nodes is its own matter.
-Its relative paths start where the cluster has the repository: here for the local one, ~/imagine on a head elsewhere.
+A job's process runs on the head, with the code that is here now; what it asks of the nodes is its own matter. Its
+relative paths start where the cluster has the repository: here for the local one, ~/imagine on a head elsewhere.
 """
 
 import argparse
@@ -51,16 +51,25 @@ def submit(dashboard: Dashboard, name: str, arguments: list[str], resources: dic
         return client(dashboard).submit_job(
             entrypoint=shlex.join(["python", "-m", f"jobs.{name}", *arguments]),
             submission_id=f"{name}-{secrets.token_hex(3)}",
-            runtime_env={
-                "working_dir": str(ROOT),
-                "excludes": [f"/{one.name}" for one in ROOT.iterdir() if one.name not in TRAVELS],
-                "env_vars": environment,
-            },
+            runtime_env={**(packed() if elsewhere else in_place()), "env_vars": environment},
             metadata={"job": name},
             entrypoint_resources=resources or None,
         )
     except (RuntimeError, ValueError, ConnectionError) as error:
         raise Stop(f"The {dashboard.name} does not take the job. {reason(str(error))}") from None
+
+
+def packed() -> dict[str, Any]:
+    return {
+        "working_dir": str(ROOT),
+        "excludes": [f"/{one.name}" for one in ROOT.iterdir() if one.name not in TRAVELS],
+    }
+
+
+def in_place() -> dict[str, Any]:
+    """On this machine the code is run where it is. The twin's nodes share a folder for what is packed, and each that
+    comes unpacks it anew there, under the feet of those that run from it."""
+    return {"working_dir": f"local://{ROOT}"}
 
 
 def follow(dashboard: Dashboard, job: str) -> int:

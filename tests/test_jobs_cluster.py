@@ -22,7 +22,6 @@ from app.pipeline import Pipeline
 from app.program_keys import fingerprint
 from jobs.settings import BUILDER, Settings
 from ops.cluster import ROOT
-from ops.job import TRAVELS
 from tests.clusters import Verbs, one_tpu_node, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
@@ -84,8 +83,6 @@ def test_a_job_runs_from_todays_code_and_its_files_are_in_the_checkout(verbs: Ve
     done = submitted(verbs, "demo_quality", "--count", 1, "--steps", 1, "--out", out)
     assert "everything said" in done.stdout and list(out.glob("*.png")), done.stdout + done.stderr
     assert done.returncode == (1 if "MISSED" in done.stdout else 0)  # the job's own
-    (package,) = verbs.cluster.temp_dir.glob("ray/session_latest/runtime_resources/working_dir_files/_ray_pkg_*/")
-    assert {one.name for one in package.iterdir()} == set(TRAVELS)
 
 
 def test_a_jobs_mistake_is_one_line_and_its_exit_status_is_ours(verbs: Verbs) -> None:
@@ -229,3 +226,14 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
     (line,) = told()
     assert line.startswith("compiled ") and line.endswith("the saved one differs in LIBTPU_INIT_ARGS (, here --other)")
     assert {file.name for file in folder.iterdir()} == before  # who loads from a published folder adds nothing
+
+
+def test_two_settings_stand_side_by_side(verbs: Verbs, tmp_path: Path) -> None:
+    settings = ["--reference", "num_inference_steps=3", "--candidate", "num_inference_steps=2"]
+    said = succeeds(submitted(verbs, "evaluate", *settings, "--count", 3, "--out", tmp_path))
+    assert "captions whose picture shows all they say" in said
+    told = json.loads((tmp_path / "figures.json").read_text())
+    assert len(told["pictures"]) == 3 and all(0 < one["ssim"] < 1 for one in told["pictures"])
+    assert (tmp_path / "report.html").read_text().count("<figure>") == 3
+    refused = submitted(verbs, "evaluate", "--reference", "", "--candidate", "steps=2")
+    assert refused.returncode == 2 and "\n--candidate must be name=value of sampler" in refused.stdout

@@ -1,0 +1,241 @@
+"""Holds one setting's pictures to another's: how far apart they are, how quick each is, and all of them side by side.
+
+    python -m jobs.evaluate --reference "sampler=pndm num_inference_steps=50" --candidate "sampler=dpmpp_2m"
+    python -m jobs.evaluate --reference dtype=float32 --candidate dtype=bfloat16 --prompts prompts.txt
+
+Both draw the same prompts from the same seeds. A setting names request fields (sampler, num_inference_steps,
+guidance_scale, size) and what the model is (model, revision, dtype); what it does not name is the config's. Without
+--prompts the captions are the demo model's held-out ones, and a program also judges whether each picture shows what was
+said. Distances are of pixels (PSNR) and of structure as people see it (SSIM, Wang et al. 2004); no learned metric.
+"""
+
+import base64
+import dataclasses
+import html
+import json
+import logging
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.images import encode
+from app.protocol import NUMERIC_FIELDS, ApiError, Generation, literal, resolve
+from jobs.entry import Invalid, Parser, path, run, whole
+from jobs.prompts import FIELDS, Row, read
+from jobs.settings import Settings, config
+from ops.terminal import Stop, say
+
+REQUEST = ("sampler", "num_inference_steps", "guidance_scale", "size")
+MODEL = ("model", "revision", "dtype")
+STYLE = (
+    "body{font:15px sans-serif;max-width:70em;margin:2em auto;background:#faf9f6;color:#2d2d34}"
+    "table{border-collapse:collapse}td,th{padding:.3em 1em .3em 0;text-align:left}"
+    "figure{display:inline-block;margin:.5em 1em .5em 0;vertical-align:top}img{width:16em;image-rendering:auto}"
+    "figcaption{max-width:33em;font-size:13px}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    name: str  # as the user wrote it
+    settings: Settings
+    changes: Mapping[str, Any]  # of each Generation
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    pixels: np.ndarray  # uint8 [N, H, W, 3]
+    device_s: float  # of all pictures
+    pictures_per_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Distances:
+    """One value for each picture."""
+
+    psnr: np.ndarray  # dB; infinite where two are the same
+    ssim: np.ndarray  # 1 where two are the same
+    within_one: np.ndarray  # share of values that differ by at most one grey level
+
+    @classmethod
+    def between(cls, one: np.ndarray, other: np.ndarray) -> "Distances":
+        import dm_pix
+        import jax.numpy as jnp
+
+        a, b = (jnp.asarray(pixels, jnp.float32) / 255 for pixels in (one, other))
+        apart = np.abs(one.astype(np.int16) - other.astype(np.int16))
+        return cls(
+            np.asarray(dm_pix.psnr(a, b)),
+            np.asarray(dm_pix.ssim(a, b)),
+            (apart <= 1).mean(axis=(1, 2, 3)),
+        )
+
+
+def main() -> str:
+    parser = Parser(__doc__)
+    parser.add_argument("--reference", required=True, metavar="SETTING", help="'name=value ...'; '': the config's own")
+    parser.add_argument("--candidate", required=True, metavar="SETTING", help="what is held to it")
+    parser.add_argument("--prompts", type=path, help="as of batch_generate (the demo model's held-out captions)")
+    parser.add_argument("--count", type=whole(1, 10_000), default=32, help="most pictures of each (%(default)s)")
+    parser.add_argument("--config", type=config, default="serve_config.yaml", help="whose args to take (%(default)s)")
+    parser.add_argument("--chips", type=whole(0, 1024), default=4, help="of a host (%(default)s)")
+    parser.add_argument("--out", type=path, default="outputs/evaluate", help="folder of the report (%(default)s)")
+    args = parser.parse_args()
+
+    base = Settings.read(args.config)
+    both = [setting_of(f"--{name}", getattr(args, name), args.config) for name in ("reference", "candidate")]
+    judged = args.prompts is None
+    scenes, generations = captions(args.count, base) if judged else ([], prompts_of(args.prompts, args.count, base))
+    wanted = [[dataclasses.replace(one, **setting.changes) for one in generations] for setting in both]
+    reference, candidate = draw(both, wanted, args.chips)
+    if reference.pixels.shape != candidate.pixels.shape:
+        raise Invalid("--reference and --candidate must draw pictures of one size.")
+    distances = Distances.between(reference.pixels, candidate.pixels)
+    right = [share_right(drawn, scenes) for drawn in (reference, candidate)] if judged else None
+    table = figures((reference, candidate), distances, right)
+    for name, *values in table:
+        say(f"{name:<42}" + "".join(f"{value:>16}" for value in values))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "report.html").write_text(page(both, generations, (reference, candidate), distances, table))
+    each = [
+        {"prompt": one.prompt, "seed": one.seed, "ssim": float(ssim), "psnr": finite(psnr)}
+        for one, ssim, psnr in zip(generations, distances.ssim, distances.psnr, strict=True)
+    ]
+    (args.out / "figures.json").write_text(json.dumps({"table": table, "pictures": each}, indent=2) + "\n")
+    return f"{len(generations)} pictures of each stand side by side in {args.out / 'report.html'}."
+
+
+def setting_of(option: str, text: str, config: Path) -> Setting:
+    pairs = [word.partition("=") for word in shlex.split(text)]
+    given: dict[str, Any] = {name: value for name, _, value in pairs}
+    for name, equals, _ in pairs:
+        if not equals or name not in (*REQUEST, *MODEL):
+            raise Invalid(f"{option} must be name=value of {', '.join((*REQUEST, *MODEL))}, got {name}.")
+    changed = {name: value for name, value in given.items() if name in MODEL}
+    settings = Settings.read(config).changed(changed, option)
+    asked = {
+        name: literal(value) if name in NUMERIC_FIELDS else value for name, value in given.items() if name in REQUEST
+    }
+    try:
+        whole_request = resolve({"prompt": "x", "seed": 0, **asked}, settings.service, FIELDS).generation
+    except ApiError as error:
+        raise Invalid(f"{option}: {error.message}") from None
+    fields = {"size": ("width", "height")}
+    names = [field for name in asked for field in fields.get(name, (name,))]
+    return Setting(text or "as the config says", settings, {name: getattr(whole_request, name) for name in names})
+
+
+def prompts_of(file: Path, count: int, base: Settings) -> list[Generation]:
+    rows = []
+    for row in read(file, base):
+        if not isinstance(row, Row):
+            raise Invalid(f"--prompts: row {row.number} of {file}: {row.error}")
+        rows.append(dataclasses.replace(row.generation, n=1))
+    if not rows:
+        raise Invalid(f"--prompts: {file} has no rows.")
+    return rows[:count]
+
+
+def captions(count: int, base: Settings) -> tuple[list[Any], list[Generation]]:
+    """Of scenes that the demo model's training never saw, half of them with two objects."""
+    from jobs import demo_quality
+
+    chosen = demo_quality.captions("held_out", (count + 1) // 2, seed=0)
+    chosen = [*chosen[: (count + 1) // 2], *chosen[(count + 1) // 2 :][: count // 2]]
+    asked = [{"prompt": caption, "seed": seed} for seed, (_, caption) in enumerate(chosen)]
+    return [scene for scene, _ in chosen], [resolve(one, base.service, FIELDS).generation for one in asked]
+
+
+def draw(both: Sequence[Setting], wanted: Sequence[Sequence[Generation]], chips: int) -> tuple[Drawn, Drawn]:
+    """One after the other on a TPU host, so that neither has the machine of the other's to share."""
+    import ray
+
+    ray.init(logging_level=logging.WARNING)
+    say(f"Waiting for a TPU host with {chips} chips" if chips else "Waiting for a host")
+    task = ray.remote(num_cpus=1, resources={"TPU": chips} if chips else {}, max_retries=3)(drawn)
+    each = zip(both, wanted, strict=True)
+    try:
+        reference, candidate = (ray.get(task.remote(one.settings.largest(), asked)) for one, asked in each)
+    except ray.exceptions.RayTaskError as error:
+        raise Stop(f"Drawing failed on its host: {error.cause}") from None
+    return reference, candidate
+
+
+def drawn(pipeline: Mapping[str, Any], generations: Sequence[Generation]) -> Drawn:
+    from app.engine import Engine
+    from app.pipeline import Pipeline
+
+    loaded = Pipeline.load(**pipeline)
+    loaded.warmup()
+    engine = Engine(loaded, max_waiting=len(generations))
+    engine.start()
+    try:
+        began = time.perf_counter()
+        futures = [engine.submit(generation) for generation in generations]
+        results = [future.result() for future in futures]
+        seconds = time.perf_counter() - began
+    finally:
+        engine.close()
+    pixels = np.concatenate([one.pixels for one in results])
+    return Drawn(pixels, sum(one.device_s for one in results), len(results) / seconds)
+
+
+def share_right(drawn: Drawn, scenes: Sequence[Any]) -> float:
+    from jobs.scenes import check
+
+    return float(np.mean([check(pixels, scene).right for pixels, scene in zip(drawn.pixels, scenes, strict=True)]))
+
+
+def figures(drawn: Sequence[Drawn], distances: Distances, right: Sequence[float] | None) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("", "reference", "candidate")]
+    rows.append(("pictures per second", *(f"{one.pictures_per_s:.2f}" for one in drawn)))
+    rows.append(("device seconds a picture", *(f"{one.device_s / len(one.pixels):.3f}" for one in drawn)))
+    if right:
+        rows.append(("captions whose picture shows all they say", *(f"{share:.1%}" for share in right)))
+    rows.append(("SSIM, mean (1 is the same)", "", f"{distances.ssim.mean():.4f}"))
+    rows.append(("SSIM, least", "", f"{distances.ssim.min():.4f}"))
+    rows.append(("PSNR, median (dB)", "", f"{np.median(distances.psnr):.2f}"))
+    rows.append(("values within one grey level", "", f"{distances.within_one.mean():.1%}"))
+    return rows
+
+
+def page(
+    both: Sequence[Setting],
+    generations: Sequence[Generation],
+    drawn: Sequence[Drawn],
+    distances: Distances,
+    table: Sequence[Sequence[str]],
+) -> str:
+    """One file that needs no other; the pairs that differ most come first."""
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table)
+    pairs = "".join(
+        f"<figure>{image(drawn[0].pixels[i])} {image(drawn[1].pixels[i])}<figcaption>"
+        f"SSIM {distances.ssim[i]:.4f}, seed {generations[i].seed}: {html.escape(generations[i].prompt)}"
+        "</figcaption></figure>"
+        for i in np.argsort(distances.ssim)
+    )
+    names = "".join(
+        f"<p>{side}: <code>{html.escape(setting.name)}</code></p>"
+        for side, setting in zip(("Reference, left", "Candidate, right"), both, strict=True)
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'
+        f"<h1>Evaluation</h1>{names}<table>{rows}</table>{pairs}</html>\n"
+    )
+
+
+def image(pixels: np.ndarray) -> str:
+    content = base64.b64encode(encode(pixels, "webp", quality=90, png_level=0, text={})).decode()
+    return f'<img alt="" src="data:image/webp;base64,{content}">'
+
+
+def finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,71 @@
+"""jobs/evaluate.py without a cluster: settings as they are written, distances, and the page."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.protocol import Generation
+from jobs.entry import Invalid
+from jobs.evaluate import Distances, Drawn, figures, page, setting_of
+
+CONFIG = Path(__file__).resolve().parents[1] / "serve_config.yaml"
+
+
+def pictures(seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).integers(0, 256, (2, 4, 4, 3))
+    return np.kron(noise, np.ones((1, 8, 8, 1))).astype(np.uint8)  # blocks, so that there is structure
+
+
+def test_a_setting_changes_what_it_names_and_nothing_else() -> None:
+    setting = setting_of("--candidate", "sampler=pndm num_inference_steps=50 size=128x128 dtype=bfloat16", CONFIG)
+    assert setting.changes == {"sampler": "pndm", "num_inference_steps": 50, "width": 128, "height": 128}
+    assert setting.settings.args.dtype == "bfloat16"
+    own = setting_of("--candidate", "", CONFIG)
+    assert own.changes == {} and own.settings.args.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps=20", "must be name=value of sampler, .*, got steps"),
+        ("sampler", "must be name=value"),
+        ("num_inference_steps=500", r"num_inference_steps must be an integer between 1 and 100, got 500\."),
+        ("dtype=float64", "dtype: Input should be 'float32' or 'bfloat16'"),
+        ("model=nowhere", "model must be a folder"),
+        ("size=7x7", "size must be one of"),
+    ],
+)
+def test_what_no_setting_may_say_is_one_line(text: str, words: str) -> None:
+    with pytest.raises(Invalid, match=f"--candidate: {words}|--candidate {words}") as refused:
+        setting_of("--candidate", text, CONFIG)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_same_pictures_have_no_distance() -> None:
+    distances = Distances.between(pictures(), pictures())
+    assert np.isinf(distances.psnr).all() and np.allclose(distances.ssim, 1) and (distances.within_one == 1).all()
+
+
+def test_distances_are_those_of_their_definitions() -> None:
+    one = pictures()
+    other = np.clip(one.astype(int) + np.where(one > 127, -8, 8), 0, 255).astype(np.uint8)
+    distances = Distances.between(one, other)
+    assert np.allclose(distances.psnr, 20 * np.log10(255 / 8), atol=1e-3)
+    assert (distances.within_one == 0).all()
+    far = Distances.between(one, pictures(1))
+    assert (far.ssim < 0.5).all() and (distances.ssim > 0.9).all() and (far.psnr < distances.psnr).all()
+
+
+def test_the_page_needs_no_other_file_and_shows_the_worst_first() -> None:
+    one, other = pictures(), pictures()
+    other[1] = pictures(1)[1]
+    drawn = [Drawn(pixels, 1.0, 2.0) for pixels in (one, other)]
+    distances = Distances.between(one, other)
+    asked = [Generation(f"<b>{i}</b>", "", 32, 32, 1, 1.0, i, None, 1) for i in range(2)]
+    both = [setting_of("--reference", "", CONFIG), setting_of("--candidate", "sampler=ddim", CONFIG)]
+    text = page(both, asked, drawn, distances, figures(drawn, distances, [0.5, 1.0]))
+    assert re.findall(r"&lt;b&gt;(\d)", text) == ["1", "0"] and "<b>" not in text
+    assert set(re.findall(r'src="([a-z:/]+);', text)) == {"data:image/webp"} and "http" not in text
+    assert "sampler=ddim" in text and "50.0%" in text
