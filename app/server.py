@@ -22,6 +22,7 @@ from app.engine import DeadlineUnmeetable, Engine, EngineStopped, QueueFull
 from app.images import encode
 from app.line import Generated
 from app.metrics import Metrics
+from app.profiling import Profiler, Trace
 from app.protocol import (
     BODY_FIELDS,
     Accepted,
@@ -97,6 +98,7 @@ class StableDiffusion:
             prompt_cache=prompt_cache,
         )
         self.engine.start()
+        self.profiler = Profiler(replica_id(), self.steps)
         self.found_dead = False
 
     async def generate(self, asked: ImageRequest) -> Images | ApiError:
@@ -207,6 +209,13 @@ class StableDiffusion:
             "device": device(),
             "pid": os.getpid(),
         }
+
+    def steps(self) -> int:
+        return sum(size["steps"] for size in self.engine.stats()["sizes"].values())
+
+    async def profile(self, steps: int, timeout_s: float) -> Trace | str:
+        """For jobs/profile.py, over Ray; no route of the API leads here."""
+        return await self.profiler.trace(steps, timeout_s)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks every metrics_interval_s."""

@@ -1,28 +1,34 @@
 """The jobs on a real local Ray, submitted as `make job` does it. One cluster of one TPU node serves all tests here."""
 
 import contextlib
+import gzip
 import json
 import logging
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from app import programs
 from app.models.loading import load_checkpoint
 from app.pipeline import Pipeline
 from app.program_keys import fingerprint
-from jobs.settings import BUILDER, Settings
+from jobs.profile import operations
+from jobs.settings import Settings
 from ops.cluster import ROOT
-from tests.clusters import Verbs, one_tpu_node, ports, refuses, soon, succeeds
+from tests.clusters import Verbs, fetch, one_tpu_node, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
 
@@ -197,13 +203,22 @@ def test_a_batch_that_is_killed_twice_is_whole_and_drawn_once(verbs: Verbs, prom
     assert f"{BATCH} finished before, 0 to draw, 1 bad" in again and records() == before
 
 
+@pytest.fixture(scope="module")
+def config(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """serve_config.yaml with few programs, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("small")
+    content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    content["http_options"]["port"] = verbs.serve_port
+    small = {"sizes": ["64x64"], "batch_buckets": [1], "programs": str(folder / "programs")}
+    content["applications"][0]["args"] |= small
+    (folder / "small.yaml").write_text(yaml.safe_dump(content))
+    return folder / "small.yaml"
+
+
 def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
-    verbs: Verbs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    verbs: Verbs, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, folder = tmp_path / "small.yaml", tmp_path / "programs"
-    args = {"model": "assets/demo-model", "sizes": ["64x64"], "batch_buckets": [1], "programs": str(folder)}
-    application = {"name": "small", "import_path": BUILDER, "args": args}
-    config.write_text(json.dumps({"applications": [application]}))
+    folder = config.parent / "programs"
     said = succeeds(submitted(verbs, "compile_ahead", "--config", config))
     assert f"{folder} has all 6 programs for cpu, 6 of them compiled now" in said
     assert not (folder / ".draft").exists()
@@ -237,3 +252,33 @@ def test_two_settings_stand_side_by_side(verbs: Verbs, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text().count("<figure>") == 3
     refused = submitted(verbs, "evaluate", "--reference", "", "--candidate", "steps=2")
     assert refused.returncode == 2 and "\n--candidate must be name=value of sampler" in refused.stdout
+
+
+def test_a_replicas_steps_are_traced_under_load(verbs: Verbs, config: Path, tmp_path: Path) -> None:
+    refused = submitted(verbs, "profile", "--out", tmp_path)
+    assert refused.returncode == 1 and "No application with a deployment StableDiffusion runs here." in refused.stdout
+    succeeds(verbs.deploy(config))
+    idle = submitted(verbs, "profile", "--timeout-s", 1, "--out", tmp_path)
+    assert idle.returncode == 1 and "The replica made no step in that time" in idle.stdout
+    assert not list(tmp_path.iterdir())
+
+    url = f"http://127.0.0.1:{verbs.serve_port}/imagine?prompt=a+red+boat&num_inference_steps=100"
+    over = threading.Event()
+
+    def load() -> None:
+        while not over.is_set():
+            assert fetch(url)[0] == 200
+
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load)
+        said = succeeds(submitted(verbs, "profile", "--steps", 7, "--out", tmp_path))
+        over.set()
+        loading.result()
+    (steps,) = re.findall(r"^(\d+) steps in ", said, re.M)
+    assert int(steps) >= 7
+    (found,) = tmp_path.glob("*.xplane.pb")
+    assert any(one.name.startswith("step_program ") for one in operations(found)[:3])
+    (timeline,) = tmp_path.glob("*.trace.json.gz")
+    assert json.loads(gzip.decompress(timeline.read_bytes()))["traceEvents"]
+    assert fetch(url)[0] == 200  # the replica goes on
+    succeeds(verbs("deploy", "undeploy"))
