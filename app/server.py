@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -70,6 +71,8 @@ class StableDiffusion:
         from app.programs import CompileWatch
 
         self.name = name
+        # Unix times, in the order in which they come; a load test breaks a scale-up down by them.
+        self.milestones = {"process": psutil.Process().create_time(), "constructor": time.time()}
         started = time.perf_counter()
         self.pipeline = Pipeline.load(
             model,
@@ -82,6 +85,7 @@ class StableDiffusion:
             programs=programs,
         )
         loaded = time.perf_counter()
+        self.milestones["weights"] = time.time()
         self.pipeline.warmup()
         self.ready_s = time.perf_counter() - started
         self.compiles = CompileWatch()
@@ -98,6 +102,7 @@ class StableDiffusion:
             prompt_cache=prompt_cache,
         )
         self.engine.start()
+        self.milestones["warm"] = time.time()
         self.profiler = Profiler(replica_id(), self.steps)
         self.found_dead = False
 
@@ -195,6 +200,8 @@ class StableDiffusion:
 
     def count(self, future: Future[Generated]) -> None:
         error = None if future.cancelled() else future.exception()
+        if not future.cancelled() and error is None:
+            self.milestones.setdefault("first_image", time.time())
         self.metrics.requests.inc(tags={"outcome": "cancelled" if future.cancelled() else outcome_of(error)})
 
     async def describe(self) -> Description:
@@ -206,6 +213,7 @@ class StableDiffusion:
             **self.engine.stats(),
             "compiles_after_ready": self.compiles.count,
             "ready_s": self.ready_s,
+            "milestones": dict(self.milestones),
             "device": device(),
             "pid": os.getpid(),
         }

@@ -6,6 +6,7 @@ import logging
 import pickle
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -344,6 +345,17 @@ def test_statistics_are_the_engines_and_what_the_replica_is(replica: Any) -> Non
     assert stats["requests"]["completed"] == 1 and stats["num_slots"] == 4
     assert (stats["replica"], stats["device"], stats["compiles_after_ready"]) == ("local", "abacus x2", 3)
     assert stats["ready_s"] > 0 and stats["pid"] > 0
+
+
+def test_statistics_tell_when_each_part_of_the_start_was_over(replica: Any) -> None:
+    before = asyncio.run(replica.stats())["milestones"]
+    assert list(before) == ["process", "constructor", "weights", "warm"]
+    assert sorted(before.values()) == list(before.values())
+    generate(replica)
+    after = asyncio.run(replica.stats())["milestones"]
+    generate(replica)
+    assert time.time() >= after["first_image"] >= before["warm"]
+    assert asyncio.run(replica.stats())["milestones"] == after == before | {"first_image": after["first_image"]}
 
 
 def test_serves_questions_keep_the_gauges_current(replica: Any, recorded: Recorded) -> None:
