@@ -1,0 +1,5 @@
+"""A load test for servers that draw pictures, and for the cluster under them. It imports neither JAX nor the engine."""
+
+
+class Mistake(Exception):
+    """The user's: the command ends with this sentence and exit status 2."""

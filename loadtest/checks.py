@@ -1,0 +1,119 @@
+"""Whether an answer holds the pictures that were asked for. Knows nothing of connections; runs in threads."""
+
+import base64
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
+
+BLANK_LEVELS = 4  # a picture with no more grey levels between its darkest and brightest pixel, in any colour, is blank
+LOSSY_TOLERANCE = 16  # JPEG and WebP may make that of one grey level
+HOW_ONLY = {"stream", "partial_images", "timeout", "response_format", "user", "output_compression"}  # not the pixels
+
+
+class BadPicture(Exception):
+    """In words for the record."""
+
+
+def files_of(answer: Mapping[str, Any]) -> list[bytes]:
+    """The picture files in an answer of POST /v1/images/generations, or in the last event of its stream."""
+    try:
+        data = answer["data"] if "data" in answer else [answer]
+        return [base64.b64decode(one["b64_json"], validate=True) for one in data]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadPicture(f"the answer holds no b64_json that can be read: {error!r}") from None
+
+
+def json_of(body: bytes) -> Mapping[str, Any]:
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        raise BadPicture(f"the answer is not JSON: {body[:80]!r}") from None
+    if not isinstance(answer, dict):
+        raise BadPicture(f"the answer is no JSON object: {body[:80]!r}")
+    return answer
+
+
+def examine(file: bytes, size: tuple[int, int] | None) -> Pixels:
+    """The pixels of a file; raises BadPicture where they are not a picture of this size with something on it."""
+    try:
+        with Image.open(BytesIO(file)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds, and each means that this is no picture
+        raise BadPicture(f"{len(file)} bytes that do not decode as a picture: {error}") from None
+    height, width = pixels.shape[:2]
+    if size and (width, height) != size:
+        raise BadPicture(f"a picture of {width}x{height} where {size[0]}x{size[1]} was asked for")
+    darkest, brightest = pixels.min(axis=(0, 1)).astype(int), pixels.max(axis=(0, 1)).astype(int)
+    if (brightest - darkest).max() <= BLANK_LEVELS:
+        raise BadPicture(f"a blank picture: all of it is {tuple(int(one) for one in pixels[0, 0])}")
+    return pixels
+
+
+def size_of(request: Mapping[str, Any], default: str | None) -> tuple[int, int] | None:
+    """Width and height that the request must get; None where neither it nor the server says."""
+    asked = request.get("size")
+    width, x, height = str(default if asked in (None, "auto") else asked).partition("x")
+    return (int(width), int(height)) if x and width.isdigit() and height.isdigit() else None
+
+
+def digest(files: Iterable[bytes]) -> str:
+    """Of the files as they came, to tell them apart in the record."""
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(file)
+    return whole.hexdigest()[:16]
+
+
+def identity(request: Mapping[str, Any]) -> str | None:
+    """Equal for requests that must get equal pictures; None for one whose seed the server draws."""
+    if request.get("seed") is None:
+        return None
+    return json.dumps({name: value for name, value in request.items() if name not in HOW_ONLY}, sort_keys=True)
+
+
+@dataclass
+class EqualSeeds:
+    """Keeps the first pictures of each request that comes more than once, and holds the others to them."""
+
+    tolerance: int
+    repeated: set[str]
+    first: dict[str, list[Pixels]] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
+
+    @classmethod
+    def of(cls, requests: Iterable[Mapping[str, Any]], tolerance: int) -> "EqualSeeds":
+        counts = Counter(identity(request) for request in requests)
+        return cls(tolerance, {one for one, count in counts.items() if one is not None and count > 1})
+
+    def hold(self, request: Mapping[str, Any], pictures: list[Pixels]) -> bool:
+        """Whether there was something to compare with; raises BadPicture where it differs."""
+        key = identity(request)
+        if key not in self.repeated or key is None:
+            return False
+        with self.lock:
+            first = self.first.setdefault(key, pictures)
+        if first is pictures:
+            return False
+        lossy = request.get("output_format", "png") != "png"
+        allowed = max(self.tolerance, LOSSY_TOLERANCE if lossy else 0)
+        for one, other in zip(first, pictures, strict=True):
+            if one.shape != other.shape:
+                raise BadPicture("the same request and seed got a picture of another size before")
+            levels = int(np.abs(one.astype(int) - other.astype(int)).max())
+            if levels > allowed:
+                raise BadPicture(
+                    f"the same request and seed got another picture before: up to {levels} grey levels apart, "
+                    f"{allowed} are allowed"
+                )
+        return True

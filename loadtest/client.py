@@ -1,0 +1,221 @@
+"""Sends one request and tells what came of it and when. Nothing is swallowed and nothing is sent twice."""
+
+import asyncio
+import errno
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from loadtest.checks import BadPicture, EqualSeeds, digest, examine, files_of, json_of, size_of
+from loadtest.plan import Planned
+from loadtest.records import Outcome, Record
+
+OUT_OF_MEANS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}  # this machine's
+LONGEST_ERROR = 300
+LONGEST_EVENT = 64 << 20  # bytes
+
+
+@dataclass
+class Answer:
+    """As much as has come."""
+
+    sent: float | None = None
+    first_byte: float | None = None
+    preview: float | None = None
+    status: int | None = None
+    headers: Mapping[str, str] | None = None
+    body: bytes = b""  # of a stream, the data of its last event
+
+
+class Failure(Exception):
+    def __init__(self, outcome: Outcome, error: str) -> None:
+        super().__init__(outcome, error)
+        self.outcome = outcome
+        self.error = error
+
+
+def session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
+    """As many connections as there are requests at once, none through a proxy, no cookies."""
+    opened = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # Client has a timeout of its own
+        headers=headers,
+        read_bufsize=1 << 20,
+        auto_decompress=False,
+    )
+    opened._retry_connection = False  # else a GET whose connection breaks is sent again, and nobody is told
+    return opened
+
+
+@dataclass(frozen=True)
+class Client:
+    session: aiohttp.ClientSession
+    url: str
+    timeout_s: float
+    clock: Callable[[], float]  # seconds of the run
+    check: bool
+    default_size: str | None
+    equal_seeds: EqualSeeds
+    checkers: Executor
+    pictures: Path | None  # folder that each picture is kept in
+
+    async def send(self, planned: Planned, intended: float) -> Record:
+        """Never raises but for cancellation: whatever goes wrong is the record's outcome."""
+        answer = Answer(sent=self.clock())
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await self.exchange(planned, answer)
+            outcome, error = judged(answer)
+        except Failure as failure:
+            outcome, error = failure.outcome, failure.error
+        except TimeoutError:
+            outcome, error = "timeout", f"no complete answer within {self.timeout_s:g} s"
+        except (aiohttp.ClientError, OSError, ValueError) as problem:
+            outcome, error = classified(problem, answer)
+        done = self.clock()
+        files: list[bytes] = []
+        compared = False
+        if outcome == "ok":
+            work = asyncio.get_running_loop().run_in_executor(self.checkers, self.looked_at, planned, answer)
+            outcome, error, files, compared = await work
+        return Record(
+            id=planned.id,
+            kind=planned.kind,
+            endpoint=planned.endpoint,
+            request=planned.request,
+            intended=intended,
+            sent=answer.sent,
+            first_byte=answer.first_byte,
+            preview=answer.preview,
+            done=done,
+            outcome=outcome,
+            status=answer.status,
+            error=error[:LONGEST_ERROR] if error else None,
+            pictures=len(files) if outcome == "ok" else 0,
+            bytes=len(answer.body),
+            digest=digest(files) if files else None,
+            compared=compared,
+            server=timings(answer) if outcome == "ok" else None,
+        )
+
+    async def exchange(self, planned: Planned, answer: Answer) -> None:
+        if planned.endpoint == "imagine":
+            query = {name: str(value) for name, value in planned.request.items()}
+            pending = self.session.get(f"{self.url}/imagine", params=query, allow_redirects=False)
+        else:
+            pending = self.session.post(
+                f"{self.url}/v1/images/generations", json=dict(planned.request), allow_redirects=False
+            )
+        async with pending as response:
+            answer.first_byte = self.clock()
+            answer.status, answer.headers = response.status, response.headers
+            if response.status == 200 and response.content_type == "text/event-stream":
+                await self.listen(response, answer)
+            else:
+                answer.body = await response.read()
+
+    async def listen(self, response: aiohttp.ClientResponse, answer: Answer) -> None:
+        """Server-sent events up to the picture. The first preview is timed when all of it has come."""
+        buffer = bytearray()
+        async for chunk in response.content.iter_any():
+            buffer += chunk
+            while (end := buffer.find(b"\n\n")) >= 0:
+                name, data = event_of(bytes(buffer[:end]))
+                del buffer[: end + 2]
+                if name.endswith("partial_image"):
+                    answer.preview = answer.preview or self.clock()
+                elif name.endswith("completed"):
+                    answer.body = data
+                elif name == "error":
+                    raise Failure("server_error", f"an error in the stream: {data.decode('utf8', 'replace')}")
+            if len(buffer) > LONGEST_EVENT:
+                raise Failure("bad_image", f"an event of more than {LONGEST_EVENT} bytes")
+        if not answer.body:
+            raise Failure("reset", "the stream ended without a picture")
+
+    def looked_at(self, planned: Planned, answer: Answer) -> tuple[Outcome, str | None, list[bytes], bool]:
+        """In a thread: outcome, what is wrong, the files, whether they were held to earlier ones."""
+        files: list[bytes] = []
+        try:
+            files = [answer.body] if planned.endpoint == "imagine" else files_of(json_of(answer.body))
+            if (wanted := planned.request.get("n", 1)) != len(files):
+                raise BadPicture(f"{len(files)} pictures where {wanted} were asked for")
+            if self.pictures:
+                for i, file in enumerate(files):
+                    (self.pictures / f"{planned.id:06}-{i}{suffix(file)}").write_bytes(file)
+            compared = False
+            if self.check:
+                size = size_of(planned.request, self.default_size)
+                compared = self.equal_seeds.hold(planned.request, [examine(file, size) for file in files])
+            return "ok", None, files, compared
+        except BadPicture as problem:
+            return "bad_image", str(problem), files, False
+
+
+def event_of(event: bytes) -> tuple[str, bytes]:
+    """Name and data of a server-sent event; a comment has neither."""
+    name, data = "", []
+    for line in event.split(b"\n"):
+        key, _, value = line.partition(b":")
+        if key == b"event":
+            name = value.strip().decode("utf8", "replace")
+        elif key == b"data":
+            data.append(value.strip())
+    return name, b"\n".join(data)
+
+
+def judged(answer: Answer) -> tuple[Outcome, str | None]:
+    """By the status."""
+    match answer.status:
+        case 200:
+            return "ok", None
+        case 429 | 503:
+            return "shed", told(answer)
+        case int(status) if status >= 500:
+            return "server_error", told(answer)
+    return "refused", told(answer)
+
+
+def told(answer: Answer) -> str:
+    """The server's own words, or the beginning of whatever it sent."""
+    try:
+        error = json.loads(answer.body)["error"]
+        return f"{answer.status} {error.get('code') or ''}: {error['message']}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{answer.status}: {answer.body[:LONGEST_ERROR].decode('utf8', 'replace')}"
+
+
+def classified(problem: Exception, answer: Answer) -> tuple[Outcome, str]:
+    words = f"{type(problem).__name__}: {problem}"
+    number = getattr(problem, "errno", None) or getattr(getattr(problem, "os_error", None), "errno", None)
+    if number in OUT_OF_MEANS:
+        return "client_overload", words
+    if isinstance(problem, aiohttp.ClientConnectorError):  # TCP, DNS and TLS
+        return "connect", words
+    if isinstance(problem, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | OSError):
+        return "reset", words
+    if isinstance(problem, aiohttp.ClientResponseError):  # what came is not HTTP
+        return "server_error", words
+    return "refused", words  # such as a header or an address that cannot be sent
+
+
+def timings(answer: Answer) -> dict[str, float] | None:
+    """Server-Timing of GET /imagine, or the field of the JSON answer."""
+    header = (answer.headers or {}).get("Server-Timing")
+    try:
+        if header:
+            parts = (part.strip().partition(";dur=") for part in header.split(","))
+            return {name: float(milliseconds) / 1000 for name, _, milliseconds in parts}
+        found = json.loads(answer.body).get("timings")
+        return {name.removesuffix("_s"): float(seconds) for name, seconds in found.items()} if found else None
+    except (ValueError, AttributeError, TypeError):
+        return None
+
+
+def suffix(file: bytes) -> str:
+    return ".jpg" if file.startswith(b"\xff\xd8") else ".webp" if file[8:12] == b"WEBP" else ".png"

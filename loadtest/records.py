@@ -1,0 +1,155 @@
+"""A run's folder: what was planned, and a line for each request, appended as it ends. All reports derive from these.
+
+A line is written in one piece, so that a run which is killed loses no request that has ended, and at most tears the
+last line, which a reader leaves out.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+from loadtest import Mistake
+
+Outcome = Literal[
+    "ok", "connect", "timeout", "shed", "server_error", "refused", "reset", "bad_image", "client_overload"
+]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+MEANING: Mapping[Outcome, str] = {
+    "ok": "the pictures that were asked for",
+    "connect": "no connection: DNS, TCP or TLS",
+    "timeout": "no complete answer in time",
+    "shed": "429 or 503: more load than the server takes",
+    "server_error": "any other 5xx, or an error in a stream",
+    "refused": "any other status: the request was wrong",
+    "reset": "the connection ended before the answer did",
+    "bad_image": "not the picture: it does not decode, is blank, has another size, or differs for an equal seed",
+    "client_overload": "not sent: this machine had too many requests open",
+}
+SYNC_S = 1.0  # between two fsyncs
+
+
+@dataclass(frozen=True)
+class Record:
+    """All times in seconds from the start of the run; `intended` is when it should have been sent."""
+
+    id: int
+    kind: str
+    endpoint: str
+    request: Mapping[str, Any]
+    intended: float
+    sent: float | None
+    first_byte: float | None
+    preview: float | None
+    done: float
+    outcome: Outcome
+    status: int | None = None
+    error: str | None = None
+    pictures: int = 0
+    bytes: int = 0
+    digest: str | None = None
+    compared: bool = False  # with an earlier answer to the same request
+    server: Mapping[str, float] | None = None  # what the server says that each part took, in seconds
+
+    @property
+    def latency(self) -> float:
+        return self.done - self.intended
+
+
+class Journal:
+    """requests.jsonl or timeline.jsonl: append only."""
+
+    def __init__(self, path: Path) -> None:
+        heal(path)
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.closing = threading.Event()
+        self.syncing = threading.Thread(target=self.sync, daemon=True)
+        self.syncing.start()
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        os.write(self.file, json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+
+    def record(self, record: Record) -> None:
+        self.write({name: value for name, value in asdict(record).items() if value is not None})
+
+    def sync(self) -> None:
+        while not self.closing.wait(SYNC_S):
+            os.fsync(self.file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.closing.set()
+        self.syncing.join()
+        os.fsync(self.file)
+        os.close(self.file)
+
+
+def heal(path: Path) -> None:
+    """Takes off a line that was torn when its writer was killed."""
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def entries(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            if line is not lines[-1] or line.endswith("\n"):
+                raise Mistake(f"{path}:{number} is not JSON: {line[:60]!r}.") from None
+
+
+@dataclass(frozen=True)
+class Session:
+    """A process that worked on the run. Where `offset` seconds of the run were behind it, the clock said `epoch`."""
+
+    epoch: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    head: Mapping[str, Any]  # run.json
+    sessions: list[Session]
+    records: list[Record]
+    ended: str | None  # why; None: it was killed
+    timeline: list[dict[str, Any]]
+
+    def moment(self, unix: float) -> float:
+        """A time of the clock in seconds of the run."""
+        session = max((one for one in self.sessions if one.epoch <= unix), key=lambda one: one.epoch, default=None)
+        session = session or self.sessions[0]
+        return unix - session.epoch + session.offset
+
+
+def read(folder: Path) -> Run:
+    try:
+        head = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        raise Mistake(f"{folder} is not the folder of a load test: it has no run.json that can be read.") from None
+    known = {one.name for one in fields(Record)}
+    absent: dict[str, Any] = {"sent": None, "first_byte": None, "preview": None}
+    sessions: list[Session] = []
+    records: list[Record] = []
+    ended: str | None = None
+    for entry in entries(folder / "requests.jsonl"):
+        if "session" in entry:
+            sessions.append(Session(entry["epoch"], entry["offset"]))
+            ended = None
+        elif "ended" in entry:
+            ended = entry["ended"]
+        else:
+            records.append(Record(**absent | {name: value for name, value in entry.items() if name in known}))
+    if not sessions:
+        raise Mistake(f"{folder} holds no request: the run had not begun.")
+    return Run(folder, head, sessions, records, ended, [*entries(folder / "timeline.jsonl")])
