@@ -152,4 +152,7 @@ def read(folder: Path) -> Run:
             records.append(Record(**absent | {name: value for name, value in entry.items() if name in known}))
     if not sessions:
         raise Mistake(f"{folder} holds no request: the run had not begun.")
-    return Run(folder, head, sessions, records, ended, [*entries(folder / "timeline.jsonl")])
+    run = Run(folder, head, sessions, records, ended, [*entries(folder / "timeline.jsonl")])
+    for sample in run.timeline:
+        sample["t"] = run.moment(sample["unix"])
+    return run

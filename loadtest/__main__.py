@@ -1,0 +1,224 @@
+"""A load test for servers that draw pictures.
+
+    python -m loadtest run steady --rate 3         # a scenario, flags override it; its report is one HTML file
+    python -m loadtest --num_requests 1024 --batch_size 128 --save_pictures      # as the predecessor had it
+    python -m loadtest sweep --duration 30         # raises the rate to find the knee
+    python -m loadtest compare outputs/loadtest/A outputs/loadtest/B
+    python -m loadtest run --resume outputs/loadtest/A       # goes on with a run that was killed
+    python -m loadtest report outputs/loadtest/A   # derives summary.json, requests.csv and report.html again
+
+Exit status: 0, 1 if a request failed or the run is invalid, 2 for a mistake in what was asked, 130 if interrupted.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from loadtest import Mistake, compare, report
+from loadtest.contact import SHEET, contact_sheet_of
+from loadtest.options import Parser, number, scenario_of, what, where
+from loadtest.records import read
+from loadtest.scenario import names, parse
+from loadtest.session import Target, begin, carry_out, described, guard
+from loadtest.summary import Summary, seconds, summarize
+from loadtest.sweep import Level, sweep
+from ops import processes
+from ops.cluster import Cluster
+from ops.dashboard import Dashboard, serve_address
+from ops.places import authorization
+from ops.preflight import token_file
+from ops.terminal import Stop
+
+VERBS = ("run", "sweep", "compare", "report")
+FALLBACK = "http://127.0.0.1:8000"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="python -m loadtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
+    run = verbs.add_parser("run", help="run a scenario (what is done without a verb, too)")
+    run.add_argument("scenario", nargs="?", help=f"{', '.join(names())}, or a YAML file")
+    run.add_argument("--scenario", dest="named", help=argparse.SUPPRESS)
+    run.add_argument("--resume", type=Path, help="folder of a run that was killed or interrupted")
+    run.add_argument("--save-pictures", "--save_pictures", action="store_true", help=f"as one captioned sheet, {SHEET}")
+    run.add_argument("--save-each", action="store_true", help="each picture as a file of its own")
+    where(run)
+    what(run)
+    raising = verbs.add_parser("sweep", help="raise the rate to find the highest that the server holds")
+    raising.add_argument("scenario", nargs="?", help="whose requests are sent")
+    raising.add_argument("--from", dest="first", type=number, default=0.5, help="rate to begin at (%(default)s)")
+    raising.add_argument("--factor", type=number, default=2.0, help="by which it is raised (%(default)s)")
+    raising.add_argument("--most", type=number, default=1000.0, help="highest rate (%(default)s)")
+    where(raising)
+    what(raising)
+    comparing = verbs.add_parser("compare", help="two runs side by side")
+    comparing.add_argument("a", type=Path)
+    comparing.add_argument("b", type=Path)
+    again = verbs.add_parser("report", help="derive the reports of a run again")
+    again.add_argument("folder", type=Path)
+    return top
+
+
+def target_of(options: argparse.Namespace) -> Target:
+    """By default the local cluster that is up in this checkout, and its dashboard."""
+    local = Cluster.load(options.run_dir.resolve())
+    known = Dashboard(local.address) if local and not local.missing else None
+    if options.url and options.ip:
+        raise Mistake("--url and --ip exclude one another.")
+    address = None
+    if known:
+        try:
+            address = serve_address(known.details())
+        except Stop:
+            known = None
+    host = f"[{options.ip}]" if options.ip and ":" in options.ip else options.ip
+    url = guard(options.url or (f"http://{host}:8000" if host else address or FALLBACK), options.allow_remote)
+    if options.dashboard:
+        headers = authorization() if token_file().exists() else {}
+        return Target(url, Dashboard(guard(options.dashboard, options.allow_remote), headers=headers))
+    return Target(url, known if url == address else None)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.resume:
+        folder = options.resume
+        before = read(folder)
+        options.url = options.url or before.head["url"]
+        target = target_of(options)
+        asyncio.run(described(target))
+    else:
+        options.scenario = options.scenario or options.named
+        name, scenario = scenario_of(options)
+        target = target_of(options)
+        folder = new_folder(options.out, name)
+        begin(scenario, name, target, folder, asyncio.run(described(target)))
+    keep = options.save_pictures or options.save_each
+    ended = asyncio.run(carry_out(folder, target, keep_pictures=keep))
+    summary = report.write(read(folder))
+    tell(summary, folder)
+    if options.save_pictures and (sheet := contact_sheet_of(read(folder))):
+        print(f"Pictures    {sheet}")
+    if keep and not options.save_each:
+        shutil.rmtree(folder / "pictures")
+    return 130 if ended == "interrupted" else int(bool(summary["failed"] or summary["invalid"]))
+
+
+def raise_rate(options: argparse.Namespace) -> int:
+    if options.first <= 0 or options.factor <= 1 or options.most < options.first:
+        raise Mistake("A sweep needs --from above 0, --factor above 1 and --most not below --from.")
+    name, scenario = scenario_of(options)
+    objective_s = scenario.objective_s or 10.0
+    duration_s = options.duration or 20.0
+    process = options.process or "poisson"
+    target = target_of(options)
+    model = asyncio.run(described(target))
+    whole = new_folder(options.out, f"sweep-{name}")
+    whole.mkdir(parents=True)
+    interrupted = False
+
+    def at(rate: float) -> Summary:
+        nonlocal interrupted
+        arrivals = {"process": process, "stages": [{"rate": rate, "duration_s": duration_s}]}
+        base = scenario.model_dump(mode="json", exclude_none=True)
+        level = parse(base, "The sweep", {"arrivals": arrivals, "objective_s": objective_s})
+        folder = whole / f"{rate:08.3f}"
+        begin(level, f"{name} at {rate:.3g}/s", target, folder, model)
+        interrupted = asyncio.run(carry_out(folder, target, keep_pictures=False)) == "interrupted"
+        return report.write(read(folder))
+
+    levels: list[Level] = []
+    for level in sweep(at, options.first, options.factor, options.most, objective_s):
+        levels.append(level)
+        p95 = seconds((level.summary["latency"] or {}).get("p95"))
+        print(
+            f"{level.rate:8.3g}/s  p95 {p95:>8}  {'holds' if level.held else 'does not hold: ' + level.why}", flush=True
+        )
+        if interrupted:
+            return 130
+    held = [level.rate for level in levels if level.held]
+    facts = [{"rate": one.rate, "held": one.held, "why": one.why, "summary": one.summary} for one in levels]
+    (whole / "sweep.json").write_text(json.dumps({"knee": max(held, default=None), "levels": facts}, indent=2) + "\n")
+    if held:
+        top = "at least " if levels[-1].held and all(one.held for one in levels) else ""
+        print(f"The knee is at {top}{max(held):.3g} requests a second (95 % within {objective_s:g} s). Runs: {whole}")
+    else:
+        print(f"Not even {options.first:g} requests a second hold: {levels[0].why}. Runs: {whole}")
+    return 0 if held else 1
+
+
+def new_folder(out: Path, name: str) -> Path:
+    stamp = out / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, count = stamp, 1
+    while folder.exists():
+        count += 1
+        folder = Path(f"{stamp}-{count}")
+    return folder
+
+
+def tell(summary: Summary, folder: Path) -> None:
+    latency = summary["latency"] or {}
+    print(f"Requests    {summary['requests']} of {summary['planned']}, {summary['failed']} failed")
+    for one in summary["errors"]:
+        print(f"            {one['count']} {one['outcome']}: {one['example']}")
+    print(f"Rate        {summary['completed_per_s']:.3g}/s completed, {summary['images_per_s']:.3g} images/s")
+    quantiles = [
+        f"{name} {seconds(latency[name])}" for name in ("p50", "p90", "p95", "p99", "p99.9") if latency.get(name)
+    ]
+    if latency:
+        print(f"Latency     {', '.join(quantiles)}, max {seconds(latency['max'])}, from the intended times")
+    if summary["goodput_share"] is not None:
+        print(f"Goodput     {summary['goodput_share']:.1%} within {seconds(summary['objective_s'])}")
+    if summary["most"]:
+        most = summary["most"]
+        ends = f"{most['replicas_at_end']} and {most['nodes_at_end']} in the end"
+        print(f"Cluster     {most['replicas']} replicas and {most['nodes']} nodes at most, {ends}")
+    for one in summary["scale_ups"]:
+        parts = ", ".join(f"{name} {seconds(part)}" for name, part in one["phases"].items() if part is not None)
+        print(f"Scale-up    {seconds(one['total'])}: {parts}")
+    for reason in summary["invalid"]:
+        print(f"INVALID     {reason}")
+    print(f"Report      {folder / 'report.html'}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or (arguments[0] not in VERBS and arguments[0] not in ("-h", "--help")):
+        arguments = ["run", *arguments]
+    options = parser().parse_args(arguments)
+    os.environ.update(processes.past_proxies())
+    match options.verb:
+        case "run":
+            return run(options)
+        case "sweep":
+            return raise_rate(options)
+        case "report":
+            done = read(options.folder)
+            tell(report.write(done), options.folder)
+            return 0
+    a, b = (summarize(read(folder)) for folder in (options.a, options.b))
+    console = Console()
+    console.print(compare.table(a, b, [f"A {options.a.name}", f"B {options.b.name}"]))
+    for line in compare.differences(a, b):
+        console.print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Mistake as mistake:
+        print(mistake, file=sys.stderr)
+        sys.exit(2)
+    except Stop as reason:
+        print(reason, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

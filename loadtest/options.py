@@ -1,0 +1,168 @@
+"""The command line of `python -m loadtest run`, and what of a scenario each flag overrides."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from loadtest import Mistake
+from loadtest.scenario import FOLDER, Closed, Open, Scenario, load, names, parse
+
+PREDECESSORS: Mapping[str, int] = {"requests": 8, "concurrency": 8}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage before it."""
+        raise Mistake(f"{message[:1].upper()}{message[1:]}. See: {self.prog} --help")
+
+
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return value
+
+
+def field(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, such as num_inference_steps=4, got {text!r}")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name, value
+
+
+def where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", help="of the API; left out, the local cluster of this checkout")
+    parser.add_argument("--ip", help="its address alone, with port 8000")
+    parser.add_argument("--allow-remote", action="store_true", help="to load another machine, which must be yours")
+    parser.add_argument("--dashboard", help="Ray's dashboard, for the timeline; left out, the local cluster's")
+    parser.add_argument("--run-dir", type=Path, default=Path(".run"), help="of the local cluster (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/loadtest"), help="folder of the runs (%(default)s)")
+
+
+def what(parser: argparse.ArgumentParser) -> None:
+    load = parser.add_argument_group("arrivals, instead of the scenario's")
+    load.add_argument("--rate", type=number, help="requests a second")
+    load.add_argument("--to", type=number, help="the rate at the end, for a ramp")
+    load.add_argument("--duration", type=number, help="seconds")
+    load.add_argument("--process", choices=("constant", "poisson", "gamma"))
+    load.add_argument("--cv", type=number, help="of gamma: 1 is Poisson, more comes in bursts")
+    load.add_argument("--concurrency", "--batch_size", type=whole, help="closed loop: so many clients")
+    load.add_argument("--requests", "--num_requests", type=whole, help="closed loop: so many requests in all")
+    load.add_argument("--replay", type=Path, help="JSONL with the time and the request in each line")
+    load.add_argument("--speed", type=number, help="of the replay")
+    load.add_argument("--seed", type=whole, help="of the schedule and the requests")
+    asked = parser.add_argument_group("requests")
+    asked.add_argument("--prompts", type=Path, help="text with a prompt a line, or JSONL with any field of the API")
+    asked.add_argument("--field", type=field, action="append", default=[], help="NAME=VALUE of every request")
+    asked.add_argument("--endpoint", choices=("generations", "imagine"), help="of every request")
+    asked.add_argument("--stream", action="store_true", help="with a preview, whose time is reported")
+    asked.add_argument("--repeat", type=number, help="share of requests that repeat an earlier one, seed and all")
+    asked.add_argument("--no-checks", action="store_true", help="do not look at the pictures")
+    other = parser.add_argument_group("the run")
+    other.add_argument("--timeout", type=number, help="seconds that an answer may take")
+    other.add_argument("--objective", type=number, help="seconds within which an answer counts as goodput")
+    other.add_argument("--warmup", type=number, help="seconds at the start that are not counted")
+    other.add_argument("--max-requests", type=whole, help="most requests of a run")
+    other.add_argument("--max-in-flight", type=whole, help="most requests open at once")
+    other.add_argument("--price", type=number, help="dollars for an hour of a chip")
+    other.add_argument("--settle", type=number, help="seconds to wait at most for replicas and nodes to go again")
+
+
+def scenario_of(options: argparse.Namespace) -> tuple[str, Scenario]:
+    """Its name and itself, flags applied. Neither a name nor arrivals given, it is the predecessor's load test."""
+    arrivals = {"process": "closed", **PREDECESSORS}
+    overrides = {
+        "seed": options.seed,
+        "prompts": options.prompts and str(options.prompts),
+        "checks.repeat": options.repeat,
+        "checks.pictures": False if options.no_checks else None,
+        "timeout_s": options.timeout,
+        "objective_s": options.objective,
+        "warmup_s": options.warmup,
+        "max_requests": options.max_requests,
+        "max_in_flight": options.max_in_flight,
+        "price.chip_hour_usd": options.price,
+        "watch.settle_s": options.settle,
+    }
+    if options.scenario:
+        name, base = Path(options.scenario).stem, load(options.scenario, {})
+        content = base.model_dump(mode="json", exclude_none=True)
+        source = str(FOLDER / f"{name}.yaml") if name in names() else options.scenario
+    else:
+        name, source = "requests", "The command line"
+        content = {"arrivals": arrivals}
+        base = parse(content, source, {})
+    overrides["arrivals"] = arrivals_of(options, base)
+    overrides["mix"] = mix_of(options, content)
+    return name, parse(content, source, overrides)
+
+
+def arrivals_of(options: argparse.Namespace, base: Scenario) -> dict[str, Any] | None:
+    flags = {
+        "--replay": options.replay is not None,
+        "--concurrency or --requests": (options.concurrency or options.requests) is not None,
+        "--rate, --to or --process": not all(
+            one is None for one in (options.rate, options.to, options.process, options.cv)
+        ),
+    }
+    if len(given := [name for name, there in flags.items() if there]) > 1:
+        raise Mistake(f"{' and '.join(given)} exclude one another: arrivals are of one kind.")
+    old = base.arrivals
+    if options.replay:
+        return {
+            "process": "replay",
+            "trace": str(options.replay),
+            "speed": 1.0 if options.speed is None else options.speed,
+        }
+    if options.speed is not None:
+        raise Mistake("--speed needs --replay.")
+    if flags["--concurrency or --requests"]:
+        known = old.model_dump(exclude_none=True) if isinstance(old, Closed) else {"process": "closed", **PREDECESSORS}
+        changed = {"concurrency": options.concurrency, "requests": options.requests, "duration_s": options.duration}
+        return known | {name: value for name, value in changed.items() if value is not None}
+    if isinstance(old, Closed) and options.duration is not None and not flags["--rate, --to or --process"]:
+        return {"process": "closed", "concurrency": old.concurrency, "duration_s": options.duration}
+    if not flags["--rate, --to or --process"] and options.duration is None:
+        return None
+    first = old.stages[0] if isinstance(old, Open) else None
+    process = options.process or (
+        "gamma" if options.cv is not None else old.process if isinstance(old, Open) else "poisson"
+    )
+    stage: dict[str, Any] = {
+        "rate": options.rate if options.rate is not None else first.rate if first else 1.0,
+        "duration_s": options.duration
+        if options.duration is not None
+        else old.duration_s
+        if isinstance(old, Open)
+        else 30.0,
+    }
+    if options.to is not None:
+        stage["to"] = options.to
+    cv = {} if options.cv is None else {"cv": options.cv}
+    return {"process": process, "stages": [stage], **cv}
+
+
+def mix_of(options: argparse.Namespace, content: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    changes = dict(options.field)
+    if options.endpoint:
+        changes["endpoint"] = options.endpoint
+    if options.stream:
+        changes |= {"stream": True, "partial_images": changes.get("partial_images", 1)}
+    return [kind | changes for kind in content.get("mix") or [{}]] if changes else None

@@ -1,0 +1,169 @@
+"""What derives from a run's records: summary.json, requests.csv, and one HTML file that needs nothing but itself."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import plotly.graph_objects as go
+import yaml
+from plotly.offline import get_plotlyjs
+
+from loadtest import charts
+from loadtest.records import MEANING, Run
+from loadtest.scaling import PHASES
+from loadtest.scenario import Scenario
+from loadtest.summary import PERCENTILES, Summary, seconds, summarize
+
+PAGE = Path(__file__).with_name("report.html")
+COLUMNS = (
+    *("id", "kind", "endpoint", "outcome", "status", "intended", "sent", "first_byte", "preview", "done"),
+    *("latency", "latency_from_sent", "send_lag", "pictures", "bytes", "digest", "error"),
+)
+LATENCIES = (
+    ("latency", "from the intended time"),
+    ("latency_from_sent", "from the sent time"),
+    ("first_byte", "to the first byte"),
+    ("first_preview", "to the first preview"),
+    ("send_lag", "send lag"),
+)
+
+
+def write(run: Run) -> Summary:
+    summary = summarize(run)
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_csv(run)
+    (run.folder / "report.html").write_text(page(run, summary))
+    return summary
+
+
+def write_csv(run: Run) -> None:
+    with (run.folder / "requests.csv").open("w", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        rows.writeheader()
+        for one in sorted(run.records, key=lambda one: one.id):
+            sent = (
+                {}
+                if one.sent is None
+                else {"latency_from_sent": one.done - one.sent, "send_lag": one.sent - one.intended}
+            )
+            rows.writerow(vars(one) | {"latency": one.latency, **sent})
+
+
+def page(run: Run, summary: Summary) -> str:
+    scenario = Scenario.model_validate(run.head["scenario"])
+    figures = [
+        section("Over time", charts.over_time(run, scenario)),
+        section("Latency by percentile", charts.distribution(summary)) if summary["latency"] else "",
+        section("How many took how long", charts.histogram(run.records)) if summary["latency"] else "",
+    ]
+    if summary["scale_ups"]:
+        parts = "".join(f"<li><b>{name}</b> {meaning}</li>" for name, meaning in PHASES.items())
+        words = "From more load than the running replicas are meant for to the first picture of each new one:"
+        explained = f"<p>{words}</p><ul class=parts>{parts}</ul>"
+        figures.insert(1, section("Scale-ups", charts.scale_ups(summary), explained))
+    return Template(PAGE.read_text()).substitute(
+        title=escape(f"{summary['scenario']}: load test of {summary['url']}"),
+        heading=escape(summary["scenario"]),
+        facts=facts(run, summary),
+        verdict=verdict(summary),
+        tiles="".join(tile(*one) for one in tiles(summary)),
+        percentiles=percentile_table(summary),
+        kinds=kinds_table(summary),
+        errors=errors_table(summary),
+        figures="".join(figures),
+        scenario=escape(yaml.safe_dump(run.head["scenario"], sort_keys=False)),
+        plotly=get_plotlyjs(),
+    )
+
+
+def section(title: str, figure: go.Figure, text: str = "") -> str:
+    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    return f"<section><h2>{escape(title)}</h2>{text}{drawn}</section>"
+
+
+def facts(run: Run, summary: Summary) -> str:
+    model = (run.head.get("model") or {}).get("id")
+    told = [
+        summary["started"],
+        summary["url"],
+        f"model {model}" if model else None,
+        f"{summary['requests']} of {summary['planned']} requests",
+        f"{summary['compared']} held to an earlier answer for the same seed",
+        f"{summary['sessions']} sessions, as it was resumed" if summary["sessions"] > 1 else None,
+    ]
+    return " · ".join(escape(one) for one in told if one)
+
+
+def verdict(summary: Summary) -> str:
+    lines = [("bad", f"This run is invalid: {reason}.") for reason in summary["invalid"]]
+    if summary["failed"]:
+        counts = ", ".join(f"{count} {name}" for name, count in summary["outcomes"].items() if name != "ok")
+        lines.append(("bad", f"{summary['failed']} of {summary['requests']} requests failed: {counts}."))
+    if not summary["complete"]:
+        lines.append(("warn", f"The run did not end by itself ({summary['ended']}); it can be resumed."))
+    if not lines:
+        lines = [("good", "Every request got the pictures that it asked for, and was sent on time.")]
+    return "".join(f'<p class="verdict {kind}">{escape(text)}</p>' for kind, text in lines)
+
+
+def tiles(summary: Summary) -> Iterable[tuple[str, str, str]]:
+    latency = summary["latency"] or {}
+    yield "completed", f"{summary['completed_per_s']:.3g}/s", f"offered {summary['offered_per_s']:.3g}/s"
+    yield "images", f"{summary['images_per_s']:.3g}/s", f"{summary['images']} in {summary['duration_s']:.0f} s"
+    for name in ("p50", "p95", "p99"):
+        yield name, seconds(latency.get(name)), "latency" if latency.get(name) is not None else "too few requests"
+    if summary["goodput_share"] is not None:
+        yield "goodput", f"{summary['goodput_share']:.1%}", f"within {seconds(summary['objective_s'])}"
+    yield "failed", str(summary["failed"]), f"of {summary['requests']}"
+    if most := summary["most"]:
+        yield "replicas", f"{most['replicas']}", f"at most; {most['nodes']} nodes"
+    if summary["images_per_chip_s"] is not None:
+        yield "per chip", f"{summary['images_per_chip_s']:.3g}", "images/s, chips as declared"
+    if summary["usd_per_1000_images"] is not None:
+        yield "cost", f"${summary['usd_per_1000_images']:.2f}", "for 1,000 images"
+
+
+def tile(name: str, value: str, detail: str) -> str:
+    return f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b><i>{escape(detail)}</i></div>"
+
+
+def percentile_table(summary: Summary) -> str:
+    heads = ["", "count", "mean", *(f"p{p:g}" for p in PERCENTILES), "max"]
+    rows = []
+    for key, name in LATENCIES:
+        if one := summary[key]:
+            values = [one["mean"], *(one[f"p{p:g}"] for p in PERCENTILES), one["max"]]
+            rows.append([name, str(one["count"]), *map(seconds, values)])
+    return table(heads, rows)
+
+
+def kinds_table(summary: Summary) -> str:
+    if len(summary["kinds"]) < 2:
+        return ""
+    rows = []
+    for name, one in summary["kinds"].items():
+        latency = one["latency"] or {}
+        good = "–" if one["goodput_share"] is None else f"{one['goodput_share']:.1%}"
+        quantiles = [seconds(latency.get(p)) for p in ("p50", "p95", "p99")]
+        rows.append([name, f"{one['ok']} of {one['requests']}", *quantiles, good])
+    return "<h3>By kind of request</h3>" + table(["", "answered", "p50", "p95", "p99", "goodput"], rows)
+
+
+def errors_table(summary: Summary) -> str:
+    if not summary["errors"]:
+        return ""
+    rows = [
+        [one["outcome"], MEANING[one["outcome"]], str(one["status"] or "–"), str(one["count"]), one["example"]]
+        for one in summary["errors"]
+    ]
+    return "<h3>Failures</h3>" + table(["", "meaning", "status", "count", "for example"], rows, "words")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+    head = "".join(f"<th>{escape(one)}</th>" for one in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'

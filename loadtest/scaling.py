@@ -1,0 +1,123 @@
+"""Where the time of each scale-up went, from the samples of cluster.py. Knows nothing of requests."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PHASES: Mapping[str, str] = {
+    "decision": "from more load than the running replicas are meant for to a higher target",
+    "node": "to a node for the replica",
+    "process": "to its constructor: the worker process, imports",
+    "weights": "to the model in memory",
+    "compile": "to all programs loaded or compiled, and run once",
+    "ready": "to Serve sending it requests",
+    "first image": "to the first picture it has drawn",
+}
+
+
+@dataclass(frozen=True)
+class ScaleUp:
+    """One replica. A phase lasts from the end of the one before it; None where that was not seen."""
+
+    replica: str
+    node_type: str
+    new_node: bool
+    began: float  # seconds of the run
+    phases: Mapping[str, float | None]
+
+    @property
+    def total(self) -> float:
+        return sum(seconds or 0.0 for seconds in self.phases.values())
+
+
+def scale_ups(samples: Sequence[Mapping[str, Any]], moment: Callable[[float], float]) -> list[ScaleUp]:
+    """`moment` makes seconds of the run out of Unix times."""
+    told = [sample for sample in samples if "replicas" in sample]
+    if not told:
+        return []
+    there = set(told[0]["replicas"])
+    found = []
+    for replica, (first, _) in first_seen(told).items():
+        if replica not in there and (one := broken_down(replica, first, told, samples, moment)):
+            found.append(one)
+    return sorted(found, key=lambda one: one.began + one.total)
+
+
+def first_seen(told: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, float]]:
+    seen: dict[str, tuple[int, float]] = {}
+    for i, sample in enumerate(told):
+        for replica in sample["replicas"]:
+            seen.setdefault(replica, (i, sample["t"]))
+    return seen
+
+
+def broken_down(
+    replica: str,
+    first: int,
+    told: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
+    moment: Callable[[float], float],
+) -> ScaleUp | None:
+    decided = decision(told, first)
+    if decided is None:  # it replaces another one: no scale-up
+        return None
+    loaded = overload(told, decided)
+    states = [(sample["t"], sample["replicas"][replica]) for sample in told if replica in sample["replicas"]]
+    placed = next((state for _, state in reversed(states) if state.get("node")), None)
+    starts = {node: facts for sample in told for node, facts in sample.get("node_starts", {}).items()}
+    node = starts.get(placed["node"]) if placed else None
+    milestones: dict[str, float] = {}
+    for sample in samples:
+        milestones |= sample.get("milestones", {}).get(replica, {})
+    running = next((t for t, state in states if state["state"] == "RUNNING"), None)
+    began = told[decided]["t"] if loaded is None else loaded
+    ends = {
+        "decision": told[decided]["t"],
+        "node": moment(node["since"]) if node else None,
+        "process": moment(milestones["constructor"]) if "constructor" in milestones else None,
+        "weights": moment(milestones["weights"]) if "weights" in milestones else None,
+        "compile": moment(milestones["warm"]) if "warm" in milestones else None,
+        "ready": running,
+        "first image": moment(milestones["first_image"]) if "first_image" in milestones else None,
+    }
+    phases: dict[str, float | None] = {}
+    before = began
+    for name, end in ends.items():
+        phases[name] = None if end is None else max(0.0, end - before)
+        before = before if end is None else max(before, end)
+    new_node = bool(node and moment(node["since"]) > told[decided]["t"])
+    return ScaleUp(replica, node["type"] if node else "?", new_node, began, phases)
+
+
+def decision(told: Sequence[Mapping[str, Any]], first: int) -> int | None:
+    """The sample in which the target rose above what had been there, the last before the replica appeared."""
+    for i in range(first, 0, -1):
+        if told[i]["target"] > told[i - 1]["target"]:
+            return i
+    return None
+
+
+def overload(told: Sequence[Mapping[str, Any]], decided: int) -> float | None:
+    """Since when there had been more requests than the target means for the replicas that there were."""
+    since: float | None = None
+    for sample in reversed(told[:decided]):
+        wanted = sample.get("target_ongoing")
+        if wanted is None or sample.get("in_flight", 0) <= wanted * sample["target"]:
+            break
+        since = sample["t"]
+    return since
+
+
+def chip_seconds(samples: Sequence[Mapping[str, Any]], chips: float) -> float:
+    """Of the nodes that run replicas, starting and draining ones included: what is paid for."""
+    told = [sample for sample in samples if "running" in sample]
+    times = [sample["t"] for sample in told]
+    counts = [sample["running"] + sample["starting"] + sample["stopping"] for sample in told]
+    used: float = sum(count * (end - begin) for count, begin, end in zip(counts, times, times[1:], strict=False))
+    return chips * used
+
+
+def between(samples: Sequence[Mapping[str, Any]], first: float, last: float) -> list[Mapping[str, Any]]:
+    times = [sample["t"] for sample in samples]
+    return [*samples[bisect_left(times, first) : bisect_left(times, last)]]

@@ -1,0 +1,175 @@
+"""One run from beginning to end: what is there, the load, the watching of the cluster, the settling, the folder."""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from loadtest import Mistake
+from loadtest.checks import EqualSeeds
+from loadtest.client import Client, session
+from loadtest.cluster import Watcher
+from loadtest.display import Display
+from loadtest.plan import Planned, plan
+from loadtest.records import Journal, read
+from loadtest.run import Clock, Load, Progress, every, remaining
+from loadtest.scenario import Closed, Scenario
+from ops.dashboard import Dashboard
+
+REACH_S = 10.0
+REFRESH_S = 0.25
+CHECKERS = 2  # threads that look at pictures
+KEY = "IMAGINE_API_KEY"
+
+
+@dataclass(frozen=True)
+class Target:
+    url: str
+    dashboard: Dashboard | None = None
+
+
+def guard(url: str, allow_remote: bool) -> str:
+    """The URL, if it is one that may be put under load."""
+    parts = urlsplit(url)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise Mistake(f"The URL must be like http://127.0.0.1:8000, got {url}: {error}.") from None
+    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or parts.username:
+        raise Mistake(f"The URL must be like http://127.0.0.1:8000, got {url}.")
+    if not allow_remote:
+        try:
+            found = socket.getaddrinfo(host, port or 80, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise Mistake(f"The host of {url} cannot be found: {error}.") from None
+        addresses = sorted({str(entry[4][0]).partition("%")[0] for entry in found})
+        if beyond := [one for one in addresses if not ipaddress.ip_address(one).is_loopback]:
+            raise Mistake(
+                f"{host} is {beyond[0]}, not this machine. To put a load on a server elsewhere, which must be yours, "
+                "add --allow-remote."
+            )
+    return url.rstrip("/")
+
+
+def headers() -> dict[str, str]:
+    key = os.environ.get(KEY)
+    return {"User-Agent": "imagine-tpu loadtest"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+async def described(target: Target) -> dict[str, Any] | None:
+    """What GET /v1/models says; None of a server that has no such route."""
+    async with session(headers()) as opened:
+        try:
+            timeout = aiohttp.ClientTimeout(total=REACH_S)
+            async with opened.get(f"{target.url}/v1/models", timeout=timeout, allow_redirects=False) as answer:
+                if answer.status in (401, 403):
+                    raise Mistake(f"{target.url} answers {answer.status}. Put an API key into the environment: {KEY}.")
+                if answer.status == 503:
+                    raise Mistake(f"{target.url} is not ready: {(await answer.text())[:300]}")
+                return dict((await answer.json())["data"][0]) if answer.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Mistake(
+                f"Nothing answers at {target.url} ({type(error).__name__}). Start the local cluster: make up deploy"
+            ) from None
+        except (ValueError, KeyError, IndexError, TypeError):
+            return None
+
+
+def begin(scenario: Scenario, name: str, target: Target, folder: Path, model: Mapping[str, Any] | None) -> int:
+    """Makes the folder with run.json; returns how many requests there will be at most."""
+    requests = plan(scenario)
+    folder.mkdir(parents=True, exist_ok=False)
+    head = {
+        "name": name,
+        "url": target.url,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "planned": len(requests),
+        "model": model,
+        "scenario": scenario.model_dump(mode="json", exclude_none=True),
+    }
+    (folder / "run.json").write_text(json.dumps(head, indent=2) + "\n")
+    return len(requests)
+
+
+async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str:
+    """All of a run, or what is left of it; returns why it ended."""
+    head = json.loads((folder / "run.json").read_text())
+    scenario = Scenario.model_validate(head["scenario"])
+    requests = plan(scenario)
+    clock, done = Clock(), set[int]()
+    sessions = 0
+    todo: Sequence[Planned] = requests
+    if (folder / "requests.jsonl").exists():
+        before = read(folder)
+        done, sessions = {one.id for one in before.records}, len(before.sessions)
+        todo, offset = remaining(requests, done)
+        if isinstance(scenario.arrivals, Closed):
+            offset = max((one.done for one in before.records), default=0.0)
+        clock = Clock(offset=offset)
+    pictures = folder / "pictures" if keep_pictures else None
+    if pictures:
+        pictures.mkdir(exist_ok=True)
+    progress = Progress(planned=len(todo))
+    stop, over = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    size = ((head.get("model") or {}).get("defaults") or {}).get("size")
+    async with contextlib.AsyncExitStack() as stack:
+        journal = stack.enter_context(Journal(folder / "requests.jsonl"))
+        timeline = stack.enter_context(Journal(folder / "timeline.jsonl"))
+        checkers = stack.enter_context(ThreadPoolExecutor(CHECKERS, thread_name_prefix="check"))
+        client = Client(
+            session=await stack.enter_async_context(session(headers())),
+            url=target.url,
+            timeout_s=scenario.timeout_s,
+            clock=clock,
+            check=scenario.checks.pictures,
+            default_size=size,
+            equal_seeds=EqualSeeds.of([one.request for one in requests], scenario.checks.tolerance),
+            checkers=checkers,
+            pictures=pictures,
+        )
+        asking = await stack.enter_async_context(session(headers()))
+        watcher = Watcher(target.url, asking, target.dashboard, timeline)
+        await watcher.sample()  # how all was before the load
+        clock.start()
+        journal.write({"session": sessions, "epoch": clock.epoch, "offset": clock.offset})
+        title = f"{head['name']} against {target.url}"
+        display = stack.enter_context(Display(title, progress, clock, scenario.duration_s, watcher.samples))
+        showing = asyncio.create_task(every(REFRESH_S, over, display.show))
+        watching = asyncio.create_task(watcher.watch(scenario.watch.interval_s, over))
+        try:
+            load = Load(scenario, client, clock, journal, progress, stop)
+            await load.run(todo)
+            ended = "interrupted" if stop.is_set() else "complete"
+            if ended == "complete":
+                await settle(watcher, scenario.watch.settle_s, stop, display)
+            journal.write({"ended": ended})
+        finally:
+            over.set()
+            await asyncio.gather(showing, watching)
+    return ended
+
+
+async def settle(watcher: Watcher, longest_s: float, stop: asyncio.Event, display: Display) -> None:
+    """Watches replicas and nodes go again, which a load test of an autoscaler is about as much as their coming."""
+    deadline = time.monotonic() + longest_s
+    before = watcher.samples[0]
+    while time.monotonic() < deadline and not stop.is_set() and not watcher.settled(before):
+        left = deadline - time.monotonic()
+        display.note = f"the load is over; waiting for replicas and nodes to go, {left:.0f} s at most"
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), 1.0)

@@ -1,0 +1,54 @@
+"""Raises the rate until the server no longer keeps up, and closes in on the knee between. Knows nothing of HTTP."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from loadtest.summary import Summary
+
+KEEPS_UP = 0.95  # of the requests that are offered, answered in the time of the schedule and its longest answer
+HALVINGS = 3
+
+
+@dataclass(frozen=True)
+class Level:
+    rate: float
+    summary: Summary
+    held: bool
+    why: str
+
+
+def judge(summary: Summary, objective_s: float) -> tuple[bool, str]:
+    """Held is a level at which nothing failed and 95 % of the answers came within the objective."""
+    if summary["invalid"]:
+        return False, "the load generator is at its end, not the server"
+    if summary["failed"]:
+        return False, f"{summary['failed']} requests failed"
+    if (share := summary["goodput_share"] or 0.0) < KEEPS_UP:
+        return False, f"only {share:.1%} were answered within {objective_s:g} s"
+    return True, ""
+
+
+def sweep(
+    run: Callable[[float], Summary], first: float, factor: float, most: float, objective_s: float
+) -> Iterator[Level]:
+    """Levels in the order in which they are run. The knee is the highest that held."""
+    rate, held = first, 0.0
+    while rate <= most:
+        level = measured(run, rate, objective_s)
+        yield level
+        if not level.held:
+            break
+        held, rate = rate, rate * factor
+    else:
+        return
+    low, high = held, rate
+    for _ in range(HALVINGS if held else 0):
+        middle = (low * high) ** 0.5
+        level = measured(run, middle, objective_s)
+        yield level
+        low, high = (middle, high) if level.held else (low, middle)
+
+
+def measured(run: Callable[[float], Summary], rate: float, objective_s: float) -> Level:
+    summary = run(rate)
+    return Level(rate, summary, *judge(summary, objective_s))
