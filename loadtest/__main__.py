@@ -28,7 +28,7 @@ from loadtest.options import Parser, number, scenario_of, what, where
 from loadtest.records import read
 from loadtest.scenario import names, parse
 from loadtest.session import Target, begin, carry_out, described, guard
-from loadtest.summary import Summary, seconds, summarize
+from loadtest.summary import Summary, counted, seconds, summarize
 from loadtest.sweep import Level, sweep
 from ops import processes
 from ops.cluster import Cluster
@@ -165,7 +165,7 @@ def new_folder(out: Path, name: str) -> Path:
 
 def tell(summary: Summary, folder: Path) -> None:
     latency = summary["latency"] or {}
-    print(f"Requests    {summary['requests']} of {summary['planned']}, {summary['failed']} failed")
+    print(f"Requests    {counted(summary['requests'], summary['planned'])}, {summary['failed']} failed")
     for one in summary["errors"]:
         print(f"            {one['count']} {one['outcome']}: {one['example']}")
     print(f"Rate        {summary['completed_per_s']:.3g}/s completed, {summary['images_per_s']:.3g} images/s")

@@ -65,7 +65,7 @@ def over_time(run: Run, scenario: Scenario) -> go.Figure:
     figure.update_xaxes(title_text="seconds of the run", row=len(titles), col=1)
     figure.update_annotations(x=0, xanchor="left", font={"size": 13, "color": INK})
     styled(figure, 260 + 190 * len(titles))
-    figure.update_layout(hovermode="x unified", legend={"y": 1.03, "tracegroupgap": 0})
+    figure.update_layout(hovermode="x unified", legend={"y": 1.03, "traceorder": "normal"})
     return figure
 
 
@@ -120,7 +120,7 @@ def cloud(figure: go.Figure, records: Sequence[Record], scenario: Scenario) -> N
             figure.add_trace(
                 go.Scatter(x=moments, y=values, name=f"{name} of {window} in a row", line=line), row=2, col=1
             )
-    if scenario.objective_s:
+    if scenario.objective_s and any(one.latency > scenario.objective_s / 2 for one in good):
         figure.add_hline(y=scenario.objective_s, line={"color": GREEN, "dash": "dash", "width": 1}, row=2, col=1)
     figure.update_yaxes(rangemode="tozero", row=2, col=1)
 
@@ -249,7 +249,9 @@ def histogram(records: Sequence[Record]) -> go.Figure:
         for kind in sorted({one.kind for one in good}):
             some = [one.latency for one in good if one.kind == kind]
             figure.add_trace(go.Histogram(x=some, name=kind[:60], xbins={"start": min(latencies), "size": width}))
-    figure.update_layout(barmode="stack", bargap=0.05, colorway=[BLUE, AMBER, GREEN, "#7c3aed", "#db2777"])
+    figure.update_layout(
+        barmode="stack", bargap=0.05, showlegend=True, colorway=[BLUE, AMBER, GREEN, "#7c3aed", "#db2777"]
+    )
     figure.update_xaxes(title_text="latency, s", rangemode="tozero")
     figure.update_yaxes(title_text="requests")
     return styled(figure, 380)

@@ -99,6 +99,7 @@ class Client:
             pictures=len(files) if outcome == "ok" else 0,
             bytes=len(answer.body),
             digest=digest(files) if files else None,
+            retry_after=retry_after(answer) if outcome == "shed" else None,
             compared=compared,
             server=timings(answer) if outcome == "ok" else None,
         )
@@ -179,6 +180,13 @@ def judged(answer: Answer) -> tuple[Outcome, str | None]:
         case int(status) if status >= 500:
             return "server_error", told(answer)
     return "refused", told(answer)
+
+
+def retry_after(answer: Answer) -> float | None:
+    try:
+        return max(0.0, float((answer.headers or {})["Retry-After"]))
+    except (KeyError, ValueError):  # a date, which our servers do not send
+        return None
 
 
 def told(answer: Answer) -> str:

@@ -32,12 +32,14 @@ class Watcher:
     samples: list[Sample] = field(default_factory=list)
 
     async def watch(self, interval_s: float, stop: asyncio.Event) -> None:
+        """Until `stop`, and once more."""
         while not stop.is_set():
             await self.sample()
             try:
                 await asyncio.wait_for(stop.wait(), interval_s)
             except TimeoutError:
                 continue
+        await self.sample()
 
     async def sample(self) -> None:
         parts = await asyncio.gather(self.statistics(), asyncio.to_thread(self.serve))

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loadtest.run import Clock, Progress
-from loadtest.summary import histogram, seconds
+from loadtest.summary import counted, histogram, seconds
 
 LINE_S = 5.0  # between two lines in a log file
 RECENT_S = 5.0  # over how long the rates are taken
@@ -72,7 +72,7 @@ class Display:
         failed = " ".join(f"{name} {count}" for name, count in self.outcomes.items() if name != "ok")
         facts = {
             "time": f"{max(0.0, self.clock()):.0f} s",
-            "sent": f"{self.progress.offered} of {self.progress.planned}",
+            "sent": counted(self.progress.offered, self.progress.planned),
             "in flight": str(self.progress.in_flight),
             "offered": f"{(offered - offered_then) / span:.3g}/s",
             "completed": f"{(done - done_then) / span:.3g}/s",
@@ -102,7 +102,7 @@ class Display:
         for name, value in self.facts().items():
             style = "red" if name == "failed" and value != "none" else ""
             table.add_row(name, Text(value, style=style))
-        total, done = self.progress.planned, len(self.progress.records)
+        total, done = self.progress.planned or 1, len(self.progress.records)
         if self.duration_s:
             total, done = round(self.duration_s * 10), round(min(self.duration_s, max(0.0, self.clock())) * 10)
         return Group(Text(self.title, style="bold"), ProgressBar(total=total, completed=done, width=60), table)

@@ -52,6 +52,7 @@ class Record:
     pictures: int = 0
     bytes: int = 0
     digest: str | None = None
+    retry_after: float | None = None  # seconds, where the server sheds load and says so
     compared: bool = False  # with an earlier answer to the same request
     server: Mapping[str, float] | None = None  # what the server says that each part took, in seconds
 

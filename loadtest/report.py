@@ -16,7 +16,7 @@ from loadtest import charts
 from loadtest.records import MEANING, Run
 from loadtest.scaling import PHASES
 from loadtest.scenario import Scenario
-from loadtest.summary import PERCENTILES, Summary, seconds, summarize
+from loadtest.summary import PERCENTILES, Summary, counted, seconds, summarize
 
 PAGE = Path(__file__).with_name("report.html")
 COLUMNS = (
@@ -81,7 +81,9 @@ def page(run: Run, summary: Summary) -> str:
 
 
 def section(title: str, figure: go.Figure, text: str = "") -> str:
-    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    drawn = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
+    )
     return f"<section><h2>{escape(title)}</h2>{text}{drawn}</section>"
 
 
@@ -91,7 +93,7 @@ def facts(run: Run, summary: Summary) -> str:
         summary["started"],
         summary["url"],
         f"model {model}" if model else None,
-        f"{summary['requests']} of {summary['planned']} requests",
+        f"{counted(summary['requests'], summary['planned'])} requests",
         f"{summary['compared']} held to an earlier answer for the same seed",
         f"{summary['sessions']} sessions, as it was resumed" if summary["sessions"] > 1 else None,
     ]
@@ -120,9 +122,9 @@ def tiles(summary: Summary) -> Iterable[tuple[str, str, str]]:
         yield "goodput", f"{summary['goodput_share']:.1%}", f"within {seconds(summary['objective_s'])}"
     yield "failed", str(summary["failed"]), f"of {summary['requests']}"
     if most := summary["most"]:
-        yield "replicas", f"{most['replicas']}", f"at most; {most['nodes']} nodes"
+        yield "replicas", f"{most['replicas']}", f"at most, on {most['nodes']} node{'s' * (most['nodes'] != 1)}"
     if summary["images_per_chip_s"] is not None:
-        yield "per chip", f"{summary['images_per_chip_s']:.3g}", "images/s, chips as declared"
+        yield "per chip", f"{summary['images_per_chip_s']:.3g}", "images/s, as declared"
     if summary["usd_per_1000_images"] is not None:
         yield "cost", f"${summary['usd_per_1000_images']:.2f}", "for 1,000 images"
 

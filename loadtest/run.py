@@ -12,6 +12,7 @@ from loadtest.records import Journal, Record
 from loadtest.scenario import Closed, Scenario
 
 SPIN_S = 0.002  # a timer of the event loop may be a millisecond late, so the last of the way is waited awake
+LONGEST_RETRY_S = 30.0  # that a client waits after it was refused
 HEAD_START_S = 0.2  # between the decision to begin and the first request
 
 
@@ -42,7 +43,7 @@ class Clock:
 class Progress:
     """What the display shows."""
 
-    planned: int
+    planned: int | None  # None: as many as the clients get done in their time
     offered: int = 0
     records: list[Record] = field(default_factory=list)
 
@@ -103,21 +104,36 @@ class Load:
                 if duration_s is not None and self.clock() >= duration_s:
                     return
                 self.progress.offered += 1
-                await self.send(one, self.clock())
+                record = await self.send(one, self.clock())
+                if record.retry_after:  # as a well-behaved client does, and this one stands for users
+                    await asyncio.sleep(min(record.retry_after, LONGEST_RETRY_S))
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(concurrency):
                 tasks.create_task(ask())
 
-    async def send(self, one: Planned, intended: float) -> None:
-        self.note(await self.client.send(one, intended))
+    async def send(self, one: Planned, intended: float) -> Record:
+        record = await self.client.send(one, intended)
+        self.note(record)
+        return record
 
     def refuse(self, one: Planned) -> None:
         self.progress.offered += 1
-        error = f"{self.scenario.max_in_flight} requests were open already (max_in_flight)"
-        nothing = {"sent": None, "first_byte": None, "preview": None}
-        what = {"id": one.id, "kind": one.kind, "endpoint": one.endpoint, "request": one.request}
-        self.note(Record(**what, **nothing, intended=one.at, done=one.at, outcome="client_overload", error=error))  # type: ignore[arg-type]
+        self.note(
+            Record(
+                id=one.id,
+                kind=one.kind,
+                endpoint=one.endpoint,
+                request=one.request,
+                intended=one.at,
+                sent=None,
+                first_byte=None,
+                preview=None,
+                done=one.at,
+                outcome="client_overload",
+                error=f"{self.scenario.max_in_flight} requests were open already (max_in_flight)",
+            )
+        )
 
     def note(self, record: Record) -> None:
         self.journal.record(record)

@@ -87,20 +87,24 @@ async def described(target: Target) -> dict[str, Any] | None:
             return None
 
 
-def begin(scenario: Scenario, name: str, target: Target, folder: Path, model: Mapping[str, Any] | None) -> int:
-    """Makes the folder with run.json; returns how many requests there will be at most."""
+def begin(scenario: Scenario, name: str, target: Target, folder: Path, model: Mapping[str, Any] | None) -> None:
+    """Makes the folder with run.json. Raises Mistake, and makes nothing, where the scenario cannot be planned."""
     requests = plan(scenario)
     folder.mkdir(parents=True, exist_ok=False)
     head = {
         "name": name,
         "url": target.url,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "planned": len(requests),
+        "planned": None if open_ended(scenario) else len(requests),
         "model": model,
         "scenario": scenario.model_dump(mode="json", exclude_none=True),
     }
     (folder / "run.json").write_text(json.dumps(head, indent=2) + "\n")
-    return len(requests)
+
+
+def open_ended(scenario: Scenario) -> bool:
+    """Whether time and not a number of requests ends it."""
+    return isinstance(scenario.arrivals, Closed) and scenario.arrivals.requests is None
 
 
 async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str:
@@ -121,7 +125,7 @@ async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str
     pictures = folder / "pictures" if keep_pictures else None
     if pictures:
         pictures.mkdir(exist_ok=True)
-    progress = Progress(planned=len(todo))
+    progress = Progress(planned=None if open_ended(scenario) else len(todo))
     stop, over = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

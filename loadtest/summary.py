@@ -28,16 +28,16 @@ Summary = dict[str, Any]
 def summarize(run: Run) -> Summary:
     scenario = Scenario.model_validate(run.head["scenario"])
     records = sorted(run.records, key=lambda one: one.intended)
-    counted = window(records, scenario)
-    answered = [one for one in counted if one.outcome == "ok"]
-    began, ended = bounds(counted)
+    within_window = window(records, scenario)
+    answered = [one for one in within_window if one.outcome == "ok"]
+    began, ended = bounds(within_window)
     duration = max(ended - began, 1e-9)
     outcomes = Counter(one.outcome for one in records)
     pictures = sum(one.pictures for one in answered)
     within = [one for one in answered if scenario.objective_s is not None and one.latency <= scenario.objective_s]
     latency = histogram(one.latency for one in answered)
     from_sent = histogram(one.done - one.sent for one in answered if one.sent is not None)
-    lag = histogram(one.sent - one.intended for one in counted if one.sent is not None)
+    lag = histogram(one.sent - one.intended for one in within_window if one.sent is not None)
     return {
         "scenario": run.head["name"],
         "url": run.head["url"],
@@ -47,25 +47,25 @@ def summarize(run: Run) -> Summary:
         "sessions": len(run.sessions),
         "planned": run.head["planned"],
         "requests": len(records),
-        "counted": len(counted),
+        "counted": len(within_window),
         "outcomes": {name: outcomes[name] for name in OUTCOMES if outcomes[name]},
         "failed": len(records) - outcomes["ok"],
         "compared": sum(one.compared for one in records),
         "duration_s": duration,
-        "offered_per_s": len(counted) / max(intended_span(counted), 1e-9),
+        "offered_per_s": len(within_window) / max(intended_span(within_window), 1e-9),
         "completed_per_s": len(answered) / duration,
         "images": pictures,
         "images_per_s": pictures / duration,
         "objective_s": scenario.objective_s,
         "goodput_per_s": len(within) / duration if scenario.objective_s is not None else None,
-        "goodput_share": len(within) / max(len(counted), 1) if scenario.objective_s is not None else None,
+        "goodput_share": len(within) / max(len(within_window), 1) if scenario.objective_s is not None else None,
         "latency": told(latency),
         "latency_from_sent": told(from_sent),
         "first_byte": told(histogram(one.first_byte - one.intended for one in answered if one.first_byte is not None)),
         "first_preview": told(histogram(one.preview - one.intended for one in answered if one.preview is not None)),
         "send_lag": told(lag),
         "invalid": invalid(lag, latency, outcomes["client_overload"]),
-        "kinds": kinds(counted, scenario),
+        "kinds": kinds(within_window, scenario),
         "server": server_parts(answered),
         "errors": errors(records),
         "scale_ups": [asdict(one) | {"total": one.total} for one in scale_ups(with_load(run), run.moment)],
@@ -226,3 +226,7 @@ def seconds(value: float | None) -> str:
     if value < 1:
         return f"{value * 1e3:.3g} ms"
     return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
+
+
+def counted(some: int, planned: int | None) -> str:
+    return str(some) if planned is None else f"{some} of {planned}"
