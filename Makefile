@@ -27,6 +27,9 @@ TPU ?=
 SIZE ?=
 RATE ?=
 SLO ?=
+SCENARIO ?= smoke
+URL ?=
+ARGS ?=
 UV_VERSION := 0.13.9
 
 py := $(VENV)/bin/python
@@ -48,6 +51,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
+.PHONY: bench-loadgen loadtest
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -98,6 +102,14 @@ stop-job: $(needs) ## Stop the job ID=
 
 down: $(needs) ## End what `make up` started with the same CLUSTER=, and nothing else
 	@$(ops)$(place) down $(its)
+
+# Nothing up: to see nodes go again within minutes, a scale-up gets a cluster with short delays.
+watching := $(if $(filter scale-up,$(SCENARIO)),IDLE_MINUTES=$(or $(IDLE_MINUTES),0.2) CONFIG=$(if \
+	$(filter file,$(origin CONFIG)),configs/quick-scaling.yaml,$(CONFIG)))
+
+loadtest: runtime ## Load the local cluster (start it if none is up) or URL=: SCENARIO=smoke, ARGS="--rate 2"; reports in HTML
+	@$(if $(URL),,$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy $(watching))
+	@$(py) -m loadtest run "$(SCENARIO)" $(at) $(if $(URL),--url "$(URL)") $(ARGS)
 
 test: dev ## Run the tests; TESTS="tests/test_x.py -k name" for some
 	@$(py) -m pytest $(TESTS)
@@ -150,6 +162,8 @@ bench-coldstart: dev ## Measure a start with compiled programs at hand against o
 bench-batch: runtime ## Measure batch generation on the local cluster against the engine alone (about 4 minutes)
 	@$(MAKE) CLUSTER=local up
 	@$(py) -m benchmarks.batch $(at)
+bench-loadgen: runtime ## Measure the load test's own generator: its highest rate, its percentiles, beside wrk where installed
+	@$(py) -m benchmarks.loadgen
 
 # uv resolves for every platform at once, which pip cannot. It has an environment of its own, so that it is in no lock.
 uv := .cache/uv-$(UV_VERSION)/bin/uv
@@ -172,6 +186,7 @@ clean: ## Remove caches; .venv, outputs/ and what is up stay
 
 libtpu: runtime
 	@$(py) -m tpu.libtpu
+	@find app jobs loadtest ops tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments, each by the requirement file of its name.
 runtime dev parity gcp:

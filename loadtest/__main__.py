@@ -7,7 +7,8 @@
     python -m loadtest run --resume outputs/loadtest/A       # goes on with a run that was killed
     python -m loadtest report outputs/loadtest/A   # derives summary.json, requests.csv and report.html again
 
-Exit status: 0, 1 if a request failed or the run is invalid, 2 for a mistake in what was asked, 130 if interrupted.
+Exit status: 0; 1 if a request failed; 2 for a mistake in what was asked; 3 if the run is invalid, as the generator
+could not keep its schedule; 130 if interrupted.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from rich.console import Console
 from loadtest import Mistake, compare, report
 from loadtest.contact import SHEET, contact_sheet_of
 from loadtest.options import Parser, number, scenario_of, what, where
+from loadtest.plan import plan
 from loadtest.records import read
 from loadtest.scenario import names, parse
 from loadtest.session import Target, begin, carry_out, described, guard
@@ -37,7 +39,7 @@ from ops.places import authorization
 from ops.preflight import token_file
 from ops.terminal import Stop
 
-VERBS = ("run", "sweep", "compare", "report")
+VERBS = ("run", "sweep", "compare", "report", "ready")
 FALLBACK = "http://127.0.0.1:8000"
 
 
@@ -62,44 +64,54 @@ def parser() -> argparse.ArgumentParser:
     comparing = verbs.add_parser("compare", help="two runs side by side")
     comparing.add_argument("a", type=Path)
     comparing.add_argument("b", type=Path)
+    ready = verbs.add_parser("ready", help="exit status 0 if the local cluster of this checkout serves")
+    ready.add_argument("--run-dir", type=Path, default=Path(".run"))
     again = verbs.add_parser("report", help="derive the reports of a run again")
     again.add_argument("folder", type=Path)
     return top
 
 
+def local(run_dir: Path) -> tuple[str | None, Dashboard | None]:
+    """Where the API of the cluster that is up in this checkout is, and its dashboard."""
+    cluster = Cluster.load(run_dir.resolve())
+    if not cluster or cluster.missing:
+        return None, None
+    dashboard = Dashboard(cluster.address)
+    try:
+        details = dashboard.details()
+    except Stop:
+        return None, None
+    return (serve_address(details) if details["applications"] else None), dashboard
+
+
 def target_of(options: argparse.Namespace) -> Target:
-    """By default the local cluster that is up in this checkout, and its dashboard."""
-    local = Cluster.load(options.run_dir.resolve())
-    known = Dashboard(local.address) if local and not local.missing else None
     if options.url and options.ip:
         raise Mistake("--url and --ip exclude one another.")
-    address = None
-    if known:
-        try:
-            address = serve_address(known.details())
-        except Stop:
-            known = None
+    address, dashboard = local(options.run_dir)
     host = f"[{options.ip}]" if options.ip and ":" in options.ip else options.ip
     url = guard(options.url or (f"http://{host}:8000" if host else address or FALLBACK), options.allow_remote)
     if options.dashboard:
         headers = authorization() if token_file().exists() else {}
         return Target(url, Dashboard(guard(options.dashboard, options.allow_remote), headers=headers))
-    return Target(url, known if url == address else None)
+    return Target(url, dashboard if url == address else None)
 
 
 def run(options: argparse.Namespace) -> int:
     if options.resume:
         folder = options.resume
         before = read(folder)
+        if before.ended == "complete":
+            raise Mistake(f"{folder} is complete: nothing is left to send.")
         options.url = options.url or before.head["url"]
         target = target_of(options)
         asyncio.run(described(target))
     else:
         options.scenario = options.scenario or options.named
         name, scenario = scenario_of(options)
+        requests = len(plan(scenario))  # before anything is begun, as it may be what is wrong
         target = target_of(options)
         folder = new_folder(options.out, name)
-        begin(scenario, name, target, folder, asyncio.run(described(target)))
+        begin(scenario, requests, name, target, folder, asyncio.run(described(target)))
     keep = options.save_pictures or options.save_each
     ended = asyncio.run(carry_out(folder, target, keep_pictures=keep))
     summary = report.write(read(folder))
@@ -108,7 +120,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"Pictures    {sheet}")
     if keep and not options.save_each:
         shutil.rmtree(folder / "pictures")
-    return 130 if ended == "interrupted" else int(bool(summary["failed"] or summary["invalid"]))
+    if ended == "interrupted":
+        return 130
+    return 1 if summary["failed"] else 3 if summary["invalid"] else 0
 
 
 def raise_rate(options: argparse.Namespace) -> int:
@@ -130,7 +144,7 @@ def raise_rate(options: argparse.Namespace) -> int:
         base = scenario.model_dump(mode="json", exclude_none=True)
         level = parse(base, "The sweep", {"arrivals": arrivals, "objective_s": objective_s})
         folder = whole / f"{rate:08.3f}"
-        begin(level, f"{name} at {rate:.3g}/s", target, folder, model)
+        begin(level, len(plan(level)), f"{name} at {rate:.3g}/s", target, folder, model)
         interrupted = asyncio.run(carry_out(folder, target, keep_pictures=False)) == "interrupted"
         return report.write(read(folder))
 
@@ -165,6 +179,8 @@ def new_folder(out: Path, name: str) -> Path:
 
 def tell(summary: Summary, folder: Path) -> None:
     latency = summary["latency"] or {}
+    if not summary["complete"]:
+        print(f"Ended       {summary['ended']} before it was over; go on with: --resume {folder}")
     print(f"Requests    {counted(summary['requests'], summary['planned'])}, {summary['failed']} failed")
     for one in summary["errors"]:
         print(f"            {one['count']} {one['outcome']}: {one['example']}")
@@ -198,6 +214,8 @@ def main(arguments: Sequence[str]) -> int:
             return run(options)
         case "sweep":
             return raise_rate(options)
+        case "ready":
+            return int(local(options.run_dir)[0] is None)
         case "report":
             done = read(options.folder)
             tell(report.write(done), options.folder)

@@ -50,7 +50,7 @@ def examine(file: bytes, size: tuple[int, int] | None) -> Pixels:
         with Image.open(BytesIO(file)) as image:
             pixels = np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow raises many kinds, and each means that this is no picture
-        raise BadPicture(f"{len(file)} bytes that do not decode as a picture: {error}") from None
+        raise BadPicture(f"{len(file)} bytes that do not decode as a picture ({type(error).__name__})") from None
     height, width = pixels.shape[:2]
     if size and (width, height) != size:
         raise BadPicture(f"a picture of {width}x{height} where {size[0]}x{size[1]} was asked for")

@@ -4,10 +4,11 @@ run: that a server does not answer is what a load test is for.
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from ops.nodes import status
 from ops.terminal import Stop
 
 Sample = dict[str, Any]
+Source = Callable[[], Awaitable[Sample]]
 STATS_TIMEOUT_S = 10.0
 SETTLED_S = 3.0  # for so long nothing may have changed
 
@@ -32,21 +34,25 @@ class Watcher:
     samples: list[Sample] = field(default_factory=list)
 
     async def watch(self, interval_s: float, stop: asyncio.Event) -> None:
-        """Until `stop`, and once more."""
-        while not stop.is_set():
-            await self.sample()
-            try:
-                await asyncio.wait_for(stop.wait(), interval_s)
-            except TimeoutError:
-                continue
-        await self.sample()
+        """Until `stop`, and once more; each source at its own pace, as a slow one would make the other's times vague."""
+        await asyncio.gather(*(self.follow(source, interval_s, stop) for source in self.sources()))
 
-    async def sample(self) -> None:
-        parts = await asyncio.gather(self.statistics(), asyncio.to_thread(self.serve))
-        one: Sample = {"unix": round(time.time(), 3)}
-        for part in parts:
-            errors = [*one.get("errors", []), *part.pop("errors", [])]
-            one |= part | ({"errors": errors} if errors else {})
+    async def follow(self, source: Source, interval_s: float, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            await self.sample(source)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), interval_s)
+        await self.sample(source)
+
+    async def look(self) -> None:
+        await asyncio.gather(*map(self.sample, self.sources()))
+
+    def sources(self) -> list[Source]:
+        return [self.statistics] + ([self.serve] if self.dashboard else [])
+
+    async def sample(self, source: Source) -> None:
+        told = await source()
+        one: Sample = {"unix": round(time.time(), 3), **told}
         self.journal.write(one)
         self.samples.append(one)
 
@@ -61,10 +67,12 @@ class Watcher:
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
             return {"errors": [f"GET /v1/stats: {type(error).__name__} {error}"]}
 
-    def serve(self) -> Sample:
+    async def serve(self) -> Sample:
+        return await asyncio.to_thread(self.replicas_and_nodes)
+
+    def replicas_and_nodes(self) -> Sample:
         """Blocks, so it runs in a thread."""
-        if not self.dashboard:
-            return {}
+        assert self.dashboard
         try:
             found = replicas(self.dashboard.details())
             nodes = status(self.dashboard)
@@ -83,12 +91,17 @@ class Watcher:
 
     def settled(self, before: Sample | None) -> bool:
         """Whether replicas and nodes are as they were before the load, and have been for a moment."""
-        if not before or "target" not in before or "nodes" not in before:
+        if not before:  # there is nothing to wait for that could be seen
             return True
         wanted = before["target"], before["target"], 0, 0, before["nodes"], 0
-        recent = [one for one in self.samples if one["unix"] >= self.samples[-1]["unix"] - SETTLED_S]
+        told = [one for one in self.samples if "target" in one]
         names = ("target", "running", "starting", "stopping", "nodes", "pending")
-        return all(tuple(one.get(name) for name in names) == wanted for one in recent)
+        since = told[-1]["unix"] - SETTLED_S
+        return all(tuple(one[name] for name in names) == wanted for one in told if one["unix"] >= since)
+
+    def cluster(self) -> Sample | None:
+        """The first that was seen of replicas and nodes."""
+        return next((one for one in self.samples if "target" in one), None)
 
 
 def queues(stats: Mapping[str, Any]) -> Sample:

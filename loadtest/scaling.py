@@ -71,6 +71,8 @@ def broken_down(
     for sample in samples:
         milestones |= sample.get("milestones", {}).get(replica, {})
     running = next((t for t, state in states if state["state"] == "RUNNING"), None)
+    if running is not None and "first_image" in milestones:  # between two samples it may have drawn already
+        running = min(running, moment(milestones["first_image"]))
     began = told[decided]["t"] if loaded is None else loaded
     ends = {
         "decision": told[decided]["t"],

@@ -87,15 +87,16 @@ async def described(target: Target) -> dict[str, Any] | None:
             return None
 
 
-def begin(scenario: Scenario, name: str, target: Target, folder: Path, model: Mapping[str, Any] | None) -> None:
-    """Makes the folder with run.json. Raises Mistake, and makes nothing, where the scenario cannot be planned."""
-    requests = plan(scenario)
+def begin(
+    scenario: Scenario, requests: int, name: str, target: Target, folder: Path, model: Mapping[str, Any] | None
+) -> None:
+    """Makes the folder with run.json."""
     folder.mkdir(parents=True, exist_ok=False)
     head = {
         "name": name,
         "url": target.url,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "planned": None if open_ended(scenario) else len(requests),
+        "planned": None if open_ended(scenario) else requests,
         "model": model,
         "scenario": scenario.model_dump(mode="json", exclude_none=True),
     }
@@ -148,7 +149,7 @@ async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str
         )
         asking = await stack.enter_async_context(session(headers()))
         watcher = Watcher(target.url, asking, target.dashboard, timeline)
-        await watcher.sample()  # how all was before the load
+        await watcher.look()  # how all was before the load
         clock.start()
         journal.write({"session": sessions, "epoch": clock.epoch, "offset": clock.offset})
         title = f"{head['name']} against {target.url}"
@@ -171,7 +172,7 @@ async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str
 async def settle(watcher: Watcher, longest_s: float, stop: asyncio.Event, display: Display) -> None:
     """Watches replicas and nodes go again, which a load test of an autoscaler is about as much as their coming."""
     deadline = time.monotonic() + longest_s
-    before = watcher.samples[0]
+    before = watcher.cluster()
     while time.monotonic() < deadline and not stop.is_set() and not watcher.settled(before):
         left = deadline - time.monotonic()
         display.note = f"the load is over; waiting for replicas and nodes to go, {left:.0f} s at most"

@@ -22,9 +22,9 @@ SIZE = "16x16"
 class Server:
     url: str = ""
     seen: list[dict[str, Any]] = field(default_factory=list)  # the requests, as they came
-    stalled_s: float = 0.0  # how long whoever comes is held up, all together
     stall: tuple[int, float] | None = None  # at which request all stand still, and for how long
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def picture(seed: int, size: str = SIZE, form: str = "PNG") -> bytes:
@@ -75,9 +75,12 @@ def picture_server() -> Iterator[Server]:
         match word:
             case "delay":
                 await asyncio.sleep(float(value))
+            case "turn":  # one at a time
+                async with server.turn:
+                    await asyncio.sleep(float(value))
             case "status":
                 error = {"message": "in words", "code": "because"}
-                return web.json_response({"error": error}, status=int(value), headers={"Retry-After": "1"})
+                return web.json_response({"error": error}, status=int(value[:3]), headers={"Retry-After": "1"})
             case "drop":
                 assert request.transport
                 request.transport.abort()
@@ -89,7 +92,7 @@ def picture_server() -> Iterator[Server]:
                 assert request.transport
                 request.transport.abort()
                 return response
-        files = [drawn(asked)] * int(asked.get("n", 1))
+        files = [drawn(asked)] * (int(asked.get("n", 1)) - (word == "fewer"))
         if request.method == "GET":
             return web.Response(body=files[0], content_type="image/png", headers={"Server-Timing": "denoise;dur=12.5"})
         told = [base64.b64encode(file).decode() for file in files]

@@ -1,0 +1,152 @@
+"""One request at a time against a server that misbehaves as it is told: what came of it, and that it was sent once."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.checks import EqualSeeds, identity
+from loadtest.client import Client, session
+from loadtest.plan import Planned
+from loadtest.records import Record
+from loadtest.scenario import Endpoint
+from tests.picture_server import SIZE, Server, picture, picture_server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with picture_server() as server:
+        yield server
+
+
+def send(
+    server: Server, *requests: dict[str, Any], endpoint: Endpoint = "generations", timeout_s: float = 20, **changes: Any
+) -> list[Record]:
+    """One after the other."""
+
+    async def work() -> list[Record]:
+        began = time.perf_counter()
+        async with session({}) as opened:
+            with ThreadPoolExecutor(1) as checkers:
+                options: dict[str, Any] = {
+                    **{"session": opened, "url": server.url, "timeout_s": timeout_s, "check": True},
+                    **{"clock": lambda: time.perf_counter() - began, "default_size": SIZE, "checkers": checkers},
+                    **{"equal_seeds": EqualSeeds.of(requests, 1), "pictures": None, **changes},
+                }
+                client = Client(**options)
+                return [await client.send(Planned(i, 0.0, "k", endpoint, one), 0.0) for i, one in enumerate(requests)]
+
+    return asyncio.run(work())
+
+
+def asked(prompt: str, **fields: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "seed": 7, **fields}
+
+
+def test_a_good_answer_is_timed_counted_and_kept(server: Server, tmp_path: Path) -> None:
+    (record,) = send(server, asked("delay 0.2", n=2), pictures=tmp_path)
+    assert record.outcome == "ok" and record.pictures == 2 and record.status == 200 and record.error is None
+    assert record.sent is not None and record.first_byte is not None
+    assert 0 <= record.sent < 0.2 <= record.first_byte <= record.done
+    assert record.server == {"denoise": 0.0125}
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["000000-0.png", "000000-1.png"]
+    assert (tmp_path / "000000-0.png").read_bytes() == picture(7)
+
+
+def test_a_picture_by_get_tells_its_timings_in_a_header(server: Server) -> None:
+    (record,) = send(server, asked("a", size=SIZE), endpoint="imagine")
+    assert record.outcome == "ok" and record.server == {"denoise": 0.0125} and server.seen[-1]["method"] == "GET"
+
+
+def test_a_stream_tells_when_its_first_preview_was_there(server: Server) -> None:
+    (record,) = send(server, asked("a", stream=True, partial_images=1))
+    assert record.outcome == "ok" and record.first_byte is not None and record.preview is not None
+    assert record.first_byte < record.preview < record.done - 0.03
+
+
+@pytest.mark.parametrize(
+    ("prompt", "outcome", "words"),
+    [
+        ("status 400", "refused", "400 because: in words"),
+        ("status 404", "refused", "404 because: in words"),
+        ("status 302", "refused", "302"),
+        ("status 429", "shed", "429 because: in words"),
+        ("status 503", "shed", "503 because: in words"),
+        ("status 500", "server_error", "500 because: in words"),
+        ("status 504", "server_error", "504 because: in words"),
+        ("drop", "reset", "Disconnected"),
+        ("reset", "reset", "Payload"),
+        ("delay 5", "timeout", "no complete answer within 0.5 s"),
+        ("blank", "bad_image", "a blank picture: all of it is (200, 200, 200)"),
+        ("small", "bad_image", "a picture of 8x8 where 16x16 was asked for"),
+        ("garbage", "bad_image", "19 bytes that do not decode as a picture"),
+    ],
+)
+def test_a_failure_is_of_its_class_and_told_in_words(server: Server, prompt: str, outcome: str, words: str) -> None:
+    endpoints: tuple[Endpoint, ...] = ("generations", "imagine")
+    for endpoint in endpoints:
+        before = len(server.seen)
+        (record,) = send(server, asked(prompt), endpoint=endpoint, timeout_s=0.5)
+        assert record.outcome == outcome and record.error and words in record.error
+        assert record.pictures == 0 and len(server.seen) == before + 1, "sent once"
+
+
+def test_a_broken_connection_is_told_and_not_tried_again_even_where_one_is_reused(server: Server) -> None:
+    before = len(server.seen)
+    records = send(server, asked("a"), asked("drop"), endpoint="imagine")
+    assert [one.outcome for one in records] == ["ok", "reset"] and len(server.seen) == before + 2
+
+
+def test_a_server_that_sheds_load_says_when_to_come_again(server: Server) -> None:
+    assert [one.retry_after for one in send(server, asked("status 503"), asked("a"))] == [1.0, None]
+
+
+@pytest.mark.parametrize(("prompt", "outcome"), [("fail", "server_error"), ("halt", "reset")])
+def test_a_stream_that_ends_badly_is_a_failure(server: Server, prompt: str, outcome: str) -> None:
+    (record,) = send(server, asked(prompt, stream=True))
+    assert record.outcome == outcome and record.preview is not None
+
+
+def test_nobody_there_is_a_failed_connection(server: Server) -> None:
+    nowhere = Server(url="http://127.0.0.1:9")
+    (record,) = send(nowhere, asked("a"))
+    assert record.outcome == "connect" and record.status is None and record.first_byte is None
+
+
+def test_without_sockets_left_it_is_this_machine_that_fails(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*args: Any, **options: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("aiohttp.connector.TCPConnector.connect", full)
+    (record,) = send(server, asked("a"))
+    assert record.outcome == "client_overload" and "Too many open files" in str(record.error)
+
+
+def test_equal_requests_must_get_equal_pictures(server: Server) -> None:
+    records = send(server, asked("fickle"), asked("a"), asked("fickle", stream=True), asked("a"))
+    assert [one.outcome for one in records] == ["ok", "ok", "bad_image", "ok"]
+    assert "the same request and seed got another picture before" in str(records[2].error)
+    assert [one.compared for one in records] == [False, False, False, True]
+
+
+def test_one_grey_level_is_no_difference(server: Server) -> None:
+    records = send(server, *[asked("near")] * 12)
+    assert {one.outcome for one in records} == {"ok"} and len({one.digest for one in records}) == 2
+    exact = EqualSeeds.of([asked("near")] * 2, 0)
+    records = send(server, *[asked("near")] * 12, equal_seeds=exact)
+    assert {one.outcome for one in records} == {"ok", "bad_image"}
+
+
+def test_a_request_without_a_seed_equals_none() -> None:
+    assert identity({"prompt": "a"}) is None
+    assert identity({"prompt": "a", "seed": 1, "stream": True}) == identity({"seed": 1, "prompt": "a"})
+    assert identity({"prompt": "a", "seed": 1}) != identity({"prompt": "a", "seed": 2})
+
+
+def test_fewer_pictures_than_asked_for_are_bad(server: Server) -> None:
+    (record,) = send(server, asked("fewer", n=3))
+    assert record.outcome == "bad_image" and record.error == "2 pictures where 3 were asked for"
