@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Watcher:
     samples: list[Sample] = field(default_factory=list)
 
     async def watch(self, interval_s: float, stop: asyncio.Event) -> None:
-        """Until `stop`, and once more; each source at its own pace, as a slow one would make the other's times vague."""
+        """Until `stop`, and once more; each source at its own pace, so that a slow one does not hold up the other."""
         await asyncio.gather(*(self.follow(source, interval_s, stop) for source in self.sources()))
 
     async def follow(self, source: Source, interval_s: float, stop: asyncio.Event) -> None:
@@ -47,8 +47,8 @@ class Watcher:
     async def look(self) -> None:
         await asyncio.gather(*map(self.sample, self.sources()))
 
-    def sources(self) -> list[Source]:
-        return [self.statistics] + ([self.serve] if self.dashboard else [])
+    def sources(self) -> Sequence[Source]:
+        return (self.statistics, self.serve) if self.dashboard else (self.statistics,)
 
     async def sample(self, source: Source) -> None:
         told = await source()
