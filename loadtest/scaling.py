@@ -73,9 +73,11 @@ def broken_down(
     running = next((t for t, state in states if state["state"] == "RUNNING"), None)
     if running is not None and "first_image" in milestones:  # between two samples it may have drawn already
         running = min(running, moment(milestones["first_image"]))
-    began = told[decided]["t"] if loaded is None else loaded
+    # Serve says when it began the replica; a sample may be seconds late where the dashboard is busy with new nodes.
+    asked = min([told[decided]["t"]] + [moment(state["since"]) for _, state in states if state.get("since")])
+    began = asked if loaded is None else min(loaded, asked)
     ends = {
-        "decision": told[decided]["t"],
+        "decision": asked,
         "node": moment(node["since"]) if node else None,
         "process": moment(milestones["constructor"]) if "constructor" in milestones else None,
         "weights": moment(milestones["weights"]) if "weights" in milestones else None,
@@ -88,7 +90,7 @@ def broken_down(
     for name, end in ends.items():
         phases[name] = None if end is None else max(0.0, end - before)
         before = before if end is None else max(before, end)
-    new_node = bool(node and moment(node["since"]) > told[decided]["t"])
+    new_node = bool(node and moment(node["since"]) > asked)
     return ScaleUp(replica, node["type"] if node else "?", new_node, began, phases)
 
 

@@ -185,7 +185,9 @@ def test_it_has_settled_once_all_is_as_before_for_a_moment(tmp_path: Path) -> No
 
 
 def seen(t: float, target: int, in_flight: int, states: dict[str, str], **more: Any) -> Sample:
-    told = {name: {"state": one, "node": "n2" if name == "b" else "n1", "since": t} for name, one in states.items()}
+    told = {
+        name: {"state": one, "node": "n2" if name == "b" else "n1", "since": 1012.0} for name, one in states.items()
+    }
     counts = {"running": [*states.values()].count("RUNNING"), "starting": [*states.values()].count("STARTING")}
     return {"t": t, "target": target, "target_ongoing": 8, "in_flight": in_flight, "replicas": told, **counts, **more}
 
@@ -204,10 +206,11 @@ STORY = [
 
 
 def test_a_scale_up_is_broken_down_from_overload_to_the_first_image() -> None:
+    """The decision is when Serve began the replica, at 12, and not when that was seen, at 15."""
     (one,) = scale_ups(STORY, lambda unix: unix - 1000)
     assert (one.replica, one.node_type, one.new_node, one.began) == ("b", "ray_tpu", True, 5)
     assert one.phases == {
-        **{"decision": 10, "node": 3, "process": 3, "weights": 3, "compile": 10, "ready": 1, "first image": 1.5}
+        **{"decision": 7, "node": 6, "process": 3, "weights": 3, "compile": 10, "ready": 1, "first image": 1.5}
     }
     assert one.began + one.total == 36.5
 
@@ -218,12 +221,12 @@ def test_a_replica_on_a_node_that_was_there_waits_for_none() -> None:
         if "node_starts" in sample:
             sample["node_starts"]["n2"]["since"] = 1001.0
     (one,) = scale_ups(story, lambda unix: unix - 1000)
-    assert not one.new_node and one.phases["node"] == 0 and one.phases["process"] == 6
+    assert not one.new_node and one.phases["node"] == 0 and one.phases["process"] == 9
 
 
 def test_a_replica_that_replaces_another_is_no_scale_up() -> None:
     story = [seen(0, 1, 3, {"a": "RUNNING"}), seen(5, 1, 3, {"b": "STARTING"}), seen(9, 1, 3, {"b": "RUNNING"})]
-    assert scale_ups(story, lambda unix: unix) == []
+    assert scale_ups(story, lambda unix: unix - 1000) == []
     assert scale_ups([], lambda unix: unix) == []
 
 

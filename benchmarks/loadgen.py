@@ -1,0 +1,225 @@
+"""What the load test's own generator can do, and whether its percentiles are true.
+
+    python -m benchmarks.loadgen          # exit 1 where a bar is missed; wrk stands beside it where it is installed
+
+Rate: the highest at which requests are sent on time and all are answered, by one core, pictures looked at, against a
+server on another core that answers at once. wrk there is a closed loop: as fast as 16 connections go.
+
+Percentiles: against a server that delays each answer by a time drawn from a known distribution, with a tail. What the
+generator reports is held to the delays that the server drew. The server's own work counts as our error. wrk draws other
+delays of the same distribution, so that its figures are told and not held to anything.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+from PIL import Image
+from rich import box
+from rich.table import Table
+
+from benchmarks.report import machine, write
+from ops.cluster import ROOT
+
+RATE_BAR = 1000.0  # requests a second
+SHARE_BAR, FLOOR_BAR_S = 0.02, 0.001
+RATES = (500, 1000, 1250, 1500, 1750, 2000, 2500, 3000)
+PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+MEDIAN_S, SIGMA, TAIL_S, TAIL = 0.08, 0.5, 1.0, 0.01  # log-normal delays, and one in a hundred takes a second longer
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+class PictureProtocol(asyncio.Protocol):
+    """As much of HTTP as GET needs, so that the server is not what is measured."""
+
+    def __init__(self, server: "PictureServer") -> None:
+        self.server = server
+        self.buffer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            line, self.buffer = self.buffer[:end], self.buffer[end + 4 :]
+            self.server.answer(line, self.transport)
+
+
+class PictureServer:
+    def __init__(self, delayed: bool) -> None:
+        self.delays: Iterator[float] | None = drawn_delays() if delayed else None
+        self.injected: list[float] = []
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        self.picture = response(file.getvalue(), "image/png")
+
+    def answer(self, line: bytes, transport: asyncio.Transport) -> None:
+        if line.startswith(b"GET /delays"):
+            transport.write(response(json.dumps(self.injected).encode(), "application/json"))
+        elif not line.startswith(b"GET /imagine"):
+            transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        elif self.delays is None:
+            transport.write(self.picture)
+        else:
+            self.injected.append(next(self.delays))
+            asyncio.get_running_loop().call_later(self.injected[-1], transport.write, self.picture)
+
+
+def response(body: bytes, kind: str) -> bytes:
+    return f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def drawn_delays() -> Iterator[float]:
+    rng = np.random.default_rng(7)
+    while True:
+        yield float(MEDIAN_S * np.exp(SIGMA * rng.standard_normal()) + TAIL_S * (rng.random() < TAIL))
+
+
+async def serve(delayed: bool) -> None:
+    server = PictureServer(delayed)
+    listening = await asyncio.get_running_loop().create_server(lambda: PictureProtocol(server), "127.0.0.1", 0)
+    print(listening.sockets[0].getsockname()[1], flush=True)
+    await asyncio.to_thread(sys.stdin.read)  # until whoever started it has gone
+
+
+def pinned(core: int) -> list[str]:
+    """The generator and the server each on a core of its own, where the system can do that."""
+    if len(CORES) < 2 or not shutil.which("taskset"):
+        return []
+    return ["taskset", "--cpu-list", str(CORES[core])]
+
+
+@contextmanager
+def server(kind: str) -> Iterator[str]:
+    command = [*pinned(1), sys.executable, "-m", "benchmarks.loadgen", "--serve", kind]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdin
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.stdin.close()
+
+
+def ours(url: str, process: str, rate: float, duration_s: float) -> dict[str, Any]:
+    """The summary of a run by the command line that users have."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(*pinned(0), sys.executable, "-m", "loadtest", "--url", url, "--process", process, "--rate", f"{rate:g}"),
+            *("--duration", f"{duration_s:g}", "--endpoint", "imagine", "--max-requests", "1000000", "--warmup", "1"),
+            *("--out", folder, "--run-dir", folder),
+        ]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+        (found,) = Path(folder).glob("*/summary.json")
+        summary: dict[str, Any] = json.loads(found.read_text())
+        return summary
+
+
+def wrk(url: str, connections: int, duration_s: float) -> dict[str, float] | None:
+    """Requests a second, and percentiles in seconds."""
+    if not shutil.which("wrk"):
+        return None
+    command = [*pinned(0), "wrk", "-t1", f"-c{connections}", f"-d{duration_s:.0f}s", "--latency", f"{url}/imagine"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    units = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+    found = {
+        f"p{p}": float(value) * units[unit] for p, value, unit in re.findall(r"(\d+)%\s+([\d.]+)(us|ms|s)\b", said)
+    }
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
+    assert rate, said
+    return found | {"rate": float(rate[1])}
+
+
+def highest_rate(duration_s: float, table: Table) -> tuple[float, list[dict[str, Any]]]:
+    highest, told = 0.0, []
+    with server("at-once") as url:
+        beside = wrk(url, 16, duration_s)
+        for rate in RATES:
+            summary = ours(url, "constant", rate, duration_s)
+            good = not summary["invalid"] and not summary["failed"] and summary["completed_per_s"] > 0.99 * rate
+            lag, latency = summary["send_lag"], summary["latency"]
+            table.add_row(
+                f"{rate}/s",
+                f"send lag p99 {1e3 * lag['p99']:.3g} ms, latency p50 {1e3 * latency['p50']:.3g} ms",
+                "",
+                "on time" if good else "; ".join(summary["invalid"]) or f"{summary['failed']} failed",
+            )
+            told.append(
+                {"rate": rate, "on_time": good, "send_lag": lag["p99"], "completed": summary["completed_per_s"]}
+            )
+            if not good:
+                break
+            highest = rate
+    if beside:
+        table.add_row("as fast as it goes", "", f"wrk {beside['rate']:.0f}/s", "")
+    return highest, told
+
+
+def errors(rate: float, duration_s: float, table: Table) -> list[dict[str, Any]]:
+    told = []
+    with server("delayed") as url:
+        summary = ours(url, "poisson", rate, duration_s)
+        with urlopen(f"{url}/delays") as answer:
+            injected = json.load(answer)
+    with server("delayed") as url:
+        beside = wrk(url, round(rate * MEDIAN_S), duration_s) or {}
+    injected = injected[len(injected) - summary["latency"]["count"] :]  # without those of the warm-up
+    for p in PERCENTILES:
+        true, found = float(np.percentile(injected, p, method="inverted_cdf")), summary["latency"][f"p{p:g}"]
+        if found is None:
+            continue
+        error = abs(found - true)
+        met = error <= max(FLOOR_BAR_S, SHARE_BAR * true)
+        other = beside.get(f"p{p:g}")
+        off = f"{1e3 * (found - true):+.2f} ms, {(found - true) / true:+.2%}"
+        table.add_row(
+            f"p{p:g}",
+            f"{1e3 * found:.1f} ms for {1e3 * true:.1f} ms: {off}",
+            f"wrk {1e3 * other:.1f} ms" if other else "",
+            "met" if met else "MISSED",
+        )
+        told.append({"percentile": p, "true": true, "ours": found, "wrk": other, "met": met})
+    return told
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", choices=("at-once", "delayed"), help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="short runs, to see that it works")
+    arguments = parser.parse_args()
+    if arguments.serve:
+        asyncio.run(serve(arguments.serve == "delayed"))
+        return 0
+    here = machine()
+    title = "The load generator on one core, its server on another"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for heading in ("", "ours", "beside it", ""):
+        table.add_column(heading)
+    highest, levels = highest_rate(3 if arguments.quick else 10, table)
+    table.add_row(
+        "highest rate on time", f"{highest:g}/s", "", f"≥ {RATE_BAR:g} {'met' if highest >= RATE_BAR else 'MISSED'}"
+    )
+    table.add_section()
+    percentiles = errors(100, 10 if arguments.quick else 60, table)
+    result = {"machine": here, "highest_rate": highest, "levels": levels, "percentiles": percentiles}
+    write("loadgen-part" if arguments.quick else "loadgen", result, table)
+    return int(highest < RATE_BAR or not all(one["met"] for one in percentiles))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
