@@ -40,7 +40,8 @@ def over_time(run: Run, scenario: Scenario) -> go.Figure:
     """Rates and latencies, and under them what the cluster did."""
     samples = with_load(run)
     told = [one for one in samples if "running" in one]
-    titles = ["Requests a second", "Latency from the intended time, s", "Requests"]
+    nodes_told = [one for one in samples if "nodes" in one]
+    titles = ["Requests a second", "Latency from the intended time, s", "Requests in the system"]
     heights = [0.22, 0.32, 0.2]
     if told:
         titles += ["Replicas", "Nodes"]
@@ -59,7 +60,7 @@ def over_time(run: Run, scenario: Scenario) -> go.Figure:
     queue(figure, samples)
     if told:
         replicas(figure, told)
-        nodes(figure, told)
+        nodes(figure, nodes_told)
     last = max([one.done for one in run.records] + [one["t"] for one in samples], default=1.0)
     figure.update_xaxes(range=[min(0.0, *(one["t"] for one in samples[:1])) - last * 0.01, last * 1.01])
     figure.update_xaxes(title_text="seconds of the run", row=len(titles), col=1)
@@ -142,7 +143,14 @@ def queue(figure: go.Figure, samples: Sequence[Mapping[str, Any]]) -> None:
         )
     figure.update_yaxes(rangemode="tozero", row=3, col=1)
     figure.update_yaxes(
-        range=[0, 1.05], tickformat=".0%", showgrid=False, row=3, col=1, secondary_y=True, title_text="batch fill"
+        range=[0, 1.05],
+        tickvals=[0, 0.5, 1],
+        tickformat=".0%",
+        showgrid=False,
+        row=3,
+        col=1,
+        secondary_y=True,
+        title_text="batch fill",
     )
 
 
@@ -173,12 +181,12 @@ def replicas(figure: go.Figure, told: Sequence[Mapping[str, Any]]) -> None:
 
 def nodes(figure: go.Figure, told: Sequence[Mapping[str, Any]]) -> None:
     x = [one["t"] for one in told]
-    types = sorted({name for one in told for name in one.get("nodes", {})})
+    types = sorted({name for one in told for name in one["nodes"]})
     for name, colour in zip(types, NODE_COLOURS * len(types), strict=False):
         figure.add_trace(
             go.Scatter(
                 x=x,
-                y=[one.get("nodes", {}).get(name, 0) for one in told],
+                y=[one["nodes"].get(name, 0) for one in told],
                 name=name,
                 mode="lines",
                 stackgroup="nodes",
@@ -187,7 +195,7 @@ def nodes(figure: go.Figure, told: Sequence[Mapping[str, Any]]) -> None:
             row=5,
             col=1,
         )
-    whole_numbers(figure, 5, [sum(one.get("nodes", {}).values()) for one in told])
+    whole_numbers(figure, 5, [sum(one["nodes"].values()) for one in told])
 
 
 def whole_numbers(figure: go.Figure, row: int, values: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -48,7 +49,9 @@ class Watcher:
         await asyncio.gather(*map(self.sample, self.sources()))
 
     def sources(self) -> Sequence[Source]:
-        return (self.statistics, self.serve) if self.dashboard else (self.statistics,)
+        if not self.dashboard:
+            return (self.statistics,)
+        return (self.statistics, partial(self.ask, serve, self.dashboard), partial(self.ask, nodes, self.dashboard))
 
     async def sample(self, source: Source) -> None:
         told = await source()
@@ -67,41 +70,52 @@ class Watcher:
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
             return {"errors": [f"GET /v1/stats: {type(error).__name__} {error}"]}
 
-    async def serve(self) -> Sample:
-        return await asyncio.to_thread(self.replicas_and_nodes)
-
-    def replicas_and_nodes(self) -> Sample:
-        """Blocks, so it runs in a thread."""
-        assert self.dashboard
+    async def ask(self, question: Callable[[Dashboard], Sample], dashboard: Dashboard) -> Sample:
+        """What blocks, in a thread."""
         try:
-            found = replicas(self.dashboard.details())
-            nodes = status(self.dashboard)
-            with self.dashboard.open("/nodes", view="summary") as answer:
-                raylets = [one["raylet"] for one in json.load(answer)["data"]["summary"]]
+            return await asyncio.to_thread(question, dashboard)
         except (Stop, OSError, ValueError, KeyError, TypeError) as error:
             return {"errors": [f"dashboard: {error}"]}
-        started = {
-            one["nodeId"]: {"type": one.get("nodeTypeName", "?"), "since": int(one["startTimeMs"]) / 1000}
-            for one in raylets
-            if one.get("startTimeMs") and one.get("state") == "ALIVE"
-        }
-        heads = {one.get("nodeTypeName") for one in raylets if one.get("isHeadNode")}
-        workers = {name: count for name, count in sorted(nodes.running.items()) if name not in heads}
-        return found | {"nodes": workers, "pending": len(nodes.pending), "node_starts": started}
 
     def settled(self, before: Sample | None) -> bool:
         """Whether replicas and nodes are as they were before the load, and have been for a moment."""
         if not before:  # there is nothing to wait for that could be seen
             return True
-        wanted = before["target"], before["target"], 0, 0, before["nodes"], 0
-        told = [one for one in self.samples if "target" in one]
-        names = ("target", "running", "starting", "stopping", "nodes", "pending")
-        since = told[-1]["unix"] - SETTLED_S
-        return all(tuple(one[name] for name in names) == wanted for one in told if one["unix"] >= since)
+        wanted = {"target": before["target"], "running": before["target"], "starting": 0, "stopping": 0}
+        wanted |= {"nodes": before["nodes"], "pending": 0}
+        for name, value in wanted.items():
+            told = [one for one in self.samples if name in one]
+            if any(one[name] != value for one in told if one["unix"] >= told[-1]["unix"] - SETTLED_S):
+                return False
+        return True
 
     def cluster(self) -> Sample | None:
-        """The first that was seen of replicas and nodes."""
-        return next((one for one in self.samples if "target" in one), None)
+        """The first that was seen of replicas and nodes; None where either could not be."""
+        found: Sample = {}
+        for one in reversed(self.samples):
+            found |= one
+        return found if "target" in found and "nodes" in found else None
+
+
+def serve(dashboard: Dashboard) -> Sample:
+    return replicas(dashboard.details())
+
+
+def nodes(dashboard: Dashboard) -> Sample:
+    """Without the head; and when each began."""
+    told = status(dashboard)
+    with dashboard.open("/nodes", view="summary") as answer:
+        raylets = [one["raylet"] for one in json.load(answer)["data"]["summary"]]
+    heads = {one.get("nodeTypeName") for one in raylets if one.get("isHeadNode")}
+    return {
+        "nodes": {name: count for name, count in sorted(told.running.items()) if name not in heads},
+        "pending": len(told.pending),
+        "node_starts": {
+            one["nodeId"]: {"type": one.get("nodeTypeName", "?"), "since": int(one["startTimeMs"]) / 1000}
+            for one in raylets
+            if one.get("startTimeMs") and one.get("state") == "ALIVE"
+        },
+    }
 
 
 def queues(stats: Mapping[str, Any]) -> Sample:

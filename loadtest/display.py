@@ -86,8 +86,10 @@ class Display:
                 + (f", {sample['starting']} starting" if sample["starting"] else "")
                 + (f", {sample['stopping']} stopping" if sample["stopping"] else "")
             )
-            nodes = ", ".join(f"{count} {name}" for name, count in sample.get("nodes", {}).items()) or "none"
-            facts["nodes"] = nodes + (f", {sample['pending']} to come" if sample.get("pending") else "")
+        sample = next((one for one in reversed(self.samples) if "nodes" in one), None)
+        if sample:
+            nodes = ", ".join(f"{count} {name}" for name, count in sample["nodes"].items()) or "none"
+            facts["nodes"] = nodes + (f", {sample['pending']} to come" if sample["pending"] else "")
         waiting = next((one["waiting"] for one in reversed(self.samples) if "waiting" in one), None)
         if waiting is not None:
             facts["queue"] = str(waiting)

@@ -65,7 +65,7 @@ def broken_down(
     loaded = overload(told, decided)
     states = [(sample["t"], sample["replicas"][replica]) for sample in told if replica in sample["replicas"]]
     placed = next((state for _, state in reversed(states) if state.get("node")), None)
-    starts = {node: facts for sample in told for node, facts in sample.get("node_starts", {}).items()}
+    starts = {node: facts for sample in samples for node, facts in sample.get("node_starts", {}).items()}
     node = starts.get(placed["node"]) if placed else None
     milestones: dict[str, float] = {}
     for sample in samples:

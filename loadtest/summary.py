@@ -190,14 +190,15 @@ def with_load(run: Run) -> list[dict[str, Any]]:
 
 def most(run: Run) -> dict[str, int]:
     """Replicas and nodes at their most and in the end."""
-    told = [sample for sample in run.timeline if "running" in sample and "nodes" in sample]
-    if not told:
+    running = [sample["running"] for sample in run.timeline if "running" in sample]
+    nodes = [sum(sample["nodes"].values()) for sample in run.timeline if "nodes" in sample]
+    if not running or not nodes:
         return {}
     return {
-        "replicas": max(one["running"] for one in told),
-        "replicas_at_end": told[-1]["running"],
-        "nodes": max(sum(one["nodes"].values()) for one in told),
-        "nodes_at_end": sum(told[-1]["nodes"].values()),
+        "replicas": max(running),
+        "replicas_at_end": running[-1],
+        "nodes": max(nodes),
+        "nodes_at_end": nodes[-1],
     }
 
 
@@ -223,9 +224,11 @@ def merged(summaries: Sequence[Summary]) -> Summary | None:
 
 
 def seconds(value: float | None) -> str:
-    """For people: 12.3 ms, 1.23 s."""
+    """For people: 45.6 µs, 12.3 ms, 1.23 s."""
     if value is None or math.isnan(value):
         return "–"
+    if value < 0.001:
+        return f"{value * 1e6:.3g} µs"
     if value < 1:
         return f"{value * 1e3:.3g} ms"
     return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
