@@ -444,6 +444,23 @@ def test_the_demonstration_draws_a_sheet_and_says_how_to_go_on(api: str, verbs: 
 # The door. With X-Forwarded-For uvicorn tells the routes what it would tell of a caller from elsewhere.
 
 
+def test_a_load_test_finds_the_cluster_by_itself_and_tells_how_it_fared(api: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*(sys.executable, "-m", "loadtest", "smoke", "--duration", "5"), "--run-dir", RUN_DIR, "--out", tmp_path],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},  # type: ignore[call-overload]
+    )
+    assert done.returncode in (0, 3), done.stdout + done.stderr  # 3: on a busy machine requests may be sent late
+    (folder,) = tmp_path.iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["url"] == api and summary["outcomes"] == {"ok": summary["requests"]} and summary["images"] > 0
+    assert summary["most"] == {"replicas": 1, "replicas_at_end": 1, "nodes": 1, "nodes_at_end": 1}
+    assert set(summary["server"]) >= {"queue", "denoise"}
+    samples = [json.loads(line) for line in (folder / "timeline.jsonl").read_text().splitlines()]
+    (milestones,) = next(one["milestones"] for one in samples if one.get("milestones")).values()
+    assert {"process", "constructor", "weights", "warm"} <= set(milestones)
+    assert any(one.get("target") == 1 for one in samples) and any(one.get("nodes") == {"ray_tpu": 1} for one in samples)
+
+
 def test_without_keys_whoever_comes_from_elsewhere_is_refused(api: str) -> None:
     elsewhere = Request(f"{api}/v1/models", headers={"X-Forwarded-For": "192.0.2.7"})
     with pytest.raises(HTTPError) as caught:

@@ -44,6 +44,8 @@ RULES = [
     Rule("app.stats", JAX | HTTP | {"app"}),
     Rule("app.streaming", JAX | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress"}),
     Rule("app.pipeline", HTTP | {"ray", "app.engine", "app.server", "app.ingress", "app.protocol"}),
+    Rule("loadtest.", JAX | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
+    Rule("loadtest.", JAX | {"ray"}, anywhere=False),
     Rule("app.models.", HTTP | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress", "app.protocol"}),
 ]
 SAMPLERS_MAY_USE = {"numpy", *sys.stdlib_module_names}
@@ -72,7 +74,7 @@ def imports(file: Path, module: str, *, anywhere: bool) -> Iterator[str]:
 
 def modules(root: Path) -> dict[str, Path]:
     found = {}
-    for file in sorted((root / "app").rglob("*.py")):
+    for file in sorted(file for package in ("app", "loadtest") for file in (root / package).rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return found
