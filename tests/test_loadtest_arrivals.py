@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest import Mistake
 from loadtest.arrivals import Span, evenly, gamma, through, with_bursts
 from loadtest.plan import Planned, plan
-from loadtest.scenario import parse
+from loadtest.scenario import load, names, parse
 
 
 def planned(arrivals: dict[str, Any], **scenario: Any) -> list[Planned]:
@@ -55,6 +55,7 @@ def test_gaps_vary_as_much_as_asked_for(process: str, cv: float) -> None:
 spans = st.builds(Span, st.floats(0, 50), st.floats(0.5, 50), st.floats(0.1, 5))
 
 
+@settings(deadline=None)
 @given(st.lists(spans, min_size=1, max_size=5), st.floats(0.2, 4), st.integers(0, 2**32 - 1))
 def test_arrivals_are_in_order_and_within_their_spans(spans: list[Span], cv: float, seed: int) -> None:
     count = sum(span.count for span in spans)
@@ -152,3 +153,15 @@ def test_a_run_has_a_cap_on_its_requests(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"at": 1, "request": {"prompt": "a"}}\n' * 11)
     with pytest.raises(Mistake, match="holds 11 requests, more than max_requests = 10"):
         planned({"process": "replay", "trace": str(tmp_path / "t.jsonl")}, max_requests=10)
+
+
+def test_the_shipped_scenarios_can_be_planned_and_say_what_they_are() -> None:
+    assert names() == ["burst", "scale-up", "smoke", "soak", "steady"]
+    for name in names():
+        scenario = load(name, {})
+        assert scenario.description and 0 < len(plan(scenario)) <= scenario.max_requests
+
+
+def test_a_burst_in_a_scenario_keeps_its_requests_at_one_moment() -> None:
+    at_once = [one for one in plan(load("burst", {})) if one.at == 30]
+    assert len(at_once) == 40
