@@ -293,6 +293,7 @@ def scale_ups(summary: Summary) -> go.Figure:
                 text=[f"{width:.1f}" if width >= 1 else "" for width in widths],
                 textposition="inside",
                 insidetextanchor="middle",
+                textangle=0,
                 customdata=widths,
                 hovertemplate="%{customdata:.2f} s<extra>" + phase + "</extra>",
             )
