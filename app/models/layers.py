@@ -4,6 +4,7 @@ Named scopes say which part an operation is of, in profiles and in `make tpu-che
 """
 
 import math
+from functools import reduce
 from typing import Any
 
 import jax
@@ -124,9 +125,10 @@ class Upsample(nnx.Module):
 
     @jax.named_scope("resampling")
     def __call__(self, x: jax.Array) -> jax.Array:
+        assert self.conv.bias is not None
         kernel = self.conv.kernel[...].astype(jnp.float32)
         shifts = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in (0, 1) for j in (0, 1)]
-        kernel = sum(jnp.pad(kernel, shift) for shift in shifts).astype(x.dtype)
+        kernel = reduce(jnp.add, (jnp.pad(kernel, shift) for shift in shifts)).astype(x.dtype)
         x = jax.lax.conv_general_dilated(
             x, kernel, (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
@@ -162,6 +164,7 @@ class GEGLU(nnx.Module):
         self.proj = linear(features_in, 2 * features_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        assert self.proj.bias is not None
         kernels = jnp.split(self.proj.kernel[...], 2, axis=-1)
         biases = jnp.split(self.proj.bias[...], 2)
         x, gate = (x @ kernel + bias[None, None] for kernel, bias in zip(kernels, biases, strict=True))
