@@ -51,7 +51,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
-.PHONY: bench-loadgen loadtest
+.PHONY: bench-loadgen loadtest bench-torch
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -164,6 +164,9 @@ bench-batch: runtime ## Measure batch generation on the local cluster against th
 	@$(py) -m benchmarks.batch $(at)
 bench-loadgen: runtime ## Measure the load test's own generator: its highest rate, its percentiles, beside wrk where installed
 	@$(py) -m benchmarks.loadgen
+
+bench-torch: parity ## Measure a guided step on this processor against diffusers in PyTorch (several GB to install)
+	@$(py) -m benchmarks.against_torch
 
 # uv resolves for every platform at once, which pip cannot. It has an environment of its own, so that it is in no lock.
 uv := .cache/uv-$(UV_VERSION)/bin/uv

@@ -14,7 +14,9 @@ from aiohttp import web
 from app.admission import Lane
 from app.builders import Args
 from app.engine import Engine
+from app.models.config import UNetConfig
 from app.protocol import Generation
+from benchmarks.against_torch import CASES, read
 from benchmarks.figures import Figure, missed, table_of
 from benchmarks.load import MIXED_KINDS, equal_requests, mixed_requests, offer, poisson, request
 from benchmarks.overhead import ask as ask_over_http
@@ -280,3 +282,10 @@ def test_a_bar_holds_for_the_median_of_the_runs() -> None:
     assert missed([latency, throughput]) and not missed([latency, told])
     assert table_of([latency, throughput, told], "title").row_count == 1 + 3
     assert latency.facts()["met"] is True and latency.facts()["ours"] == [6.0, 6.5, 9.0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_networks_that_are_held_against_pytorch_are_ones_that_we_support(name: str) -> None:
+    problems: list[str] = []
+    UNetConfig.from_json(read(CASES[name]), problems)
+    assert not problems

@@ -1,0 +1,170 @@
+"""One guided step of the UNet on this machine's processor: ours against diffusers in PyTorch, with the same weights.
+
+    python -m benchmarks.against_torch                  # exit 1 where a bar is missed
+    python -m benchmarks.against_torch --models demo
+
+Both compute in float32, in this process, with as many threads as there are cores, and take turns. Weights are random,
+as PyTorch initialises them; the two answers must agree before anything is timed. PyTorch runs eagerly, as diffusers
+does by itself, in whichever of its two memory formats was quicker. Needs the `parity` extra.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.figures import Figure, conclude
+from benchmarks.report import machine
+
+ROOT = Path(__file__).parents[1]
+GUIDED = 2  # rows of a step
+TEXT_LENGTH = 77
+AGREE = 1e-3  # of the largest value
+
+
+@dataclass(frozen=True)
+class Case:
+    """A UNet, the side of its latents, the bar for ours over theirs, and steps in one timing."""
+
+    config: Path
+    side: int
+    bar: float
+    steps: int
+
+
+CASES = {
+    "demo": Case(ROOT / "assets/demo-model/unet/config.json", 16, 1.0, 20),
+    "stable-diffusion-v1-4": Case(ROOT / "tpu/presets/stable-diffusion-v1-4.json", 64, 1.5, 1),
+}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of PyTorch's, as the loader wants one."""
+
+    tensor: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def read(self) -> np.ndarray:
+        return self.tensor.numpy()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--runs", type=int, default=7, help="timings of each side")
+    arguments = parser.parse_args()
+    if arguments.runs < 1:
+        parser.error(f"--runs must be at least 1, got {arguments.runs}.")
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed: make bench-torch installs it (several GB).", file=sys.stderr)
+        return 2
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    here = machine()
+    figures = [measure(name, CASES[name], arguments.runs, threads) for name in arguments.models]
+    complete = arguments.models == list(CASES) and arguments.runs >= parser.get_default("runs")
+    title = "One guided step of the UNet, s: ours over diffusers in PyTorch"
+    return conclude("torch", title, figures, here, vars(arguments), complete)
+
+
+def measure(name: str, case: Case, runs: int, threads: int) -> Figure:
+    config = read(case)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(GUIDED, case.side, case.side, config["in_channels"])).astype(np.float32)
+    timesteps = np.full(GUIDED, 481.0, np.float32)
+    embeds = rng.normal(size=(GUIDED, TEXT_LENGTH, config["cross_attention_dim"])).astype(np.float32)
+    theirs, weights = in_torch(config, latents, timesteps, embeds)
+    ours = in_jax(config, weights, latents, timesteps, embeds)
+    expected, got = theirs(), ours()
+    if not (off := float(np.abs(got - expected).max() / np.abs(expected).max())) <= AGREE:
+        raise SystemExit(f"{name}: ours differs from PyTorch's by {off:.1e} of the largest value.")
+    figure = Figure(f"{threads} threads", name, "guided step, s", case.bar, against="diffusers in PyTorch, eager")
+    for _ in range(runs):
+        figure.add(seconds(ours, case.steps), seconds(theirs, case.steps))
+    return figure
+
+
+def read(case: Case) -> Mapping[str, Any]:
+    found = json.loads(case.config.read_text("utf-8"))
+    return found.get("unet", found)  # a preset holds the configurations of all networks
+
+
+def in_torch(
+    config: Mapping[str, Any], latents: np.ndarray, timesteps: np.ndarray, embeds: np.ndarray
+) -> tuple[Callable[[], np.ndarray], Mapping[str, Any]]:
+    """A call of diffusers' UNet, and its weights by name."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel.from_config(dict(config)).eval()
+    weights = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    x, t, context = (torch.from_numpy(array) for array in (latents, timesteps, embeds))
+
+    def call(memory_format: torch.memory_format) -> np.ndarray:
+        with torch.inference_mode():
+            y = unet(x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format), t, context, return_dict=False)[0]
+            return y.permute(0, 2, 3, 1).numpy()
+
+    formats = (torch.contiguous_format, torch.channels_last)
+    took = {}
+    for memory_format in formats:
+        unet.to(memory_format=memory_format)
+        call(memory_format)
+        took[memory_format] = seconds(lambda: call(memory_format), 1)  # noqa: B023
+    best = min(formats, key=lambda one: took[one])
+    unet.to(memory_format=best)
+    return lambda: call(best), weights
+
+
+def in_jax(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    latents: np.ndarray,
+    timesteps: np.ndarray,
+    embeds: np.ndarray,
+) -> Callable[[], np.ndarray]:
+    """A call of our UNet with these weights."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from app.models.config import UNetConfig
+    from app.models.loading import OneKey, load_module
+    from app.models.unet import UNet
+
+    problems: list[str] = []
+    rngs: Any = OneKey()
+    unet_config = UNetConfig.from_json(config, problems)
+    held: Any = {name: Held(tensor) for name, tensor in weights.items()}
+    unet = load_module(lambda: UNet(unet_config, dtype=jnp.float32, rngs=rngs), held, "unet", problems)
+    if problems:
+        raise SystemExit("\n".join(problems))
+    graph, params = nnx.split(unet)
+    call = jax.jit(lambda params, *given: nnx.merge(graph, params)(*given))
+    return lambda: np.asarray(call(params, latents, timesteps, embeds))
+
+
+def seconds(call: Callable[[], object], steps: int) -> float:
+    """Of one step, over so many."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        call()
+    return (time.perf_counter() - began) / steps
+
+
+if __name__ == "__main__":
+    sys.exit(main())
