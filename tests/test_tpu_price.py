@@ -70,7 +70,7 @@ def test_what_the_sum_leaves_out_is_told() -> None:
     found = Bill(kernels=Counter({"k": 1}), unpriced=Counter({"all-gather": 3}), open_loops=2)
     _, notes = charged(found, Work(open_loops=1), V5E, shards=1)
     assert len(notes) == 3
-    assert any("3 all-gather" in note for note in notes)
+    assert any("3 x all-gather" in note for note in notes)
     assert any("1 loops whose turns cannot be read" in note for note in notes)
     assert any("a kernel in other multiplies nothing that can be seen" in note for note in notes)
 

@@ -29,14 +29,14 @@ from tpu.price import GIB, MIB, Price
 from tpu.pricing import Outcome, Task, price_all
 
 SHOWN = {  # share of the time, in percent
-    "self-attention": "self- att. %",
-    "cross-attention": "cross- att. %",
-    "feed-forward": "feed- forw. %",
-    "resnet": "res- net %",
-    "resampling": "re- sam. %",
-    "transformer": "trans- form. %",
+    "self-attention": "self-attn",
+    "cross-attention": "cross",
+    "feed-forward": "feed-fwd",
+    "resnet": "resnet",
+    "resampling": "resample",
+    "transformer": "rest of tf",
 }
-WIDTH = 150  # of tables where the output is no terminal
+WIDTH = 160  # of tables where the output is no terminal
 
 
 def check(asked: Asked, hosts: Sequence[Host], cache: Path) -> list[Priced]:
@@ -95,12 +95,11 @@ def evaluations_of(asked: Asked, scheduler: Mapping[str, Any]) -> tuple[str, int
 
 def programs_table(priced: Priced) -> Table:
     host = priced.host
-    title = (
-        f"{host.accelerator_type}: {host.chips} chips of {host.chip.hbm_gib:g} GiB. Each chip's share; times modelled"
-    )
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    hbm = f"{host.chips} x {host.chip.hbm_gib:g} GiB"
+    title = f"{host.accelerator_type} ({hbm}); figures of one chip, ms and % modelled"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("program", no_wrap=True)
-    columns = ("chips", "compile s", "args MiB", "temp MiB", "peak GiB", "TFLOP", "GB", "ms", "bound ms")
+    columns = ("chips", "compile s", "args MiB", "temp MiB", "peak GiB", "TFLOP", "GB", "ms", "bound")
     for column in (*columns, *SHOWN.values()):
         table.add_column(column, justify="right")
     for name, outcome in priced.outcomes.items():
@@ -123,7 +122,7 @@ def figures(price: Price, priced: Priced, name: str) -> list[str]:
         f"{price.bytes / 1e9:.2f}",
         f"{1e3 * price.seconds:.3f}",
         f"{1e3 * price.padded_cycles / priced.host.chip.clock:.3f}",
-        *(f"{100 * price.share(part):.0f}" if part in price.parts else "" for part in SHOWN),
+        *(f"{100 * price.share(part):.0f} %" if part in price.parts else "" for part in SHOWN),
     ]
 
 
@@ -210,7 +209,9 @@ def command() -> None:
     parser = Parser(prog="tpu.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
     parser.add_argument("--cluster", type=Path, default=Path("cluster.yaml"), help="whose TPU nodes, without --tpu")
-    parser.add_argument("--model", default="", help="in place of the config's: a folder, demo, or a preset's name")
+    parser.add_argument(
+        "--model", default="", help="in place of the config's, in bfloat16: a folder, demo, or a preset's name"
+    )
     parser.add_argument("--tpu", default="", help="v5litepod-4,v6e-8: hosts to compile for")
     parser.add_argument("--json", type=Path, default=Path("outputs/tpu-check.json"), help="where the figures go too")
     parser.add_argument("--cache", type=Path, default=Path(".cache/tpu-prices"))
@@ -229,8 +230,10 @@ def command() -> None:
     for priced in hosts:
         console.print(programs_table(priced))
         console.print(rates_table(priced, asked, sampler, evaluations))
-        for note in sorted({note for one in priced.outcomes.values() if one.price for note in one.price.notes}):
-            say(f"{priced.host.accelerator_type}: not counted in times: {note}")
+        for name, outcome in priced.outcomes.items():
+            if outcome.price and outcome.price.notes:
+                said = "; ".join(outcome.price.notes)
+                say(f"{priced.host.accelerator_type}: not in the time of {name}: {said}")
         wrong += verdicts(priced, asked)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report(asked, hosts, sampler, evaluations), indent=1) + "\n", "utf-8")

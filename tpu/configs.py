@@ -26,7 +26,8 @@ class Asked:
 
 
 def asked_of(config: Path, model: str = "", size: str = "") -> Asked:
-    """Of the first application here that is built from app.builders' Args. Raises Stop with what is wrong."""
+    """Of the first application here that is built from app.builders' Args; another `model` in bfloat16, as one would
+    serve it on a TPU. Raises Stop with what is wrong."""
     args = next((app.args for app in apps(sound(config)) if isinstance(app.args, Args)), None)
     if args is None:
         raise Stop(f"{config} has no application that app.builders:text_to_image builds.")
@@ -40,7 +41,7 @@ def of_args(args: Args, model: str = "", size: str = "") -> Asked:
         raise Stop(f"SIZE must be WIDTHxHEIGHT, such as 512x512, got {size}.") from None
     served = Served(
         model=model or args.model,
-        dtype=args.dtype,
+        dtype="bfloat16" if model else args.dtype,
         sizes=sizes,
         batch_buckets=tuple(sorted(args.batch_buckets)),
         decode_buckets=tuple(sorted(args.decode_buckets)) if args.decode_buckets else None,

@@ -33,6 +33,7 @@ from tpu.simulate import Load, Simulated, Timings, poisson, simulate
 DEFAULT_TPUS = "v4-8,v5litepod-4,v5p-8,v6e-4"  # a host of four chips of each
 MOST_HOSTS = 64
 LOAD_S = 600.0  # of the simulated load, or longer for a slow one
+ROOM = 32  # of max_ongoing_requests, above what the engine holds, for health questions
 SPARE = 1.25  # replicas that the autoscaler may add beyond what the rate needs on average
 
 
@@ -114,7 +115,7 @@ def serve_fragment(one: Plan, asked: Asked, rate: float) -> dict[str, Any]:
     """What to change in a serve config."""
     assert one.simulated is not None
     ongoing = rate / one.hosts * float(one.simulated.latencies.mean())  # Little's law
-    most = one.slots + asked.args.max_waiting
+    most = one.slots * len(asked.served.sizes) + asked.args.max_waiting + ROOM
     return {
         "applications": [
             {
@@ -206,7 +207,9 @@ def positive(text: str) -> float:
 def command() -> None:
     parser = Parser(prog="tpu.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
-    parser.add_argument("--model", default="", help="in place of the config's: a folder, demo, or a preset's name")
+    parser.add_argument(
+        "--model", default="", help="in place of the config's, in bfloat16: a folder, demo, or a preset's name"
+    )
     parser.add_argument("--size", default="", help="in place of the config's: WIDTHxHEIGHT")
     parser.add_argument("--rate", required=True, help="pictures a second, of all hosts together")
     parser.add_argument("--slo", required=True, help="seconds within which 95 % of them are answered")

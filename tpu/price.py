@@ -113,7 +113,7 @@ def charged(found: Bill, total: Work, chip: Chip, shards: int) -> tuple[Counter[
     parts: Counter[str] = Counter()
     for op_name, cycles in found.cycles.items():
         parts[part_of(op_name)] += cycles
-    notes = [f"{count} {opcode} without a price" for opcode, count in sorted(found.unpriced.items())]
+    notes = [f"{count} x {opcode} that libtpu does not price" for opcode, count in sorted(found.unpriced.items())]
     padded: dict[str, float] = {}
     for stack, flops in total.kernels.items():
         padded[part_of(stack)] = padded.get(part_of(stack), 0.0) + flops

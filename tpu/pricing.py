@@ -18,7 +18,7 @@ from tpu.chips import Host
 from tpu.price import Price
 from tpu.programs import Served
 
-ATTEMPTS = 2  # libtpu has crashed once where it did not the next time
+ATTEMPTS = 2  # what ends a process once may not do so again
 WORKERS = 2  # each compiles with more than one thread, and needs up to 3 GB for a full-size UNet
 
 
@@ -163,7 +163,7 @@ def outcome(said: Mapping[str, Any], *, cached: bool = False) -> Outcome:
 def load(cache: Path, task: Task) -> Outcome | None:
     try:
         return outcome(json.loads((cache / f"{task.key}.json").read_text("utf-8")), cached=True)
-    except (OSError, ValueError, TypeError, KeyError):  # none, cut short, or of an older form
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, cut short, or of an older form
         return None
 
 
