@@ -27,6 +27,7 @@ TPU ?=
 SIZE ?=
 RATE ?=
 SLO ?=
+DOLLARS ?=
 SCENARIO ?= smoke
 URL ?=
 ARGS ?=
@@ -126,10 +127,10 @@ check-config: runtime ## Lint FILES= (all configs here) against Ray's own models
 	@$(ops)lint $(or $(FILES),serve_config.yaml cluster.yaml $(sort $(wildcard configs/*.yaml)))
 
 tpu-check: libtpu ## Compile CONFIG= for a TPU that is not there (TPU=v5litepod-4,..., MODEL=demo): does it fit, how fast, how dear
-	@$(py) -m tpu.check --config "$(CONFIG)" --cluster "$(or $(filter-out local,$(CLUSTER)),cluster.yaml)" --model "$(MODEL)" --tpu "$(TPU)"
+	@$(py) -m tpu.check --config "$(CONFIG)" --cluster "$(or $(filter-out local,$(CLUSTER)),cluster.yaml)" --model "$(MODEL)" --tpu "$(TPU)" --dollars "$(DOLLARS)"
 
 tpu-plan: libtpu ## Say which TPU, and how many, serve RATE= pictures a second within SLO= seconds (MODEL=, SIZE=, TPU=, CONFIG=)
-	@$(py) -m tpu.plan --config "$(CONFIG)" --model "$(MODEL)" --size "$(SIZE)" --tpu "$(TPU)" --rate "$(RATE)" --slo "$(SLO)"
+	@$(py) -m tpu.plan --config "$(CONFIG)" --model "$(MODEL)" --size "$(SIZE)" --tpu "$(TPU)" --dollars "$(DOLLARS)" --rate "$(RATE)" --slo "$(SLO)"
 
 api-key: runtime ## Make an API key: NAME=alice [FILE=api_keys.yaml] [RPM=60] [CONCURRENT=4]
 	@$(ops)api_key --name "$(NAME)" --file "$(or $(FILE),api_keys.yaml)" --rpm "$(RPM)" --concurrent "$(CONCURRENT)"

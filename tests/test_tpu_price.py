@@ -1,10 +1,12 @@
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from ops.terminal import Stop
 from tests.published import CHECKPOINTS
 from tpu.chips import CHIPS, Host, host_of
+from tpu.configs import asked_of, hosts_of
 from tpu.hlo import Bill
 from tpu.libtpu import pinned, version
 from tpu.models import configurations, presets, shapes_of
@@ -110,10 +112,6 @@ def test_libtpu_is_pinned_with_hashes() -> None:
 
 
 def test_buckets_and_steps_come_from_the_config() -> None:
-    from pathlib import Path
-
-    from tpu.configs import asked_of, hosts_of
-
     asked = asked_of(Path("configs/sd14.yaml"))
     assert asked.served.model == "CompVis/stable-diffusion-v1-4"
     assert asked.served.batch_buckets == (1, 2, 4, 8, 16)
@@ -124,3 +122,14 @@ def test_buckets_and_steps_come_from_the_config() -> None:
         hosts_of("v5e", Path("none"))
     with pytest.raises(Stop, match="SIZE must be WIDTHxHEIGHT"):
         asked_of(Path("configs/sd14.yaml"), size="512")
+
+
+def test_dollars_override_the_list() -> None:
+    v5e, v6e = hosts_of("v5litepod-4,v6e-4", Path("none"), "v5e=0.5")
+    assert (v5e.dollars_hour, v6e.dollars_hour) == (2.0, 4 * CHIPS["v6e"].dollars_hour)
+
+
+@pytest.mark.parametrize("wrong", ["v5e", "v5e=", "v5e=-1", "v5e=nan", "v9=1", "v6e=1,v5litepod=2"])
+def test_dollars_that_cannot_be_read_are_refused(wrong: str) -> None:
+    with pytest.raises(Stop, match="DOLLARS must be like"):
+        hosts_of("v6e-4", Path("none"), wrong)

@@ -214,13 +214,14 @@ def command() -> None:
     )
     parser.add_argument("--tpu", default="", help="v5litepod-4,v6e-8: hosts to compile for")
     parser.add_argument("--json", type=Path, default=Path("outputs/tpu-check.json"), help="where the figures go too")
+    parser.add_argument("--dollars", default="", help="of a chip's hour, in place of the list's: v5e=0.9,v6e=1.5")
     parser.add_argument("--cache", type=Path, default=Path(".cache/tpu-prices"))
     arguments = parser.parse_args()
     if reason := missing():
         parser.exit(2, f"{reason}\n")
     try:
         asked = asked_of(arguments.config, arguments.model)
-        hosts = check(asked, hosts_of(arguments.tpu, arguments.cluster), arguments.cache)
+        hosts = check(asked, hosts_of(arguments.tpu, arguments.cluster, arguments.dollars), arguments.cache)
     except Stop as reason:
         parser.exit(2, f"{reason}\n")
     sampler, evaluations = evaluations_of(asked, scheduler_of(asked))
@@ -237,7 +238,7 @@ def command() -> None:
         wrong += verdicts(priced, asked)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report(asked, hosts, sampler, evaluations), indent=1) + "\n", "utf-8")
-    say(f"The same figures and more: {arguments.json}. Dollars are Google's list prices: {PRICES_OF}.")
+    say(f"The same figures and more: {arguments.json}. Dollars: Google's {PRICES_OF}, or DOLLARS=.")
     if wrong:
         print("\n".join(wrong), file=sys.stderr)
         sys.exit(1)

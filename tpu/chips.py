@@ -1,13 +1,14 @@
 """TPUs: what their chips can do, how Google names and sells them, and libtpu's name for a host of them.
 
 Speeds, memory and matrix units are Google's (cloud.google.com/tpu/docs, the page of each version). The clock follows
-from them: peak FLOPs a second over FLOPs a cycle. Prices are Google's list prices on demand, which flags override.
+from them: peak FLOPs a second over FLOPs a cycle. Prices are Google's list prices on demand, not looked up since they
+were written down here; DOLLARS= overrides them.
 """
 
 import re
 from dataclasses import dataclass
 
-PRICES_OF = "us-central1 or the cheapest American region that has it, on demand, as listed in mid-2025"
+PRICES_OF = "list prices on demand in the cheapest American region, as of mid-2025"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a serve config and a cluster file say about what is compiled, and for which TPU."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.builders import Args
@@ -10,7 +11,7 @@ from ops.lint import refuse_errors
 from ops.lint_cluster import node_types
 from ops.lint_serve import apps
 from ops.terminal import Stop
-from tpu.chips import Host, host_of
+from tpu.chips import CHIPS, Host, host_of
 from tpu.programs import Served
 
 
@@ -51,17 +52,37 @@ def of_args(args: Args, model: str = "", size: str = "") -> Asked:
     return Asked(served, defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, args)
 
 
-def hosts_of(tpus: str, cluster: Path) -> list[Host]:
-    """`v5litepod-4,v6e-8`, or else what the cluster file's TPU nodes are. Raises Stop."""
+def hosts_of(tpus: str, cluster: Path, dollars: str = "") -> list[Host]:
+    """`v5litepod-4,v6e-8`, or else what the cluster file's TPU nodes are; at these `dollars` for a chip's hour, such as
+    `v5e=0.9,v6e=1.5`. Raises Stop."""
+    prices = prices_of(dollars)
     names = [name.strip() for name in tpus.split(",") if name.strip()]
     if not names:
         names = [one["slice"].name for one in node_types(sound(cluster)).values() if one["slice"]]
         if not names:
             raise Stop(f"{cluster} has no TPU nodes. Name a TPU: TPU=v5litepod-4")
     try:
-        return [host_of(name) for name in dict.fromkeys(names)]
+        hosts = [host_of(name) for name in dict.fromkeys(names)]
     except ValueError as error:
         raise Stop(str(error)) from None
+    return [
+        Host(replace(host.chip, dollars_hour=prices.get(host.chip.name, host.chip.dollars_hour)), host.chips)
+        for host in hosts
+    ]
+
+
+def prices_of(dollars: str) -> dict[str, float]:
+    found = {}
+    for entry in filter(None, (entry.strip() for entry in dollars.split(","))):
+        name, _, amount = entry.partition("=")
+        try:
+            found[name] = float(amount)
+            if name not in CHIPS or not 0 < found[name] < math.inf:
+                raise ValueError
+        except ValueError:
+            known = ", ".join(CHIPS)
+            raise Stop(f"DOLLARS must be like v5e=0.9,v6e=1.5, a chip's hour of {known}, got {entry}.") from None
+    return found
 
 
 def sound(path: Path) -> Document:

@@ -215,6 +215,7 @@ def command() -> None:
     parser.add_argument("--slo", required=True, help="seconds within which 95 % of them are answered")
     parser.add_argument("--tpu", default="", help=f"types to compare; {DEFAULT_TPUS}")
     parser.add_argument("--out", type=Path, default=Path("outputs/tpu-plan"), help="where figures and fragments go")
+    parser.add_argument("--dollars", default="", help="of a chip's hour, in place of the list's: v5e=0.9,v6e=1.5")
     parser.add_argument("--cache", type=Path, default=Path(".cache/tpu-prices"))
     arguments = parser.parse_args()
     numbers = {}
@@ -228,7 +229,9 @@ def command() -> None:
         parser.exit(2, f"{reason}\n")
     try:
         asked = asked_of(arguments.config, arguments.model, arguments.size)
-        priced = check(asked, hosts_of(arguments.tpu or DEFAULT_TPUS, Path("cluster.yaml")), arguments.cache)
+        priced = check(
+            asked, hosts_of(arguments.tpu or DEFAULT_TPUS, Path("cluster.yaml"), arguments.dollars), arguments.cache
+        )
     except Stop as reason:
         parser.exit(2, f"{reason}\n")
     _, evaluations = evaluations_of(asked, scheduler_of(asked))
@@ -247,10 +250,9 @@ def command() -> None:
     for one in good:
         write_fragments(one, asked, rate, arguments.out)
     cheapest = min(good, key=lambda one: one.dollars_hour)
-    say(
-        f"Cheapest: {cheapest.host.accelerator_type}. What to change for it: {arguments.out}/"
-        f"{cheapest.host.accelerator_type}/serve_config.yaml and cluster.yaml. Dollars: {PRICES_OF}."
-    )
+    folder = arguments.out / cheapest.host.accelerator_type
+    say(f"Cheapest: {cheapest.host.accelerator_type}. What to change for it: {folder}/serve_config.yaml, cluster.yaml.")
+    say(f"Dollars: Google's {PRICES_OF}, or DOLLARS=.")
 
 
 if __name__ == "__main__":

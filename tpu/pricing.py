@@ -4,12 +4,11 @@ import contextlib
 import json
 import os
 import queue
-import resource
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,27 +127,14 @@ class Worker:
 
 def start() -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "tpu.worker"]
-    with roomy_stacks():
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=Path(__file__).resolve().parents[1],
-        )
-
-
-@contextlib.contextmanager
-def roomy_stacks() -> Iterator[None]:
-    """What is started inside may have stacks as large as this user may allow: with 8 MiB, compiling a full-size UNet
-    has overflowed one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).resolve().parents[1],
+    )
 
 
 def outcome(said: Mapping[str, Any], *, cached: bool = False) -> Outcome:
