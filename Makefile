@@ -126,10 +126,10 @@ check: dev ## Check format, lint and types
 check-config: runtime ## Lint FILES= (all configs here) against Ray's own models, the app's Args and one another
 	@$(ops)lint $(or $(FILES),serve_config.yaml cluster.yaml $(sort $(wildcard configs/*.yaml)))
 
-tpu-check: libtpu ## Compile CONFIG= for a TPU that is not there (TPU=v5litepod-4,..., MODEL=demo): does it fit, how fast, how dear
+tpu-check: libtpu ## Compile CONFIG= for a TPU that is not there: does it fit, how fast, how dear (TPU=v5litepod-4,... MODEL= DOLLARS=)
 	@$(py) -m tpu.check --config "$(CONFIG)" --cluster "$(or $(filter-out local,$(CLUSTER)),cluster.yaml)" --model "$(MODEL)" --tpu "$(TPU)" --dollars "$(DOLLARS)"
 
-tpu-plan: libtpu ## Say which TPU, and how many, serve RATE= pictures a second within SLO= seconds (MODEL=, SIZE=, TPU=, CONFIG=)
+tpu-plan: libtpu ## Say which TPU, and how many hosts, serve RATE= pictures a second within SLO= seconds (CONFIG= MODEL= SIZE= TPU=)
 	@$(py) -m tpu.plan --config "$(CONFIG)" --model "$(MODEL)" --size "$(SIZE)" --tpu "$(TPU)" --dollars "$(DOLLARS)" --rate "$(RATE)" --slo "$(SLO)"
 
 api-key: runtime ## Make an API key: NAME=alice [FILE=api_keys.yaml] [RPM=60] [CONCURRENT=4]

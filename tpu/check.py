@@ -231,10 +231,8 @@ def command() -> None:
     for priced in hosts:
         console.print(programs_table(priced))
         console.print(rates_table(priced, asked, sampler, evaluations))
-        for name, outcome in priced.outcomes.items():
-            if outcome.price and outcome.price.notes:
-                said = "; ".join(outcome.price.notes)
-                say(f"{priced.host.accelerator_type}: not in the time of {name}: {said}")
+        if left_out := sorted({note for one in priced.outcomes.values() if one.price for note in one.price.left_out}):
+            say(f"Not in these times: {', '.join(left_out)}. How many of which, says the file below.")
         wrong += verdicts(priced, asked)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report(asked, hosts, sampler, evaluations), indent=1) + "\n", "utf-8")

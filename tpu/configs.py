@@ -29,7 +29,9 @@ class Asked:
 def asked_of(config: Path, model: str = "", size: str = "") -> Asked:
     """Of the first application here that is built from app.builders' Args; another `model` in bfloat16, as one would
     serve it on a TPU. Raises Stop with what is wrong."""
-    args = next((app.args for app in apps(sound(config)) if isinstance(app.args, Args)), None)
+    args = next(
+        (app.args for app in apps(sound(config, "applications", "a serve config")) if isinstance(app.args, Args)), None
+    )
     if args is None:
         raise Stop(f"{config} has no application that app.builders:text_to_image builds.")
     return of_args(args, model, size)
@@ -58,7 +60,11 @@ def hosts_of(tpus: str, cluster: Path, dollars: str = "") -> list[Host]:
     prices = prices_of(dollars)
     names = [name.strip() for name in tpus.split(",") if name.strip()]
     if not names:
-        names = [one["slice"].name for one in node_types(sound(cluster)).values() if one["slice"]]
+        names = [
+            one["slice"].name
+            for one in node_types(sound(cluster, "available_node_types", "a cluster file")).values()
+            if one["slice"]
+        ]
         if not names:
             raise Stop(f"{cluster} has no TPU nodes. Name a TPU: TPU=v5litepod-4")
     try:
@@ -85,9 +91,11 @@ def prices_of(dollars: str) -> dict[str, float]:
     return found
 
 
-def sound(path: Path) -> Document:
-    """The file, if the linter finds no error in it."""
+def sound(path: Path, key: str, kind: str) -> Document:
+    """The file, if the linter finds no error in it and it is of this kind."""
     refuse_errors([path])
     document, _ = read(path)
     assert document is not None
+    if not document.has((key,)):
+        raise Stop(f"{path} must be {kind}, with {key}.")
     return document

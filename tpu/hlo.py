@@ -37,6 +37,8 @@ MATTER = (
     "scatter",
 )  # if without a price
 
+MARKERS = ('"AllocateBuffer"', '"AssumeGatherIndicesInBound"', '"GatherScatterIndicesBitpacked"')  # they do nothing
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -157,7 +159,7 @@ def charge(name: str, computations: Mapping[str, Computation], done: dict[str, B
             total.cycles[one.op_name] += cycles
         elif one.opcode in ("fusion", "call", "async-start") and (called := CALLED.search(one.text)):
             total.add(charge(called[1], computations, done))
-        elif one.opcode in MATTER and '"AllocateBuffer"' not in one.text:
+        elif one.opcode in MATTER and not any(marker in one.text for marker in MARKERS):
             total.unpriced[one.opcode] += 1
     done[name] = total
     return total

@@ -63,6 +63,11 @@ class Price:
     notes: tuple[str, ...] = ()
 
     @property
+    def left_out(self) -> list[str]:
+        """The notes without their counts."""
+        return [re.sub(r"^\d+ x ", "", note) for note in self.notes]
+
+    @property
     def peak(self) -> int:
         """All that is in HBM while it runs alone."""
         return self.arguments + self.outputs + self.temporaries + self.code
@@ -113,7 +118,7 @@ def charged(found: Bill, total: Work, chip: Chip, shards: int) -> tuple[Counter[
     parts: Counter[str] = Counter()
     for op_name, cycles in found.cycles.items():
         parts[part_of(op_name)] += cycles
-    notes = [f"{count} x {opcode} that libtpu does not price" for opcode, count in sorted(found.unpriced.items())]
+    notes = [f"{count} x {opcode} (libtpu does not price it)" for opcode, count in sorted(found.unpriced.items())]
     padded: dict[str, float] = {}
     for stack, flops in total.kernels.items():
         padded[part_of(stack)] = padded.get(part_of(stack), 0.0) + flops
@@ -178,14 +183,22 @@ def main() -> None:
     if reason := missing():
         sys.exit(reason)
     try:
-        host = host_of(arguments.tpu)
-        width, height = (int(side) for side in arguments.size.split("x"))
+        host, size = host_of(arguments.tpu), size_of(arguments.size)
+        if min(arguments.rows) < 1:
+            raise ValueError(f"--rows must be at least 1, got {min(arguments.rows)}.")
         compile_only()
         for rows in arguments.rows:
-            tell(price(unet(arguments.model, (width, height), rows, arguments.dtype, host), host.chip), rows, arguments)
+            tell(price(unet(arguments.model, size, rows, arguments.dtype, host), host.chip), rows, arguments)
     except (ValueError, TooLarge) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", text)
+    if not found or int(found[1]) % 64 or int(found[2]) % 64:
+        raise ValueError(f"--size must be WIDTHxHEIGHT in multiples of 64, such as 512x512, got {text}.")
+    return int(found[1]), int(found[2])
 
 
 def tell(priced: Price, rows: int, arguments: argparse.Namespace) -> None:
