@@ -34,11 +34,13 @@ PRICE = Price(
     notes=("a note",),
 )
 ANSWERS = f"""\
-import json, sys
+import json, sys, time
 for line in sys.stdin:
     program = json.loads(line)["program"]
     if program == "crash":
         sys.exit(7)
+    if program == "slow":
+        time.sleep(600)
     answers = {{"large": {{"too_large": "Used 20G"}}, "odd": {{"refused": "no"}}, "ours": {{"failed": "Traceback"}}}}
     print(json.dumps(answers.get(program, {{"price": {asdict(PRICE)!r}}})), flush=True)
 """
@@ -112,6 +114,26 @@ def test_each_program_is_told_when_it_begins_and_when_it_ends(tmp_path: Path, st
     tell: Callable[[Task, Outcome | None], None] = lambda task, outcome: told.append((task.program, outcome is None))  # noqa: E731
     price_all(tasks("a", "b"), tmp_path, tell)
     assert told == [("a", True), ("a", False), ("b", True), ("b", False)]
+
+
+def test_an_interruption_ends_the_workers_at_once(tmp_path: Path, started: Started) -> None:
+    def interrupt() -> None:
+        if started:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        price_all(tasks("slow"), tmp_path, quiet, interrupt)
+    started[0].wait(timeout=20)
+    assert len(started) == 1
+
+
+def test_a_worker_whose_parent_is_gone_ends_in_the_middle_of_its_work() -> None:
+    command = "import os, queue, sys, time, threading; from tpu.worker import listen; "
+    command += "threading.Thread(target=listen, args=(queue.SimpleQueue(),)).start(); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.skipif(bool(libtpu.missing()), reason=libtpu.missing())

@@ -55,7 +55,7 @@ def check(asked: Asked, hosts: Sequence[Host], cache: Path) -> list[Priced]:
         tasks += [Task(asked.served, host, program.name, keys[program.name]) for program in pipeline.programs]
     with Progress() as progress:
         news = News(progress, len(tasks))
-        outcomes = price_all(tasks, cache, news.tell)
+        outcomes = price_all(tasks, cache, news.tell, news.show)
     news.conclude()
     return priced_hosts(outcomes, resident)
 
@@ -77,9 +77,11 @@ class News:
                 self.running.pop(task.label, None)
                 self.done += 1
                 self.cached += outcome.cached
-            if not (outcome and outcome.cached):
-                state = f"{self.done} of {self.total}"
-                self.progress.show({"programs": (state, "; ".join(self.running))})
+
+    def show(self) -> None:
+        with self.lock:
+            state = f"{self.done} of {self.total} done"
+            self.progress.show({"programs": (state, "; ".join(self.running))})
 
     def conclude(self) -> None:
         compiled = self.done - self.cached

@@ -46,8 +46,11 @@ class Outcome:
 Tell = Callable[[Task, Outcome | None], None]  # None: it has begun
 
 
-def price_all(tasks: Sequence[Task], cache: Path, tell: Tell) -> dict[Task, Outcome]:
-    """Calls `tell` from other threads. Crashes of a worker are told as refusals."""
+def price_all(
+    tasks: Sequence[Task], cache: Path, tell: Tell, alive: Callable[[], None] = lambda: None
+) -> dict[Task, Outcome]:
+    """Calls `tell` from other threads, and `alive` every second while it waits. Crashes of a worker are told as
+    refusals."""
     outcomes: dict[Task, Outcome] = {}
     waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
     for task in tasks:
@@ -57,32 +60,33 @@ def price_all(tasks: Sequence[Task], cache: Path, tell: Tell) -> dict[Task, Outc
         else:
             waiting.put(task)
     failures: list[BaseException] = []
-    stopping = threading.Event()
 
-    def work() -> None:
+    def work(worker: Worker) -> None:
         try:
-            with Worker() as worker:
-                while not stopping.is_set():
-                    with contextlib.suppress(queue.Empty):
-                        task = waiting.get_nowait()
-                        tell(task, None)
-                        outcomes[task] = worker.price(task)
-                        save(cache, task, outcomes[task])
-                        tell(task, outcomes[task])
-                        continue
-                    return
+            while not failures and not worker.stopped:
+                task = waiting.get_nowait()
+                tell(task, None)
+                outcomes[task] = worker.price(task)
+                save(cache, task, outcomes[task])
+                tell(task, outcomes[task])
+        except queue.Empty:
+            pass
         except BaseException as error:
             failures.append(error)
-            stopping.set()
+        finally:
+            worker.end()
 
-    threads = [threading.Thread(target=work) for _ in range(min(WORKERS, waiting.qsize()))]
+    workers = [Worker() for _ in range(min(WORKERS, waiting.qsize()))]
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException:  # Ctrl-C: the workers are in the same group and have got it too
-        stopping.set()
+        while any(thread.is_alive() for thread in threads):
+            alive()
+            threads[-1 if threads[-1].is_alive() else 0].join(1.0)
+    except BaseException:  # Ctrl-C, for one
+        for worker in workers:
+            worker.stop()
         raise
     if failures:
         raise failures[0]
@@ -94,12 +98,22 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
+        self.stopped = False
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
+    def price(self, task: Task) -> Outcome:
+        asked = {"served": asdict(task.served), "tpu": task.host.accelerator_type, "program": task.program}
+        status: int | None = None
+        for _ in range(ATTEMPTS):
+            if self.stopped:
+                raise Stopped
+            process = self.process = self.process or start()
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(asked), file=process.stdin, flush=True)
+            if line := process.stdout.readline():
+                return outcome(json.loads(line))  # a mistake of ours is raised here, with the worker's traceback
+            status = self.end()
+        return Outcome(refused=f"libtpu ended the process that compiled it, with status {status}.")
 
     def end(self) -> int | None:
         process, self.process = self.process, None
@@ -111,18 +125,15 @@ class Worker:
                     pipe.close()
         return process.wait()
 
-    def price(self, task: Task) -> Outcome:
-        asked = {"served": asdict(task.served), "tpu": task.host.accelerator_type, "program": task.program}
-        status: int | None = None
-        for _ in range(ATTEMPTS):
-            process = self.process = self.process or start()
-            assert process.stdin is not None and process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):
-                print(json.dumps(asked), file=process.stdin, flush=True)
-            if line := process.stdout.readline():
-                return outcome(json.loads(line))  # a mistake of ours is raised here, with the worker's traceback
-            status = self.end()
-        return Outcome(refused=f"libtpu ended the process that compiled it, with status {status}.")
+    def stop(self) -> None:
+        """From another thread, whatever it does."""
+        self.stopped = True
+        if process := self.process:
+            process.kill()
+
+
+class Stopped(Exception):
+    """Somebody has stopped the worker."""
 
 
 def start() -> "subprocess.Popen[str]":

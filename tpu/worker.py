@@ -4,7 +4,9 @@ it meets something that it did not expect.
 
 import json
 import os
+import queue
 import sys
+import threading
 import traceback
 from dataclasses import asdict
 from functools import lru_cache
@@ -22,8 +24,17 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries may print what they like
     compile_only()
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(asked,), daemon=True).start()
+    while True:
+        print(json.dumps(answer(json.loads(asked.get()))), file=answers, flush=True)
+
+
+def listen(asked: "queue.SimpleQueue[str]") -> None:
+    """Ends the process when whoever asks is gone, in the middle of a compile too: that can take minutes."""
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+        asked.put(line)
+    os._exit(0)
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
