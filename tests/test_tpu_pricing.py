@@ -13,7 +13,7 @@ from tpu.chips import host_of
 from tpu.models import DEMO
 from tpu.price import Price
 from tpu.pricing import Outcome, Task, price_all
-from tpu.programs import Served
+from tpu.served import Served
 
 SERVED = Served("demo", "bfloat16", ((128, 128),), (1,), None, 20)
 HOST = host_of("v5litepod-4")

@@ -1,5 +1,7 @@
 """The programs that are priced are those that are served."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +12,8 @@ from app.pipeline import Pipeline
 from app.program_keys import fingerprint, key_of
 from app.programs import Program
 from tpu.chips import Host, host_of
-from tpu.programs import Served, keys_of, pipeline_of, resident_bytes, shards_of
+from tpu.programs import keys_of, pipeline_of, resident_bytes, shards_of
+from tpu.served import Served
 
 HOST = host_of("v5litepod-4")
 SERVED = Served("demo", "float32", ((128, 128), (64, 128)), (1, 2), None, 20)
@@ -72,3 +75,8 @@ def test_rows_are_divided_among_as_many_chips_as_divide_them() -> None:
     assert shards_of(program(PartitionSpec("data0"))) == 2
     assert shards_of(program(PartitionSpec(None))) == shards_of(program(PartitionSpec())) == 1
     assert shards_of(Program("encode", np_function, ())) == 1
+
+
+def test_the_commands_import_no_jax_before_its_environment_is_set() -> None:
+    command = "import sys, tpu.check, tpu.plan, tpu.price, tpu.worker; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command]).returncode == 0

@@ -12,7 +12,7 @@ from ops.lint_cluster import node_types
 from ops.lint_serve import apps
 from ops.terminal import Stop
 from tpu.chips import CHIPS, Host, host_of
-from tpu.programs import Served
+from tpu.served import Served
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tpu.chips import Host
 from tpu.price import Price
-from tpu.programs import Served
+from tpu.served import Served
 
 ATTEMPTS = 2  # what ends a process once may not do so again
 WORKERS = 2  # each compiles with more than one thread, and needs up to 3 GB for a full-size UNet

@@ -16,20 +16,9 @@ from app.programs import Program
 from tpu.chips import Host
 from tpu.libtpu import devices, version
 from tpu.models import shapes_of
+from tpu.served import Served
 
 PRICING = [Path(__file__).parent / f"{name}.py" for name in ("chips", "hlo", "libtpu", "price", "work")]
-
-
-@dataclass(frozen=True)
-class Served:
-    """What of a serve config decides what is compiled."""
-
-    model: str
-    dtype: str
-    sizes: tuple[tuple[int, int], ...]
-    batch_buckets: tuple[int, ...]
-    decode_buckets: tuple[int, ...] | None
-    max_steps: int
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from tpu.chips import Host, host_of
 from tpu.libtpu import compile_only
+from tpu.served import Served
 
 if TYPE_CHECKING:
     from app.pipeline import Pipeline
-    from tpu.programs import Served
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     from jax.errors import JaxRuntimeError
 
     from tpu.price import TooLarge, price
-    from tpu.programs import Served, shards_of
+    from tpu.programs import shards_of
 
     try:
         served = Served(**{name: frozen(value) for name, value in asked["served"].items()})
@@ -58,7 +58,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(1)
-def pipeline(served: "Served", host: Host) -> "Pipeline":
+def pipeline(served: Served, host: Host) -> "Pipeline":
     from tpu.programs import pipeline_of
 
     return pipeline_of(served, host)
