@@ -14,9 +14,11 @@ from tpu.check import verdicts
 from tpu.chips import host_of
 from tpu.configs import Asked, asked_of
 from tpu.hosts import Priced
+from tpu.models import presets
 from tpu.plan import MOST_HOSTS, cluster_fragment, plan, serve_fragment, write_fragments
 from tpu.price import GIB
 from tpu.pricing import Outcome
+from tpu.served import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (512, 512)
@@ -119,3 +121,14 @@ def test_a_config_with_a_mistake_is_refused_as_the_linter_does(tmp_path: Path) -
     (tmp_path / "a.yaml").write_text("applications: 3\n")
     with pytest.raises(Stop):
         asked_of(tmp_path / "a.yaml")
+
+
+def test_a_short_name_is_written_as_a_config_can_load_it(asked: Asked) -> None:
+    from app.builders import locate
+
+    found = plan(priced(), asked, EVALUATIONS, 1.0, slo_s=10.0)
+    for short in NAMES:
+        named = replace(asked, served=replace(asked.served, model=short))
+        (application,) = serve_fragment(found, named, 1.0)["applications"]
+        assert locate(application["args"]["model"])
+    assert set(presets()) < set(NAMES)

@@ -10,10 +10,9 @@ import pytest
 
 from tpu import libtpu, pricing
 from tpu.chips import host_of
-from tpu.models import DEMO
 from tpu.price import Price
 from tpu.pricing import Outcome, Task, price_all
-from tpu.served import Served
+from tpu.served import NAMES, Served
 
 SERVED = Served("demo", "bfloat16", ((128, 128),), (1,), None, 20)
 HOST = host_of("v5litepod-4")
@@ -145,5 +144,5 @@ def test_libtpu_prices_the_programs_that_the_engine_runs(tmp_path: Path) -> None
     assert encode.seconds > insert.seconds > 0
     assert {"self-attention", "feed-forward"} <= set(encode.parts)
     assert encode.cycles == sum(encode.parts.values()) >= encode.padded_cycles > 0
-    text = (Path(DEMO) / "text_encoder" / "model.safetensors").stat().st_size
+    text = (Path(NAMES["demo"]) / "text_encoder" / "model.safetensors").stat().st_size
     assert encode.arguments >= 0.4 * text  # bfloat16 weights, with what the layout pads

@@ -11,10 +11,10 @@ from app.models.clip import CLIPText
 from app.models.loading import CONFIGS, Checkpoint, architecture, read_json
 from app.models.unet import UNet
 from app.models.vae import VAE
+from tpu.served import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = Path(__file__).parent / "presets"  # full-size architectures; {part: content of its configuration file}
-DEMO = "assets/demo-model"
 
 
 def shapes_of(model: str, dtype: Any) -> Checkpoint:
@@ -39,7 +39,7 @@ def shapes_of(model: str, dtype: Any) -> Checkpoint:
 
 
 def configurations(model: str, problems: list[str]) -> tuple[Path, Mapping[str, Mapping[str, Any]]]:
-    folder = ROOT / Path(DEMO if model == "demo" else model).expanduser()
+    folder = ROOT / Path(NAMES["demo"] if model == "demo" else model).expanduser()
     if folder.is_dir():
         return folder, {part: read_json(folder, name, problems) for part, name in CONFIGS.items()}
     name = model.rpartition("/")[2]

