@@ -186,11 +186,10 @@ lock: ## Pin requirements/*.txt again from pyproject.toml
 
 clean: ## Remove caches; .venv, outputs/ and what is up stay
 	@rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@find app jobs ops tests tpu benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find app jobs loadtest ops tests tpu benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 libtpu: runtime
 	@$(py) -m tpu.libtpu
-	@find app jobs loadtest ops tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments, each by the requirement file of its name.
 runtime dev parity gcp:
