@@ -9,7 +9,6 @@ to denoise the pool's latents; the decoder learns on for sharper pictures. The n
 What is written is a diffusers folder like any other.
 """
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -38,6 +37,7 @@ from app.models.unet import UNet
 from app.models.vae import VAE
 from app.samplers import Schedule, alphas_bar_of
 from jobs import scenes
+from jobs.entry import Invalid, Parser, path, run, whole
 
 log = logging.getLogger(__name__)
 
@@ -140,19 +140,19 @@ State = dict[str, Any]
 Network = TypeVar("Network", bound=nnx.Module)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("assets/demo-model"), help="folder to write (%(default)s)")
-    parser.add_argument("--work", type=Path, default=Path(".cache/train-demo"), help="checkpoints (%(default)s)")
+def main() -> str:
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=path, default="assets/demo-model", help="folder to write (%(default)s)")
+    parser.add_argument("--work", type=path, default=".cache/train-demo", help="checkpoints (%(default)s)")
     parser.add_argument("--export-only", action="store_true", help="write the folder from the last checkpoint")
-    parser.add_argument("--start-from", type=Path, help="folder whose networks to train on (from nothing)")
+    parser.add_argument("--start-from", type=path, help="folder whose networks to train on (from nothing)")
     parser.add_argument(
         "--average",
         action="store_true",
         help="write the mean of UNets and text encoders: --start-from's and the trained",
     )
     for field in dataclasses.fields(Recipe):
-        kind = type(field.default)
+        kind = float if isinstance(field.default, float) else whole(0, 10**9)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
     args = parser.parse_args()
     if args.average and not args.start_from:
@@ -161,8 +161,11 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
 
+    try:
+        earlier = load_checkpoint(args.start_from) if args.start_from else None
+    except ValueError as error:
+        raise Invalid(f"--start-from: {error}") from None
     args.work.mkdir(parents=True, exist_ok=True)
-    earlier = load_checkpoint(args.start_from) if args.start_from else None
     words = (earlier.folder if earlier else args.work) / "tokenizer"
     if not words.exists():  # kept, as its training breaks ties by chance
         words.mkdir(parents=True)
@@ -190,7 +193,7 @@ def main() -> None:
     export(args.out, vae, unet, text_encoder, scaling_factor=float(pool["scaling_factor"]))
     networks = {"VAE": vae, "UNet": unet, "text encoder": text_encoder}
     write_card(args.out, args.work, recipe, networks, earlier.folder if earlier else None, args.average)
-    log.info("Wrote %s.", args.out)
+    return f"The demo model stands in {args.out}, its checkpoints in {args.work}."
 
 
 # --- the VAE ---------------------------------------------------------------------------------------------------------
@@ -653,4 +656,4 @@ def write_json(file: Path, value: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

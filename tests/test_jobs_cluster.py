@@ -84,13 +84,6 @@ def running(verbs: Verbs, beginning: str) -> list[psutil.Process]:
 # `make job` and `make jobs` themselves, with the smallest job that there is.
 
 
-def test_a_job_runs_from_todays_code_and_its_files_are_in_the_checkout(verbs: Verbs, tmp_path: Path) -> None:
-    out = tmp_path / "it's here"  # as a shell must quote it
-    done = submitted(verbs, "demo_quality", "--count", 1, "--steps", 1, "--out", out)
-    assert "everything said" in done.stdout and list(out.glob("*.png")), done.stdout + done.stderr
-    assert done.returncode == (1 if "MISSED" in done.stdout else 0)  # the job's own
-
-
 def test_a_jobs_mistake_is_one_line_and_its_exit_status_is_ours(verbs: Verbs) -> None:
     done = submitted(verbs, "demo_quality", "--count", "0")
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
@@ -137,14 +130,14 @@ def test_mistakes_are_told_before_anything_is_submitted(verbs: Verbs) -> None:
 
 
 def test_fetched_weights_are_the_models_in_bf16(verbs: Verbs, tmp_path: Path) -> None:
-    out = tmp_path / "weights"  # a relative path starts where the cluster has the repository
+    out = tmp_path / "it's here"  # as a shell must quote it; a relative path starts where the repository is
     said = succeeds(submitted(verbs, "fetch_weights", "assets/demo-model", "--out", out))
     assert f"Deploy it with `model: {out}`." in said
     checkpoint = load_checkpoint(out, dtype=jnp.bfloat16)
     assert checkpoint.unet.config == load_checkpoint(ROOT / "assets/demo-model").unet.config
 
 
-BATCH = 60
+BATCH = 48
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +232,7 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
     facts = fingerprint(replica.mesh.devices.flat)
     programs.compiled(replica.programs[:1], folder=folder, fingerprint=facts)
     (line,) = told()
-    assert line.startswith("compiled ") and line.endswith("the saved one differs in LIBTPU_INIT_ARGS (, here --other)")
+    assert re.fullmatch(r"compiled .*: the saved one differs in LIBTPU_INIT_ARGS \(.*, here --other\)", line)
     assert {file.name for file in folder.iterdir()} == before  # who loads from a published folder adds nothing
 
 
@@ -250,13 +243,9 @@ def test_two_settings_stand_side_by_side(verbs: Verbs, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "figures.json").read_text())
     assert len(told["pictures"]) == 3 and all(0 < one["ssim"] < 1 for one in told["pictures"])
     assert (tmp_path / "report.html").read_text().count("<figure>") == 3
-    refused = submitted(verbs, "evaluate", "--reference", "", "--candidate", "steps=2")
-    assert refused.returncode == 2 and "\n--candidate must be name=value of sampler" in refused.stdout
 
 
 def test_a_replicas_steps_are_traced_under_load(verbs: Verbs, config: Path, tmp_path: Path) -> None:
-    refused = submitted(verbs, "profile", "--out", tmp_path)
-    assert refused.returncode == 1 and "No application with a deployment StableDiffusion runs here." in refused.stdout
     succeeds(verbs.deploy(config))
     idle = submitted(verbs, "profile", "--timeout-s", 1, "--out", tmp_path)
     assert idle.returncode == 1 and "The replica made no step in that time" in idle.stdout
