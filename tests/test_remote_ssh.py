@@ -276,6 +276,18 @@ def test_attach_runs_a_command_on_the_head(far: Far) -> None:
     assert "Autoscaler status" in said and f"{far.base}/home\n" in said.replace("\r", "")
 
 
+def test_a_job_runs_on_the_head_with_the_code_from_here(far: Far) -> None:
+    asked = f"--arguments={ROOT / 'assets' / 'demo-model'} --out weights/demo"
+    said = succeeds(far("job", "run", "--job", "fetch_weights", asked))
+    out = far.base / "home" / "imagine" / "weights" / "demo"  # where the head has the repository
+    assert f"Made {out}: " in said and (out / "model_index.json").is_file()
+    assert not (far.base / "home" / "imagine" / "jobs").exists()  # it came with the job
+    failed = far("job", "run", "--job", "fetch_weights", "--arguments=nowhere --out weights/other")
+    assert failed.returncode == 2 and "\nmodel must be a folder in diffusers layout" in failed.stdout
+    listed = succeeds(far("job", "list"))
+    assert "succeeded  fetch_weights" in listed and "failed (exit 2)  fetch_weights nowhere" in listed
+
+
 def test_monitor_follows_the_autoscaler(far: Far) -> None:
     with far.start("remote", "monitor") as watching:
         assert line(watching, "<==")  # which tail writes on the head
