@@ -132,7 +132,10 @@ def compile_and_save(
     executable = lowered.compile()
     seconds = spent + time.perf_counter() - began
     logger.info("compiled %s in %.1f s%s", program.name, seconds, f": {why}" if why else "")
-    if place is None or published(place.folder):
+    if place is None:
+        return executable
+    if published(place.folder):
+        logger.info("%s was not saved: jobs/compile_ahead.py alone adds to %s.", program.name, place.folder)
         return executable
     try:
         if hits.count(thread) > before:  # it would load, and miss functions when called: seen in JAX 0.10.2 on CPU

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.entry import Invalid, Parser, path, run, whole
-from jobs.painter import DRAFTS, Painter, record_of, text_of
+from jobs.painter import DRAFTS, Painter, text_of
 from jobs.prompts import Bad, Row, read
-from jobs.settings import Settings, config
+from jobs.settings import Settings, config, resources, waiting
 from ops.terminal import Stop, say, span
 
 CALLS = 2  # of an actor at once: while one block's last pictures are made, the next block's are under way
@@ -50,21 +50,20 @@ def main() -> str:
     parser.add_argument("--out", type=path, required=True, help="folder that the head and all TPU hosts see")
     parser.add_argument("--config", type=config, default="serve_config.yaml", help="whose args to take (%(default)s)")
     parser.add_argument("--hosts", type=whole(1, 1024), default=4, help="most TPU hosts at once (%(default)s)")
-    parser.add_argument("--chips", type=whole(0, 1024), default=4, help="of a host; each has one engine (%(default)s)")
     args = parser.parse_args()
 
     settings = Settings.read(args.config)
     rows, bad = sorted_out(args.prompts, settings)
     for name in ("images", "rows", DRAFTS):
         (args.out / name).mkdir(parents=True, exist_ok=True)
-    finished = {file.stem for file in (args.out / "rows").iterdir()}
-    left = [row for row in rows if row.key not in finished]
+    there = {f"{name}/{file.name}" for name in ("images", "rows") for file in (args.out / name).iterdir()}
+    left = [row for row in rows if not there.issuperset(row.made)]
     say(f"{len(rows) + len(bad)} rows: {len(rows) - len(left)} finished before, {len(left)} to draw, {len(bad)} bad")
     for one in bad[:SHOWN]:
         say(f"row {one.number} is skipped: {one.error}")
     if len(bad) > SHOWN:
         say(f"... and {len(bad) - SHOWN} more; the manifest has all")
-    errors = draw(left, settings, args.out, args.hosts, args.chips) if left else {}
+    errors = draw(left, settings, args.out, args.hosts) if left else {}
     records = write_manifest(args.out, rows, bad, errors)
     shutil.rmtree(args.out / DRAFTS, ignore_errors=True)
     pictures = sum(len(record["files"]) for record in records)
@@ -85,7 +84,7 @@ def sorted_out(prompts: Path, settings: Settings) -> tuple[list[Row], list[Bad]]
     return rows, bad
 
 
-def draw(rows: Sequence[Row], settings: Settings, out: Path, hosts: int, chips: int) -> dict[str, str]:
+def draw(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> dict[str, str]:
     """What failed, by key. Blocks are small, so that hosts which come late get their share."""
     import ray
     from ray.data import ActorPoolStrategy
@@ -96,11 +95,12 @@ def draw(rows: Sequence[Row], settings: Settings, out: Path, hosts: int, chips: 
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = 3  # a node may go while it loads
-    pipeline = settings.largest()
+    sizes = sorted({(row.generation.width, row.generation.height) for row in rows})
+    pipeline = {**settings.largest(), "sizes": sizes}
     size = max(1, 2 * max(pipeline["batch_buckets"]), math.ceil(len(rows) / BLOCKS))
     blocks = math.ceil(len(rows) / size)
     began = time.monotonic()
-    say(f"Waiting for a TPU host with {chips} chips" if chips else "Waiting for a host")
+    say(waiting(settings.chips))
     items = [{"row": text_of(row)} for row in rows]
     drawn = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         Painter,
@@ -114,7 +114,7 @@ def draw(rows: Sequence[Row], settings: Settings, out: Path, hosts: int, chips: 
             enable_true_multi_threading=True,
         ),
         num_cpus=1,
-        resources={"TPU": chips} if chips else None,
+        resources=resources(settings.chips),
     )
     try:
         results = {one["key"]: one["error"] for one in progress(drawn.iter_rows(), len(rows), began)}
@@ -164,7 +164,7 @@ def write_manifest(
             known = {"key": one.key, "prompt": one.generation.prompt, "files": [], "error": errors[one.key]}
             records.append({**empty, "row": one.number, **known})
         else:
-            records.append({**empty, "row": one.number, **json.loads(record_of(out, one).read_text())})
+            records.append({**empty, "row": one.number, **json.loads((out / one.record).read_text())})
     types = {"int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_(), "string": pa.string()}
     schema = pa.schema([(name, types.get(kind, pa.list_(pa.string()))) for name, kind in SCHEMA.items()])
     with replacing(out / "manifest.jsonl") as draft:

@@ -4,6 +4,7 @@
 
 They go to the folder that `programs:` of the config names, which all TPU hosts must see. A program stands there under
 the hash of all that it depends on, with a checksum, and is never changed; what is there already is not compiled again.
+From then on this job alone adds to the folder: replicas load from it and write nothing.
 Afterwards each is loaded from there and run once. A replica whose versions, flags, devices or sources differ compiles
 its own, and its log says what differed. Loading a program runs what its author wrote: whoever may write to that folder
 can run code on every replica (app/program_files.py says what is trusted).
@@ -19,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.entry import Invalid, Parser, path, run, whole
-from jobs.settings import Settings, config
+from jobs.entry import Invalid, Parser, path, run
+from jobs.settings import Settings, config, resources, waiting
 from ops.terminal import Stop, say
 
 DRAFT = ".draft"  # kept when the job is killed, so that the next goes on
@@ -30,7 +31,6 @@ def main() -> str:
     parser = Parser(__doc__)
     parser.add_argument("--config", type=config, default="serve_config.yaml", help="whose args to take (%(default)s)")
     parser.add_argument("--out", type=path, help="instead of the folder that the config's `programs:` names")
-    parser.add_argument("--chips", type=whole(0, 1024), default=4, help="of a host, as a replica has (%(default)s)")
     args = parser.parse_args()
     settings = Settings.read(args.config)
     folder = args.out or settings.programs
@@ -40,9 +40,8 @@ def main() -> str:
     import ray
 
     ray.init(logging_level=logging.WARNING)
-    say(f"Waiting for a TPU host with {args.chips} chips" if args.chips else "Waiting for a host")
-    resources = {"TPU": args.chips} if args.chips else {}
-    task = ray.remote(num_cpus=1, resources=resources, max_retries=3)(build)
+    say(waiting(settings.chips))
+    task = ray.remote(num_cpus=1, resources=resources(settings.chips), max_retries=3)(build)
     try:
         told = ray.get(task.remote(settings.pipeline(), folder))
     except ray.exceptions.RayTaskError as error:

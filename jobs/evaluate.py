@@ -26,7 +26,7 @@ from app.images import encode
 from app.protocol import NUMERIC_FIELDS, ApiError, Generation, literal, resolve
 from jobs.entry import Invalid, Parser, path, run, whole
 from jobs.prompts import FIELDS, Row, read
-from jobs.settings import Settings, config
+from jobs.settings import Settings, config, resources, waiting
 from ops.terminal import Stop, say
 
 REQUEST = ("sampler", "num_inference_steps", "guidance_scale", "size")
@@ -82,7 +82,6 @@ def main() -> str:
     parser.add_argument("--prompts", type=path, help="as of batch_generate (the demo model's held-out captions)")
     parser.add_argument("--count", type=whole(1, 10_000), default=32, help="most pictures of each (%(default)s)")
     parser.add_argument("--config", type=config, default="serve_config.yaml", help="whose args to take (%(default)s)")
-    parser.add_argument("--chips", type=whole(0, 1024), default=4, help="of a host (%(default)s)")
     parser.add_argument("--out", type=path, default="outputs/evaluate", help="folder of the report (%(default)s)")
     args = parser.parse_args()
 
@@ -91,7 +90,7 @@ def main() -> str:
     judged = args.prompts is None
     scenes, generations = captions(args.count, base) if judged else ([], prompts_of(args.prompts, args.count, base))
     wanted = [[dataclasses.replace(one, **setting.changes) for one in generations] for setting in both]
-    reference, candidate = draw(both, wanted, args.chips)
+    reference, candidate = draw(both, wanted, base.chips)
     if reference.pixels.shape != candidate.pixels.shape:
         raise Invalid("--reference and --candidate must draw pictures of one size.")
     distances = Distances.between(reference.pixels, candidate.pixels)
@@ -155,8 +154,8 @@ def draw(both: Sequence[Setting], wanted: Sequence[Sequence[Generation]], chips:
     import ray
 
     ray.init(logging_level=logging.WARNING)
-    say(f"Waiting for a TPU host with {chips} chips" if chips else "Waiting for a host")
-    task = ray.remote(num_cpus=1, resources={"TPU": chips} if chips else {}, max_retries=3)(drawn)
+    say(waiting(chips))
+    task = ray.remote(num_cpus=1, resources=resources(chips), max_retries=3)(drawn)
     each = zip(both, wanted, strict=True)
     try:
         reference, candidate = (ray.get(task.remote(one.settings.largest(), asked)) for one, asked in each)

@@ -43,7 +43,7 @@ class Painter:
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         rows = [row_of(text) for text in block["row"]]
         # Of a block that is given out again, because who drew it was killed, some may be finished.
-        left = [row for row in rows if not record_of(self.out, row).exists()]
+        left = [row for row in rows if not all((self.out / name).exists() for name in row.made)]
         pending = [(row, self.submit(row.generation)) for row in left]
         outcomes = {row.key: ("", time.time()) for row in rows}
         for row, future in pending:
@@ -81,7 +81,7 @@ class Painter:
                 "device_s": generated.device_s,
                 "ended": time.time(),
             }
-            write(self.out, record_of(self.out, row).relative_to(self.out), json.dumps(record).encode())
+            write(self.out, row.record, json.dumps(record).encode())
         except (EngineStopped, OSError):  # a disk that is full, a mount that is gone: no row will fare better
             raise
         except Exception as error:  # of the device, for this row
@@ -102,11 +102,7 @@ class Painter:
         )
 
 
-def record_of(out: Path, row: Row) -> Path:
-    return out / "rows" / f"{row.key}.json"
-
-
-def write(out: Path, name: str | Path, content: bytes) -> None:
+def write(out: Path, name: str, content: bytes) -> None:
     """Whole or not at all."""
     handle, draft = tempfile.mkstemp(dir=out / DRAFTS)
     with open(handle, "wb") as file:

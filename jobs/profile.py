@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.entry import Invalid, Parser, path, run, whole
+from jobs.settings import DEPLOYMENT
 from ops.terminal import Stop, say
 
-DEPLOYMENT = "StableDiffusion"
 TOP = 15
 
 

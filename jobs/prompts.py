@@ -31,6 +31,15 @@ class Row:
     encoding: Encoding
 
     @property
+    def record(self) -> str:
+        return f"rows/{self.key}.json"
+
+    @property
+    def made(self) -> list[str]:
+        """All that is there when it is finished; the record comes last."""
+        return [*self.files, self.record]
+
+    @property
     def files(self) -> list[str]:
         """Of its pictures, below the output folder. Nothing in them is the user's to choose."""
         return [f"images/{self.key}-{i}.{self.encoding.output_format}" for i in range(self.generation.n)]

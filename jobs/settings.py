@@ -14,6 +14,7 @@ from ops.documents import loaded
 from ops.terminal import Stop
 
 BUILDER = "app.builders:text_to_image"
+DEPLOYMENT = "StableDiffusion"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Settings:
     args: Args
     model: str  # a folder, or a repo id
     name: str
+    chips: int = 0  # that a replica has, all of a TPU host; 0: no TPU
 
     @classmethod
     def read(cls, file: Path) -> "Settings":
@@ -34,10 +36,10 @@ class Settings:
         ours = [app for app in applications or () if isinstance(app, dict) and app.get("import_path") == BUILDER]
         if len(ours) != 1:
             raise Invalid(f"--config: {file} must have one application of {BUILDER}, got {len(ours)}.")
-        return cls.of(ours[0].get("args") or {}, str(file))
+        return cls.of(ours[0].get("args") or {}, str(file), chips_of(ours[0]))
 
     @classmethod
-    def of(cls, given: dict[str, Any], where: str) -> "Settings":
+    def of(cls, given: dict[str, Any], where: str, chips: int = 0) -> "Settings":
         try:
             args = Args.model_validate(given)
             folder = path(args.model)
@@ -47,10 +49,10 @@ class Settings:
             raise Invalid(f"{where}: {'; '.join(problems)}.") from None
         except ValueError as error:
             raise Invalid(f"{where}: {error}") from None
-        return cls(args, model, name)
+        return cls(args, model, name, chips)
 
     def changed(self, given: Mapping[str, Any], where: str) -> "Settings":
-        return Settings.of({**self.args.model_dump(exclude_unset=True), **given}, where)
+        return Settings.of({**self.args.model_dump(exclude_unset=True), **given}, where, self.chips)
 
     @property
     def service(self) -> Service:
@@ -79,6 +81,22 @@ class Settings:
         """The same with the largest buckets alone: whoever has work enough to fill them needs no others."""
         decode_buckets = self.args.decode_buckets and [max(self.args.decode_buckets)]
         return {**self.pipeline(), "batch_buckets": [max(self.args.batch_buckets)], "decode_buckets": decode_buckets}
+
+
+def chips_of(application: Mapping[str, Any]) -> int:
+    for deployment in application.get("deployments") or ():
+        if deployment.get("name") == DEPLOYMENT:
+            return int(((deployment.get("ray_actor_options") or {}).get("resources") or {}).get("TPU", 0))
+    return 0
+
+
+def resources(chips: int) -> dict[str, float]:
+    """What an actor or a task asks for that is to have a TPU host as a replica has it."""
+    return {"TPU": chips} if chips else {}
+
+
+def waiting(chips: int) -> str:
+    return f"Waiting for a TPU host with {chips} chips" if chips else "Waiting for a host"
 
 
 def config(text: str) -> Path:

@@ -74,7 +74,7 @@ def in_place() -> dict[str, Any]:
 
 def follow(dashboard: Dashboard, job: str) -> int:
     """Prints what the job prints until it ends; the exit status is the job's own. Ctrl-C stops the job."""
-    say(f"{job} is submitted. Ctrl-C stops it; whatever becomes of this terminal, it runs on, and to see it again:")
+    say(f"Following {job}. Ctrl-C stops it. If this terminal goes, the job goes on, and to follow it again:")
     say(f"  {make(f'job ID={job}', dashboard.cluster)}")
     try:
         told = wait_for_start(dashboard, job)

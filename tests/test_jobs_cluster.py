@@ -105,7 +105,7 @@ def test_ctrl_c_stops_the_job(verbs: Verbs, tmp_path: Path) -> None:
 
 def test_one_that_runs_can_be_followed_again_and_stopped(verbs: Verbs, tmp_path: Path) -> None:
     process = started(verbs, "demo_quality", "--count", 9999, "--out", tmp_path)
-    job = until(process, " is submitted.").split()[0]
+    job = until(process, "Following ").split()[1].rstrip(".")
     process.kill()  # as when the terminal's machine goes away
     process.communicate()
     again = beside(verbs, "--id", job)
@@ -231,7 +231,7 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
     facts = fingerprint(replica.mesh.devices.flat)
     programs.compiled(replica.programs[:1], folder=folder, fingerprint=facts)
-    (line,) = told()
+    line, _ = told()
     assert re.fullmatch(r"compiled .*: the saved one differs in LIBTPU_INIT_ARGS \(.*, here --other\)", line)
     assert {file.name for file in folder.iterdir()} == before  # who loads from a published folder adds nothing
 

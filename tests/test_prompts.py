@@ -46,6 +46,7 @@ def test_the_same_rows_are_the_same_in_every_kind_of_file(tmp_path: Path) -> Non
     first, second = rows(jsonl)
     assert (first.generation.seed, first.generation.n, first.generation.width) == (7, 2, 64)
     assert first.files == [f"images/{first.key}-0.png", f"images/{first.key}-1.png"]
+    assert first.made == [*first.files, f"rows/{first.key}.json"]
     assert second.generation.prompt == "a tree, red"
 
 
