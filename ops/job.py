@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
+
 from ops.cluster import ROOT, RUN_DIR
 from ops.dashboard import Dashboard, reason
 from ops.places import LOCAL, dashboard_of, isolate
@@ -109,7 +111,7 @@ async def tell(dashboard: Dashboard, job: str) -> None:
                     told = at + len(text)
                 at += len(text)
             return
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
             if details(dashboard, job).status in OVER:
                 return
             say(f"The connection to its log broke ({reason(str(error))}), and is made again.")
@@ -160,8 +162,8 @@ def details(dashboard: Dashboard, job: str) -> "JobDetails":
         raise Stop(f"ID must name a job. See: {make('jobs', dashboard.cluster)}")
     try:
         return client(dashboard).get_job_info(job)
-    except RuntimeError as error:
-        if "404" not in str(error):
+    except (RuntimeError, OSError) as error:
+        if "status code 404" not in str(error):
             raise Stop(f"The {dashboard.name} says nothing of {job}. {reason(str(error))}") from None
     raise Stop(f"There is no job {job}. See: {make('jobs', dashboard.cluster)}")
 
