@@ -24,11 +24,11 @@ from pathlib import Path
 from rich.console import Console
 
 from loadtest import Mistake, compare, report
-from loadtest.contact import SHEET, contact_sheet_of
-from loadtest.options import Parser, number, scenario_of, what, where
+from loadtest.contact import contact_sheet_of
+from loadtest.options import VERBS, parser, scenario_of
 from loadtest.plan import plan
 from loadtest.records import read
-from loadtest.scenario import names, parse
+from loadtest.scenario import parse
 from loadtest.session import Target, begin, carry_out, described, guard
 from loadtest.summary import Summary, counted, seconds, summarize
 from loadtest.sweep import Level, sweep
@@ -39,36 +39,7 @@ from ops.places import authorization
 from ops.preflight import token_file
 from ops.terminal import Stop
 
-VERBS = ("run", "sweep", "compare", "report", "ready")
 FALLBACK = "http://127.0.0.1:8000"
-
-
-def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="python -m loadtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
-    run = verbs.add_parser("run", help="run a scenario (what is done without a verb, too)")
-    run.add_argument("scenario", nargs="?", help=f"{', '.join(names())}, or a YAML file")
-    run.add_argument("--scenario", dest="named", help=argparse.SUPPRESS)
-    run.add_argument("--resume", type=Path, help="folder of a run that was killed or interrupted")
-    run.add_argument("--save-pictures", "--save_pictures", action="store_true", help=f"as one captioned sheet, {SHEET}")
-    run.add_argument("--save-each", action="store_true", help="each picture as a file of its own")
-    where(run)
-    what(run)
-    raising = verbs.add_parser("sweep", help="raise the rate to find the highest that the server holds")
-    raising.add_argument("scenario", nargs="?", help="whose requests are sent")
-    raising.add_argument("--from", dest="first", type=number, default=0.5, help="rate to begin at (%(default)s)")
-    raising.add_argument("--factor", type=number, default=2.0, help="by which it is raised (%(default)s)")
-    raising.add_argument("--most", type=number, default=1000.0, help="highest rate (%(default)s)")
-    where(raising)
-    what(raising)
-    comparing = verbs.add_parser("compare", help="two runs side by side")
-    comparing.add_argument("a", type=Path)
-    comparing.add_argument("b", type=Path)
-    ready = verbs.add_parser("ready", help="exit status 0 if the local cluster of this checkout serves")
-    ready.add_argument("--run-dir", type=Path, default=Path(".run"))
-    again = verbs.add_parser("report", help="derive the reports of a run again")
-    again.add_argument("folder", type=Path)
-    return top
 
 
 def local(run_dir: Path) -> tuple[str | None, Dashboard | None]:
@@ -130,7 +101,7 @@ def raise_rate(options: argparse.Namespace) -> int:
         raise Mistake("A sweep needs --from above 0, --factor above 1 and --most not below --from.")
     name, scenario = scenario_of(options)
     objective_s = scenario.objective_s or 10.0
-    duration_s = options.duration or 20.0
+    duration_s = 20.0 if options.duration is None else options.duration
     process = options.process or "poisson"
     target = target_of(options)
     model = asyncio.run(described(target))
@@ -194,8 +165,8 @@ def tell(summary: Summary, folder: Path) -> None:
         print(f"Goodput     {summary['goodput_share']:.1%} within {seconds(summary['objective_s'])}")
     if summary["most"]:
         most = summary["most"]
-        ends = f"{most['replicas_at_end']} and {most['nodes_at_end']} in the end"
-        print(f"Cluster     {most['replicas']} replicas and {most['nodes']} nodes at most, {ends}")
+        ends = f"{most['replicas_at_end']} on {most['nodes_at_end']}"
+        print(f"Cluster     most replicas {most['replicas']}, on nodes {most['nodes']}; in the end {ends}")
     for one in summary["scale_ups"]:
         parts = ", ".join(f"{name} {seconds(part)}" for name, part in one["phases"].items() if part is not None)
         print(f"Scale-up    {seconds(one['total'])}: {parts}")
@@ -207,7 +178,7 @@ def tell(summary: Summary, folder: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     if not arguments or (arguments[0] not in VERBS and arguments[0] not in ("-h", "--help")):
         arguments = ["run", *arguments]
-    options = parser().parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     os.environ.update(processes.past_proxies())
     match options.verb:
         case "run":

@@ -84,25 +84,29 @@ def identity(request: Mapping[str, Any]) -> str | None:
 
 @dataclass
 class EqualSeeds:
-    """Keeps the first pictures of each request that comes more than once, and holds the others to them."""
+    """Keeps the first pictures of each request that comes more than once, while others are to come, and holds those to
+    them."""
 
     tolerance: int
-    repeated: set[str]
+    to_come: Counter[str]
     first: dict[str, list[Pixels]] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
 
     @classmethod
     def of(cls, requests: Iterable[Mapping[str, Any]], tolerance: int) -> "EqualSeeds":
-        counts = Counter(identity(request) for request in requests)
-        return cls(tolerance, {one for one, count in counts.items() if one is not None and count > 1})
+        counts = Counter(one for request in requests if (one := identity(request)) is not None)
+        return cls(tolerance, Counter({one: count for one, count in counts.items() if count > 1}))
 
     def hold(self, request: Mapping[str, Any], pictures: list[Pixels]) -> bool:
         """Whether there was something to compare with; raises BadPicture where it differs."""
         key = identity(request)
-        if key not in self.repeated or key is None:
-            return False
         with self.lock:
+            if key is None or key not in self.to_come:
+                return False
+            self.to_come[key] -= 1
             first = self.first.setdefault(key, pictures)
+            if not self.to_come[key]:
+                del self.to_come[key], self.first[key]
         if first is pictures:
             return False
         lossy = request.get("output_format", "png") != "png"

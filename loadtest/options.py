@@ -1,4 +1,4 @@
-"""The command line of `python -m loadtest run`, and what of a scenario each flag overrides."""
+"""The command line of `python -m loadtest`, and what of a scenario each flag overrides."""
 
 import argparse
 import math
@@ -9,8 +9,10 @@ from typing import Any, NoReturn
 import yaml
 
 from loadtest import Mistake
+from loadtest.contact import SHEET
 from loadtest.scenario import FOLDER, Closed, Open, Scenario, load, names, parse
 
+VERBS = ("run", "sweep", "compare", "report", "ready")
 PREDECESSORS: Mapping[str, int] = {"requests": 8, "concurrency": 8}
 
 
@@ -45,6 +47,36 @@ def field(text: str) -> tuple[str, Any]:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:
         return name, value
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    top = Parser(
+        prog="python -m loadtest", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
+    run = verbs.add_parser("run", help="run a scenario (what is done without a verb, too)")
+    run.add_argument("scenario", nargs="?", help=f"{', '.join(names())}, or a YAML file")
+    run.add_argument("--scenario", dest="named", help=argparse.SUPPRESS)
+    run.add_argument("--resume", type=Path, help="folder of a run that was killed or interrupted")
+    run.add_argument("--save-pictures", "--save_pictures", action="store_true", help=f"as one captioned sheet, {SHEET}")
+    run.add_argument("--save-each", action="store_true", help="each picture as a file of its own")
+    where(run)
+    what(run)
+    raising = verbs.add_parser("sweep", help="raise the rate to find the highest that the server holds")
+    raising.add_argument("scenario", nargs="?", help="whose requests are sent")
+    raising.add_argument("--from", dest="first", type=number, default=0.5, help="rate to begin at (%(default)s)")
+    raising.add_argument("--factor", type=number, default=2.0, help="by which it is raised (%(default)s)")
+    raising.add_argument("--most", type=number, default=1000.0, help="highest rate (%(default)s)")
+    where(raising)
+    what(raising)
+    comparing = verbs.add_parser("compare", help="two runs side by side")
+    comparing.add_argument("a", type=Path)
+    comparing.add_argument("b", type=Path)
+    ready = verbs.add_parser("ready", help="exit status 0 if the local cluster of this checkout serves")
+    ready.add_argument("--run-dir", type=Path, default=Path(".run"))
+    again = verbs.add_parser("report", help="derive the reports of a run again")
+    again.add_argument("folder", type=Path)
+    return top
 
 
 def where(parser: argparse.ArgumentParser) -> None:

@@ -91,7 +91,10 @@ def begin(
     scenario: Scenario, requests: int, name: str, target: Target, folder: Path, model: Mapping[str, Any] | None
 ) -> None:
     """Makes the folder with run.json."""
-    folder.mkdir(parents=True, exist_ok=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=False)
+    except OSError as error:
+        raise Mistake(f"The folder of the run cannot be made: {error}.") from None
     head = {
         "name": name,
         "url": target.url,
@@ -143,7 +146,7 @@ async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str
             clock=clock,
             check=scenario.checks.pictures,
             default_size=size,
-            equal_seeds=EqualSeeds.of([one.request for one in requests], scenario.checks.tolerance),
+            equal_seeds=EqualSeeds.of([one.request for one in todo], scenario.checks.tolerance),
             checkers=checkers,
             pictures=pictures,
         )

@@ -133,6 +133,15 @@ def test_equal_requests_must_get_equal_pictures(server: Server) -> None:
     assert [one.compared for one in records] == [False, False, False, True]
 
 
+def test_pictures_are_kept_only_while_others_are_to_be_held_to_them(server: Server) -> None:
+    requests = [asked("a"), asked("b"), asked("a")]
+    held = EqualSeeds.of(requests, 1)
+    send(server, *requests[:2], equal_seeds=held)
+    assert len(held.first) == 1
+    send(server, *requests[2:], equal_seeds=held)
+    assert not held.first and not held.to_come
+
+
 def test_one_grey_level_is_no_difference(server: Server) -> None:
     records = send(server, *[asked("near")] * 12)
     assert {one.outcome for one in records} == {"ok"} and len({one.digest for one in records}) == 2

@@ -304,5 +304,10 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, arguments: tupl
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_told(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "The folder of the run cannot be made" in refused(loadtest(tmp_path / "file", "--url", server.url))
+
+
 def test_every_phase_of_a_scale_up_is_explained_in_the_report() -> None:
     assert list(PHASES) == ["decision", "node", "process", "weights", "compile", "ready", "first image"]
