@@ -44,13 +44,13 @@ FALLBACK = "http://127.0.0.1:8000"
 
 def local(run_dir: Path) -> tuple[str | None, Dashboard | None]:
     """Where the API of the cluster that is up in this checkout is, and its dashboard."""
-    cluster = Cluster.load(run_dir.resolve())
-    if not cluster or cluster.missing:
-        return None, None
-    dashboard = Dashboard(cluster.address)
     try:
+        cluster = Cluster.load(run_dir.resolve())
+        if not cluster or cluster.missing:
+            return None, None
+        dashboard = Dashboard(cluster.address)
         details = dashboard.details()
-    except Stop:
+    except (Stop, OSError):
         return None, None
     return (serve_address(details) if details["applications"] else None), dashboard
 
