@@ -94,6 +94,25 @@ def broken_down(
     return ScaleUp(replica, node["type"] if node else "?", new_node, began, phases)
 
 
+def backdated(samples: Sequence[Mapping[str, Any]], moment: Callable[[float], float]) -> list[dict[str, Any]]:
+    """The samples, and one more at each moment since when Serve says that a new replica starts: while it starts some,
+    it may take seconds to answer."""
+    found: list[dict[str, Any]] = []
+    before: dict[str, Any] | None = None
+    for sample in map(dict, samples):
+        if before and "replicas" in sample:
+            new = {name: one for name, one in sample["replicas"].items() if name not in before["replicas"]}
+            since = sorted(moment(one["since"]) for one in new.values() if one.get("since"))
+            for count, t in enumerate(since, 1):
+                if before["t"] < t < sample["t"]:
+                    more = {"t": t, "target": sample["target"], "starting": before["starting"] + count}
+                    found.append(before | more)
+        if "replicas" in sample:
+            before = sample
+        found.append(sample)
+    return sorted(found, key=lambda one: one["t"])
+
+
 def decision(told: Sequence[Mapping[str, Any]], first: int) -> int | None:
     """The sample in which the target rose above what had been there, the last before the replica appeared."""
     for i in range(first, 0, -1):

@@ -15,7 +15,7 @@ import numpy as np
 from hdrh.histogram import HdrHistogram
 
 from loadtest.records import OUTCOMES, Record, Run
-from loadtest.scaling import between, chip_seconds, scale_ups
+from loadtest.scaling import backdated, between, chip_seconds, scale_ups
 from loadtest.scenario import Scenario
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
@@ -181,11 +181,12 @@ def errors(records: Sequence[Record]) -> list[Summary]:
 
 def with_load(run: Run) -> list[dict[str, Any]]:
     """The samples, each with the requests that were in flight."""
+    samples = backdated(run.timeline, run.moment)
     sent = np.sort([one.sent for one in run.records if one.sent is not None])
     done = np.sort([one.done for one in run.records if one.sent is not None])
-    times = [sample["t"] for sample in run.timeline]
+    times = [sample["t"] for sample in samples]
     flying = np.searchsorted(sent, times, side="right") - np.searchsorted(done, times, side="right")
-    return [sample | {"in_flight": int(count)} for sample, count in zip(run.timeline, flying, strict=True)]
+    return [sample | {"in_flight": int(count)} for sample, count in zip(samples, flying, strict=True)]
 
 
 def most(run: Run) -> dict[str, int]:
@@ -206,7 +207,7 @@ def cost(run: Run, scenario: Scenario, pictures: int, began: float, ended: float
     """Per chip as declared to Serve, and in dollars where the scenario has a price."""
     declared = [sample["chips"] for sample in run.timeline if sample.get("chips")]
     chips = scenario.price.chips_per_replica or (declared[-1] if declared else None)
-    used = chip_seconds(between(run.timeline, began, ended), chips) if chips else 0.0
+    used = chip_seconds(between(with_load(run), began, ended), chips) if chips else 0.0
     if not used or not chips:
         return {"chips_per_replica": chips, "images_per_chip_s": None, "usd_per_1000_images": None}
     price = scenario.price.chip_hour_usd

@@ -14,7 +14,7 @@ import pytest
 from loadtest.client import session
 from loadtest.cluster import Sample, Watcher, queues, replicas
 from loadtest.records import Journal, entries
-from loadtest.scaling import chip_seconds, scale_ups
+from loadtest.scaling import backdated, chip_seconds, scale_ups
 from ops.dashboard import Dashboard
 
 NODES = """Node status
@@ -240,3 +240,10 @@ def test_what_was_not_seen_is_told_as_unknown() -> None:
 
 def test_chips_are_paid_for_while_a_replica_is_there_in_any_state() -> None:
     assert chip_seconds(STORY, 4) == 4 * (15 * 1 + 20 * 2)
+
+
+def test_a_replica_counts_from_when_serve_says_that_it_starts() -> None:
+    told = backdated(STORY, lambda unix: unix - 1000)
+    counts = [(one["t"], one["target"], one["starting"]) for one in told if "target" in one]
+    assert counts == [(0, 1, 0), (5, 1, 0), (10, 1, 0), (12.0, 2, 1), (15, 2, 1), (35, 2, 0)]
+    assert scale_ups(told, lambda unix: unix - 1000) == scale_ups(STORY, lambda unix: unix - 1000)
