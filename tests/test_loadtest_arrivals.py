@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,9 @@ from loadtest import Mistake
 from loadtest.arrivals import Span, evenly, gamma, through, with_bursts
 from loadtest.plan import Planned, plan
 from loadtest.scenario import load, names, parse
+from ops.cluster import ROOT
+
+QUICK = "configs/quick-scaling.yaml"
 
 
 def planned(arrivals: dict[str, Any], **scenario: Any) -> list[Planned]:
@@ -165,3 +169,17 @@ def test_the_shipped_scenarios_can_be_planned_and_say_what_they_are() -> None:
 def test_a_burst_in_a_scenario_keeps_its_requests_at_one_moment() -> None:
     at_once = [one for one in plan(load("burst", {})) if one.at == 30]
     assert len(at_once) == 40
+
+
+def test_the_quick_config_is_the_shipped_one_with_shorter_delays() -> None:
+    """One file cannot include another, so they are held to each other here."""
+    shipped, quick = (yaml.safe_load((ROOT / name).read_text()) for name in ("serve_config.yaml", QUICK))
+    different: dict[str, tuple[float, float]] = {}
+    for one, other in zip(*(config["applications"][0]["deployments"] for config in (shipped, quick)), strict=True):
+        before, after = (scaled.get("autoscaling_config", {}) for scaled in (one, other))
+        different |= {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+        other["autoscaling_config"] = one.get("autoscaling_config")
+        one.setdefault("autoscaling_config", None)
+    assert shipped == quick
+    delays = {"metrics_interval_s", "look_back_period_s", "upscale_delay_s", "downscale_delay_s"}
+    assert set(different) == delays and all(after < before for before, after in different.values())
