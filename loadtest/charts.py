@@ -11,13 +11,14 @@ from plotly.subplots import make_subplots
 from loadtest.records import Record, Run
 from loadtest.scaling import PHASES
 from loadtest.scenario import Scenario
-from loadtest.summary import Summary, with_load
+from loadtest.summary import Summary, in_flight, with_load
 
 INK, GRID, BLUE, AMBER, GREEN, RED, GREY = "#1f2933", "#e4e7eb", "#2563eb", "#d97706", "#059669", "#dc2626", "#9aa5b1"
 NODE_COLOURS = ("#7c3aed", "#c4b5fd", "#5b21b6", "#a78bfa")
 PHASE_COLOURS = ("#d97706", "#7c3aed", "#2563eb", "#0891b2", "#0d9488", "#65a30d", "#db2777")
 MOST_POINTS = 4000  # in the cloud of single requests
 BINS = 120  # most bins of a rate
+MOMENTS = 600  # at which requests in flight are counted
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
@@ -57,7 +58,7 @@ def over_time(run: Run, scenario: Scenario) -> go.Figure:
     )
     rates(figure, run.records)
     cloud(figure, run.records, scenario)
-    queue(figure, samples)
+    queue(figure, run.records, samples)
     if told:
         replicas(figure, told)
         nodes(figure, nodes_told)
@@ -126,9 +127,10 @@ def cloud(figure: go.Figure, records: Sequence[Record], scenario: Scenario) -> N
     figure.update_yaxes(rangemode="tozero", row=2, col=1)
 
 
-def queue(figure: go.Figure, samples: Sequence[Mapping[str, Any]]) -> None:
+def queue(figure: go.Figure, records: Sequence[Record], samples: Sequence[Mapping[str, Any]]) -> None:
     """In flight as this client counts it; waiting, and how full the batches are, as the replicas do."""
-    flying = [(one["t"], one["in_flight"]) for one in samples]
+    moments = [float(t) for t in np.linspace(0, max((one.done for one in records), default=0.0), MOMENTS)]
+    flying = [*zip(moments, in_flight(records, moments), strict=True)]
     waiting = [(one["t"], one["waiting"]) for one in samples if "waiting" in one]
     fill = [(one["t"], one["bucket_fill"]) for one in samples if one.get("bucket_fill") is not None]
     for name, points, colour in (("in flight", flying, BLUE), ("waiting in replicas", waiting, AMBER)):

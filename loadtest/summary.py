@@ -6,6 +6,7 @@ client that is held up by a slow server must not shorten what it measures.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from loadtest.scenario import Scenario
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 HIGHEST_US = 24 * 3600 * 1_000_000
 DIGITS = 3
+MOST_ERRORS = 20  # kinds that are told
 LAG_SHARE, LAG_FLOOR_S = 0.01, 0.001  # of the median latency that the send lag's p99 may be, and what always is fine
 Summary = dict[str, Any]
 
@@ -165,28 +167,33 @@ def server_parts(records: Sequence[Record]) -> dict[str, float]:
 
 
 def errors(records: Sequence[Record]) -> list[Summary]:
-    """Each kind of failure, with an example in words."""
-    counts: Counter[tuple[str, int | None]] = Counter()
-    examples: dict[tuple[str, int | None], str] = {}
+    """Each kind of failure, those whose words differ only in numbers together, with an example."""
+    counts: Counter[tuple[str, int | None, str]] = Counter()
+    examples: dict[tuple[str, int | None, str], str] = {}
     for one in records:
         if one.outcome != "ok":
-            key = one.outcome, one.status
+            key = one.outcome, one.status, re.sub(r"\d+", "0", one.error or "")
             counts[key] += 1
             examples.setdefault(key, one.error or "")
     return [
-        {"outcome": outcome, "status": status, "count": count, "example": examples[outcome, status]}
-        for (outcome, status), count in counts.most_common()
+        {"outcome": key[0], "status": key[1], "count": count, "example": examples[key]}
+        for key, count in counts.most_common(MOST_ERRORS)
     ]
+
+
+def in_flight(records: Sequence[Record], times: Sequence[float]) -> list[int]:
+    """At each moment, as this client counts them."""
+    sent = np.sort([one.sent for one in records if one.sent is not None])
+    done = np.sort([one.done for one in records if one.sent is not None])
+    flying = np.searchsorted(sent, times, side="right") - np.searchsorted(done, times, side="right")
+    return [int(count) for count in flying]
 
 
 def with_load(run: Run) -> list[dict[str, Any]]:
     """The samples, each with the requests that were in flight."""
     samples = backdated(run.timeline, run.moment)
-    sent = np.sort([one.sent for one in run.records if one.sent is not None])
-    done = np.sort([one.done for one in run.records if one.sent is not None])
-    times = [sample["t"] for sample in samples]
-    flying = np.searchsorted(sent, times, side="right") - np.searchsorted(done, times, side="right")
-    return [sample | {"in_flight": int(count)} for sample, count in zip(samples, flying, strict=True)]
+    flying = in_flight(run.records, [sample["t"] for sample in samples])
+    return [sample | {"in_flight": count} for sample, count in zip(samples, flying, strict=True)]
 
 
 def most(run: Run) -> dict[str, int]:
