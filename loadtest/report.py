@@ -138,9 +138,17 @@ def percentile_table(summary: Summary) -> str:
     rows = []
     for key, name in LATENCIES:
         if one := summary[key]:
-            values = [one["mean"], *(one[f"p{p:g}"] for p in PERCENTILES), one["max"]]
-            rows.append([name, str(one["count"]), *map(seconds, values)])
+            quantiles = [with_interval(one, f"p{p:g}") for p in PERCENTILES]
+            rows.append([name, str(one["count"]), seconds(one["mean"]), *quantiles, seconds(one["max"])])
     return table(heads, rows)
+
+
+def with_interval(told: Summary, name: str) -> str:
+    """A percentile, and on a second line where it is with a confidence of 95 %."""
+    if told[name] is None:
+        return seconds(None)
+    low, high = told["between"][name]
+    return f"{seconds(told[name])}\n{seconds(low)} to {seconds(high)}"
 
 
 def kinds_table(summary: Summary) -> str:
@@ -167,5 +175,11 @@ def errors_table(summary: Summary) -> str:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
     head = "".join(f"<th>{escape(one)}</th>" for one in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(table_cell, row)) + "</tr>" for row in rows)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def table_cell(cell: Any) -> str:
+    """What stands on a second line is small print."""
+    first, _, second = str(cell).partition("\n")
+    return f"<td>{escape(first)}" + (f"<small>{escape(second)}</small>" if second else "") + "</td>"
