@@ -128,15 +128,17 @@ def raise_rate(options: argparse.Namespace) -> int:
         )
         if interrupted:
             return 130
-    held = [level.rate for level in levels if level.held]
+    knee = max((level.rate for level in levels if level.held), default=None)
     facts = [{"rate": one.rate, "held": one.held, "why": one.why, "summary": one.summary} for one in levels]
-    (whole / "sweep.json").write_text(json.dumps({"knee": max(held, default=None), "levels": facts}, indent=2) + "\n")
-    if held:
-        top = "at least " if levels[-1].held and all(one.held for one in levels) else ""
-        print(f"The knee is at {top}{max(held):.3g} requests a second (95 % within {objective_s:g} s). Runs: {whole}")
+    (whole / "sweep.json").write_text(json.dumps({"knee": knee, "levels": facts}, indent=2) + "\n")
+    (whole / "sweep.html").write_text(report.sweep_page(name, target.url, levels, objective_s, knee))
+    if knee is None:
+        print(f"Knee        below {options.first:g} requests a second: {levels[0].why}")
     else:
-        print(f"Not even {options.first:g} requests a second hold: {levels[0].why}. Runs: {whole}")
-    return 0 if held else 1
+        least = "at least " if all(one.held for one in levels) else ""
+        print(f"Knee        {least}{knee:.3g} requests a second, 95 % within {objective_s:g} s")
+    print(f"Report      {whole / 'sweep.html'}")
+    return 1 if knee is None else 0
 
 
 def new_folder(out: Path, name: str) -> Path:

@@ -306,3 +306,21 @@ def scale_ups(summary: Summary) -> go.Figure:
     styled(figure, 130 + 56 * len(found))
     figure.update_layout(margin={"l": 220})
     return figure
+
+
+def sweep(rates: Sequence[float], summaries: Sequence[Summary], objective_s: float, knee: float | None) -> go.Figure:
+    """Latency over the rate that is offered, up to where it is no longer held."""
+    figure = go.Figure()
+    order = np.argsort(rates)
+    for name, colour in (("p50", BLUE), ("p95", AMBER)):
+        values = [(summaries[i]["latency"] or {}).get(name) for i in order]
+        trace = go.Scatter(
+            x=[rates[i] for i in order], y=values, name=name, line={"color": colour}, mode="lines+markers"
+        )
+        figure.add_trace(trace)
+    figure.add_hline(y=objective_s, line={"color": GREEN, "dash": "dash", "width": 1})
+    if knee is not None:
+        figure.add_vline(x=knee, line={"color": INK, "dash": "dot", "width": 1}, annotation_text=f"knee {knee:.3g}/s")
+    figure.update_xaxes(title_text="requests a second, offered", rangemode="tozero")
+    figure.update_yaxes(title_text="latency, s; dashed: the objective", type="log", dtick="D2")
+    return styled(figure, 420)

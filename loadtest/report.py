@@ -17,8 +17,12 @@ from loadtest.records import MEANING, Run
 from loadtest.scaling import PHASES
 from loadtest.scenario import Scenario
 from loadtest.summary import PERCENTILES, Summary, counted, seconds, summarize
+from loadtest.sweep import Level
 
 PAGE = Path(__file__).with_name("report.html")
+SMALL_PRINT = (
+    '<p class="note">Small: where the percentile is with a confidence of 95 %, taking requests as independent.</p>'
+)
 COLUMNS = (
     *("id", "kind", "endpoint", "outcome", "status", "intended", "sent", "first_byte", "preview", "done"),
     *("latency", "latency_from_sent", "send_lag", "pictures", "bytes", "digest", "error"),
@@ -71,11 +75,35 @@ def page(run: Run, summary: Summary) -> str:
         facts=facts(run, summary),
         verdict=verdict(summary),
         tiles="".join(tile(*one) for one in tiles(summary)),
-        percentiles=percentile_table(summary),
+        percentiles=percentile_table(summary) + SMALL_PRINT,
         kinds=kinds_table(summary),
         errors=errors_table(summary),
         figures="".join(figures),
         scenario=escape(yaml.safe_dump(run.head["scenario"], sort_keys=False)),
+        plotly=get_plotlyjs(),
+    )
+
+
+def sweep_page(name: str, url: str, levels: Sequence[Level], objective_s: float, knee: float | None) -> str:
+    rows = []
+    for one in sorted(levels, key=lambda one: one.rate):
+        latency = one.summary["latency"] or {}
+        quantiles = [seconds(latency.get(p)) for p in ("p50", "p95", "p99")]
+        share = f"{one.summary['goodput_share'] or 0.0:.1%}"
+        rows.append([f"{one.rate:.3g}/s", *quantiles, share, "holds" if one.held else one.why])
+    told = f"The knee is at {knee:.3g} requests a second." if knee else "Not even the first rate was held."
+    figure = charts.sweep([one.rate for one in levels], [one.summary for one in levels], objective_s, knee)
+    return Template(PAGE.read_text()).substitute(
+        title=escape(f"{name}: sweep of {url}"),
+        heading=escape(f"{name}: a sweep"),
+        facts=escape(f"{url} · held is a rate at which 95 % are answered within {objective_s:g} s and nothing fails"),
+        verdict=f'<p class="verdict {"good" if knee else "bad"}">{escape(told)}</p>',
+        tiles="",
+        percentiles=table(["offered", "p50", "p95", "p99", "goodput", ""], rows),
+        kinds="",
+        errors="",
+        figures=section("Latency over the rate", figure),
+        scenario=escape("Each rate has a folder beside this file, with its own report and scenario."),
         plotly=get_plotlyjs(),
     )
 

@@ -266,7 +266,8 @@ def test_a_sweep_finds_the_rate_at_which_a_server_no_longer_keeps_up(server: Ser
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(next(tmp_path.glob("sweep-*/sweep.json")).read_text())
     assert 16 <= found["knee"] <= 30, done.stdout
-    assert "The knee is at" in done.stdout and "does not hold: only" in done.stdout
+    assert "The knee is at" in next(tmp_path.glob("sweep-*/sweep.html")).read_text()
+    assert f"Knee        {found['knee']:.3g} requests a second" in done.stdout and "does not hold: only" in done.stdout
 
 
 # Mistakes
