@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         options.scenario = options.scenario or options.named
         name, scenario = scenario_of(options)
-        requests = len(plan(scenario))  # before anything is begun, as it may be what is wrong
+        requests = plan(scenario)  # before anything is begun, as it may be what is wrong
         target = target_of(options)
         folder = new_folder(options.out, name)
         begin(scenario, requests, name, target, folder, asyncio.run(described(target)))
@@ -115,7 +115,7 @@ def raise_rate(options: argparse.Namespace) -> int:
         base = scenario.model_dump(mode="json", exclude_none=True)
         level = parse(base, "The sweep", {"arrivals": arrivals, "objective_s": objective_s})
         folder = whole / f"{rate:08.3f}"
-        begin(level, len(plan(level)), f"{name} at {rate:.3g}/s", target, folder, model)
+        begin(level, plan(level), f"{name} at {rate:.3g}/s", target, folder, model)
         interrupted = asyncio.run(carry_out(folder, target, keep_pictures=False)) == "interrupted"
         return report.write(read(folder))
 

@@ -1,5 +1,6 @@
 """Every request of a run, with its time, drawn in advance from the scenario's seed: the same scenario, the same run."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,14 @@ def requests(scenario: Scenario, rng: np.random.Generator) -> Iterator[tuple[str
         one = kind.label, kind.endpoint, {"seed": int(rng.integers(2**32)), **kind.fields, **prompt}
         recent = [*recent[1 - REPEATED :], one]
         yield one
+
+
+def fingerprint(requests: Sequence[Planned]) -> str:
+    """Another one means another plan: the code, or a file that the scenario names, has changed."""
+    told = hashlib.sha256()
+    for one in requests:
+        told.update(json.dumps([one.at, one.kind, one.endpoint, one.request], sort_keys=True).encode())
+    return told.hexdigest()[:16]
 
 
 def read_prompts(path: Path) -> list[Mapping[str, Any]]:

@@ -22,7 +22,7 @@ from loadtest.checks import EqualSeeds
 from loadtest.client import Client, session
 from loadtest.cluster import Watcher
 from loadtest.display import Display
-from loadtest.plan import Planned, plan
+from loadtest.plan import Planned, fingerprint, plan
 from loadtest.records import Journal, read
 from loadtest.run import Clock, Load, Progress, every, remaining
 from loadtest.scenario import Closed, Scenario
@@ -88,7 +88,12 @@ async def described(target: Target) -> dict[str, Any] | None:
 
 
 def begin(
-    scenario: Scenario, requests: int, name: str, target: Target, folder: Path, model: Mapping[str, Any] | None
+    scenario: Scenario,
+    requests: Sequence[Planned],
+    name: str,
+    target: Target,
+    folder: Path,
+    model: Mapping[str, Any] | None,
 ) -> None:
     """Makes the folder with run.json."""
     try:
@@ -99,7 +104,8 @@ def begin(
         "name": name,
         "url": target.url,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "planned": None if open_ended(scenario) else requests,
+        "planned": None if open_ended(scenario) else len(requests),
+        "plan": fingerprint(requests),
         "model": model,
         "scenario": scenario.model_dump(mode="json", exclude_none=True),
     }
@@ -111,21 +117,26 @@ def open_ended(scenario: Scenario) -> bool:
     return isinstance(scenario.arrivals, Closed) and scenario.arrivals.requests is None
 
 
+def left_over(folder: Path, scenario: Scenario, head: Mapping[str, Any]) -> tuple[Sequence[Planned], float, int]:
+    """What is still to be sent, the second of the run at which that begins, and how many sessions there were."""
+    requests = plan(scenario)
+    if fingerprint(requests) != head["plan"]:
+        raise Mistake(f"{folder} cannot go on: its scenario makes other requests now. Has a file of prompts changed?")
+    if not (folder / "requests.jsonl").exists():
+        return requests, 0.0, 0
+    before = read(folder)
+    todo, offset = remaining(requests, {one.id for one in before.records})
+    if isinstance(scenario.arrivals, Closed):
+        offset = max((one.done for one in before.records), default=0.0)
+    return todo, offset, len(before.sessions)
+
+
 async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str:
     """All of a run, or what is left of it; returns why it ended."""
     head = json.loads((folder / "run.json").read_text())
     scenario = Scenario.model_validate(head["scenario"])
-    requests = plan(scenario)
-    clock, done = Clock(), set[int]()
-    sessions = 0
-    todo: Sequence[Planned] = requests
-    if (folder / "requests.jsonl").exists():
-        before = read(folder)
-        done, sessions = {one.id for one in before.records}, len(before.sessions)
-        todo, offset = remaining(requests, done)
-        if isinstance(scenario.arrivals, Closed):
-            offset = max((one.done for one in before.records), default=0.0)
-        clock = Clock(offset=offset)
+    todo, offset, sessions = left_over(folder, scenario, head)
+    clock = Clock(offset=offset)
     pictures = folder / "pictures" if keep_pictures else None
     if pictures:
         pictures.mkdir(exist_ok=True)

@@ -187,6 +187,17 @@ def test_a_run_that_is_killed_goes_on_where_it_was(server: Server, tmp_path: Pat
     assert "nothing is left to send" in refused(loadtest(tmp_path, "run", "--resume", str(folder)))
 
 
+def test_a_run_whose_prompts_have_changed_does_not_go_on(server: Server, tmp_path: Path) -> None:
+    flags = ("--url", server.url, "--requests", "4", "--prompts", prompts(tmp_path, "a fox"))
+    ran(loadtest(tmp_path, *flags))
+    folder = only_run(tmp_path)
+    lines = (folder / "requests.jsonl").read_text().splitlines()
+    (folder / "requests.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    prompts(tmp_path, "a hen")
+    told = refused(loadtest(tmp_path, "run", "--resume", str(folder)))
+    assert "its scenario makes other requests now" in told
+
+
 def test_an_interrupted_run_writes_its_report_and_can_be_resumed(server: Server, tmp_path: Path) -> None:
     flags = ("--url", server.url, "--rate", "10", "--duration", "30", "--repeat", "0")
     process = subprocess.Popen(command(tmp_path, *flags), cwd=ROOT, stdout=subprocess.PIPE, text=True)
