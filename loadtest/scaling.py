@@ -1,6 +1,5 @@
 """Where the time of each scale-up went, from the samples of cluster.py. Knows nothing of requests."""
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,15 +131,12 @@ def overload(told: Sequence[Mapping[str, Any]], decided: int) -> float | None:
     return since
 
 
-def chip_seconds(samples: Sequence[Mapping[str, Any]], chips: float) -> float:
-    """Of the nodes that run replicas, starting and draining ones included: what is paid for."""
+def chip_seconds(samples: Sequence[Mapping[str, Any]], chips: float, first: float, last: float) -> float:
+    """Of the replicas that were there from `first` to `last`, starting and draining ones included: what is paid for."""
     told = [sample for sample in samples if "running" in sample]
-    times = [sample["t"] for sample in told]
-    counts = [sample["running"] + sample["starting"] + sample["stopping"] for sample in told]
-    used: float = sum(count * (end - begin) for count, begin, end in zip(counts, times, times[1:], strict=False))
+    ends = [sample["t"] for sample in told[1:]] + [last]
+    used = 0.0
+    for sample, end in zip(told, ends, strict=False):
+        there = sample["running"] + sample["starting"] + sample["stopping"]
+        used += there * max(0.0, min(end, last) - max(sample["t"], first))
     return chips * used
-
-
-def between(samples: Sequence[Mapping[str, Any]], first: float, last: float) -> list[Mapping[str, Any]]:
-    times = [sample["t"] for sample in samples]
-    return [*samples[bisect_left(times, first) : bisect_left(times, last)]]

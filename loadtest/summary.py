@@ -16,7 +16,7 @@ import numpy as np
 from hdrh.histogram import HdrHistogram
 
 from loadtest.records import OUTCOMES, Record, Run
-from loadtest.scaling import backdated, between, chip_seconds, scale_ups
+from loadtest.scaling import backdated, chip_seconds, scale_ups
 from loadtest.scenario import Scenario
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
@@ -225,7 +225,7 @@ def cost(run: Run, scenario: Scenario, pictures: int, began: float, ended: float
     """Per chip as declared to Serve, and in dollars where the scenario has a price."""
     declared = [sample["chips"] for sample in run.timeline if sample.get("chips")]
     chips = scenario.price.chips_per_replica or (declared[-1] if declared else None)
-    used = chip_seconds(between(with_load(run), began, ended), chips) if chips else 0.0
+    used = chip_seconds(with_load(run), chips, began, ended) if chips else 0.0
     if not used or not chips:
         return {"chips_per_replica": chips, "images_per_chip_s": None, "usd_per_1000_images": None}
     price = scenario.price.chip_hour_usd

@@ -239,7 +239,8 @@ def test_what_was_not_seen_is_told_as_unknown() -> None:
 
 
 def test_chips_are_paid_for_while_a_replica_is_there_in_any_state() -> None:
-    assert chip_seconds(STORY, 4) == 4 * (15 * 1 + 20 * 2)
+    assert chip_seconds(STORY, 4, 0, 35) == 4 * (15 * 1 + 20 * 2)
+    assert chip_seconds(STORY, 4, 10, 50) == 4 * (5 * 1 + 35 * 2)
 
 
 def test_a_replica_counts_from_when_serve_says_that_it_starts() -> None:
