@@ -180,6 +180,10 @@ def errors(rate: float, duration_s: float, table: Table) -> list[dict[str, Any]]
     told = []
     with server("delayed") as url:
         summary = ours(url, "poisson", rate, duration_s)
+        if summary["invalid"]:  # such as on a machine that is busy with something else
+            table.caption = (
+                f"The run whose percentiles these are says that it is invalid: {'; '.join(summary['invalid'])}."
+            )
         with urlopen(f"{url}/delays") as answer:
             injected = json.load(answer)
     with server("delayed") as url:
