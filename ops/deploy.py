@@ -49,7 +49,8 @@ def lint_first(path: Path, cluster: str) -> None:
     """Tells what ops/lint.py says of a config and of what it is to run on, and stops at errors."""
     from ops.lint import refuse_errors  # imports the app and all of Ray's schemas, which takes seconds
 
-    refuse_errors([path, Path(os.path.relpath(ROOT / "cluster.yaml")) if cluster == LOCAL else Path(cluster)])
+    local = cluster == LOCAL
+    refuse_errors([path, Path(os.path.relpath(ROOT / "cluster.yaml")) if local else Path(cluster)], twin=local)
 
 
 def reload(cluster: str) -> str:

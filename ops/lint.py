@@ -23,8 +23,9 @@ from ops.terminal import Stop, run, say
 SERVE, CLUSTER = "applications", ("available_node_types", "provider")  # the keys that tell the two apart
 
 
-def lint(paths: Sequence[Path]) -> list[Finding]:
-    """All that is to be said about these files, in their order. Raises OSError."""
+def lint(paths: Sequence[Path], twin: bool = False) -> list[Finding]:
+    """All that is to be said about these files, in their order; `twin`: where the clusters' nodes are all this machine.
+    Raises OSError."""
     found: dict[str, list[Finding]] = {}
     serves: list[Document] = []
     clusters: list[Document] = []
@@ -37,14 +38,14 @@ def lint(paths: Sequence[Path]) -> list[Finding]:
                 (serves if SERVE in document.value else clusters).append(document)
     for serve in serves:
         for cluster in clusters:
-            found[serve.file] += check_together(serve, cluster)
+            found[serve.file] += check_together(serve, cluster, twin)
     return [one for file in found.values() for one in sorted(file, key=lambda finding: finding.line)]
 
 
-def refuse_errors(paths: Sequence[Path]) -> None:
+def refuse_errors(paths: Sequence[Path], twin: bool = False) -> None:
     """Tells what is advice, and raises Stop where there are errors."""
     try:
-        found = lint(paths)
+        found = lint(paths, twin)
     except OSError as error:
         raise Stop(f"{error.filename} cannot be read: {error.strerror}.") from None
     for advice in (finding for finding in found if not finding.error):
@@ -67,9 +68,10 @@ def check(document: Document) -> tuple[list[Finding], bool]:
     return [document.error((), text)], False
 
 
-def check_together(serve: Document, cluster: Document) -> Iterator[Finding]:
+def check_together(serve: Document, cluster: Document, twin: bool) -> Iterator[Finding]:
     for app in apps(serve):
-        yield from check_mount(serve, cluster, app)
+        if not twin:  # whose nodes all see this machine's files
+            yield from check_mount(serve, cluster, app)
         for deployment in app.deployments:
             yield from check_room(serve, cluster, deployment)
             if deployment.name == StableDiffusion.__name__:

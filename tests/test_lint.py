@@ -728,6 +728,8 @@ def test_a_keys_file_that_no_node_would_get_is_told(tmp_path: Path, monkeypatch:
     assert said(tmp_path, serve, mounted(CLUSTER)) == []
     elsewhere = put(key, tmp_path / "keys.yaml")(SERVE)
     assert said(tmp_path, elsewhere, CLUSTER) == [], "what is not in the repository comes by another way"
+    assert said(tmp_path, serve, CLUSTER) != []
+    assert lint([Path("serve.yaml"), Path("cluster.yaml")], twin=True) == [], "a twin's nodes have it"
 
 
 def test_several_replicas_share_a_node_where_it_has_room(tmp_path: Path) -> None:
