@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ops.terminal import Stop, say, span
+from ops import terminal
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,17 +48,14 @@ def run(job: Callable[[], str]) -> NoReturn:
     """Ends the process as the job ends. What the job returns says what it made and where. A stop, which is a SIGTERM,
     lets it clean up."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    terminal.run(lambda: tell(job))
+
+
+def tell(job: Callable[[], str]) -> None:
     began = time.monotonic()
     try:
         made = job()
     except Invalid as mistake:
         print(mistake, file=sys.stderr, flush=True)
         sys.exit(2)
-    except Stop as reason:
-        print(reason, file=sys.stderr, flush=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr, flush=True)
-        sys.exit(130)
-    say(f"{made} It took {span(time.monotonic() - began)}.")
-    sys.exit(0)
+    terminal.say(f"{made} It took {terminal.span(time.monotonic() - began)}.")

@@ -162,18 +162,7 @@ def replicas(figure: go.Figure, told: Sequence[Mapping[str, Any]]) -> None:
         y = [one[name] for one in told]
         if not any(y):
             continue
-        figure.add_trace(
-            go.Scatter(
-                x=x,
-                y=y,
-                name=name,
-                mode="lines",
-                stackgroup="replicas",
-                line={"shape": "hv", "width": 1, "color": colour},
-            ),
-            row=4,
-            col=1,
-        )
+        figure.add_trace(layer(x, y, name, "replicas", colour), row=4, col=1)
     line = {"shape": "hv", "dash": "dash", "width": 2, "color": INK}
     figure.add_trace(
         go.Scatter(x=x, y=[one["target"] for one in told], name="target", line=line, mode="lines"), row=4, col=1
@@ -185,19 +174,15 @@ def nodes(figure: go.Figure, told: Sequence[Mapping[str, Any]]) -> None:
     x = [one["t"] for one in told]
     types = sorted({name for one in told for name in one["nodes"]})
     for name, colour in zip(types, NODE_COLOURS * len(types), strict=False):
-        figure.add_trace(
-            go.Scatter(
-                x=x,
-                y=[one["nodes"].get(name, 0) for one in told],
-                name=name,
-                mode="lines",
-                stackgroup="nodes",
-                line={"shape": "hv", "width": 1, "color": colour},
-            ),
-            row=5,
-            col=1,
-        )
+        y = [one["nodes"].get(name, 0) for one in told]
+        figure.add_trace(layer(x, y, name, "nodes", colour), row=5, col=1)
     whole_numbers(figure, 5, [sum(one["nodes"].values()) for one in told])
+
+
+def layer(x: Sequence[float], y: Sequence[int], name: str, group: str, colour: str) -> go.Scatter:
+    """One of those that are stacked on one another."""
+    line = {"shape": "hv", "width": 1, "color": colour}
+    return go.Scatter(x=x, y=y, name=name, mode="lines", stackgroup=group, line=line)
 
 
 def whole_numbers(figure: go.Figure, row: int, values: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError
@@ -50,9 +50,17 @@ class Verbs:
         return cluster
 
 
-def one_tpu_node(cluster: str) -> str:
-    """So that load adds no second replica here; tests/test_cluster_scaling.py has it come and go."""
-    return cluster.replace("max_workers: 4 # of this type", "max_workers: 1")
+def one_node_cluster(run_dir: Path, folder: Path) -> Iterator[Verbs]:
+    """A twin that is up while the fixture's tests run. It may have one TPU node, so that load adds no second replica;
+    tests/test_cluster_scaling.py has it come and go."""
+    twin = folder / "cluster.yaml"
+    twin.write_text((ROOT / "cluster.yaml").read_text().replace("max_workers: 4 # of this type", "max_workers: 1"))
+    dashboard_port, serve_port = ports(2)
+    verbs = Verbs(run_dir, dashboard_port, serve_port, twin)
+    verbs.down()  # what a test run that was killed may have left
+    succeeds(verbs.up())
+    yield verbs
+    succeeds(verbs.down())
 
 
 def in_this_process(main: Callable[[], str], command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -34,7 +34,7 @@ from ray.util.metrics import Metric
 from app.metrics import Metrics
 from ops import processes
 from ops.cluster import ROOT, Cluster
-from tests.clusters import Verbs, fetch, one_tpu_node, ports, refuses, soon, succeeds
+from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
 
@@ -56,14 +56,7 @@ PROMPT = "a red house under a yellow sun at dusk"
 
 @pytest.fixture(scope="module")
 def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
-    twin = tmp_path_factory.mktemp("twin") / "cluster.yaml"
-    twin.write_text(one_tpu_node((ROOT / "cluster.yaml").read_text()))
-    dashboard_port, serve_port = ports(2)
-    verbs = Verbs(RUN_DIR, dashboard_port, serve_port, twin)
-    verbs.down()  # what a test run that was killed may have left
-    succeeds(verbs.up())
-    yield verbs
-    succeeds(verbs.down())
+    yield from one_node_cluster(RUN_DIR, tmp_path_factory.mktemp("twin"))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from app.program_keys import fingerprint
 from jobs.profile import operations
 from jobs.settings import Settings
 from ops.cluster import ROOT
-from tests.clusters import Verbs, fetch, one_tpu_node, ports, refuses, soon, succeeds
+from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
 
@@ -37,14 +37,7 @@ RUN_DIR = ROOT / ".run" / "test-jobs"
 
 @pytest.fixture(scope="module")
 def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
-    twin = tmp_path_factory.mktemp("twin") / "cluster.yaml"
-    twin.write_text(one_tpu_node((ROOT / "cluster.yaml").read_text()))
-    dashboard_port, serve_port = ports(2)
-    verbs = Verbs(RUN_DIR, dashboard_port, serve_port, twin)
-    verbs.down()  # what a test run that was killed may have left
-    succeeds(verbs.up())
-    yield verbs
-    succeeds(verbs.down())
+    yield from one_node_cluster(RUN_DIR, tmp_path_factory.mktemp("twin"))
 
 
 def submitted(verbs: Verbs, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
