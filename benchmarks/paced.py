@@ -8,14 +8,14 @@ what the host does between dispatches costs what it costs. A picture is its seed
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from app.admission import Lane
-from app.samplers import HISTORY, SamplerTable
+from app.samplers import SamplerTable
+from tpu.simulate import smallest, table_of
 
 Size = tuple[int, int]
 
@@ -92,7 +92,7 @@ class PacedPipeline:
         self.idle_at = 0.0
 
     def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable:
-        return empty_table(num_inference_steps)
+        return table_of(num_inference_steps)
 
     def empty_state(self, size: Size) -> State:
         return State(size, np.zeros(self.num_slots, np.int64))
@@ -137,23 +137,11 @@ class PacedPipeline:
         return self.idle_at
 
 
-@lru_cache
-def empty_table(rows: int) -> SamplerTable:
-    """Of the right length; nothing here reads what stands in it."""
-    columns = {name: np.zeros(rows, np.float32) for name in ("timesteps", "p", "q", "a", "n")}
-    b, draft = np.zeros((rows, HISTORY), np.float32), np.zeros((rows, 2), np.float32)
-    return SamplerTable(**columns, b=b, draft=draft, initial_scale=1.0)
-
-
 def consume(state: State) -> npt.NDArray[np.int64]:
     """The numbers of a state that nobody may use again, as a donated array on a device."""
     assert not state.consumed, "a state that was given to a verb is used again"
     state.consumed = True
     return state.numbers.copy()
-
-
-def smallest(buckets: Sequence[int], wanted: int) -> int:
-    return next(bucket for bucket in buckets if bucket >= wanted)
 
 
 def sleep_until(moment: float) -> None:

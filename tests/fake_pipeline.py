@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from app.admission import Lane
 from app.engine import Engine
 from app.line import Generated
 from app.protocol import Generation
-from app.samplers import HISTORY, SamplerTable
+from app.samplers import SamplerTable
+from tpu.simulate import smallest, table_of
 
 Size = tuple[int, int]  # width and height
 
@@ -207,7 +207,7 @@ class FakePipeline:
         """Sampler "pndm" evaluates once more than it has steps; "lcm" does not suit."""
         if sampler == "lcm":
             raise ValueError("sampler must be one of ddim, pndm, got lcm.")
-        return empty_table(num_inference_steps + (sampler == "pndm"))
+        return table_of(num_inference_steps + (sampler == "pndm"))
 
     def empty_state(self, size: Size) -> State:
         return State(size, [None] * self.num_slots)
@@ -336,18 +336,6 @@ class FakePipeline:
         self.idle_at = max(self.idle_at, self.clock()) + seconds
         self.busy_s += seconds
         return self.idle_at
-
-
-def smallest(buckets: Sequence[int], wanted: int) -> int:
-    return next(bucket for bucket in buckets if bucket >= wanted)
-
-
-@lru_cache
-def empty_table(rows: int) -> SamplerTable:
-    """Of the right length; nobody reads what stands in it."""
-    columns = {name: np.zeros(rows, np.float32) for name in ("timesteps", "p", "q", "a", "n")}
-    b, draft = np.zeros((rows, HISTORY), np.float32), np.zeros((rows, 2), np.float32)
-    return SamplerTable(**columns, b=b, draft=draft, initial_scale=1.0)
 
 
 def request(prompt: str = "a house", *, steps: int = 3, seed: int = 10, n: int = 1, **other: Any) -> Generation:
