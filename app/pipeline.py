@@ -127,7 +127,10 @@ class Pipeline:
         networks = {"unet": checkpoint.unet, "vae": checkpoint.vae, "text_encoder": checkpoint.text_encoder}
         graphs, params = {}, {}
         for name, network in networks.items():
-            graphs[name], params[name] = nnx.split(network)
+            graph, variables = nnx.split(network)
+            # Plain arrays, which go into a dispatch faster than Flax's variables do.
+            params[name], tree = jax.tree.flatten(variables)
+            graphs[name] = partial(network_of, graph, tree)
         self.params = placed(params, self.everywhere)
         self.draft_maps = {size: np.zeros((self.latent_channels + 1, 3), np.float32) for size in self.sizes}
         self.programs = self.declare(graphs)
@@ -376,9 +379,13 @@ class Pipeline:
         return padded
 
 
+def network_of(graph: Any, tree: Any, params: Sequence[jax.Array]) -> Any:
+    return nnx.merge(graph, jax.tree.unflatten(tree, params))
+
+
 def encode_program(text_encoder: Any, params: Any, input_ids: jax.Array, count: jax.Array) -> list[jax.Array]:
     """The first `count` texts, one after the other, so that padding costs nothing and neighbours change no bit."""
-    module = nnx.merge(text_encoder, params)
+    module = text_encoder(params)
     one = jax.eval_shape(module, input_ids[:1])
 
     def encode(i: jax.Array, embeds: jax.Array) -> jax.Array:
@@ -421,7 +428,7 @@ def step_program(
     unet: Any, sharding: NamedSharding, params: Any, state: DenoiseState, rows: Rows, count: jax.Array
 ) -> tuple[DenoiseState, jax.Array]:
     """Gathers the lanes, runs the UNet over their rows and applies the tables, `count` times; then scatters."""
-    module = nnx.merge(unet, params)
+    module = unet(params)
     lanes: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
     numbers = jnp.arange(len(rows.slots))
     split = partial(jax.lax.with_sharding_constraint, shardings=sharding)
@@ -473,7 +480,7 @@ def in_passes(module: Any, passes: int, sharding: NamedSharding, *rows: jax.Arra
 
 def decode_program(vae: Any, sharding: NamedSharding, params: Any, latents: jax.Array, slots: jax.Array) -> jax.Array:
     latents = jax.lax.with_sharding_constraint(latents.at[slots].get(mode="clip"), sharding)
-    return as_pixels(nnx.merge(vae, params).decode(latents))
+    return as_pixels(vae(params).decode(latents))
 
 
 def draft_program(
