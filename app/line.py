@@ -173,11 +173,13 @@ def answer_s(request: Request, group: Group, lines: Lines, last: bool = False) -
     ends = [end for _, end in group.spans([*ahead, *own])]
     denoised_s = max(ends[-len(own) :])
     decodes = sum(end <= denoised_s for end in ends)
-    # Other sizes have their turns, in proportion to their pictures and until they are through.
+    # Other sizes have their turns, in proportion to their pictures and until they are through, and decode between them.
     theirs = {other: line for other, line in lines.items() if other is not group}
     others_s = sum(backlog_s(other, line) for other, line in theirs.items())
+    steps_s = sum(device_s((picture.work for picture in line), other.profile) for other, line in theirs.items())
     turns_s = denoised_s * sum(map(len, theirs.values())) / (len(standing) + len(own))
-    return denoised_s + (others_s if last else min(others_s, turns_s)) + decodes * group.decoding.image_s()
+    through = 1.0 if last or turns_s >= steps_s else turns_s / steps_s
+    return denoised_s + through * others_s + decodes * group.decoding.image_s()
 
 
 def place_s(lines: Lines) -> float:
