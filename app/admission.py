@@ -79,9 +79,9 @@ def at_once(line: Sequence[Work], profile: Profile, gain: float, coming: float, 
     """How many of a line of pictures should share the next step.
 
     Within a bucket one more costs nothing. A larger bucket must raise rows per second by the share `gain` over the best
-    smaller one. Of those that do, the one counts with which latencies add up to least if the line goes through in
-    groups like it: of the requests in line, and of the `coming` who will arrive before the device is idle. `fixed`
-    overrides all this, never the largest bucket.
+    smaller one, and lower by as much what latencies add up to if the line goes through in groups like it: those of the
+    requests in line, and of the `coming` who will arrive before the device is idle. `fixed` overrides all this, never
+    the largest bucket.
     """
     sums = list(accumulate(work.rows for work in line))
     filled: dict[int, int] = {}  # bucket -> pictures that it holds of the line
@@ -100,7 +100,7 @@ def at_once(line: Sequence[Work], profile: Profile, gain: float, coming: float, 
         best_rate = rows / step_s
         groups = sum(math.ceil(until / rows) for until, work in zip(sums, line, strict=True) if work.last)
         latencies_s = step_s * (groups + coming * sums[-1] / rows)
-        if latencies_s < least_s:
+        if latencies_s * (1 + gain) < least_s:
             best, least_s = count, latencies_s
     return best
 

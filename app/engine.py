@@ -27,7 +27,9 @@ from app.samplers import SamplerTable
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
-DISPATCH_S = 0.01  # several steps share a dispatch up to this: a newcomer, or a cancellation, waits no longer for it
+# Several steps share a dispatch up to this: while a newcomer would share the next one, and while it would not. Who
+# cancels, or would overtake, waits no longer for it.
+DISPATCH_S, CLOSED_DISPATCH_S = 0.01, 0.05
 AHEAD = 1  # dispatches beyond the one that the device is at
 # The next dispatch is made so long before the device has nothing left to do, and so many times the usual difference of
 # a step from what was expected of it; so that the device never idles.
@@ -101,6 +103,7 @@ class _Dispatch:
     count: int
     at: float
     alone: bool  # nothing but steps since the dispatch before, so that its time is theirs
+    doubted: bool = False  # under way when another failed: what spoilt that one may have spoilt it too
 
 
 class Engine:
@@ -395,12 +398,12 @@ class Engine:
             self._texts.popitem(last=False)
 
     def _advance(self, group: Group, pictures: Sequence[Picture]) -> None:
-        """One dispatch: as many steps as fit into DISPATCH_S, up to the first that somebody ends or shows."""
+        """One dispatch: steps up to DISPATCH_S, and up to the first that somebody ends or shows."""
         lanes = [Lane(picture.slot, picture.request.rows == 2) for picture in pictures if picture.slot is not None]
         rows = sum(lane.rows for lane in lanes)
         bucket, step_s = group.profile.bucket(rows), group.profile.step_s(rows)
         until = (picture.steps_left - (picture.previews[-1] if picture.previews else 0) for picture in pictures)
-        count = min(min(until), max(1, int(DISPATCH_S / step_s)))
+        count = min(min(until), max(1, int((DISPATCH_S if group.open else CLOSED_DISPATCH_S) / step_s)))
         group.state, done = self.pipeline.step(group.state, lanes, count)
         self._flight.append(_Dispatch(group, done, bucket, count, self.clock(), self._only_steps))
         self._only_steps = True
@@ -473,7 +476,7 @@ class Engine:
             try:
                 self.pipeline.wait(dispatch.done)
             except Exception as error:
-                self._fail_group(dispatch.group, error)
+                self._fail_group(dispatch.group, error, counts=not dispatch.doubted)
                 continue
             self._note("step", failed=False)
             self._stepped = True
@@ -490,15 +493,19 @@ class Engine:
             self._last_done = now
         return waited
 
-    def _fail_group(self, group: Group, error: Exception) -> None:
+    def _fail_group(self, group: Group, error: Exception, counts: bool = True) -> None:
         """A step or an insert that fails has consumed the state and with it every picture that had begun."""
         logger.error("A step of %dx%d failed: %s", *group.size, error)
+        self._flight = deque(dataclasses.replace(d, doubted=True) for d in self._flight if d.group is not group)
         self._texts.clear()  # it may be an encoding that failed
-        self._flight = deque(dispatch for dispatch in self._flight if dispatch.group is not group)
+        for request in [request for g in self._groups.values() for request in g.requests]:
+            if any(picture.slot is None for picture in request.pictures):
+                request.texts = None
         for request in [r for r in group.requests if any(p.slot is not None for p in r.pictures)]:
             self._fail(request, error)
         group.state = self.pipeline.empty_state(group.size)
-        self._note("step", failed=True)
+        if counts:
+            self._note("step", failed=True)
 
     def _note(self, verb: str, *, failed: bool) -> None:
         """How a verb went. One that always fails ends the engine, as a new replica may fare better."""

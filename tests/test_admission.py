@@ -112,7 +112,7 @@ def test_two_alone_run_one_after_the_other_where_sharing_slows_one_more_than_it_
 
 def test_the_more_wait_or_will_come_the_more_share() -> None:
     assert [at_once(of([2] * count), CPU, gain=0.05, coming=0) for count in (1, 4, 7, 12, 20)] == [1, 1, 1, 4, 4]
-    assert [at_once(of([2] * 4), CPU, gain=0.05, coming=coming) for coming in (0, 2.2, 10)] == [1, 2, 4]
+    assert [at_once(of([2] * 4), CPU, gain=0.05, coming=coming) for coming in (0, 3, 4)] == [1, 1, 4]
 
 
 def test_the_pictures_of_one_request_share_whatever_makes_it_faster() -> None:

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.engine import DISPATCH_S, FAILURES, DeadlineUnmeetable, Engine, EngineStopped, QueueFull
+from app.engine import (
+    CLOSED_DISPATCH_S,
+    DISPATCH_S,
+    FAILURES,
+    DeadlineUnmeetable,
+    Engine,
+    EngineStopped,
+    QueueFull,
+)
 from app.line import AGEING, Generated
 from app.protocol import Generation
 from tests.fake_pipeline import (
@@ -459,8 +467,20 @@ def test_no_dispatch_is_longer_than_a_newcomer_may_wait() -> None:
         hand.until(hand.clock() + draw.random() * 0.05)
     hand.idle()
     calls = hand.fake.of("step")
-    assert all(call.seconds <= DISPATCH_S * 1.001 for call in calls)
+    assert all(call.seconds <= CLOSED_DISPATCH_S * 1.001 for call in calls)
     assert max(call.count for call in calls) > 5
+
+
+def quick(profile: Profile) -> Profile:
+    return lambda size, rows: profile(size, rows) / 10
+
+
+@pytest.mark.parametrize(("profile", "most_s"), [(flat, DISPATCH_S), (serial, CLOSED_DISPATCH_S)])
+def test_a_dispatch_is_short_while_a_newcomer_would_share_the_next_one(profile: Profile, most_s: float) -> None:
+    hand = Hand(wide(quick(profile)))
+    hand.finish(hand.submit(request(steps=100)))
+    seconds = [call.seconds for call in hand.fake.of("step")]
+    assert seconds[:-1] == pytest.approx([most_s] * (len(seconds) - 1), rel=0.1)
 
 
 def test_the_device_is_never_left_idle_and_never_more_than_one_dispatch_ahead() -> None:
@@ -659,7 +679,7 @@ def crowd(hand: Hand, seed: int, *, mixed: bool, sizes: int, n: int, equal: int 
 def underway_s(hand: Hand) -> float:
     """What no estimate counts: two dispatches on their way in the device, and the pictures that they ended."""
     fake = hand.fake
-    return max(2 * fake.profile(size, 4) + 4 * fake.decoding(size, 1) for size in fake.sizes)
+    return max(2 * max(fake.profile(size, 4), CLOSED_DISPATCH_S) + 4 * fake.decoding(size, 1) for size in fake.sizes)
 
 
 @pytest.mark.parametrize("decode", [lambda size, images: 0.0, decoding])

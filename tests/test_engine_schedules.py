@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.engine import DISPATCH_S, FAILURES, DeadlineUnmeetable, EngineStopped, QueueFull
+from app.engine import CLOSED_DISPATCH_S, DISPATCH_S, FAILURES, DeadlineUnmeetable, EngineStopped, QueueFull
 from app.line import AGEING, Generated
 from app.protocol import Generation
 from tests.fake_pipeline import (
@@ -288,7 +288,7 @@ class Schedules(RuleBasedStateMachine):
                     left_out = seed not in call.seeds and self.taken.get(seed, 0) < asked.steps
                     assert not left_out or not (seated or seed in inserted), "a step past those whose turn it is"
 
-        assert call.count == 1 or call.count * step_s[call.bucket] <= DISPATCH_S + 1e-9
+        assert call.count == 1 or call.count * step_s[call.bucket] <= CLOSED_DISPATCH_S + 1e-9
         stops = []
         for seed in call.seeds:
             taken = self.taken.get(seed, 0)
