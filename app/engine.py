@@ -341,7 +341,7 @@ class Engine:
         work = [picture.work for picture in seated]
         group.coming = self._others(group) + len({p.request for p in line} - {p.request for p in seated})
         group.images_at_once = group.share(work)
-        chosen = seated[: group.images_at_once]
+        chosen = group.filled(seated, group.images_at_once)
         group.open = free > 0 and group.share([*work, Work(steps=1, rows=2)]) > len(line)
         self._encode([picture.request for picture in chosen if picture.request.texts is None])
         admitted = []

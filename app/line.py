@@ -151,6 +151,18 @@ class Group:
     def share(self, line: Sequence[Work]) -> int:
         return at_once(line, self.profile, self.gain, self.coming, self.fixed)
 
+    def filled(self, line: Sequence[Picture], count: int) -> list[Picture]:
+        """The first so many, and those behind them that fit into rows which the bucket has left: they cost nothing."""
+        chosen = list(line[:count])
+        if chosen and self.fixed is None:
+            rows = sum(picture.request.rows for picture in chosen)
+            left = self.profile.bucket(rows) - rows
+            for picture in line[count:]:
+                if picture.request.rows <= left:
+                    chosen.append(picture)
+                    left -= picture.request.rows
+        return chosen
+
     def spans(self, line: Sequence[Work]) -> list[tuple[float, float]]:
         return schedule(line, self.profile, self.gain, self.coming, self.fixed)
 

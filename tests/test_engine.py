@@ -471,6 +471,16 @@ def test_no_dispatch_is_longer_than_a_newcomer_may_wait() -> None:
     assert max(call.count for call in calls) > 5
 
 
+def test_rows_that_a_bucket_has_left_go_to_the_next_in_line_whom_they_suit() -> None:
+    hand = Hand(wide())
+    asked = [(9, 1.0), (10, 2.0), (11, 2.0), (12, 2.0), (13, 2.0), (60, 1.0), (61, 1.0)]
+    hand.finish(*[hand.submit(request(steps=s, seed=100 * i, guidance_scale=g)) for i, (s, g) in enumerate(asked)])
+    assert set(shared(hand)[0]) == {0, 100, 200, 300, 500}  # 7 of 8 rows, and the first of whom one row is enough
+    fixed = Hand(wide(), images_at_once=4)
+    fixed.finish(*[fixed.submit(request(steps=s, seed=100 * i, guidance_scale=g)) for i, (s, g) in enumerate(asked)])
+    assert set(shared(fixed)[0]) == {0, 100, 200, 300}
+
+
 def quick(profile: Profile) -> Profile:
     return lambda size, rows: profile(size, rows) / 10
 

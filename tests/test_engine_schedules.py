@@ -284,9 +284,11 @@ class Schedules(RuleBasedStateMachine):
         last = max(rank(asked) for asked in chosen)
         for asked in self.asked:
             if asked.size == call.size and not asked.future.done() and rank(asked) < last - 1e-9:
+                before = sum(self.owners[seed].rows for seed in call.seeds if rank(self.owners[seed]) <= rank(asked))
                 for seed in asked.seeds:
                     left_out = seed not in call.seeds and self.taken.get(seed, 0) < asked.steps
-                    assert not left_out or not (seated or seed in inserted), "a step past those whose turn it is"
+                    fits = before + asked.rows <= call.bucket and (seated or seed in inserted)
+                    assert not (left_out and fits), "a step past those whose turn it is"
 
         assert call.count == 1 or call.count * step_s[call.bucket] <= CLOSED_DISPATCH_S + 1e-9
         stops = []
