@@ -37,13 +37,18 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def fingerprint(devices: Iterable[jax.Device] | None = None) -> dict[str, str]:
-    """All but the program itself: versions, devices, flags and sources, each under the name that the log gives it."""
+    """All but the program itself: versions, devices, flags and sources, each under the name that the log gives it.
+
+    The same for devices that libtpu compiles for elsewhere (tpu/libtpu.py) as on their own host.
+    """
     first, *others = jax.devices() if devices is None else devices
+    here = jax.device_count() if first in jax.devices() else 1 + len(others)
     facts = {package: version(package) for package in PACKAGES}
     facts |= {
-        "platform": f"{first.platform} {first.client.platform_version}",
+        # A TPU's is libtpu, of which the version is told already.
+        "platform": "tpu" if first.platform == "tpu" else f"{first.platform} {first.client.platform_version}",
         "device": first.device_kind,
-        "devices": f"{1 + len(others)} of {jax.device_count()} in {jax.process_count()} processes",
+        "devices": f"{1 + len(others)} of {here} in {jax.process_count()} processes",
     }
     if first.platform == "cpu":
         facts["host"] = host()

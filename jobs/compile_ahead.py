@@ -1,6 +1,7 @@
 """Compiles a config's programs on the cluster's own hardware and publishes them, so that replicas start without.
 
     python -m jobs.compile_ahead --config configs/sd14.yaml
+    python -m jobs.compile_ahead --config configs/sd14.yaml --tpu v5litepod-4    # right here, before a node is there
 
 They go to the folder that `programs:` of the config names, which all TPU hosts must see. A program stands there under
 the hash of all that it depends on, with a checksum, and is never changed; what is there already is not compiled again.
@@ -10,19 +11,27 @@ its own, and its log says what differed. Loading a program runs what its author 
 can run code on every replica (app/program_files.py says what is trusted).
 """
 
+import argparse
 import json
 import logging
 import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.entry import Invalid, Parser, path, run
 from jobs.settings import Settings, config, resources, waiting
 from ops.terminal import Stop, say
+from tpu import libtpu
+from tpu.chips import Host, host_of
+from tpu.configs import of_args
+
+if TYPE_CHECKING:
+    from app.programs import Program
 
 DRAFT = ".draft"  # kept when the job is killed, so that the next goes on
 
@@ -31,62 +40,104 @@ def main() -> str:
     parser = Parser(__doc__)
     parser.add_argument("--config", type=config, default="serve_config.yaml", help="whose args to take (%(default)s)")
     parser.add_argument("--out", type=path, help="instead of the folder that the config's `programs:` names")
+    parser.add_argument("--tpu", type=tpu_host, help="compile here, for such hosts: v5litepod-4, v6e-8, ...")
     args = parser.parse_args()
     settings = Settings.read(args.config)
     folder = args.out or settings.programs
     if folder is None:
         raise Invalid(f"{args.config}: programs is null, so replicas would look nowhere. Name a folder there.")
-
-    import ray
-
-    ray.init(logging_level=logging.WARNING)
-    say(waiting(settings.chips))
-    task = ray.remote(num_cpus=1, resources=resources(settings.chips), max_retries=3)(build)
-    try:
-        told = ray.get(task.remote(settings.pipeline(), folder))
-    except ray.exceptions.RayTaskError as error:
-        raise Stop(f"It failed on its host: {error.cause}") from None
+    told = ahead(settings, args.tpu, folder) if args.tpu else on_the_cluster(settings, folder)
     new = [one for one in told["programs"] if one["compiled"]]
-    say(f"All {len(told['programs'])} were loaded from there and run once, in {told['verified_s']:.1f} s.")
     return (
         f"{folder} has all {len(told['programs'])} programs for {told['device']}, "
         f"{len(new)} of them compiled now ({sum(one['bytes'] for one in new) / 1e6:.1f} MB)."
     )
 
 
+def tpu_host(text: str) -> Host:
+    try:
+        return host_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("TPU ")) from None
+
+
+def on_the_cluster(settings: Settings, folder: Path) -> dict[str, Any]:
+    """On a host like the replicas', which also runs each program."""
+    import ray
+
+    ray.init(logging_level=logging.WARNING)
+    say(waiting(settings.chips))
+    task = ray.remote(num_cpus=1, resources=resources(settings.chips), max_retries=3)(build)
+    try:
+        told: dict[str, Any] = ray.get(task.remote(settings.pipeline(), folder))
+    except ray.exceptions.RayTaskError as error:
+        raise Stop(f"It failed on its host: {error.cause}") from None
+    say(f"All {len(told['programs'])} were loaded from there and run once, in {told['verified_s']:.1f} s.")
+    return told
+
+
 def build(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """On a host like the replicas'."""
     from app.pipeline import Pipeline
+    from app.program_keys import fingerprint
+
+    pipeline = Pipeline.load(**{**options, "programs": folder})
+    told = publish_all(pipeline.programs, fingerprint(pipeline.mesh.devices.flat), folder)
+    began = time.perf_counter()
+    pipeline.warmup()
+    return told | {"verified_s": time.perf_counter() - began}
+
+
+def ahead(settings: Settings, host: Host, folder: Path) -> dict[str, Any]:
+    """In this process, which never sees a TPU."""
+    if settings.chips not in (0, host.chips):
+        has = f"--tpu: {host.accelerator_type} has {host.chips} chips"
+        raise Invalid(f"{has}, and the config's replicas ask for {settings.chips}.")
+    libtpu.install()
+    libtpu.compile_only()
+    from app.program_keys import fingerprint
+    from tpu.programs import pipeline_of
+
+    try:
+        pipeline = pipeline_of(replace(of_args(settings.args).served, model=settings.model), host)
+    except ValueError as error:
+        raise Invalid(str(error)) from None
+    say(f"Compiling {len(pipeline.programs)} programs for {host.accelerator_type}. Many minutes for a large model")
+    facts = fingerprint(pipeline.mesh.devices.flat) | {"libtpu": libtpu.version()}
+    told = publish_all(pipeline.programs, facts, folder)
+    say("None was run: there is no TPU here. A replica that cannot load one compiles it, and its log says why.")
+    return told
+
+
+def publish_all(programs: Sequence["Program"], facts: Mapping[str, str], folder: Path) -> dict[str, Any]:
     from app.program_files import PUBLISHED, Place, prepare, publish
-    from app.program_keys import fingerprint, key_of
+    from app.program_keys import key_of
     from app.programs import compiled
 
     if refusal := prepare(folder):
-        raise ValueError(refusal)
-    pipeline = Pipeline.load(**{**options, "programs": folder})
-    facts = fingerprint(pipeline.mesh.devices.flat)
+        raise Stop(refusal)
     seen: dict[int, str] = {}
-    places = {program.name: Place(folder, key_of(program, facts, seen)) for program in pipeline.programs}
-    missing = [program for program in pipeline.programs if not usable(places[program.name])]
+    places = {program.name: Place(folder, key_of(program, facts, seen)) for program in programs}
+    missing = [program for program in programs if not usable(places[program.name])]
     draft = folder / DRAFT
     compiled(missing, folder=draft, fingerprint=facts)
     for program in missing:
         made = Place(draft, places[program.name].key)
         if not usable(made):
-            raise ValueError(f"{program.name} could not be saved in {draft}; the log above says why.")
+            raise Stop(f"{program.name} could not be saved in {draft}; the log above says why.")
         publish(made.path, places[program.name].path)
         print(f"published {program.name}", flush=True)
     about = {"by": socket.gethostname(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "fingerprint": facts}
     (folder / f".{PUBLISHED}").write_text(json.dumps(about, indent=2) + "\n")
     os.replace(folder / f".{PUBLISHED}", folder / PUBLISHED)
     shutil.rmtree(draft, ignore_errors=True)
-    began = time.perf_counter()
-    pipeline.warmup()
-    programs = [
-        {"name": name, "compiled": name in {one.name for one in missing}, "bytes": place.path.stat().st_size}
-        for name, place in places.items()
-    ]
-    return {"programs": programs, "device": facts["device"], "verified_s": time.perf_counter() - began}
+    new = {program.name for program in missing}
+    return {
+        "programs": [
+            {"name": name, "compiled": name in new, "bytes": place.path.stat().st_size}
+            for name, place in places.items()
+        ],
+        "device": facts["device"],
+    }
 
 
 def usable(place: Any) -> bool:

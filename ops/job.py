@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 HOME_ELSEWHERE = "~/imagine"  # where the cluster files' file_mounts put the repository
-TRAVELS = ("app", "benchmarks", "configs", "jobs", "ops", "serve_config.yaml")
+TRAVELS = ("app", "benchmarks", "configs", "jobs", "ops", "requirements", "serve_config.yaml", "tpu")
 POLL_S = 0.5
 STOP_S = 20  # what a job has from our Ctrl-C until it is killed
 # Of Ray's, those that tell of each upload and each connection that ends.

@@ -5,6 +5,7 @@ TPUs with it, and complains that there are none.
 """
 
 import fcntl
+import importlib.util
 import os
 import platform
 import re
@@ -22,7 +23,8 @@ from tpu.chips import SHAPES, Host
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements" / "tpu.txt"
-FOLDER = ROOT / ".cache" / "libtpu"
+HOME = Path(os.environ.get("IMAGINE_HOME", ROOT)).expanduser()  # on a head elsewhere, where what we install stays
+FOLDER = HOME / ".cache" / "libtpu"
 # It compiles only: no metadata server, no lock on chips, no log files; of what it would write to stderr, errors reach
 # us as exceptions.
 ENVIRONMENT = {
@@ -92,17 +94,23 @@ def install() -> None:
 
 
 def fetch() -> None:
-    say(f"Installing libtpu {version()} into {FOLDER.relative_to(ROOT)} (213 MB)")
+    say(f"Installing libtpu {version()} into {FOLDER} (213 MB)")
     with tempfile.TemporaryDirectory(dir=FOLDER) as work:
         requirement = Path(work) / "libtpu.txt"
         requirement.write_text(pinned() + "\n", "utf-8")
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes", "--no-input", "--quiet"]
-        command += ["--disable-pip-version-check", "--no-compile", "--target", f"{work}/there", "-r", str(requirement)]
-        if subprocess.run(command).returncode:
-            raise Stop("libtpu could not be installed; pip says above why. To try again, run the same make.")
+        command = [*installer(), "--quiet", "--no-deps", "--require-hashes", "--target", f"{work}/there"]
+        if subprocess.run([*command, "-r", str(requirement)]).returncode:
+            raise Stop("libtpu could not be installed, for the reason above. To try again, run the same command.")
         there = FOLDER / version()
         shutil.rmtree(there, ignore_errors=True)
         os.replace(f"{work}/there", there)  # complete, or not there
+
+
+def installer() -> list[str]:
+    """pip, or where this Python has none, on a cluster's nodes, the uv that set them up."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-compile"]
+    return [str(HOME / "uv"), "pip", "install", "--python", sys.executable]
 
 
 if __name__ == "__main__":
