@@ -16,13 +16,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import aiohttp
 import numpy as np
+import psutil
 import yaml
 
 from app.builders import Args
@@ -36,10 +37,12 @@ from benchmarks.paced import Pace, PacedPipeline
 from benchmarks.report import machine
 from benchmarks.whole_batch import Images, Picture, draw
 from ops import processes
+from ops.cluster import running
 
 RUN_DIR = ROOT / ".run" / "bench"
 PORTS = range(19000, 20000)  # apart from what `make up` and the tests choose
 TIMEOUT_S = 1800.0
+REPLICA = ":StableDiffusion"  # in its process's title
 MIXED_STEPS = (5, 50)
 MIXED_SCALES = (1.5, 12.0)
 
@@ -73,13 +76,33 @@ def over_http(runs: int, count: int, concurrency: int) -> Figure:
             for way in ("HTTP", "loop") if run % 2 else ("loop", "HTTP"):
                 began = time.monotonic()
                 if way == "HTTP":
+                    before = processor_s()
                     asyncio.run(ask(url, requests, concurrency))
+                    tell_processor(
+                        {name: spent - before.get(name, 0.0) for name, spent in processor_s().items()}, count
+                    )
                 else:
                     loop(pipeline, requests, batch)
                 seconds[way] = time.monotonic() - began
             figure.add(count / seconds["HTTP"], count / seconds["loop"])
             tell(f"{count} images: {seconds['HTTP']:.1f} s over HTTP, {seconds['loop']:.1f} s in a loop")
     return figure
+
+
+def processor_s() -> dict[str, float]:
+    """What the cluster's processes have had of the processor so far: the replica's, and all others together."""
+    spent = {"the replica": 0.0, "proxy, ingress and Ray": 0.0}
+    for process in running(RUN_DIR).search():
+        with suppress(psutil.Error):
+            who = "the replica" if REPLICA in " ".join(process.cmdline()) else "proxy, ingress and Ray"
+            times = process.cpu_times()
+            spent[who] += times.user + times.system
+    return spent
+
+
+def tell_processor(spent: Mapping[str, float], images: int) -> None:
+    told = ", ".join(f"{name} {1e3 * seconds / images:.0f}" for name, seconds in spent.items())
+    tell(f"ms of the processor an image: {told}")
 
 
 def mixed(device: str, pipeline: Verbs, samplers: Sequence[str | None], runs: int, count: int) -> Figure:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 OUTPUTS = Path(__file__).parents[1] / "outputs"
+WIDTH = 120  # of tables where the output is no terminal
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "ray")
 
 
@@ -54,6 +55,8 @@ def write(name: str, result: dict[str, Any], table: Table) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     console.print(table)
     console.print(f"Written to {path}.")
     return path
