@@ -11,8 +11,6 @@ FLAGS = {
     # Attention in one operation, whatever its size. Left to itself libtpu does so only where the weights would take
     # gigabytes, so that eight rows of 512x512 are dearer than sixteen.
     "xla_tpu_rwb_max_attention_hbm_footprint": "0",
-    # Twice the default in VMEM for one operation: larger tiles. With 64 MiB too little is left for what stays there.
-    "xla_tpu_scoped_vmem_limit_kib": "32768",
     # Pricing such an operation overflows the stack of libtpu 0.0.42.1, and that ends the process (64 KiB are too few).
     "fibers_default_thread_stack_size": "1048576",
 }
