@@ -1,7 +1,7 @@
 """Our networks against diffusers' and transformers', as recorded by tests/make_golden.py."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from app.admission import Lane
 from app.models.clip import CLIPText
 from app.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from app.models.layers import attend
 from app.models.loading import Checkpoint, OneKey, load_checkpoint, squeezed, tensor_name, tensor_shape
 from app.models.tokenizer import Tokenizer
 from app.models.unet import UNet
@@ -179,6 +180,29 @@ def test_networks_compute_in_bfloat16_on_request(load: Load) -> None:
         answer = run(checkpoint, "tiny-sd2", part)
         assert answer.dtype == jnp.bfloat16
         assert relative_error(answer, golden("tiny-sd2")[part]) <= 5e-2
+
+
+@pytest.mark.parametrize("queries, keys", [(64, 64), (64, 77), (200, 200), (1000, 1000)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
+def test_attention_is_the_same_over_few_keys_and_over_many(
+    queries: int, keys: int, dtype: Any, tolerance: float
+) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, 4 * 8)), dtype) for length in (queries, keys, keys))
+    by_head = [np.asarray(x, np.float64).reshape(2, -1, 4, 8).swapaxes(1, 2) for x in (q, k, v)]
+    logits = by_head[0] @ by_head[1].swapaxes(2, 3) / np.sqrt(8)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    expected = (weights / weights.sum(-1, keepdims=True) @ by_head[2]).swapaxes(1, 2).reshape(q.shape)
+    answer = attend(q, k, v, heads=4)
+    assert answer.dtype == dtype
+    assert relative_error(answer, expected) <= tolerance
+
+
+def test_the_logits_of_many_keys_never_stand_in_memory_at_once_on_a_cpu() -> None:
+    rows, tokens, heads = 2, 2048, 4
+    x = jax.ShapeDtypeStruct((rows, tokens, heads * 8), jnp.float32)
+    compiled = jax.jit(partial(attend, heads=heads)).lower(x, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * heads * tokens * tokens * 4 / 8
 
 
 def test_all_problems_of_a_checkpoint_are_said_at_once(tmp_path: Path) -> None:

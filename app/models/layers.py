@@ -14,6 +14,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 Dtype = Any
 FEW_KEYS = 128
+MANY_KEYS = 512
+BLOCK = 512  # of queries
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -35,6 +37,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, *, causal: bool
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     if k.shape[1] < FEW_KEYS and not causal:
         x = attend_few(q, k, v)
+    elif k.shape[1] > MANY_KEYS and not causal:
+        x = jax.lax.platform_dependent(q, k, v, cpu=attend_in_blocks, default=jax.nn.dot_product_attention)
     else:
         x = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
     return x.reshape(shape)
@@ -47,6 +51,26 @@ def attend_few(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     x = jnp.einsum("bnts,bsnh->bnth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return jnp.swapaxes(x / weights.sum(axis=-1, keepdims=True), 1, 2).astype(q.dtype)
+
+
+def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The same head by head and BLOCK queries at a time, so that the logits stay in a CPU's cache: with 4096 keys it is
+    eight times as quick there. TPUs have attention in one operation, which keeps them on the chip."""
+
+    def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, k, v = head
+
+        def attend_query(q: jax.Array) -> jax.Array:
+            logits = jnp.einsum("h,sh->s", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
+            weights = jnp.exp(logits - logits.max())
+            x = jnp.einsum("s,sh->h", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return (x / weights.sum()).astype(q.dtype)
+
+        return jax.lax.map(attend_query, q, batch_size=BLOCK)
+
+    heads = (jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v))
+    x = jax.lax.map(attend_head, tuple(heads))
+    return jnp.swapaxes(x.reshape(q.shape[0], q.shape[2], q.shape[1], q.shape[3]), 1, 2)
 
 
 def timestep_embedding(timesteps: jax.Array, channels: int) -> jax.Array:
