@@ -11,7 +11,12 @@ FLAGS = {
     # Attention in one operation, whatever its size. Left to itself libtpu does so only where the weights would take
     # gigabytes, so that eight rows of 512x512 are dearer than sixteen.
     "xla_tpu_rwb_max_attention_hbm_footprint": "0",
-    # Pricing such an operation overflows the stack of libtpu 0.0.42.1, and that ends the process (64 KiB are too few).
+    # A feed-forward's products one inside another, so that what stands between them stays on the chip.
+    "xla_tpu_enable_multi_level_output_dot_dot_fusion": "true",
+    # Copies that are fused take longer than they do alone, where feature maps change their layout.
+    "xla_tpu_enable_copy_fusion": "false",
+    # Pricing attention in one operation overflows the stack of libtpu 0.0.42.1, and that ends the process (64 KiB are
+    # too few).
     "fibers_default_thread_stack_size": "1048576",
 }
 
