@@ -23,19 +23,26 @@ class GroupNorm(nnx.GroupNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """x [B, ..., C]."""
-        assert mask is None and self.scale is not None and self.bias is not None
-        positions = tuple(range(1, x.ndim - 1))
-        wide = x.astype(jnp.float32)
+        assert mask is None
+        return self.joined([x])
 
-        def by_group(means: jax.Array) -> jax.Array:
-            """[B, C] -> the mean of each channel's group, [B, C]."""
-            means = means.reshape(len(x), self.num_groups, -1)
-            return jnp.broadcast_to(means.mean(-1, keepdims=True), means.shape).reshape(len(x), -1)
+    def joined(self, parts: list[jax.Array]) -> jax.Array:
+        """Of parts [B, ..., C_i] joined to C channels. Each is summed by itself, beside what made it."""
+        assert self.scale is not None and self.bias is not None
+        rows, positions = len(parts[0]), tuple(range(1, parts[0].ndim - 1))
+        wide = [part.astype(jnp.float32) for part in parts]
 
-        mean, square = by_group(wide.mean(positions)), by_group(jnp.square(wide).mean(positions))
+        def by_group(means: list[jax.Array]) -> jax.Array:
+            """[B, C_i] -> the mean of each channel's group, [B, C]."""
+            groups = jnp.concatenate(means, axis=-1).reshape(rows, self.num_groups, -1)
+            return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(rows, -1)
+
+        mean = by_group([part.mean(positions) for part in wide])
+        square = by_group([jnp.square(part).mean(positions) for part in wide])
         factor = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon) * self.scale[...][None]
         mean, factor, shift = (jnp.expand_dims(one, positions) for one in (mean, factor, self.bias[...][None]))
-        return ((wide - mean) * factor + shift).astype(self.dtype)
+        x = jnp.concatenate(parts, axis=-1).astype(jnp.float32)
+        return ((x - mean) * factor + shift).astype(self.dtype)
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> GroupNorm:
@@ -135,9 +142,12 @@ class ResnetBlock(nnx.Module):
             self.conv_shortcut = conv(channels_in, channels_out, 1, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("resnet")
-    def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, time: jax.Array | None = None, skip: jax.Array | None = None) -> jax.Array:
+        """`skip` is joined to x behind its channels."""
+        parts = [x] if skip is None else [x, skip]
+        x = jnp.concatenate(parts, axis=-1)
         residual = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        x = self.conv1(jax.nn.silu(self.norm1(x)))
+        x = self.conv1(jax.nn.silu(self.norm1.joined(parts)))
         if time is not None:
             x = x + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
         x = self.conv2(jax.nn.silu(self.norm2(x)))

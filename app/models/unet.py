@@ -67,8 +67,10 @@ class Block(nnx.Module):
         if upsample:
             self.upsamplers = nnx.List([Upsample(channels_out, dtype=dtype, rngs=rngs)])
 
-    def layer(self, i: int, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
-        x = self.resnets[i](x, time)
+    def layer(
+        self, i: int, x: jax.Array, time: jax.Array, context: jax.Array, skip: jax.Array | None = None
+    ) -> jax.Array:
+        x = self.resnets[i](x, time, skip)
         return self.attentions[i](x, context) if hasattr(self, "attentions") else x
 
 
@@ -160,7 +162,7 @@ class UNet(nnx.Module):
 
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), time, prompt_embeds)
+                x = block.layer(i, x, time, prompt_embeds, skips.pop())
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x)
 
