@@ -99,16 +99,21 @@ def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
     if file.suffix != ".safetensors" or not file.is_file():  # a .ckpt is a pickle, and loading it runs what it says
         raise Invalid(f"--from-single-file must be a .safetensors file, got {file}.")
     try:
-        from diffusers import StableDiffusionPipeline
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # importing diffusers warns of parts that nothing here uses
+        logging.disable_progress_bar()
+        import diffusers
     except ImportError:
         raise Stop(
             "--from-single-file needs diffusers and PyTorch where the job runs: pip install -r requirements/parity.txt"
         ) from None
+    diffusers.utils.logging.disable_progress_bar()
     local = layout is not None and path(layout).is_dir()
     where = str(path(layout)) if layout and local else layout
     given = {} if where is None else {"config": where, "local_files_only": local}
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **given)
+        pipeline = diffusers.StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **given)
     except Exception as error:  # of diffusers, of the Hub, of the file
         raise Stop(f"{file} cannot be read as Stable Diffusion: {(str(error).splitlines() or [''])[0]}") from None
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from app.models.loading import load_checkpoint
+from app.models.loading import load_checkpoint, to_tensors
+from app.models.tokenizer import Tokenizer
 from jobs import fetch_weights
 from ops import processes
 from tests.clusters import in_this_process
 from tests.hub_server import COMMIT, Hub, serving
-from tests.tiny import tensor_shapes, write_checkpoint
+from tests.one_file import write_one_file
+from tests.tiny import PROMPTS, tensor_shapes, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "somebody/tiny"
@@ -182,3 +184,26 @@ def test_mistakes_are_one_line_before_any_work(model: Path, tmp_path: Path) -> N
         said = refused(fetch("--from-single-file", single, "--out", out), 1)
         assert said.startswith("--from-single-file needs diffusers") and "\n" not in said
     assert not out.exists()
+
+
+@pytest.mark.parity
+def test_a_one_file_checkpoint_gives_the_tensors_of_the_folder_it_was_made_of(model: Path, tmp_path: Path) -> None:
+    write_one_file(tmp_path / "some.safetensors", "tiny-sd1")
+    arguments = ("--from-single-file", tmp_path / "some.safetensors", "--layout", model, "--dtype", "float32")
+    said = made(fetch(*arguments, "--out", tmp_path / "weights", environment={}))
+    assert len(said.splitlines()) == 4, said  # a line a part and what was made
+    from_file, from_folder = (load_checkpoint(folder, dtype=np.float32) for folder in (tmp_path / "weights", model))
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = (to_tensors(getattr(one, part), np.float32) for one in (from_file, from_folder))
+        assert set(ours) == set(theirs)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    tokens = [Tokenizer(folder / "tokenizer", 77)(PROMPTS).input_ids for folder in (tmp_path / "weights", model)]
+    assert np.array_equal(tokens[0], tokens[1])
+
+
+@pytest.mark.parity
+def test_a_file_that_is_no_whole_checkpoint_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
+    shutil.copyfile(model / "vae" / "diffusion_pytorch_model.safetensors", single := tmp_path / "some.safetensors")
+    said = fetch("--from-single-file", single, "--layout", model, "--out", tmp_path / "weights", environment={})
+    assert "cannot be read as Stable Diffusion" in refused(said, 1) and "\n" not in refused(said, 1)
+    assert not (tmp_path / "weights").exists()
