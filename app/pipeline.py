@@ -42,9 +42,10 @@ logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve write
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ENCODE_TEXTS = 4  # most texts in one dispatch of the text encoder
-# Most rows of a chip that go through the UNet together. More gain nothing: fewer fill a TPU's matrix units, and what
-# lies between two operations stays in its VMEM only as long as it is small.
-ROWS_A_PASS = {"tpu": 8}
+# So many rows of a chip go through a network together. More gain nothing: these fill a TPU's matrix units, and what
+# lies between two operations stays in its VMEM only as long as it is small. Fewer take nearly as long as these, so
+# their images are cut into strips until they are as many.
+ROWS_TOGETHER = {"tpu": 8}
 TIMED_RUNS, TIMED_S = 3, 2.0  # at warm-up each program runs so often, or for about so long
 DRAFT_STEPS, DRAFT_S = 10, 2.0  # most steps of the pictures that drafts learn their colours from, and their time
 
@@ -428,19 +429,16 @@ def step_program(
     unet: Any, sharding: NamedSharding, params: Any, state: DenoiseState, rows: Rows, count: jax.Array
 ) -> tuple[DenoiseState, jax.Array]:
     """Gathers the lanes, runs the UNet over their rows and applies the tables, `count` times; then scatters."""
-    module = unet(params)
     lanes: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
     numbers = jnp.arange(len(rows.slots))
-    split = partial(jax.lax.with_sharding_constraint, shardings=sharding)
+    embeds = lanes.prompt_embeds[rows.lane, rows.half]
+    predict = divided(partial(predict_noise, unet, together_on(sharding)), sharding)
     whole = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(sharding.mesh, PartitionSpec()))
-    embeds = split(lanes.prompt_embeds[rows.lane, rows.half])
-    passes = passes_of(len(rows.lane), sharding)
 
     def step(_: jax.Array, moving: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         latents, history, at = moving
         timesteps = lanes.timesteps[numbers, at]
-        noise_pred = in_passes(module, passes, sharding, split(latents[rows.lane]), split(timesteps[rows.lane]), embeds)
-        noise_pred = whole(noise_pred.astype(jnp.float32))
+        noise_pred = whole(predict(params, latents[rows.lane], timesteps[rows.lane], embeds))
         uncond, cond = noise_pred[rows.uncond], noise_pred[rows.cond]
         noise_pred = uncond + lanes.guidance_scale[:, None, None, None] * (cond - uncond)
         fresh = jax.vmap(partial(slot_noise, shape=latents.shape[1:]))(lanes.seed, at + 1)
@@ -457,30 +455,61 @@ def step_program(
     return moved, at[0]
 
 
-def passes_of(rows: int, sharding: NamedSharding) -> int:
-    """In how many passes the UNet runs over rows that are divided among chips so."""
-    mine = sharding.shard_shape((rows,))[0]
-    most = ROWS_A_PASS.get(sharding.mesh.devices.flat[0].platform, mine)
-    return mine // most if mine % most == 0 else 1
-
-
-def in_passes(module: Any, passes: int, sharding: NamedSharding, *rows: jax.Array) -> jax.Array:
-    """`module` over all rows, an equal part of every chip's at a time, one part after the other."""
+def predict_noise(
+    unet: Any, together: int | None, params: Any, latents: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array
+) -> jax.Array:
+    """The UNet over one chip's rows, so many together, one part of them after the other."""
+    module, (rows, height) = unet(params), latents.shape[:2]
+    passes = passes_of(rows, together)
+    coarsest = height // 2 ** (len(module.config.block_out_channels) - 1)
+    predict = partial(module, strips=strips_of(rows // passes, coarsest, together))
     if passes == 1:
-        return module(*rows)
-    spec = PartitionSpec(None, *sharding.spec)
+        noise_pred = predict(latents, timesteps, prompt_embeds)
+    else:
+        parts = [x.reshape(passes, -1, *x.shape[1:]) for x in (latents, timesteps, prompt_embeds)]
+        noise_pred = jax.lax.map(lambda part: predict(*part), tuple(parts)).reshape(latents.shape)
+    return noise_pred.astype(jnp.float32)
 
-    def apart(x: jax.Array) -> jax.Array:  # neighbours go into different passes: so each row stays on its chip
-        x = jnp.swapaxes(x.reshape(-1, passes, *x.shape[1:]), 0, 1)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
 
-    out = jax.lax.map(lambda part: module(*part), tuple(apart(x) for x in rows))
-    return jnp.swapaxes(out, 0, 1).reshape(-1, *out.shape[2:])
+def together_on(sharding: NamedSharding) -> int | None:
+    return ROWS_TOGETHER.get(sharding.mesh.devices.flat[0].platform)
+
+
+def passes_of(rows: int, together: int | None) -> int:
+    """In how many equal parts so many rows go through the UNet."""
+    return rows // together if together and rows % together == 0 else 1
+
+
+def strips_of(rows: int, height: int, together: int | None) -> int:
+    """Into how many strips the images of so many rows are cut; each level of the network must divide by it."""
+    strips = 1
+    while together and 2 * strips * rows <= together and height % (2 * strips) == 0:
+        strips *= 2
+    return strips
+
+
+def divided(function: Callable[..., jax.Array], sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """`function` of parameters and arrays of rows, each chip at its own rows, with nothing to say to the others."""
+    if sharding.is_fully_replicated:
+        return function
+
+    def call(params: Any, *rows: jax.Array) -> jax.Array:
+        specs = (PartitionSpec(), *[sharding.spec] * len(rows))
+        # Its check knows no `platform_dependent`.
+        each = jax.shard_map(function, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False)
+        return each(params, *rows)
+
+    return call
 
 
 def decode_program(vae: Any, sharding: NamedSharding, params: Any, latents: jax.Array, slots: jax.Array) -> jax.Array:
-    latents = jax.lax.with_sharding_constraint(latents.at[slots].get(mode="clip"), sharding)
-    return as_pixels(vae(params).decode(latents))
+    decode = divided(partial(decode_rows, vae, together_on(sharding)), sharding)
+    return decode(params, latents.at[slots].get(mode="clip"))
+
+
+def decode_rows(vae: Any, together: int | None, params: Any, latents: jax.Array) -> jax.Array:
+    rows, height = latents.shape[:2]
+    return as_pixels(vae(params).decode(latents, strips=strips_of(rows, height, together)))
 
 
 def draft_program(

@@ -95,6 +95,21 @@ def test_every_submodule_computes_what_diffusers_computes(load: Load, model: str
     assert relative_error(run(load(model), model, part), golden(model)[part]) <= 5e-5
 
 
+@pytest.mark.parametrize("strips", [2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_images_cut_into_strips_are_what_whole_ones_are(load: Load, model: str, strips: int) -> None:
+    checkpoint, given = load(model), tiny.inputs(model)
+    latents = tiny.noise("strips", 2, 16, 8, 4)
+
+    @nnx.jit(static_argnums=2)
+    def both(unet: Any, vae: Any, strips: int) -> tuple[jax.Array, jax.Array]:
+        predicted = unet(latents, given["timesteps"][:2], given["context"][:2], strips=strips)
+        return predicted, vae.decode(latents, strips=strips)
+
+    whole, cut = (both(checkpoint.unet, checkpoint.vae, number) for number in (1, strips))
+    assert all(relative_error(ours, theirs) <= 1e-5 for ours, theirs in zip(cut, whole, strict=True))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_prompts_become_the_tokens_that_diffusers_gives_the_text_encoder(load: Load, model: str) -> None:
     length = tiny.MODELS[model]["text_encoder"]["max_position_embeddings"]

@@ -1,5 +1,5 @@
-"""The same pictures from one, four and eight devices, in many passes of the UNet or in one: virtual devices, in a
-process of their own, as JAX counts them once."""
+"""The same pictures from one, four and eight devices, in many passes of the UNet or in one, whole or cut into strips:
+virtual devices, in a process of their own, as JAX counts them once."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ CHILD = """
 import sys
 import jax, numpy as np
 from app.admission import Lane
-from app.pipeline import ROWS_A_PASS, Pipeline, passes_of, row_sharding
+from app.pipeline import ROWS_TOGETHER, Pipeline, passes_of, row_sharding, strips_of
 from app.programs import CompileWatch
 
 SIZE = (16, 24)
@@ -38,7 +38,7 @@ def draw(pipeline, count):
     pixels = [np.asarray(pipeline.decode(state, [slot]))[0] for slot in left]
     return np.stack(pixels + [np.asarray(pipeline.decode(state, range(count)))[0], *drafts]).astype(int)
 
-ROWS_A_PASS["cpu"] = 2  # as on TPUs, and few enough that fewer devices need more passes
+ROWS_TOGETHER["cpu"] = 2  # as on TPUs, and few enough that fewer devices need more passes, and more devices strips
 expected = {}
 for devices in (1, 4, 8):
     pipeline = Pipeline.load(
@@ -49,8 +49,11 @@ for devices in (1, 4, 8):
     assert pipeline.mesh.size == devices, pipeline.mesh
     shares = [rows // row_sharding(pipeline.mesh, rows).shard_shape((rows,))[0] for rows in pipeline.row_buckets]
     assert shares == [min(rows, devices) for rows in pipeline.row_buckets], shares
-    passes = [passes_of(rows, row_sharding(pipeline.mesh, rows)) for rows in pipeline.row_buckets]
+    mine = [rows // share for rows, share in zip(pipeline.row_buckets, shares)]
+    passes = [passes_of(rows, 2) for rows in mine]
     assert passes == {1: [1, 1, 4, 8], 4: [1, 1, 1, 2], 8: [1, 1, 1, 1]}[devices], passes
+    strips = [strips_of(rows // parts, 6, 2) for rows, parts in zip(mine, passes)]
+    assert strips == {1: [2, 1, 1, 1], 4: [2, 2, 1, 1], 8: [2, 2, 2, 1]}[devices], strips
     state = pipeline.empty_state(SIZE)
     assert all(len(x.sharding.device_set) == devices and x.is_fully_replicated for x in jax.tree.leaves(state))
     watch = CompileWatch()

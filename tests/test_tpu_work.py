@@ -86,3 +86,10 @@ def test_a_kernel_counts_as_often_as_its_grid_has_cells_under_its_scope() -> Non
     ((stack, padded),) = found.kernels.items()
     assert "self-attention" in stack
     assert padded == pytest.approx(4 * 2 * 128 * 128 * 256)  # of each cell, 64 rows pad to 128 and 40 inside do too
+
+
+def test_what_chips_do_apart_counts_once_for_each_part_that_differs() -> None:
+    mesh = jax.sharding.AbstractMesh((2, 4), ("rows", "same"))
+    rows = jax.sharding.PartitionSpec("rows")
+    each = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    assert work_of(each, (256, 128)).flops == 2 * (2 * 128**3)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tpu.chips import CHIPS, Chip, Host, host_of
@@ -142,12 +143,13 @@ def part_of(op_name: str) -> str:
 
 
 def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -> "Traced":
-    """A UNet's evaluation for so many rows, traced for one chip of the host."""
+    """A UNet's evaluation for so many rows, as a replica runs it, traced for one chip of the host."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
     from jax.sharding import SingleDeviceSharding
 
+    from app.pipeline import ROWS_TOGETHER, predict_noise
     from tpu.models import shapes_of
 
     checkpoint = shapes_of(model, jnp.dtype(dtype))
@@ -159,10 +161,7 @@ def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -
     graph, params = nnx.split(checkpoint.unet)
     factor, text = checkpoint.vae.config.scale_factor, checkpoint.text_encoder.config
     latents = (size[1] // factor, size[0] // factor, checkpoint.unet.config.in_channels)
-
-    def evaluate(params: Any, latents: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params)(latents, timesteps, prompt_embeds)
-
+    evaluate = partial(predict_noise, partial(nnx.merge, graph), ROWS_TOGETHER["tpu"])
     return jax.jit(evaluate, out_shardings=here).trace(
         jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), params),
         shape(rows, *latents, dtype=jnp.float32),

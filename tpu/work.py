@@ -52,11 +52,18 @@ def work(jaxpr: Any, tile: int, stack: str = "") -> Work:
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":
-                times = parameters["mesh"].size
+                times = shares(parameters)
             total.open_loops += name == "while"
             for inside in inner_jaxprs(parameters):
                 total.add(work(inside, tile, here), times)
     return total
+
+
+def shares(parameters: dict[str, Any]) -> int:
+    """Among how many chips a shard_map divides; the others do the same as one of those."""
+    named = [axes for spec in parameters["out_specs"] for axes in spec if axes is not None]
+    sizes = parameters["mesh"].shape
+    return math.prod(sizes[axis] for axes in named for axis in (axes if isinstance(axes, tuple) else (axes,)))
 
 
 def inner_jaxprs(parameters: dict[str, Any]) -> Iterator[Any]:

@@ -1,10 +1,13 @@
 """The blocks that UNet and VAE share. Attribute names are diffusers' tensor names; arrays are NHWC.
 
+A feature map is [B, H, W, C], or [B, S, h, W, C] where it is cut into S strips of h rows each, from the top. A TPU's
+convolutions take as long over one to seven rows of a batch as over eight: strips fill it. Every block takes both.
+
 Named scopes say which part an operation is of, in profiles and in `make tpu-check`.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 Dtype = Any
+Padding = tuple[tuple[int, int], tuple[int, int]]
 FEW_KEYS = 128
 MANY_KEYS = 512
 BLOCK = 512  # of queries
@@ -49,9 +53,64 @@ def group_norm(channels: int, groups: int, epsilon: float, *, dtype: Dtype, rngs
     return GroupNorm(channels, groups, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def conv(channels_in: int, channels_out: int, size: int = 3, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    """A convolution at stride 1 that keeps height and width."""
-    return nnx.Conv(channels_in, channels_out, (size, size), dtype=dtype, param_dtype=dtype, rngs=rngs)
+def cut(x: jax.Array, strips: int) -> jax.Array:
+    """[B, H, W, C] -> [B, S, H / S, W, C]; one strip is the whole."""
+    return x if strips == 1 else x.reshape(len(x), strips, -1, *x.shape[2:])
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """The other way round."""
+    return x if x.ndim == 4 else x.reshape(len(x), -1, *x.shape[3:])
+
+
+def with_neighbours(x: jax.Array) -> jax.Array:
+    """[B, S, h, W, C] -> [B * S, h + 2, W, C]: each strip between its neighbours' nearest rows, or zeros."""
+    strips = x.shape[1]
+    x = x.reshape(-1, *x.shape[2:])
+    number = (jnp.arange(len(x)) % strips)[:, None, None, None]
+    above = jnp.where(number > 0, jnp.roll(x[:, -1:], 1, axis=0), 0)
+    below = jnp.where(number < strips - 1, jnp.roll(x[:, :1], -1, axis=0), 0)
+    return jnp.concatenate([above, x, below], axis=1)
+
+
+class Conv(nnx.Conv):
+    """Over a whole map or strips of one; `padding` is ((top, bottom), (left, right)), none above 1."""
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        if inputs.ndim == 4:
+            return super().__call__(inputs, out_sharding)
+        assert self.bias is not None
+        (top, bottom), columns = cast(Padding, self.padding)
+        x = jax.lax.conv_general_dilated(
+            with_neighbours(inputs),
+            self.kernel[...],
+            cast(tuple[int, int], self.strides),
+            ((top - 1, bottom - 1), columns),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return x.reshape(*inputs.shape[:2], *x.shape[1:]) + self.bias[...][None, None, None, None]
+
+
+def conv(
+    channels_in: int,
+    channels_out: int,
+    size: int = 3,
+    *,
+    strides: int = 1,
+    padding: Padding | None = None,
+    dtype: Dtype,
+    rngs: nnx.Rngs,
+) -> Conv:
+    """Padded, where not said otherwise, so that stride 1 keeps height and width."""
+    kernel, around = (size, size), ((size // 2, size // 2),) * 2
+    return Conv(
+        *(channels_in, channels_out, kernel),
+        strides=(strides, strides),
+        padding=padding or around,
+        dtype=dtype,
+        param_dtype=dtype,
+        rngs=rngs,
+    )
 
 
 def linear(features_in: int, features_out: int, *, bias: bool = True, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
@@ -149,7 +208,7 @@ class ResnetBlock(nnx.Module):
         residual = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
         x = self.conv1(jax.nn.silu(self.norm1.joined(parts)))
         if time is not None:
-            x = x + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+            x = x + jnp.expand_dims(self.time_emb_proj(jax.nn.silu(time)), tuple(range(1, x.ndim - 1)))
         x = self.conv2(jax.nn.silu(self.norm2(x)))
         return residual + x
 
@@ -157,10 +216,8 @@ class ResnetBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Halves height and width. `padding` is ((top, bottom), (left, right)): the UNet's is even, the VAE's is not."""
 
-    def __init__(self, channels: int, padding: tuple[tuple[int, int], ...], *, dtype: Dtype, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(
-            channels, channels, (3, 3), strides=2, padding=padding, dtype=dtype, param_dtype=dtype, rngs=rngs
-        )
+    def __init__(self, channels: int, padding: Padding, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, strides=2, padding=padding, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("resampling")
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -181,9 +238,12 @@ class Upsample(nnx.Module):
     @jax.named_scope("resampling")
     def __call__(self, x: jax.Array) -> jax.Array:
         assert self.conv.bias is not None
-        rows, height, width, channels = x.shape
-        x = jnp.broadcast_to(x[:, :, :, None], (rows, height, width, 2, channels))
-        x = x.reshape(rows, height, 2 * width, channels)
+        *outer, height, width, channels = x.shape
+        x = jnp.broadcast_to(x[..., None, :], (*outer, height, width, 2, channels))
+        x = x.reshape(*outer, height, 2 * width, channels)
+        around = 1  # rows of zeros, above and below
+        if x.ndim == 5:
+            x, around = with_neighbours(x), 0
         above, here, below = jnp.split(self.conv.kernel[...], 3)
 
         def smooth(taps: list[jax.Array], padding: tuple[int, int]) -> jax.Array:
@@ -191,9 +251,10 @@ class Upsample(nnx.Module):
                 x, jnp.concatenate(taps), (1, 1), (padding, (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
 
-        even, odd = smooth([above, here + below], (1, 0)), smooth([above + here, below], (0, 1))
-        x = jnp.stack([even, odd], axis=2).reshape(rows, 2 * height, 2 * width, channels)
-        return x + self.conv.bias[...][None, None, None]
+        even = smooth([above, here + below], (around, around - 1))
+        odd = smooth([above + here, below], (around - 1, around))
+        x = jnp.stack([even, odd], axis=2).reshape(*outer, 2 * height, 2 * width, channels)
+        return x + jnp.expand_dims(self.conv.bias[...], tuple(range(x.ndim - 1)))
 
 
 class Attention(nnx.Module):

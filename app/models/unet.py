@@ -13,8 +13,10 @@ from app.models.layers import (
     Transformer2D,
     Upsample,
     conv,
+    cut,
     group_norm,
     timestep_embedding,
+    whole,
 )
 
 
@@ -140,14 +142,15 @@ class UNet(nnx.Module):
         self.conv_norm_out = group_norm(channels[0], config.norm_num_groups, config.norm_eps, dtype=dtype, rngs=rngs)
         self.conv_out = conv(channels[0], config.out_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array, *, strips: int = 1) -> jax.Array:
         """Latents [B, H, W, C], timesteps [B] and embeddings [B, T, D] -> output [B, H, W, C] in `dtype`.
 
-        H and W must be multiples of 2 ** (levels - 1).
+        H and W must be multiples of 2 ** (levels - 1), and H of `strips` times that. Strips change how long it takes on
+        a TPU, and nothing else.
         """
         time = timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(self.dtype)
         time = self.time_embedding(time)
-        x = self.conv_in(x.astype(self.dtype))
+        x = self.conv_in(cut(x.astype(self.dtype), strips))
 
         skips = [x]
         for block in self.down_blocks:
@@ -167,4 +170,4 @@ class UNet(nnx.Module):
                 x = block.upsamplers[0](x)
 
         x = jax.nn.silu(self.conv_norm_out(x))
-        return self.conv_out(x)
+        return whole(self.conv_out(x))
