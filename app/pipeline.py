@@ -508,8 +508,11 @@ def decode_program(vae: Any, sharding: NamedSharding, params: Any, latents: jax.
 
 
 def decode_rows(vae: Any, together: int | None, params: Any, latents: jax.Array) -> jax.Array:
-    rows, height = latents.shape[:2]
-    return as_pixels(vae(params).decode(latents, strips=strips_of(rows, height, together)))
+    """Where strips fill a chip, one image after the other: what lies between two operations is smallest so."""
+    decode = partial(vae(params).decode, strips=strips_of(1, latents.shape[1], together))
+    if together is None or len(latents) == 1:
+        return as_pixels(decode(latents))
+    return jax.lax.map(lambda one: as_pixels(decode(one[None])[0]), latents)
 
 
 def draft_program(

@@ -1,7 +1,7 @@
 """The blocks that UNet and VAE share. Attribute names are diffusers' tensor names; arrays are NHWC.
 
-A feature map is [B, H, W, C], or [B, S, h, W, C] where it is cut into S strips of h rows each, from the top. A TPU's
-convolutions take as long over one to seven rows of a batch as over eight: strips fill it. Every block takes both.
+A feature map is [B, H, W, C], or [B * S, h, W, C] where each image is cut into S strips of h rows, from the top. A
+TPU's convolutions take as long over one to seven rows of a batch as over eight: strips fill it.
 
 Named scopes say which part an operation is of, in profiles and in `make tpu-check`.
 """
@@ -19,6 +19,9 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 FEW_KEYS = 128
 MANY_KEYS = 512
 BLOCK = 512  # of queries
+FEW_PIXELS = (
+    2048  # of smaller maps XLA for TPU may take a shortcut into the last convolution, at twenty times the price
+)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -28,25 +31,30 @@ class GroupNorm(nnx.GroupNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """x [B, ..., C]."""
         assert mask is None
-        return self.joined([x])
+        return self.scaled(x, *self.statistics([x]))
 
-    def joined(self, parts: list[jax.Array]) -> jax.Array:
-        """Of parts [B, ..., C_i] joined to C channels. Each is summed by itself, beside what made it."""
-        assert self.scale is not None and self.bias is not None
-        rows, positions = len(parts[0]), tuple(range(1, parts[0].ndim - 1))
+    def statistics(self, parts: list[jax.Array], strips: int = 1) -> tuple[jax.Array, jax.Array]:
+        """Of parts [B * S, ..., C_i] joined to C channels: mean and 1 / deviation of each image's groups, at each of
+        their channels, [B * S, ..., C]. Each part is summed by itself, beside what made it."""
+        positions = tuple(range(1, parts[0].ndim - 1))
         wide = [part.astype(jnp.float32) for part in parts]
 
         def by_group(means: list[jax.Array]) -> jax.Array:
-            """[B, C_i] -> the mean of each channel's group, [B, C]."""
-            groups = jnp.concatenate(means, axis=-1).reshape(rows, self.num_groups, -1)
-            return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(rows, -1)
+            """[B * S, C_i] -> the mean of each channel's group over its image, [B, C]."""
+            groups = jnp.concatenate(means, axis=-1).reshape(len(means[0]) // strips, strips, self.num_groups, -1)
+            mean = groups.mean((1, 3))[:, :, None]
+            return jnp.broadcast_to(mean, (*mean.shape[:2], groups.shape[3])).reshape(len(mean), -1)
 
         mean = by_group([part.mean(positions) for part in wide])
         square = by_group([jnp.square(part).mean(positions) for part in wide])
-        factor = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon) * self.scale[...][None]
-        mean, factor, shift = (jnp.expand_dims(one, positions) for one in (mean, factor, self.bias[...][None]))
-        x = jnp.concatenate(parts, axis=-1).astype(jnp.float32)
-        return ((x - mean) * factor + shift).astype(self.dtype)
+        factor = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
+        mean, factor = (jnp.expand_dims(repeated(one, strips), positions) for one in (mean, factor))
+        return mean, factor
+
+    def scaled(self, x: jax.Array, mean: jax.Array, factor: jax.Array) -> jax.Array:
+        assert self.scale is not None and self.bias is not None
+        scale, bias = (jnp.expand_dims(one[...], tuple(range(x.ndim - 1))) for one in (self.scale, self.bias))
+        return ((x.astype(jnp.float32) - mean) * (factor * scale) + bias).astype(self.dtype)
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> GroupNorm:
@@ -54,41 +62,61 @@ def group_norm(channels: int, groups: int, epsilon: float, *, dtype: Dtype, rngs
 
 
 def cut(x: jax.Array, strips: int) -> jax.Array:
-    """[B, H, W, C] -> [B, S, H / S, W, C]; one strip is the whole."""
-    return x if strips == 1 else x.reshape(len(x), strips, -1, *x.shape[2:])
+    """[B, H, W, C] -> [B * S, H / S, W, C]."""
+    return x.reshape(len(x) * strips, -1, *x.shape[2:])
 
 
-def whole(x: jax.Array) -> jax.Array:
+def whole(x: jax.Array, strips: int) -> jax.Array:
     """The other way round."""
-    return x if x.ndim == 4 else x.reshape(len(x), -1, *x.shape[3:])
+    return x.reshape(len(x) // strips, -1, *x.shape[2:])
 
 
-def with_neighbours(x: jax.Array) -> jax.Array:
-    """[B, S, h, W, C] -> [B * S, h + 2, W, C]: each strip between its neighbours' nearest rows, or zeros."""
-    strips = x.shape[1]
-    x = x.reshape(-1, *x.shape[2:])
-    number = (jnp.arange(len(x)) % strips)[:, None, None, None]
-    above = jnp.where(number > 0, jnp.roll(x[:, -1:], 1, axis=0), 0)
-    below = jnp.where(number < strips - 1, jnp.roll(x[:, :1], -1, axis=0), 0)
-    return jnp.concatenate([above, x, below], axis=1)
+def repeated(x: jax.Array, strips: int) -> jax.Array:
+    """What images have in common with their strips: [B, C] -> [B * S, C]."""
+    return x if strips == 1 else jnp.repeat(x, strips, axis=0)
+
+
+def with_neighbours(x: jax.Array, strips: int) -> jax.Array:
+    """[B * S, h, W, C] -> [B * S, h + 2, W, C]: each strip between its neighbours' nearest rows. Above an image's first
+    strip and below its last stands anything."""
+    return jnp.concatenate([jnp.roll(x[:, -1:], 1, axis=0), x, jnp.roll(x[:, :1], -1, axis=0)], axis=1)
+
+
+def with_zeros_around(x: jax.Array, strips: int) -> jax.Array:
+    """The same strips, with zeros where anything stood."""
+    strip = (jnp.arange(len(x)) % strips)[:, None, None, None]
+    row = jnp.arange(x.shape[1])[None, :, None, None]
+    outside = ((strip == 0) & (row == 0)) | ((strip == strips - 1) & (row == x.shape[1] - 1))
+    return jnp.where(outside, 0, x)
 
 
 class Conv(nnx.Conv):
-    """Over a whole map or strips of one; `padding` is ((top, bottom), (left, right)), none above 1."""
+    """`padding` is ((top, bottom), (left, right)), none above 1."""
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        if inputs.ndim == 4:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None, *, strips: int = 1) -> jax.Array:
+        if strips == 1:
             return super().__call__(inputs, out_sharding)
+        return self.between(with_zeros_around(with_neighbours(inputs, strips), strips))
+
+    def between(self, x: jax.Array) -> jax.Array:
+        """Over strips between their neighbours' rows."""
         assert self.bias is not None
         (top, bottom), columns = cast(Padding, self.padding)
+        strides, rows = cast(tuple[int, int], self.strides), (top - 1, bottom - 1)
         x = jax.lax.conv_general_dilated(
-            with_neighbours(inputs),
-            self.kernel[...],
-            cast(tuple[int, int], self.strides),
-            ((top - 1, bottom - 1), columns),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x, self.kernel[...], strides, (rows, columns), dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return x.reshape(*inputs.shape[:2], *x.shape[1:]) + self.bias[...][None, None, None, None]
+        return x + self.bias[...][None, None, None]
+
+
+def normed_conv(norm: GroupNorm, conv: Conv, parts: list[jax.Array], strips: int) -> jax.Array:
+    """conv(silu(norm(x))), of x in parts. Strips get their neighbours before the norm and zeros behind it, for so XLA
+    for TPU takes all of it into the convolution."""
+    x, statistics = jnp.concatenate(parts, axis=-1), norm.statistics(parts, strips)
+    if strips == 1:
+        return conv(jax.nn.silu(norm.scaled(x, *statistics)))
+    x = jax.nn.silu(norm.scaled(with_neighbours(x, strips), *statistics))
+    return conv.between(with_zeros_around(x, strips))
 
 
 def conv(
@@ -124,7 +152,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, *, causal: bool
     if k.shape[1] < FEW_KEYS and not causal:
         x = attend_few(q, k, v)
     elif k.shape[1] > MANY_KEYS and not causal:
-        x = jax.lax.platform_dependent(q, k, v, cpu=attend_in_blocks, default=jax.nn.dot_product_attention)
+        x = jax.lax.platform_dependent(q, k, v, cpu=attend_in_blocks, default=attend_apart)
     else:
         x = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
     return x.reshape(shape)
@@ -137,6 +165,12 @@ def attend_few(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     x = jnp.einsum("bnts,bsnh->bnth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return jnp.swapaxes(x / weights.sum(axis=-1, keepdims=True), 1, 2).astype(q.dtype)
+
+
+def attend_apart(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The same, with what makes its inputs kept out of it: where XLA for TPU takes their products into the operation
+    that attention is, that makes them again and again, and one row takes as long as nine."""
+    return jax.nn.dot_product_attention(*jax.lax.optimization_barrier((q, k, v)))
 
 
 def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -201,16 +235,19 @@ class ResnetBlock(nnx.Module):
             self.conv_shortcut = conv(channels_in, channels_out, 1, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("resnet")
-    def __call__(self, x: jax.Array, time: jax.Array | None = None, skip: jax.Array | None = None) -> jax.Array:
-        """`skip` is joined to x behind its channels."""
+    def __call__(
+        self, x: jax.Array, time: jax.Array | None = None, skip: jax.Array | None = None, *, strips: int = 1
+    ) -> jax.Array:
+        """`skip` is joined to x behind its channels; `time` is [B, features]."""
         parts = [x] if skip is None else [x, skip]
         x = jnp.concatenate(parts, axis=-1)
         residual = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        x = self.conv1(jax.nn.silu(self.norm1.joined(parts)))
+        if strips * x.shape[1] * x.shape[2] < FEW_PIXELS:
+            residual = jax.lax.optimization_barrier(residual)
+        x = normed_conv(self.norm1, self.conv1, parts, strips)
         if time is not None:
-            x = x + jnp.expand_dims(self.time_emb_proj(jax.nn.silu(time)), tuple(range(1, x.ndim - 1)))
-        x = self.conv2(jax.nn.silu(self.norm2(x)))
-        return residual + x
+            x = x + repeated(self.time_emb_proj(jax.nn.silu(time)), strips)[:, None, None, :]
+        return residual + normed_conv(self.norm2, self.conv2, [x], strips)
 
 
 class Downsample(nnx.Module):
@@ -220,8 +257,8 @@ class Downsample(nnx.Module):
         self.conv = conv(channels, channels, strides=2, padding=padding, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("resampling")
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(x)
+    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
+        return self.conv(x, strips=strips)
 
 
 class Upsample(nnx.Module):
@@ -236,14 +273,14 @@ class Upsample(nnx.Module):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("resampling")
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
         assert self.conv.bias is not None
-        *outer, height, width, channels = x.shape
-        x = jnp.broadcast_to(x[..., None, :], (*outer, height, width, 2, channels))
-        x = x.reshape(*outer, height, 2 * width, channels)
+        rows, height, width, channels = x.shape
+        x = jnp.broadcast_to(x[:, :, :, None], (rows, height, width, 2, channels))
+        x = x.reshape(rows, height, 2 * width, channels)
         around = 1  # rows of zeros, above and below
-        if x.ndim == 5:
-            x, around = with_neighbours(x), 0
+        if strips > 1:
+            x, around = with_zeros_around(with_neighbours(x, strips), strips), 0
         above, here, below = jnp.split(self.conv.kernel[...], 3)
 
         def smooth(taps: list[jax.Array], padding: tuple[int, int]) -> jax.Array:
@@ -253,8 +290,10 @@ class Upsample(nnx.Module):
 
         even = smooth([above, here + below], (around, around - 1))
         odd = smooth([above + here, below], (around - 1, around))
-        x = jnp.stack([even, odd], axis=2).reshape(*outer, 2 * height, 2 * width, channels)
-        return x + jnp.expand_dims(self.conv.bias[...], tuple(range(x.ndim - 1)))
+        x = jnp.stack([even, odd], axis=2).reshape(rows, 2 * height, 2 * width, channels)
+        x = x + self.conv.bias[...][None, None, None]
+        # Left to itself, XLA for TPU lays this out row by row, and anew for each of the convolutions that follow.
+        return x if strips == 1 else with_layout_constraint(x, Layout((1, 2, 0, 3)))
 
 
 class Attention(nnx.Module):
@@ -342,9 +381,9 @@ class Transformer2D(nnx.Module):
         self.proj_out = linear(channels, channels, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("transformer")
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array, *, strips: int = 1) -> jax.Array:
         shape = x.shape
-        x = x.reshape(shape[0], -1, shape[-1])
+        x = x.reshape(len(x) // strips, -1, shape[-1])
         residual = x
         x = self.proj_in(self.norm(x))
         for block in self.transformer_blocks:

@@ -15,6 +15,7 @@ from app.models.layers import (
     conv,
     cut,
     group_norm,
+    normed_conv,
     timestep_embedding,
     whole,
 )
@@ -70,10 +71,17 @@ class Block(nnx.Module):
             self.upsamplers = nnx.List([Upsample(channels_out, dtype=dtype, rngs=rngs)])
 
     def layer(
-        self, i: int, x: jax.Array, time: jax.Array, context: jax.Array, skip: jax.Array | None = None
+        self,
+        i: int,
+        x: jax.Array,
+        time: jax.Array,
+        context: jax.Array,
+        skip: jax.Array | None = None,
+        *,
+        strips: int,
     ) -> jax.Array:
-        x = self.resnets[i](x, time, skip)
-        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+        x = self.resnets[i](x, time, skip, strips=strips)
+        return self.attentions[i](x, context, strips=strips) if hasattr(self, "attentions") else x
 
 
 class MidBlock(nnx.Module):
@@ -82,10 +90,10 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List(resnet(channels, channels, config, dtype=dtype, rngs=rngs) for _ in range(2))
         self.attentions = nnx.List([transformer(-1, config, dtype=dtype, rngs=rngs)])
 
-    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
-        x = self.resnets[0](x, time)
-        x = self.attentions[0](x, context)
-        return self.resnets[1](x, time)
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array, *, strips: int) -> jax.Array:
+        x = self.resnets[0](x, time, strips=strips)
+        x = self.attentions[0](x, context, strips=strips)
+        return self.resnets[1](x, time, strips=strips)
 
 
 class UNet(nnx.Module):
@@ -150,24 +158,23 @@ class UNet(nnx.Module):
         """
         time = timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(self.dtype)
         time = self.time_embedding(time)
-        x = self.conv_in(cut(x.astype(self.dtype), strips))
+        x = self.conv_in(cut(x.astype(self.dtype), strips), strips=strips)
 
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, time, prompt_embeds)
+                x = block.layer(i, x, time, prompt_embeds, strips=strips)
                 skips.append(x)
             if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)
+                x = block.downsamplers[0](x, strips=strips)
                 skips.append(x)
 
-        x = self.mid_block(x, time, prompt_embeds)
+        x = self.mid_block(x, time, prompt_embeds, strips=strips)
 
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, time, prompt_embeds, skips.pop())
+                x = block.layer(i, x, time, prompt_embeds, skips.pop(), strips=strips)
             if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x)
+                x = block.upsamplers[0](x, strips=strips)
 
-        x = jax.nn.silu(self.conv_norm_out(x))
-        return whole(self.conv_out(x))
+        return whole(normed_conv(self.conv_norm_out, self.conv_out, [x], strips), strips)

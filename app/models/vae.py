@@ -5,7 +5,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from app.models.config import VAEConfig
-from app.models.layers import Downsample, Dtype, ResnetBlock, Upsample, attend, conv, cut, group_norm, linear, whole
+from app.models.layers import (
+    Downsample,
+    Dtype,
+    ResnetBlock,
+    Upsample,
+    attend,
+    conv,
+    cut,
+    group_norm,
+    linear,
+    normed_conv,
+    whole,
+)
 
 EPSILON = 1e-6
 
@@ -21,9 +33,10 @@ class AttentionBlock(nnx.Module):
         self.to_out = nnx.List([linear(channels, channels, dtype=dtype, rngs=rngs)])
 
     @jax.named_scope("self-attention")
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
         residual = x
-        x = self.group_norm(x).reshape(len(x), -1, x.shape[-1])
+        x = self.group_norm.scaled(x, *self.group_norm.statistics([x], strips))
+        x = x.reshape(len(x) // strips, -1, x.shape[-1])
         x = attend(self.to_q(x), self.to_k(x), self.to_v(x), heads=1)
         return residual + self.to_out[0](x).reshape(residual.shape)
 
@@ -37,11 +50,11 @@ class MidBlock(nnx.Module):
         if config.mid_block_add_attention:
             self.attentions = nnx.List([AttentionBlock(channels, groups, dtype=dtype, rngs=rngs)])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.resnets[0](x)
+    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
+        x = self.resnets[0](x, strips=strips)
         if hasattr(self, "attentions"):
-            x = self.attentions[0](x)
-        return self.resnets[1](x)
+            x = self.attentions[0](x, strips=strips)
+        return self.resnets[1](x, strips=strips)
 
 
 class Block(nnx.Module):
@@ -75,13 +88,13 @@ class Block(nnx.Module):
         if upsample:
             self.upsamplers = nnx.List([Upsample(channels_out, dtype=dtype, rngs=rngs)])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
         for resnet in self.resnets:
-            x = resnet(x)
+            x = resnet(x, strips=strips)
         if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
+            x = self.downsamplers[0](x, strips=strips)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x)
+            x = self.upsamplers[0](x, strips=strips)
         return x
 
 
@@ -134,12 +147,12 @@ class Decoder(nnx.Module):
         self.conv_norm_out = group_norm(channels[-1], groups, EPSILON, dtype=dtype, rngs=rngs)
         self.conv_out = conv(channels[-1], config.out_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv_in(x)
-        x = self.mid_block(x)
+    def __call__(self, x: jax.Array, *, strips: int) -> jax.Array:
+        x = self.conv_in(x, strips=strips)
+        x = self.mid_block(x, strips=strips)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+            x = block(x, strips=strips)
+        return normed_conv(self.conv_norm_out, self.conv_out, [x], strips)
 
 
 class VAE(nnx.Module):
@@ -169,4 +182,4 @@ class VAE(nnx.Module):
         x = cut((latents / self.config.scaling_factor).astype(self.dtype), strips)
         if hasattr(self, "post_quant_conv"):
             x = self.post_quant_conv(x)
-        return whole(self.decoder(x))
+        return whole(self.decoder(x, strips=strips), strips)
