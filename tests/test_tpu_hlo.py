@@ -144,14 +144,16 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 metadata={op_name="jit(f)/self-attention/pallas_call"}
   %k2 = f32[8] custom-call(%k), custom_call_target="tpu_custom_call", \
 metadata={op_name="jit(f)/self-attention/pallas_call"}, backend_config={"estimated_cycles":"40"}
-  %s = f32[8] sort(%k2), dimensions={0}, to_apply=%compare
+  %e = f32[8] fusion(%k2), kind=kOutput, calls=%none, backend_config={"estimated_cycles":"9223372036854775807"}
+  %s = f32[8] sort(%e), dimensions={0}, to_apply=%compare
   ROOT %all = f32[32] all-gather(%s), dimensions={0}
 }
 """
     found = bill(text)
     assert found.kernels == {"jit(f)/self-attention/pallas_call": 2}
     assert found.kernel_cycles == {"jit(f)/self-attention/pallas_call": 40}
-    assert found.unpriced == {"sort": 1, "all-gather": 1}
+    assert found.unpriced == {"fusion": 1, "sort": 1, "all-gather": 1}
+    assert found.total == 40
 
 
 def test_what_is_no_program_is_refused() -> None:
