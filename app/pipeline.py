@@ -117,7 +117,7 @@ class Pipeline:
         self.table_rows = max_steps + 1  # pndm evaluates once more than it has steps
         self.latent_channels = checkpoint.vae.config.latent_channels
         self.scale_factor = checkpoint.vae.config.scale_factor
-        check_sizes(self.sizes, self.scale_factor * 2 ** (len(checkpoint.unet.config.block_out_channels) - 1))
+        check_sizes(self.sizes, self.scale_factor * checkpoint.unet.config.scale_factor)
         self.step_s: dict[tuple[Size, int], float] = {}  # seconds of a step by size and row bucket; `warmup` measures
         self.decode_s: dict[tuple[Size, int], float] = {}
 
@@ -461,7 +461,7 @@ def predict_noise(
     """The UNet over one chip's rows, so many together, one part of them after the other."""
     module, (rows, height) = unet(params), latents.shape[:2]
     passes = passes_of(rows, together)
-    coarsest = height // 2 ** (len(module.config.block_out_channels) - 1)
+    coarsest = height // module.config.scale_factor
     predict = partial(module, strips=strips_of(rows // passes, coarsest, together))
     if passes == 1:
         noise_pred = predict(latents, timesteps, prompt_embeds)

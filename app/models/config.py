@@ -71,6 +71,11 @@ class UNetConfig:
     norm_num_groups: int
     norm_eps: float
 
+    @property
+    def scale_factor(self) -> int:
+        """Latents per position of the coarsest level, along each side."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
     @classmethod
     def from_json(cls, json: Mapping[str, Any], problems: list[str]) -> "UNetConfig":
         fields = _Fields("unet/config.json", "UNet2DConditionModel", json, UNET_FIXED, problems)

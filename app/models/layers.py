@@ -19,9 +19,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 FEW_KEYS = 128
 MANY_KEYS = 512
 BLOCK = 512  # of queries
-FEW_PIXELS = (
-    2048  # of smaller maps XLA for TPU may take a shortcut into the last convolution, at twenty times the price
-)
+FEW_PIXELS = 2048
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -76,7 +74,7 @@ def repeated(x: jax.Array, strips: int) -> jax.Array:
     return x if strips == 1 else jnp.repeat(x, strips, axis=0)
 
 
-def with_neighbours(x: jax.Array, strips: int) -> jax.Array:
+def with_neighbours(x: jax.Array) -> jax.Array:
     """[B * S, h, W, C] -> [B * S, h + 2, W, C]: each strip between its neighbours' nearest rows. Above an image's first
     strip and below its last stands anything."""
     return jnp.concatenate([jnp.roll(x[:, -1:], 1, axis=0), x, jnp.roll(x[:, :1], -1, axis=0)], axis=1)
@@ -90,22 +88,24 @@ def with_zeros_around(x: jax.Array, strips: int) -> jax.Array:
     return jnp.where(outside, 0, x)
 
 
+def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 class Conv(nnx.Conv):
     """`padding` is ((top, bottom), (left, right)), none above 1."""
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None, *, strips: int = 1) -> jax.Array:
         if strips == 1:
             return super().__call__(inputs, out_sharding)
-        return self.between(with_zeros_around(with_neighbours(inputs, strips), strips))
+        return self.between(with_zeros_around(with_neighbours(inputs), strips))
 
     def between(self, x: jax.Array) -> jax.Array:
         """Over strips between their neighbours' rows."""
         assert self.bias is not None
         (top, bottom), columns = cast(Padding, self.padding)
         strides, rows = cast(tuple[int, int], self.strides), (top - 1, bottom - 1)
-        x = jax.lax.conv_general_dilated(
-            x, self.kernel[...], strides, (rows, columns), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        x = convolve(x, self.kernel[...], strides, (rows, columns))
         return x + self.bias[...][None, None, None]
 
 
@@ -115,7 +115,7 @@ def normed_conv(norm: GroupNorm, conv: Conv, parts: list[jax.Array], strips: int
     x, statistics = jnp.concatenate(parts, axis=-1), norm.statistics(parts, strips)
     if strips == 1:
         return conv(jax.nn.silu(norm.scaled(x, *statistics)))
-    x = jax.nn.silu(norm.scaled(with_neighbours(x, strips), *statistics))
+    x = jax.nn.silu(norm.scaled(with_neighbours(x), *statistics))
     return conv.between(with_zeros_around(x, strips))
 
 
@@ -241,9 +241,12 @@ class ResnetBlock(nnx.Module):
         """`skip` is joined to x behind its channels; `time` is [B, features]."""
         parts = [x] if skip is None else [x, skip]
         x = jnp.concatenate(parts, axis=-1)
-        residual = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        if strips * x.shape[1] * x.shape[2] < FEW_PIXELS:
-            residual = jax.lax.optimization_barrier(residual)
+        residual = x
+        if hasattr(self, "conv_shortcut"):
+            residual = self.conv_shortcut(x)
+            # Of a small map XLA for TPU may take it into the last convolution, at twenty times the price.
+            if strips * x.shape[1] * x.shape[2] < FEW_PIXELS:
+                residual = jax.lax.optimization_barrier(residual)
         x = normed_conv(self.norm1, self.conv1, parts, strips)
         if time is not None:
             x = x + repeated(self.time_emb_proj(jax.nn.silu(time)), strips)[:, None, None, :]
@@ -280,13 +283,11 @@ class Upsample(nnx.Module):
         x = x.reshape(rows, height, 2 * width, channels)
         around = 1  # rows of zeros, above and below
         if strips > 1:
-            x, around = with_zeros_around(with_neighbours(x, strips), strips), 0
+            x, around = with_zeros_around(with_neighbours(x), strips), 0
         above, here, below = jnp.split(self.conv.kernel[...], 3)
 
         def smooth(taps: list[jax.Array], padding: tuple[int, int]) -> jax.Array:
-            return jax.lax.conv_general_dilated(
-                x, jnp.concatenate(taps), (1, 1), (padding, (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+            return convolve(x, jnp.concatenate(taps), (1, 1), (padding, (1, 1)))
 
         even = smooth([above, here + below], (around, around - 1))
         odd = smooth([above + here, below], (around - 1, around))

@@ -35,8 +35,7 @@ class AttentionBlock(nnx.Module):
     @jax.named_scope("self-attention")
     def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
         residual = x
-        x = self.group_norm.scaled(x, *self.group_norm.statistics([x], strips))
-        x = x.reshape(len(x) // strips, -1, x.shape[-1])
+        x = self.group_norm(x.reshape(len(x) // strips, -1, x.shape[-1]))
         x = attend(self.to_q(x), self.to_k(x), self.to_v(x), heads=1)
         return residual + self.to_out[0](x).reshape(residual.shape)
 
