@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.entry import Invalid, Parser, path, run, whole
-from jobs.painter import DRAFTS, Painter, text_of
+from jobs.painter import DRAFTS, Painter, folders, text_of
 from jobs.prompts import Bad, Row, read
 from jobs.settings import Settings, config, resources, waiting
 from ops.terminal import Stop, say, span
@@ -40,6 +40,7 @@ SCHEMA = {
     },
     **{"prompt_truncated": "bool", "negative_prompt_truncated": "bool", "n": "int64", "files": "list<string>"},
     **{name: "float64" for name in ("queue_s", "denoise_s", "decode_s", "encode_s", "device_s", "ended")},
+    "host": "string",
     "error": "string",
 }
 
@@ -54,16 +55,11 @@ def main() -> str:
 
     settings = Settings.read(args.config)
     rows, bad = sorted_out(args.prompts, settings)
-    for name in ("images", "rows", DRAFTS):
-        (args.out / name).mkdir(parents=True, exist_ok=True)
-    there = {f"{name}/{file.name}" for name in ("images", "rows") for file in (args.out / name).iterdir()}
-    left = [row for row in rows if not there.issuperset(row.made)]
-    say(f"{len(rows) + len(bad)} rows: {len(rows) - len(left)} finished before, {len(left)} to draw, {len(bad)} bad")
     for one in bad[:SHOWN]:
         say(f"row {one.number} is skipped: {one.error}")
     if len(bad) > SHOWN:
         say(f"... and {len(bad) - SHOWN} more; the manifest has all")
-    errors = draw(left, settings, args.out, args.hosts) if left else {}
+    errors = draw(rows, settings, args.out, args.hosts)
     records = write_manifest(args.out, rows, bad, errors)
     shutil.rmtree(args.out / DRAFTS, ignore_errors=True)
     pictures = sum(len(record["files"]) for record in records)
@@ -85,11 +81,21 @@ def sorted_out(prompts: Path, settings: Settings) -> tuple[list[Row], list[Bad]]
 
 
 def draw(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> dict[str, str]:
-    """What failed, by key. Blocks are small, so that hosts which come late get their share."""
+    """Draws those that are not finished in `out`. Returns what failed, by key."""
+    folders(out)
+    there = {f"{name}/{file.name}" for name in ("images", "rows") for file in (out / name).iterdir()}
+    left = [row for row in rows if not there.issuperset(row.made)]
+    say(f"{len(rows)} rows: {len(rows) - len(left)} finished before, {len(left)} to draw")
+    return on_hosts(left, settings, out, hosts) if left else {}
+
+
+def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> dict[str, str]:
+    """Blocks are small, so that hosts which come late get their share."""
     import ray
     from ray.data import ActorPoolStrategy
 
-    ray.init(logging_level=logging.WARNING)
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # below that it tells of its plans, and of progress bars
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

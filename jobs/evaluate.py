@@ -7,30 +7,38 @@ Both draw the same prompts from the same seeds. A setting names request fields (
 guidance_scale, size) and what the model is (model, revision, dtype); what it does not name is the config's. Without
 --prompts the captions are the demo model's held-out ones, and a program also judges whether each picture shows what was
 said. Distances are of pixels (PSNR) and of structure as people see it (SSIM, Wang et al. 2004); no learned metric.
+
+Pictures are drawn as batch_generate draws them, into --out, and kept there: submitted again, the job draws what is
+missing, and another candidate costs nothing but its own pictures.
 """
 
 import base64
 import dataclasses
 import html
 import json
-import logging
 import shlex
-import time
-from collections.abc import Mapping, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from app.images import encode
-from app.protocol import NUMERIC_FIELDS, ApiError, Generation, literal, resolve
+from app.protocol import NUMERIC_FIELDS, ApiError, Encoding, Generation, literal, resolve
+from jobs import batch_generate
 from jobs.entry import Invalid, Parser, path, run, whole
-from jobs.prompts import FIELDS, Row, read
-from jobs.settings import Settings, config, resources, waiting
+from jobs.painter import DRAFTS
+from jobs.prompts import FIELDS, Row, read, row_of
+from jobs.settings import Settings, config
 from ops.terminal import Stop, say
 
 REQUEST = ("sampler", "num_inference_steps", "guidance_scale", "size")
 MODEL = ("model", "revision", "dtype")
+ENCODING = Encoding(output_format="png", png_level=1)  # nothing is lost
+PARTS_S = ("queue_s", "denoise_s", "decode_s", "encode_s")  # from a row's submission to its end
 STYLE = (
     "body{font:15px sans-serif;max-width:70em;margin:2em auto;background:#faf9f6;color:#2d2d34}"
     "table{border-collapse:collapse}td,th{padding:.3em 1em .3em 0;text-align:left}"
@@ -45,12 +53,35 @@ class Setting:
     settings: Settings
     changes: Mapping[str, Any]  # of each Generation
 
+    def rows(self, generations: Iterable[Generation]) -> list[Row]:
+        """Of two that are the same, the second is drawn again, as batch_generate does it."""
+        changed = [dataclasses.replace(one, **self.changes) for one in generations]
+        seen: Counter[Generation] = Counter()
+        rows = []
+        for number, one in enumerate(changed, start=1):
+            seen[one] += 1
+            rows.append(row_of(self.settings, number, one, ENCODING, seen[one]))
+        return rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    pixels: np.ndarray  # uint8 [N, H, W, 3]
+    """One setting's pictures, in the order of the prompts."""
+
+    files: Sequence[Path]
     device_s: float  # of all pictures
     pictures_per_s: float
+
+    @classmethod
+    def read(cls, out: Path, rows: Sequence[Row]) -> "Drawn":
+        """Speed is that of whoever drew the most of them: between two submissions lies time in which nobody drew."""
+        records = [json.loads((out / row.record).read_text()) for row in rows]
+        ((host, count),) = Counter(record["host"] for record in records).most_common(1)
+        theirs = [record for record in records if record["host"] == host]
+        began = min(one["ended"] - sum(one[part] for part in PARTS_S) for one in theirs)
+        seconds = max(one["ended"] for one in theirs) - began
+        files = [out / file for row in rows for file in row.files]
+        return cls(files, sum(one["device_s"] for one in records), count / seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +93,18 @@ class Distances:
     within_one: np.ndarray  # share of values that differ by at most one grey level
 
     @classmethod
-    def between(cls, one: np.ndarray, other: np.ndarray) -> "Distances":
-        import dm_pix
-        import jax.numpy as jnp
+    def between(cls, one: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> "Distances":
+        """Pictures uint8 [H, W, 3], each as large as its partner."""
+        return cls(*map(np.array, zip(*map(apart, one, other), strict=True)))
 
-        a, b = (jnp.asarray(pixels, jnp.float32) / 255 for pixels in (one, other))
-        apart = np.abs(one.astype(np.int16) - other.astype(np.int16))
-        return cls(
-            np.asarray(dm_pix.psnr(a, b)),
-            np.asarray(dm_pix.ssim(a, b)),
-            (apart <= 1).mean(axis=(1, 2, 3)),
-        )
+
+def apart(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    import dm_pix
+    import jax.numpy as jnp
+
+    a, b = (jnp.asarray(pixels, jnp.float32) / 255 for pixels in (one, other))
+    levels = np.abs(one.astype(np.int16) - other.astype(np.int16))
+    return float(dm_pix.psnr(a, b)), float(dm_pix.ssim(a, b)), float((levels <= 1).mean())
 
 
 def main() -> str:
@@ -89,17 +121,23 @@ def main() -> str:
     both = [setting_of(f"--{name}", getattr(args, name), args.config) for name in ("reference", "candidate")]
     judged = args.prompts is None
     scenes, generations = captions(args.count, base) if judged else ([], prompts_of(args.prompts, args.count, base))
-    wanted = [[dataclasses.replace(one, **setting.changes) for one in generations] for setting in both]
-    reference, candidate = draw(both, wanted, base.chips)
-    if reference.pixels.shape != candidate.pixels.shape:
-        raise Invalid("--reference and --candidate must draw pictures of one size.")
-    distances = Distances.between(reference.pixels, candidate.pixels)
-    right = [share_right(drawn, scenes) for drawn in (reference, candidate)] if judged else None
-    table = figures((reference, candidate), distances, right)
+    wanted = [setting.rows(generations) for setting in both]
+    for one, other in zip(*wanted, strict=True):
+        if (one.generation.width, one.generation.height) != (other.generation.width, other.generation.height):
+            raise Invalid("--reference and --candidate must draw pictures of one size.")
+    for setting, rows in zip(both, wanted, strict=True):
+        say(f"{setting.name}:")
+        # On one host, one setting after the other, so that neither has the machine of the other's to share.
+        if errors := batch_generate.draw(rows, setting.settings, args.out, hosts=1):
+            raise Stop(f"{len(errors)} pictures failed: {next(iter(errors.values()))} The same job tries them again.")
+    shutil.rmtree(args.out / DRAFTS, ignore_errors=True)
+    drawn = [Drawn.read(args.out, rows) for rows in wanted]
+    distances = Distances.between(*(map(pixels_of, one.files) for one in drawn))
+    right = [share_right(one, scenes) for one in drawn] if judged else None
+    table = figures(drawn, distances, right)
     for name, *values in table:
         say(f"{name:<42}" + "".join(f"{value:>16}" for value in values))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "report.html").write_text(page(both, generations, (reference, candidate), distances, table))
+    (args.out / "report.html").write_text(page(both, generations, drawn, distances, table))
     each = [
         {"prompt": one.prompt, "seed": one.seed, "ssim": float(ssim), "psnr": finite(psnr)}
         for one, ssim, psnr in zip(generations, distances.ssim, distances.psnr, strict=True)
@@ -149,50 +187,17 @@ def captions(count: int, base: Settings) -> tuple[list[Any], list[Generation]]:
     return [scene for scene, _ in chosen], [resolve(one, base.service, FIELDS).generation for one in asked]
 
 
-def draw(both: Sequence[Setting], wanted: Sequence[Sequence[Generation]], chips: int) -> tuple[Drawn, Drawn]:
-    """One after the other on a TPU host, so that neither has the machine of the other's to share."""
-    import ray
-
-    ray.init(logging_level=logging.WARNING)
-    say(waiting(chips))
-    task = ray.remote(num_cpus=1, resources=resources(chips), max_retries=3)(drawn)
-    each = zip(both, wanted, strict=True)
-    try:
-        reference, candidate = (ray.get(task.remote(one.settings.largest(), asked)) for one, asked in each)
-    except ray.exceptions.RayTaskError as error:
-        raise Stop(f"Drawing failed on its host: {error.cause}") from None
-    return reference, candidate
-
-
-def drawn(pipeline: Mapping[str, Any], generations: Sequence[Generation]) -> Drawn:
-    from app.engine import Engine
-    from app.pipeline import Pipeline
-
-    loaded = Pipeline.load(**pipeline)
-    loaded.warmup()
-    engine = Engine(loaded, max_waiting=len(generations))
-    engine.start()
-    try:
-        began = time.perf_counter()
-        futures = [engine.submit(generation) for generation in generations]
-        results = [future.result() for future in futures]
-        seconds = time.perf_counter() - began
-    finally:
-        engine.close()
-    pixels = np.concatenate([one.pixels for one in results])
-    return Drawn(pixels, sum(one.device_s for one in results), len(results) / seconds)
-
-
 def share_right(drawn: Drawn, scenes: Sequence[Any]) -> float:
     from jobs.scenes import check
 
-    return float(np.mean([check(pixels, scene).right for pixels, scene in zip(drawn.pixels, scenes, strict=True)]))
+    pairs = zip(drawn.files, scenes, strict=True)
+    return float(np.mean([check(pixels_of(file), scene).right for file, scene in pairs]))
 
 
 def figures(drawn: Sequence[Drawn], distances: Distances, right: Sequence[float] | None) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "reference", "candidate")]
     rows.append(("pictures per second", *(f"{one.pictures_per_s:.2f}" for one in drawn)))
-    rows.append(("device seconds a picture", *(f"{one.device_s / len(one.pixels):.3f}" for one in drawn)))
+    rows.append(("device seconds a picture", *(f"{one.device_s / len(one.files):.3f}" for one in drawn)))
     if right:
         rows.append(("captions whose picture shows all they say", *(f"{share:.1%}" for share in right)))
     rows.append(("SSIM, mean (1 is the same)", "", f"{distances.ssim.mean():.4f}"))
@@ -212,7 +217,7 @@ def page(
     """One file that needs no other; the pairs that differ most come first."""
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table)
     pairs = "".join(
-        f"<figure>{image(drawn[0].pixels[i])} {image(drawn[1].pixels[i])}<figcaption>"
+        f"<figure>{image(drawn[0].files[i])} {image(drawn[1].files[i])}<figcaption>"
         f"SSIM {distances.ssim[i]:.4f}, seed {generations[i].seed}: {html.escape(generations[i].prompt)}"
         "</figcaption></figure>"
         for i in np.argsort(distances.ssim)
@@ -227,9 +232,15 @@ def page(
     )
 
 
-def image(pixels: np.ndarray) -> str:
-    content = base64.b64encode(encode(pixels, "webp", quality=90, png_level=0, text={})).decode()
+def image(file: Path) -> str:
+    content = base64.b64encode(encode(pixels_of(file), "webp", quality=90, png_level=0, text={})).decode()
     return f'<img alt="" src="data:image/webp;base64,{content}">'
+
+
+def pixels_of(file: Path) -> np.ndarray:
+    """uint8 [H, W, 3]"""
+    with Image.open(file) as picture:
+        return np.asarray(picture)
 
 
 def finite(value: float) -> float | None:

@@ -11,7 +11,6 @@ its model_index.json, without which nothing loads it, goes in last. Run again, i
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from safetensors.numpy import save_file
 from app.models.loading import COMPONENTS, DOWNLOADED, STEMS, Checkpoint, find_tensors, load_checkpoint, to_tensors
 from jobs import hub
 from jobs.entry import Invalid, Parser, path, run
+from jobs.settings import fingerprint
 from ops.terminal import Stop, say
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -85,13 +85,6 @@ def source_of(model: str | None, revision: str | None, file: Path | None, layout
         yield Source(snapshot.folder, model, snapshot.commit)
     else:
         raise Invalid(f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model}.")
-
-
-def fingerprint(folder: Path) -> str:
-    """What stands for a commit where there is none: the weights themselves."""
-    files = [folder / part / f"{stem}.safetensors" for part, stem in STEMS.items()]
-    hashes = [hub.sha256_of(file) for file in files if file.is_file()]  # the loader says what is missing
-    return "weights " + hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def unpacked(file: Path, layout: str | None, folder: Path) -> Source:

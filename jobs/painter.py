@@ -79,6 +79,7 @@ class Painter:
                 "decode_s": generated.decode_s,
                 "encode_s": time.perf_counter() - began,
                 "device_s": generated.device_s,
+                "host": self.host,
                 "ended": time.time(),
             }
             write(self.out, row.record, json.dumps(record).encode())
@@ -109,6 +110,11 @@ def write(out: Path, name: str, content: bytes) -> None:
         file.write(content)
     os.chmod(draft, 0o644)
     os.replace(draft, out / name)
+
+
+def folders(out: Path) -> None:
+    for name in ("images", "rows", DRAFTS):
+        (out / name).mkdir(parents=True, exist_ok=True)
 
 
 def text_of(row: Row) -> str:

@@ -1,7 +1,8 @@
 """A file of prompts, row by row, as requests: text, CSV, JSON lines or Parquet, with any of the API's fields.
 
-What makes a row's pictures also makes its key: the resolved request and the model. A row without a seed gets one that
-follows from the row itself, so that the same file gives the same pictures, whichever rows stand around it.
+What makes a row's pictures also makes its key: the resolved request and what the model's folder holds. A row without a
+seed gets one that follows from the row itself, so that the same file gives the same pictures, whichever rows stand
+around it.
 """
 
 import csv
@@ -55,7 +56,6 @@ class Bad:
 def read(file: Path, settings: Settings) -> Iterator[Row | Bad]:
     """Raises Invalid where the file as a whole is none of these; what is wrong with one row is said of that row."""
     seen: Counter[str] = Counter()
-    identity = [settings.model, settings.args.revision, settings.args.dtype]
     for number, given in enumerate(rows(file), start=1):
         if isinstance(given, str):
             yield Bad(number, "", given)
@@ -64,24 +64,21 @@ def read(file: Path, settings: Settings) -> Iterator[Row | Bad]:
         prompt = str(given.get("prompt", ""))
         try:
             # The second of two rows that are the same is another row, with other pictures where no seed is given.
-            text = json.dumps([identity, given], sort_keys=True)
+            text = json.dumps(given, sort_keys=True)
             seen[text] += 1
             digest = hashlib.sha256(f"{text} {seen[text]}".encode())
             request = resolve({"seed": int.from_bytes(digest.digest()[:4]) % SEEDS, **given}, settings.service, FIELDS)
         except (ApiError, TypeError) as error:
             yield Bad(number, prompt, error.message if isinstance(error, ApiError) else f"not a row of fields: {error}")
             continue
-        yield Row(number, key_of(identity, request.generation, request.encoding, seen[text]), *parts(request))
+        yield row_of(settings, number, request.generation, request.encoding, seen[text])
 
 
-def parts(request: Any) -> tuple[Generation, Encoding]:
-    return request.generation, request.encoding
-
-
-def key_of(identity: list[Any], generation: Generation, encoding: Encoding, occurrence: int) -> str:
+def row_of(settings: Settings, number: int, generation: Generation, encoding: Encoding, occurrence: int) -> Row:
     """What a setting's default fills in counts as if the row said it, so a changed default makes another picture."""
-    facts = [identity, dataclasses.asdict(generation), encoding.model_dump(), occurrence]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    facts = [settings.identity, dataclasses.asdict(generation), encoding.model_dump(), occurrence]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    return Row(number, key, generation, encoding)
 
 
 def rows(file: Path) -> Iterator[Mapping[str, Any] | str]:

@@ -1,14 +1,18 @@
 """What a job takes from a Serve config: the model and how it is run, as the replicas have it."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from app.builders import Args, locate
+from app.models.loading import STEMS
 from app.protocol import Service, width_height
+from jobs import hub
 from jobs.entry import Invalid, path
 from ops.documents import loaded
 from ops.terminal import Stop
@@ -54,6 +58,14 @@ class Settings:
     def changed(self, given: Mapping[str, Any], where: str) -> "Settings":
         return Settings.of({**self.args.model_dump(exclude_unset=True), **given}, where, self.chips)
 
+    @cached_property
+    def identity(self) -> list[str | None]:
+        """What of the model decides its pictures: what a folder holds, wherever it stands, or a repo at its revision;
+        and the dtype. Reads all weights."""
+        folder = Path(self.model)
+        which = [fingerprint(folder)] if folder.is_dir() else [self.model, self.args.revision]
+        return [*which, self.args.dtype]
+
     @property
     def service(self) -> Service:
         args = self.args
@@ -81,6 +93,15 @@ class Settings:
         """The same with the largest buckets alone: whoever has work enough to fill them needs no others."""
         decode_buckets = self.args.decode_buckets and [max(self.args.decode_buckets)]
         return {**self.pipeline(), "batch_buckets": [max(self.args.batch_buckets)], "decode_buckets": decode_buckets}
+
+
+def fingerprint(folder: Path) -> str:
+    """What stands for a commit where there is none: the hash of all that is loaded from a folder in diffusers layout.
+    What is missing there, the loader says."""
+    weights = [folder / part / f"{stem}.safetensors" for part, stem in STEMS.items()]
+    files = [*filter(Path.is_file, weights), *sorted([*folder.glob("*/*.json"), *folder.glob("tokenizer/*.txt")])]
+    hashes = "".join(f"{file.relative_to(folder)} {hub.sha256_of(file)}\n" for file in files)
+    return f"files {hashlib.sha256(hashes.encode()).hexdigest()}"
 
 
 def chips_of(application: Mapping[str, Any]) -> int:

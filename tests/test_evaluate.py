@@ -1,10 +1,12 @@
 """jobs/evaluate.py without a cluster: settings as they are written, distances, and the page."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from app.protocol import Generation
 from jobs.entry import Invalid
@@ -13,7 +15,7 @@ from jobs.evaluate import Distances, Drawn, figures, page, setting_of
 CONFIG = Path(__file__).resolve().parents[1] / "serve_config.yaml"
 
 
-def pictures(seed: int = 0) -> np.ndarray:
+def pictures(seed: int = 0) -> np.ndarray:  # [2, H, W, 3]
     noise = np.random.default_rng(seed).integers(0, 256, (2, 4, 4, 3))
     return np.kron(noise, np.ones((1, 8, 8, 1))).astype(np.uint8)  # blocks, so that there is structure
 
@@ -58,10 +60,15 @@ def test_distances_are_those_of_their_definitions() -> None:
     assert (far.ssim < 0.5).all() and (distances.ssim > 0.9).all() and (far.psnr < distances.psnr).all()
 
 
-def test_the_page_needs_no_other_file_and_shows_the_worst_first() -> None:
+def test_the_page_needs_no_other_file_and_shows_the_worst_first(tmp_path: Path) -> None:
     one, other = pictures(), pictures()
     other[1] = pictures(1)[1]
-    drawn = [Drawn(pixels, 1.0, 2.0) for pixels in (one, other)]
+    drawn = []
+    for side, two in (("reference", one), ("candidate", other)):
+        files = [tmp_path / f"{side}-{i}.png" for i in range(2)]
+        for pixels, file in zip(two, files, strict=True):
+            Image.fromarray(pixels).save(file)
+        drawn.append(Drawn(files, 1.0, 2.0))
     distances = Distances.between(one, other)
     asked = [Generation(f"<b>{i}</b>", "", 32, 32, 1, 1.0, i, None, 1) for i in range(2)]
     both = [setting_of("--reference", "", CONFIG), setting_of("--candidate", "sampler=ddim", CONFIG)]
@@ -69,3 +76,25 @@ def test_the_page_needs_no_other_file_and_shows_the_worst_first() -> None:
     assert re.findall(r"&lt;b&gt;(\d)", text) == ["1", "0"] and "<b>" not in text
     assert set(re.findall(r'src="([a-z:/]+);', text)) == {"data:image/webp"} and "http" not in text
     assert "sampler=ddim" in text and "50.0%" in text
+
+
+def test_rows_belong_to_the_pictures_that_they_name_and_not_to_the_setting() -> None:
+    asked = [Generation("a boat", "", 128, 128, 20, 4.0, seed, None, 1) for seed in (1, 2, 1)]
+    own, same, other = (
+        setting_of("--candidate", text, CONFIG).rows(asked) for text in ("", "num_inference_steps=20", "sampler=ddim")
+    )
+    assert own == same and len({row.key for row in [*own, *other]}) == 6
+    assert all(row.files[0].endswith(".png") for row in own)
+
+
+def test_speed_is_of_the_host_that_drew_most_and_counts_no_pause(tmp_path: Path) -> None:
+    asked = [Generation("a boat", "", 128, 128, 20, 4.0, seed, None, 1) for seed in range(4)]
+    rows = setting_of("--candidate", "", CONFIG).rows(asked)
+    (tmp_path / "rows").mkdir()
+    for number, (row, host) in enumerate(zip(rows, "abbb", strict=True)):
+        record = {"host": host, "ended": 1000.0 * (host == "a") + number, "device_s": 0.5, "queue_s": number - 1.0}
+        record |= {"denoise_s": 0.5, "decode_s": 0.25, "encode_s": 0.25}
+        (tmp_path / row.record).write_text(json.dumps(record))
+    drawn = Drawn.read(tmp_path, rows)
+    assert drawn.pictures_per_s == pytest.approx(3 / 3) and drawn.device_s == 2.0
+    assert drawn.files == [tmp_path / row.files[0] for row in rows]

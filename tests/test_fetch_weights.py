@@ -95,7 +95,7 @@ def test_changed_weights_are_another_source(model: Path, tmp_path: Path) -> None
     tensors = load_file(file)
     tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
     save_file(tensors, file)
-    assert "holds another one: revision weights" in refused(fetch(model, "--out", out))
+    assert "holds another one: revision files" in refused(fetch(model, "--out", out))
 
 
 def test_one_that_was_killed_after_the_rename_is_finished(model: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """jobs/prompts.py: what each kind of file says, what is wrong with a row, and which rows are the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from jobs.entry import Invalid
 from jobs.prompts import Bad, Row, read
 from jobs.settings import Settings
 
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = Settings.of({"model": "assets/demo-model", "sizes": ["128x128", "64x64"]}, "here")
 
 
@@ -74,6 +76,21 @@ def test_a_changed_setting_makes_other_rows(tmp_path: Path, changed: dict[str, o
     other = Settings.of({"model": "assets/demo-model", "sizes": ["128x128"], **changed}, "here")
     same = Settings.of({"model": "assets/demo-model", "sizes": ["128x128"], "max_waiting": 1}, "here")
     assert rows(file)[0].key == rows(file, same)[0].key != rows(file, other)[0].key
+
+
+def test_other_weights_make_other_rows_with_the_same_seeds_and_another_place_does_not(tmp_path: Path) -> None:
+    file = written(tmp_path, "a.txt", "a boat\n")
+
+    def row() -> Row:
+        return rows(file, Settings.of({"model": str(tmp_path / "copy"), "sizes": ["128x128"]}, "here"))[0]
+
+    shutil.copytree(ROOT / "assets/demo-model", tmp_path / "copy")
+    assert row().key == rows(file)[0].key
+    weights = tmp_path / "copy/unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert row().key != rows(file)[0].key and row().generation.seed == rows(file)[0].generation.seed
 
 
 def test_each_bad_row_is_told_and_the_others_are_kept(tmp_path: Path) -> None:
