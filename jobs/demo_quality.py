@@ -7,13 +7,11 @@ come from the engine that is served. Everything is fixed by --seed, so two runs 
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from app.engine import Engine
@@ -21,7 +19,8 @@ from app.images import contact_sheet
 from app.pipeline import Pipeline
 from app.protocol import Generation
 from jobs import scenes
-from jobs.entry import Parser, path, whole
+from jobs.entry import Invalid, Parser, path, run, whole
+from ops.terminal import Progress, Stop, say
 
 SIZE = (128, 128)
 
@@ -57,7 +56,7 @@ BARS = (
 )
 
 
-def main() -> int:
+def main() -> str:
     parser = Parser(__doc__)
     parser.add_argument("--model", type=path, default="assets/demo-model", help="folder (%(default)s)")
     parser.add_argument("--count", type=whole(1, 10_000), default=200, help="captions of each kind (%(default)s)")
@@ -73,8 +72,7 @@ def main() -> int:
         pipeline = Pipeline.load(str(args.model), sizes=[SIZE], batch_buckets=[8], max_steps=args.steps)
         pipeline.table(args.sampler, args.steps)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        raise Invalid(str(error)) from None
     wanted = captions(args.split, args.count, args.seed)
     pipeline.warmup()
     engine = Engine(pipeline, max_waiting=len(wanted))
@@ -90,7 +88,9 @@ def main() -> int:
         f"{args.guidance_scale:g}, {args.split} captions, seed {args.seed}",
     )
     save_sheets(judged, args.out)
-    return 0 if passed else 1
+    if not passed:
+        raise Stop(f"A bar was missed. What failed stands in {args.out}.")
+    return f"All bars are met. Sheets of the pictures stand in {args.out}."
 
 
 def captions(split: scenes.Split, count: int, seed: int) -> list[tuple[scenes.Scene, str]]:
@@ -110,11 +110,15 @@ def draw(
         engine.submit(Generation(prompt, "", width, height, steps, guidance_scale, seed + number, sampler, n=1))
         for number, prompt in enumerate(prompts)
     ]
-    shown = track(futures, description="drawing", console=Console(stderr=True))
+    pictures = []
     try:
-        return [future.result().pixels[0] for future in shown]
+        with Progress() as progress:
+            for number, future in enumerate(futures, start=1):
+                pictures.append(future.result().pixels[0])
+                progress.show({"pictures": ("drawing", f"{number} of {len(futures)}")})
     finally:
         engine.close()
+    return pictures
 
 
 def report(judged: Sequence[Judged], setting: str) -> bool:
@@ -152,8 +156,8 @@ def save_sheets(judged: Sequence[Judged], out: Path) -> None:
                 one.caption if one.verdict.right else f"{one.caption} (seen: {one.verdict.seen})" for one in chosen
             ]
             contact_sheet([one.picture for one in chosen], notes, columns=8, cell=128).save(out / f"{name}.png")
-            print(f"{len(chosen)} in {out / f'{name}.png'}")
+            say(f"{len(chosen)} in {out / f'{name}.png'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -11,7 +11,6 @@ What is written is a diffusers folder like any other.
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import shutil
@@ -26,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx, serialization
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
 from app.models.clip import CLIPText
@@ -38,8 +36,7 @@ from app.models.vae import VAE
 from app.samplers import Schedule, alphas_bar_of
 from jobs import scenes
 from jobs.entry import Invalid, Parser, path, run, whole
-
-log = logging.getLogger(__name__)
+from ops.terminal import Progress, Stop, say, span
 
 VAE_JSON: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -158,14 +155,13 @@ def main() -> str:
     if args.average and not args.start_from:
         parser.error("--average needs --start-from: the weights to average with.")
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    log.setLevel(logging.INFO)
 
     try:
         earlier = load_checkpoint(args.start_from) if args.start_from else None
     except ValueError as error:
         raise Invalid(f"--start-from: {error}") from None
     args.work.mkdir(parents=True, exist_ok=True)
+    hold(args.work, recipe, args.start_from)
     words = (earlier.folder if earlier else args.work) / "tokenizer"
     if not words.exists():  # kept, as its training breaks ties by chance
         words.mkdir(parents=True)
@@ -205,7 +201,7 @@ def train_vae(recipe: Recipe, work: Path, steps: int) -> VAE:
     # Latents start almost without noise: from a variance of one, nothing but grey comes through for a thousand steps.
     log_variances = jnp.arange(2 * vae.config.latent_channels) >= vae.config.latent_channels
     assert vae.quant_conv.bias is not None
-    vae.quant_conv.bias[...] = jnp.where(log_variances, -4.0, 0.0)
+    vae.quant_conv.bias[...] = jnp.where(log_variances, jnp.float32(-4), 0)  # no weak type, which would compile twice
     graph, params = nnx.split(vae)
     optimizer = adamw(recipe.vae_learning_rate, recipe.vae_steps, recipe.warmup_steps)
 
@@ -278,15 +274,14 @@ def encoded_pool(recipe: Recipe, work: Path, vae: VAE, tokenizer: Tokenizer) -> 
     graph, params = nnx.split(vae)
     encode = jax.jit(lambda params, pixels: nnx.merge(graph, params).encode(pixels)[0])
     latents, captions = [], []
-    with progress() as bar:
-        task = bar.add_task("pool", total=recipe.pool)
+    with Progress() as progress:
         for first in range(0, recipe.pool, 64):
             rng = np.random.default_rng([recipe.seed, 2, first])
             batch = [pool_scene(rng) for _ in range(64)]
             pixels = np.stack([scenes.draw(scene) for scene in batch])
             latents.append(np.asarray(encode(params, jnp.asarray(pixels, jnp.float32) / 127.5 - 1), np.float16))
             captions += [scenes.caption(scene, rng) for scene in batch for _ in range(WORDINGS)]
-            bar.update(task, completed=first + 64)
+            progress.show({"pool": ("drawing", f"{min(first + 64, recipe.pool)} of {recipe.pool} scenes")})
     found = np.concatenate(latents)[: recipe.pool]
     tokens = tokenizer(captions[: len(found) * WORDINGS])
     if any(tokens.truncated):
@@ -431,7 +426,7 @@ def text_config(tokenizer: Tokenizer) -> CLIPTextConfig:
     return CLIPTextConfig.from_json(TEXT_JSON | {"vocab_size": len(tokenizer.tokenizer)}, [])
 
 
-# --- the loop that both stages share ----------------------------------------------------------------------------------
+# --- the loop that all stages share ----------------------------------------------------------------------------------
 
 
 def adamw(learning_rate: float, steps: int, warmup: int) -> optax.GradientTransformation:
@@ -471,29 +466,45 @@ def train(
     if file.exists():
         restored = serialization.from_bytes({"done": 0, "state": pure(state)}, file.read_bytes())
         done, state = restored["done"], impure(state, restored["state"])
+    if done:
+        say(f"{STAGES[stage]}: {f'goes on after step {done} of {steps}' if done < steps else 'trained before'}")
     recent: list[jax.Array] = []
-    began, began_at = time.monotonic(), done
-    with progress() as bar, (work / f"{stage}.jsonl").open("a") as losses:
-        task = bar.add_task(stage, total=steps, completed=done)
+    began, began_at, loss_told = time.monotonic(), done, ""
+    with Progress() as progress, (work / f"{stage}.jsonl").open("a") as losses:
         for number in range(done, steps):
             key = jax.random.fold_in(jax.random.key(recipe.seed), number)
             state, loss = step(state, batches(number), key)
             recent.append(loss)
-            bar.update(task, completed=number + 1)
+            pace = (time.monotonic() - began) / (number + 1 - began_at)
             if (number + 1) % 50 == 0:
                 mean = float(np.mean(recent))
-                pace = (time.monotonic() - began) / (number + 1 - began_at)
                 recent.clear()
                 losses.write(json.dumps({"step": number + 1, "loss": round(mean, 5), "seconds": round(pace, 4)}) + "\n")
                 losses.flush()
-                bar.update(task, description=f"{stage} loss {mean:.4f}, {pace:.2f} s a step")
+                loss_told = f", loss {mean:.4f}"
                 if not math.isfinite(mean):
-                    raise RuntimeError(f"{stage}: the loss is {mean} at step {number + 1}")
+                    raise Stop(f"{STAGES[stage]}: the loss is {mean} at step {number + 1}.")
+            left = span(pace * (steps - number - 1))
+            detail = f"step {number + 1} of {steps}{loss_told}, {pace:.2f} s a step, {left} left"
+            progress.show({STAGES[stage]: ("training", detail)})
             if (number + 1) % recipe.checkpoint_steps == 0 or number + 1 == steps:
                 partial = file.with_suffix(".partial")
                 partial.write_bytes(serialization.to_bytes({"done": number + 1, "state": pure(state)}))
                 os.replace(partial, file)
     return state
+
+
+def hold(work: Path, recipe: Recipe, start_from: Path | None) -> None:
+    """Raises Invalid where the checkpoints in `work` are another training's, which this one would go on with."""
+    file = work / "recipe.json"
+    ours = {**dataclasses.asdict(recipe), "start_from": start_from and str(start_from)}
+    del ours["checkpoint_steps"]  # where it was saved, nothing else
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        differ = [f"{name} ({theirs.get(name)}, here {ours[name]})" for name in ours if theirs.get(name) != ours[name]]
+        if differ:
+            raise Invalid(f"--work: {work} is another training's, which differs in {', '.join(differ)}.")
+    write_json(file, ours)
 
 
 def pure(state: State) -> list[np.ndarray]:
@@ -502,10 +513,6 @@ def pure(state: State) -> list[np.ndarray]:
 
 def impure(state: State, leaves: Any) -> State:
     return jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in leaves])
-
-
-def progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

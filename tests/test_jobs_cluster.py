@@ -186,7 +186,7 @@ def test_a_batch_that_is_killed_twice_is_whole_and_drawn_once(verbs: Verbs, prom
 
     before = records()
     again = succeeds(submitted(verbs, "batch_generate", "--prompts", prompts, "--out", out))
-    assert f"{BATCH} finished before, 0 to draw, 1 bad" in again and records() == before
+    assert f"{BATCH} rows: {BATCH} finished before, 0 to draw" in again and records() == before
 
 
 @pytest.fixture(scope="module")
@@ -229,13 +229,51 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
     assert {file.name for file in folder.iterdir()} == before  # who loads from a published folder adds nothing
 
 
-def test_two_settings_stand_side_by_side(verbs: Verbs, tmp_path: Path) -> None:
-    settings = ["--reference", "num_inference_steps=3", "--candidate", "num_inference_steps=2"]
-    said = succeeds(submitted(verbs, "evaluate", *settings, "--count", 3, "--out", tmp_path))
-    assert "captions whose picture shows all they say" in said
+def test_two_settings_stand_side_by_side_and_what_was_drawn_is_kept(verbs: Verbs, tmp_path: Path) -> None:
+    def evaluated(candidate: str) -> str:
+        settings = ["--reference", "num_inference_steps=3", "--candidate", candidate]
+        return succeeds(submitted(verbs, "evaluate", *settings, "--count", 3, "--out", tmp_path))
+
+    said = evaluated("num_inference_steps=2")
+    assert "captions whose picture shows all they say" in said and said.count("3 rows: 0 finished before") == 2
     told = json.loads((tmp_path / "figures.json").read_text())
     assert len(told["pictures"]) == 3 and all(0 < one["ssim"] < 1 for one in told["pictures"])
     assert (tmp_path / "report.html").read_text().count("<figure>") == 3
+
+    min((tmp_path / "images").iterdir()).unlink()  # as if it had been stopped
+    again = evaluated("num_inference_steps=3")
+    assert re.findall(r"3 rows: (\d) finished before", again) in (["2", "3"], ["3", "3"])
+    same = json.loads((tmp_path / "figures.json").read_text())
+    assert [one["ssim"] for one in same["pictures"]] == [1, 1, 1]
+
+
+def test_a_training_that_is_stopped_goes_on_and_what_it_made_is_judged(verbs: Verbs, tmp_path: Path) -> None:
+    out, work = tmp_path / "model", tmp_path / "work"
+    recipe = "--vae-steps 30 --vae-batch 1 --pool 64 --text-steps 2 --text-batch 4 --unet-steps 2 --unet-batch 4"
+    options = [*recipe.split(), "--decoder-steps", 2, "--out", out, "--work", work]
+    process = started(verbs, "train_demo", *options, "--checkpoint-steps", 5)
+    until(process, "VAE  training  step 1 of 30")
+    assert soon((work / "vae.msgpack").is_file)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and not out.exists()
+
+    other = submitted(verbs, "train_demo", *options, "--seed", 1)
+    assert other.returncode == 2 and "another training's, which differs in seed (0, here 1)." in other.stdout
+
+    said = succeeds(submitted(verbs, "train_demo", *options))
+    (done,) = re.findall(r"VAE: goes on after step (\d+) of 30", said)
+    assert int(done) in range(5, 30, 5) and f"The demo model stands in {out}" in said
+    assert {"README.md", "loss.png", "model_index.json"} <= {file.name for file in out.iterdir()}
+
+    judged = submitted(verbs, "demo_quality", "--model", out, "--count", 2, "--steps", 2, "--out", tmp_path / "sheets")
+    assert judged.returncode == 1 and f"A bar was missed. What failed stands in {tmp_path / 'sheets'}." in judged.stdout
+    assert {file.name for file in (tmp_path / "sheets").iterdir()} == {"failures.png", "sample.png"}
+
+
+def test_the_bundled_model_is_judged_good(verbs: Verbs, tmp_path: Path) -> None:
+    said = succeeds(submitted(verbs, "demo_quality", "--count", 3, "--out", tmp_path))
+    assert "All bars are met." in said and "MISSED" not in said and (tmp_path / "sample.png").is_file()
 
 
 def test_a_replicas_steps_are_traced_under_load(verbs: Verbs, config: Path, tmp_path: Path) -> None:
