@@ -1,4 +1,4 @@
-"""jobs/train_demo.py without a network worth the name: what is resumed, what is refused. test_jobs_cluster.py trains."""
+"""jobs/train_demo.py without a network: what is resumed, what is refused. test_jobs_cluster.py trains one."""
 
 import dataclasses
 import json
