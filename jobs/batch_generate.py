@@ -145,6 +145,7 @@ def progress(results: Iterable[Mapping[str, Any]], total: int, began: float) -> 
         hosts.add(one["host"])
         first, last, now = min(first, one["ended"]), max(last, one["ended"]), time.monotonic()
         if done == 1:
+            told = now  # pictures come in batches, so a rate needs more than one
             say(f"The first rows are drawn after {span(now - began)}")
         elif done == total or now - told >= TOLD_S:
             told, rate = now, (done - 1) / max(last - first, 1e-3)

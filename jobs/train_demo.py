@@ -469,13 +469,16 @@ def train(
     if done:
         say(f"{STAGES[stage]}: {f'goes on after step {done} of {steps}' if done < steps else 'trained before'}")
     recent: list[jax.Array] = []
-    began, began_at, loss_told = time.monotonic(), done, ""
+    loss_told, pace = "", 0.0
     with Progress() as progress, (work / f"{stage}.jsonl").open("a") as losses:
         for number in range(done, steps):
             key = jax.random.fold_in(jax.random.key(recipe.seed), number)
             state, loss = step(state, batches(number), key)
             recent.append(loss)
-            pace = (time.monotonic() - began) / (number + 1 - began_at)
+            if number == done:  # which compiled
+                began = time.monotonic()
+            else:
+                pace = (time.monotonic() - began) / (number - done)
             if (number + 1) % 50 == 0:
                 mean = float(np.mean(recent))
                 recent.clear()
@@ -484,9 +487,8 @@ def train(
                 loss_told = f", loss {mean:.4f}"
                 if not math.isfinite(mean):
                     raise Stop(f"{STAGES[stage]}: the loss is {mean} at step {number + 1}.")
-            left = span(pace * (steps - number - 1))
-            detail = f"step {number + 1} of {steps}{loss_told}, {pace:.2f} s a step, {left} left"
-            progress.show({STAGES[stage]: ("training", detail)})
+            expected = f", {pace:.2f} s a step, {span(pace * (steps - number - 1))} left" if pace else ""
+            progress.show({STAGES[stage]: ("training", f"step {number + 1} of {steps}{loss_told}{expected}")})
             if (number + 1) % recipe.checkpoint_steps == 0 or number + 1 == steps:
                 partial = file.with_suffix(".partial")
                 partial.write_bytes(serialization.to_bytes({"done": number + 1, "state": pure(state)}))
