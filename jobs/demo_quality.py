@@ -42,6 +42,15 @@ class Bar:
     claim: Callable[[scenes.Verdict], bool]
     least: float | None  # None: reported, no bar
 
+    @property
+    def captions(self) -> str:
+        return f"{self.objects} object{'s' * (self.objects > 1)}"
+
+    def of(self, judged: Sequence[tuple[scenes.Scene, scenes.Verdict]]) -> tuple[int, int]:
+        """How many captions of so many satisfy it."""
+        held = [self.claim(verdict) for scene, verdict in judged if len(scene.things) == self.objects]
+        return sum(held), len(held)
+
 
 BARS = (
     Bar(1, "background", lambda v: v.background, 0.98),
@@ -128,15 +137,14 @@ def report(judged: Sequence[Judged], setting: str) -> bool:
         table.add_column(heading)
     passed = True
     for bar in BARS:
-        of = [one for one in judged if len(one.scene.things) == bar.objects]
-        right = sum(bar.claim(one.verdict) for one in of)
-        share = right / len(of)
+        right, total = bar.of([(one.scene, one.verdict) for one in judged])
+        share = right / total
         met = bar.least is None or share >= bar.least
         passed &= met
         table.add_row(
-            f"{bar.objects} object{'s' * (bar.objects > 1)}",
+            bar.captions,
             bar.name,
-            f"{right}/{len(of)}",
+            f"{right}/{total}",
             f"{share:.1%}",
             "" if bar.least is None else f"{bar.least:.0%}",
             "" if bar.least is None else "met" if met else "MISSED",

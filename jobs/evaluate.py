@@ -5,7 +5,7 @@
 
 Both draw the same prompts from the same seeds. A setting names request fields (sampler, num_inference_steps,
 guidance_scale, size) and what the model is (model, revision, dtype); what it does not name is the config's. Without
---prompts the captions are the demo model's held-out ones, and a program also judges whether each picture shows what was
+--prompts the captions are the demo model's held-out ones, and its judge also counts what each picture shows of what was
 said. Distances are of pixels (PSNR) and of structure as people see it (SSIM, Wang et al. 2004); no learned metric.
 
 Pictures are drawn as batch_generate draws them, into --out, and kept there: submitted again, the job draws what is
@@ -28,10 +28,11 @@ from PIL import Image
 
 from app.images import encode
 from app.protocol import NUMERIC_FIELDS, ApiError, Encoding, Generation, literal, resolve
-from jobs import batch_generate
+from jobs import batch_generate, demo_quality
 from jobs.entry import Invalid, Parser, path, run, whole
 from jobs.painter import DRAFTS
 from jobs.prompts import FIELDS, Row, read, row_of
+from jobs.scenes import Scene, check
 from jobs.settings import Settings, config
 from ops.terminal import Stop, say
 
@@ -133,8 +134,7 @@ def main() -> str:
     shutil.rmtree(args.out / DRAFTS, ignore_errors=True)
     drawn = [Drawn.read(args.out, rows) for rows in wanted]
     distances = Distances.between(*(map(pixels_of, one.files) for one in drawn))
-    right = [share_right(one, scenes) for one in drawn] if judged else None
-    table = figures(drawn, distances, right)
+    table = [*figures(drawn, distances), *(claims(drawn, scenes) if judged else ())]
     for name, *values in table:
         say(f"{name:<42}" + "".join(f"{value:>16}" for value in values))
     (args.out / "report.html").write_text(page(both, generations, drawn, distances, table))
@@ -177,29 +177,31 @@ def prompts_of(file: Path, count: int, base: Settings) -> list[Generation]:
     return rows[:count]
 
 
-def captions(count: int, base: Settings) -> tuple[list[Any], list[Generation]]:
+def captions(count: int, base: Settings) -> tuple[list[Scene], list[Generation]]:
     """Of scenes that the demo model's training never saw, half of them with two objects."""
-    from jobs import demo_quality
-
     chosen = demo_quality.captions("held_out", (count + 1) // 2, seed=0)
     chosen = [*chosen[: (count + 1) // 2], *chosen[(count + 1) // 2 :][: count // 2]]
     asked = [{"prompt": caption, "seed": seed} for seed, (_, caption) in enumerate(chosen)]
     return [scene for scene, _ in chosen], [resolve(one, base.service, FIELDS).generation for one in asked]
 
 
-def share_right(drawn: Drawn, scenes: Sequence[Any]) -> float:
-    from jobs.scenes import check
+def claims(drawn: Sequence[Drawn], scenes: Sequence[Scene]) -> list[tuple[str, ...]]:
+    """The demo model's caption table: of how many captions each claim holds."""
+    judged = [
+        [(scene, check(pixels_of(file), scene)) for file, scene in zip(one.files, scenes, strict=True)] for one in drawn
+    ]
+    rows = []
+    for bar in demo_quality.BARS:
+        counts = [bar.of(one) for one in judged]
+        if counts[0][1]:
+            rows.append((f"{bar.captions}, {bar.name}", *(f"{right}/{total}" for right, total in counts)))
+    return rows
 
-    pairs = zip(drawn.files, scenes, strict=True)
-    return float(np.mean([check(pixels_of(file), scene).right for file, scene in pairs]))
 
-
-def figures(drawn: Sequence[Drawn], distances: Distances, right: Sequence[float] | None) -> list[tuple[str, ...]]:
+def figures(drawn: Sequence[Drawn], distances: Distances) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "reference", "candidate")]
     rows.append(("pictures per second", *(f"{one.pictures_per_s:.2f}" for one in drawn)))
     rows.append(("device seconds a picture", *(f"{one.device_s / len(one.files):.3f}" for one in drawn)))
-    if right:
-        rows.append(("captions whose picture shows all they say", *(f"{share:.1%}" for share in right)))
     rows.append(("SSIM, mean (1 is the same)", "", f"{distances.ssim.mean():.4f}"))
     rows.append(("SSIM, least", "", f"{distances.ssim.min():.4f}"))
     rows.append(("PSNR, median (dB)", "", f"{np.median(distances.psnr):.2f}"))

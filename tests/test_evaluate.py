@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from app.protocol import Generation
+from jobs import scenes
 from jobs.entry import Invalid
-from jobs.evaluate import Distances, Drawn, figures, page, setting_of
+from jobs.evaluate import Distances, Drawn, claims, figures, page, setting_of
 
 CONFIG = Path(__file__).resolve().parents[1] / "serve_config.yaml"
 
@@ -72,10 +73,21 @@ def test_the_page_needs_no_other_file_and_shows_the_worst_first(tmp_path: Path) 
     distances = Distances.between(one, other)
     asked = [Generation(f"<b>{i}</b>", "", 32, 32, 1, 1.0, i, None, 1) for i in range(2)]
     both = [setting_of("--reference", "", CONFIG), setting_of("--candidate", "sampler=ddim", CONFIG)]
-    text = page(both, asked, drawn, distances, figures(drawn, distances, [0.5, 1.0]))
+    text = page(both, asked, drawn, distances, figures(drawn, distances))
     assert re.findall(r"&lt;b&gt;(\d)", text) == ["1", "0"] and "<b>" not in text
     assert set(re.findall(r'src="([a-z:/]+);', text)) == {"data:image/webp"} and "http" not in text
-    assert "sampler=ddim" in text and "50.0%" in text
+    assert "sampler=ddim" in text and "SSIM, least" in text
+
+
+def test_the_caption_table_counts_what_each_setting_shows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    wanted = [scenes.sample_scene(rng, objects=1) for _ in range(3)]
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for scene, file in zip([*wanted, scenes.Scene("black", ())], files, strict=True):
+        Image.fromarray(scenes.draw(scene)).save(file)
+    good, bad = Drawn(files[:3], 1.0, 1.0), Drawn([*files[:2], files[3]], 1.0, 1.0)
+    told = {name: values for name, *values in claims([good, bad], wanted)}
+    assert told["1 object, everything said"] == ["3/3", "2/3"] and not any(name.startswith("2") for name in told)
 
 
 def test_rows_belong_to_the_pictures_that_they_name_and_not_to_the_setting() -> None:
