@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ops import nodes, processes
-from ops.cluster import ROOT, RUN_DIR, running
+from ops.cluster import RUN_DIR, TWIN, Cluster, running
 from ops.dashboard import Dashboard, Details, log_places, reason, serves
 from ops.documents import loaded
 from ops.local import port
@@ -45,12 +45,14 @@ def deploy(dashboard: Dashboard, config: "ServeDeploySchema", path: Path, timeou
     say(f"{', '.join(names)} is ready after {span(took)}: {reach(dashboard)}")
 
 
-def lint_first(path: Path, cluster: str) -> None:
+def lint_first(path: Path, cluster: str, run_dir: Path) -> None:
     """Tells what ops/lint.py says of a config and of what it is to run on, and stops at errors."""
     from ops.lint import refuse_errors  # imports the app and all of Ray's schemas, which takes seconds
 
     local = cluster == LOCAL
-    refuse_errors([path, Path(os.path.relpath(ROOT / "cluster.yaml")) if local else Path(cluster)], twin=local)
+    up = Cluster.load(run_dir) if local else None
+    twinned = Path(os.path.relpath(up.file if up else TWIN))
+    refuse_errors([path, twinned if local else Path(cluster)], twin=local)
 
 
 def reload(cluster: str) -> str:
@@ -250,7 +252,7 @@ def main() -> None:
     if arguments.verb == "deploy":
         serve_port = port(arguments.serve_port) if arguments.serve_port else None
         config = read(arguments.config, serve_port)
-        lint_first(arguments.config, cluster)
+        lint_first(arguments.config, cluster, run_dir)
     with dashboard_of(cluster, run_dir) as dashboard:
         match arguments.verb:
             case "deploy":

@@ -16,7 +16,7 @@ import yaml
 from ray.scripts.scripts import cli
 
 from ops import deploy, places, preflight, processes, remote
-from ops.cluster import ROOT
+from ops.cluster import ROOT, new
 from ops.dashboard import Dashboard
 from ops.terminal import Stop, make
 from ops.tunnel import tunnel
@@ -174,11 +174,17 @@ def test_a_mistake_in_the_file_stops_up_before_anything_begins(home: Path, capsy
 def test_a_mistake_in_the_config_stops_deploy_and_advice_does_not(home: Path, ours: Path) -> None:
     config = (ROOT / "serve_config.yaml").read_text()
     advised = write(home / "advised.yaml", config.replace("proxy_location: HeadOnly", "proxy_location: EveryNode"))
-    deploy.lint_first(advised, str(ours))
-    deploy.lint_first(advised, "local")
+    run_dir = home / "run"
+    deploy.lint_first(advised, str(ours), run_dir)
+    deploy.lint_first(advised, "local", run_dir)
     wrong = write(home / "wrong.yaml", config.replace("TPU: 4", "TPU: 8"))
-    with pytest.raises(Stop, match=r"wrong.yaml:\d+: error: .*\nNothing was begun\."):
-        deploy.lint_first(wrong, str(ours))
+    for cluster in (str(ours), "local"):
+        with pytest.raises(Stop, match=r"wrong.yaml:\d+: error: .*\nNothing was begun\."):
+            deploy.lint_first(wrong, cluster, run_dir)
+    run_dir.mkdir()
+    eight = BASE.replace("acceleratorType: v5litepod-4", "acceleratorType: v5litepod-8").replace("TPU: 4", "TPU: 8")
+    new(run_dir, 8265, write(home / "eight.yaml", eight)).save()  # a twin of that one is up
+    deploy.lint_first(wrong, "local", run_dir)
 
 
 # The command lines and what they hold
