@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import ipaddress
 import json
-import os
 import signal
 import socket
 import time
@@ -27,11 +26,11 @@ from loadtest.records import Journal, read
 from loadtest.run import Clock, Load, Progress, every, remaining
 from loadtest.scenario import Closed, Scenario
 from ops.dashboard import Dashboard
+from ops.processes import API_KEY, credentials
 
 REACH_S = 10.0
 REFRESH_S = 0.25
 CHECKERS = 2  # threads that look at pictures
-KEY = "IMAGINE_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def guard(url: str, allow_remote: bool) -> str:
 
 
 def headers() -> dict[str, str]:
-    key = os.environ.get(KEY)
-    return {"User-Agent": "imagine-tpu loadtest"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    return {"User-Agent": "imagine-tpu loadtest"} | credentials()
 
 
 async def described(target: Target) -> dict[str, Any] | None:
@@ -75,7 +73,8 @@ async def described(target: Target) -> dict[str, Any] | None:
             timeout = aiohttp.ClientTimeout(total=REACH_S)
             async with opened.get(f"{target.url}/v1/models", timeout=timeout, allow_redirects=False) as answer:
                 if answer.status in (401, 403):
-                    raise Mistake(f"{target.url} answers {answer.status}. Put an API key into the environment: {KEY}.")
+                    needs = f"Put an API key into the environment: {API_KEY}."
+                    raise Mistake(f"{target.url} answers {answer.status}. {needs}")
                 if answer.status == 503:
                     raise Mistake(f"{target.url} is not ready: {(await answer.text())[:300]}")
                 return dict((await answer.json())["data"][0]) if answer.status == 200 else None

@@ -55,11 +55,14 @@ def draw(api: str, folder: Path) -> None:
 
 def generate(api: str, prompt: str, seed: int) -> bytes:
     body = json.dumps({"prompt": prompt, "seed": seed, "output_format": "png", "response_format": "b64_json"})
-    request = Request(f"{api}/v1/images/generations", body.encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"} | processes.credentials()
+    request = Request(f"{api}/v1/images/generations", body.encode(), headers)
     try:
         with urlopen(request, timeout=TIMEOUT_S) as answer:
             return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
     except HTTPError as error:
+        if error.code == 401:
+            raise Stop(f"The API wants a key: put one into the environment, {processes.API_KEY}.") from None
         raise Stop(f"The API answers {error.code} to '{prompt}': {error.read().decode()[:500]}") from None
     except (URLError, TimeoutError, ConnectionError) as error:
         raise Stop(f"The API at {api} does not answer: {error}. See: make status") from None

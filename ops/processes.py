@@ -18,6 +18,7 @@ import psutil
 from ops.terminal import Stop
 
 MARK = "IMAGINE_CLUSTER"
+API_KEY = "IMAGINE_API_KEY"  # in the environment: the key that `make demo` and `make loadtest` send
 SAME_START_S = 1.0  # a start time is derived from the wall clock, which may have been corrected since
 
 
@@ -150,6 +151,12 @@ def environment(**ours: str) -> dict[str, str]:
     strays = ("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS", "PYTHONDONTWRITEBYTECODE")
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in strays}
     return kept | past_proxies() | ours
+
+
+def credentials() -> dict[str, str]:
+    """Headers with the key for the API that the user's environment names, if it does."""
+    key = os.environ.get(API_KEY)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def past_proxies() -> dict[str, str]:

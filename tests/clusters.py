@@ -27,6 +27,7 @@ class Verbs:
     dashboard_port: int
     serve_port: int
     twin: Path = ROOT / "cluster.yaml"
+    config: Path = ROOT / "serve_config.yaml"
 
     def __call__(self, module: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         # Somebody else's cluster in the environment must change nothing.
@@ -51,12 +52,13 @@ class Verbs:
 
 
 def one_node_cluster(run_dir: Path, folder: Path) -> Iterator[Verbs]:
-    """A twin that is up while the fixture's tests run. It may have one TPU node, so that load adds no second replica;
-    tests/test_cluster_scaling.py has it come and go."""
-    twin = folder / "cluster.yaml"
+    """A twin that is up while the fixture's tests run. It may have one TPU node and its config one replica, so that
+    load adds no second one; tests/test_cluster_scaling.py has it come and go."""
+    twin, config = folder / "cluster.yaml", folder / "serve_config.yaml"
     twin.write_text((ROOT / "cluster.yaml").read_text().replace("max_workers: 4 # of this type", "max_workers: 1"))
+    config.write_text((ROOT / "serve_config.yaml").read_text().replace("max_replicas: 4", "max_replicas: 1"))
     dashboard_port, serve_port = ports(2)
-    verbs = Verbs(run_dir, dashboard_port, serve_port, twin)
+    verbs = Verbs(run_dir, dashboard_port, serve_port, twin, config)
     verbs.down()  # what a test run that was killed may have left
     succeeds(verbs.up())
     yield verbs

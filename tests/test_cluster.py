@@ -32,7 +32,7 @@ from ray.serve.metrics import Counter, Histogram
 from ray.util.metrics import Metric
 
 from app.metrics import Metrics
-from ops import processes
+from ops import demo, processes
 from ops.cluster import ROOT, Cluster
 from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
 
@@ -158,13 +158,13 @@ def test_undeploy_leaves_the_cluster_and_frees_the_port(verbs: Verbs, greeter: P
         assert f"is taken by process {os.getpid()}" in refuses(verbs.deploy(greeter))
 
 
-# The API, as serve_config.yaml deploys it.
+# The API, as serve_config.yaml deploys it, with one replica.
 
 
 @pytest.fixture(scope="module")
 def api(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> str:
     verbs("deploy", "undeploy")  # a test before this may have left something else
-    succeeds(verbs("deploy", "deploy", "--config", "serve_config.yaml", "--serve-port", str(verbs.serve_port)))
+    succeeds(verbs("deploy", "deploy", "--config", str(verbs.config), "--serve-port", str(verbs.serve_port)))
     return f"http://127.0.0.1:{verbs.serve_port}"
 
 
@@ -395,7 +395,7 @@ def test_nothing_is_compiled_while_it_serves_whatever_is_mixed(api: str) -> None
 
 def test_a_new_config_lets_requests_finish_on_the_old_replica(api: str, verbs: Verbs, tmp_path: Path) -> None:
     before, config = the_replica(api), tmp_path / "serve_config.yaml"
-    config.write_text((ROOT / "serve_config.yaml").read_text().replace("max_waiting: 32", "max_waiting: 31"))
+    config.write_text(verbs.config.read_text().replace("max_waiting: 32", "max_waiting: 31"))
     with ThreadPoolExecutor(2) as pool:
         plain = pool.submit(fetch, f"{api}/v1/images/generations", LONG)
         with posted(api, LONG | {"n": 1, "stream": True}) as streaming:
@@ -462,12 +462,12 @@ def test_without_keys_whoever_comes_from_elsewhere_is_refused(api: str) -> None:
 
 
 def test_with_keys_only_they_open_the_door_and_a_change_of_the_file_closes_it(
-    api: str, verbs: Verbs, tmp_path: Path
+    api: str, verbs: Verbs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, config = tmp_path / "keys.yaml", tmp_path / "serve_config.yaml"
-    make = [sys.executable, "-m", "ops.api_key", "--name", "alice", "--file", str(file), "--rpm", "3"]
+    make = [sys.executable, "-m", "ops.api_key", "--name", "alice", "--file", str(file), "--rpm", "4"]
     key = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    config.write_text((ROOT / "serve_config.yaml").read_text().replace("api_keys_file: null", f"api_keys_file: {file}"))
+    config.write_text(verbs.config.read_text().replace("api_keys_file: null", f"api_keys_file: {file}"))
     succeeds(verbs("deploy", "deploy", "--config", str(config), "--serve-port", str(verbs.serve_port)))
     with OpenAI(base_url=f"{api}/v1", api_key=key, max_retries=0) as client:
         stranger = client.with_options(api_key="imagine-not-a-key-of-anyone")
@@ -479,6 +479,9 @@ def test_with_keys_only_they_open_the_door_and_a_change_of_the_file_closes_it(
         assert fetch(f"{api}/healthz")[0] == fetch(f"{api}/")[0] == 200
         stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=1)
         assert [event.type for event in stream][-1] == "image_generation.completed"
+        assert "IMAGINE_API_KEY" in refuses(verbs("demo", "--out", str(tmp_path)))
+        monkeypatch.setenv("IMAGINE_API_KEY", key)
+        assert demo.generate(api, PROMPT, 7).startswith(b"\x89PNG")
         answer = client.images.generate(prompt=PROMPT, n=2)
         assert len(answer.data or []) == 2
         with pytest.raises(RateLimitError) as full:
@@ -488,7 +491,7 @@ def test_with_keys_only_they_open_the_door_and_a_change_of_the_file_closes_it(
         with pytest.raises(AuthenticationError):
             client.models.list()
     assert not found_in_logs(verbs.cluster, key), "in a log"
-    arguments = ("--config", "serve_config.yaml", "--serve-port", str(verbs.serve_port))
+    arguments = ("--config", str(verbs.config), "--serve-port", str(verbs.serve_port))
     succeeds(verbs("deploy", "deploy", *arguments))
 
 

@@ -193,7 +193,7 @@ def test_a_batch_that_is_killed_twice_is_whole_and_drawn_once(verbs: Verbs, prom
 def config(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """serve_config.yaml with few programs, in a folder of their own."""
     folder = tmp_path_factory.mktemp("small")
-    content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    content = yaml.safe_load(verbs.config.read_text())
     content["http_options"]["port"] = verbs.serve_port
     small = {"sizes": ["64x64"], "batch_buckets": [1], "programs": str(folder / "programs")}
     content["applications"][0]["args"] |= small
