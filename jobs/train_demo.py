@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -479,7 +480,7 @@ def train(
                 began = time.monotonic()
             else:
                 pace = (time.monotonic() - began) / (number - done)
-            if (number + 1) % 50 == 0:
+            if (number + 1) % 50 == 0 or number + 1 == steps:
                 mean = float(np.mean(recent))
                 recent.clear()
                 losses.write(json.dumps({"step": number + 1, "loss": round(mean, 5), "seconds": round(pace, 4)}) + "\n")
@@ -604,7 +605,8 @@ def write_card(
     def trained(stage: str, how: str) -> str:
         if stage not in curves:
             return earlier.get(STAGES[stage], "kept as it was")
-        minutes = sum(line["seconds"] * 50 for line in curves[stage].values()) / 60
+        told = curves[stage]  # a line's pace is its run's so far
+        minutes = sum((step - before) * told[step]["seconds"] for before, step in pairwise([0, *told])) / 60
         said = f"{max(curves[stage], default=0)} steps of {how}, {minutes:.0f} minutes"
         before = earlier.get(STAGES[stage])
         return f"{before}; then, from those weights: {said}" if before else said
