@@ -25,7 +25,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from app.models.loading import COMPONENTS, DOWNLOADED, STEMS, Checkpoint, find_tensors, load_checkpoint, to_tensors
+from app.models.config import STEMS
+from app.models.loading import COMPONENTS, DOWNLOADED, Checkpoint, find_tensors, load_checkpoint, to_tensors
 from jobs import hub
 from jobs.entry import Invalid, Parser, path, run
 from jobs.settings import fingerprint

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.builders import Args, locate
-from app.models.loading import STEMS
+from app.models.config import STEMS
 from app.protocol import Service, width_height
 from jobs import hub
 from jobs.entry import Invalid, path

@@ -8,6 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+# The safetensors file of each part of a checkpoint.
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
 # Options of diffusers' UNet2DConditionModel that Stable Diffusion 1.x and 2.x leave at these values.
 UNET_FIXED: dict[str, Any] = {
     "act_fn": "silu",

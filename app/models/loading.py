@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from app.models.clip import CLIPText
-from app.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from app.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig
 from app.models.unet import UNet
 from app.models.vae import VAE
 
@@ -36,7 +36,6 @@ CONFIGS = {
     "text_encoder": "text_encoder/config.json",
     "scheduler": "scheduler/scheduler_config.json",
 }
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 DOWNLOADED = [
     "model_index.json",
     "*/config.json",
