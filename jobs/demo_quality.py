@@ -135,9 +135,10 @@ def report(judged: Sequence[Judged], setting: str) -> bool:
     table = Table(title=f"Demo model: {setting}")
     for heading in ("captions", "claim", "right", "share", "bar", ""):
         table.add_column(heading)
+    verdicts = [(one.scene, one.verdict) for one in judged]
     passed = True
     for bar in BARS:
-        right, total = bar.of([(one.scene, one.verdict) for one in judged])
+        right, total = bar.of(verdicts)
         share = right / total
         met = bar.least is None or share >= bar.least
         passed &= met

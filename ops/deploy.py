@@ -49,10 +49,11 @@ def lint_first(path: Path, cluster: str, run_dir: Path) -> None:
     """Tells what ops/lint.py says of a config and of what it is to run on, and stops at errors."""
     from ops.lint import refuse_errors  # imports the app and all of Ray's schemas, which takes seconds
 
-    local = cluster == LOCAL
-    up = Cluster.load(run_dir) if local else None
-    twinned = Path(os.path.relpath(up.file if up else TWIN))
-    refuse_errors([path, twinned if local else Path(cluster)], twin=local)
+    if cluster != LOCAL:
+        refuse_errors([path, Path(cluster)])
+        return
+    up = Cluster.load(run_dir)
+    refuse_errors([path, Path(os.path.relpath(up.file if up else TWIN))], twin=True)
 
 
 def reload(cluster: str) -> str:
