@@ -61,7 +61,6 @@ def main() -> str:
         say(f"... and {len(bad) - SHOWN} more; the manifest has all")
     errors = draw(rows, settings, args.out, args.hosts)
     records = write_manifest(args.out, rows, bad, errors)
-    shutil.rmtree(args.out / DRAFTS, ignore_errors=True)
     pictures = sum(len(record["files"]) for record in records)
     made = f"{pictures} pictures of {len(rows) - len(errors)} rows are in {args.out}, {len(bad)} rows were skipped."
     if errors:
@@ -86,7 +85,9 @@ def draw(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> dict
     there = {f"{name}/{file.name}" for name in ("images", "rows") for file in (out / name).iterdir()}
     left = [row for row in rows if not there.issuperset(row.made)]
     say(f"{len(rows)} rows: {len(rows) - len(left)} finished before, {len(left)} to draw")
-    return on_hosts(left, settings, out, hosts) if left else {}
+    errors = on_hosts(left, settings, out, hosts) if left else {}
+    shutil.rmtree(out / DRAFTS, ignore_errors=True)
+    return errors
 
 
 def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> dict[str, str]:
@@ -183,7 +184,7 @@ def write_manifest(
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    draft = file.parent / DRAFTS / file.name
+    draft = file.with_name(f".{file.name}")
     yield draft
     draft.replace(file)
 

@@ -17,7 +17,6 @@ import dataclasses
 import html
 import json
 import shlex
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,10 +27,9 @@ from PIL import Image
 
 from app.images import encode
 from app.protocol import NUMERIC_FIELDS, ApiError, Encoding, Generation, literal, resolve
-from jobs import batch_generate, demo_quality
+from jobs import batch_generate
 from jobs.entry import Invalid, Parser, path, run, whole
-from jobs.painter import DRAFTS
-from jobs.prompts import FIELDS, Row, read, row_of
+from jobs.prompts import FIELDS, Row, read
 from jobs.scenes import Scene, check
 from jobs.settings import Settings, config
 from ops.terminal import Stop, say
@@ -61,7 +59,7 @@ class Setting:
         rows = []
         for number, one in enumerate(changed, start=1):
             seen[one] += 1
-            rows.append(row_of(self.settings, number, one, ENCODING, seen[one]))
+            rows.append(Row.of(self.settings, number, one, ENCODING, seen[one]))
         return rows
 
 
@@ -119,7 +117,7 @@ def main() -> str:
     args = parser.parse_args()
 
     base = Settings.read(args.config)
-    both = [setting_of(f"--{name}", getattr(args, name), args.config) for name in ("reference", "candidate")]
+    both = [setting_of(f"--{name}", getattr(args, name), base) for name in ("reference", "candidate")]
     judged = args.prompts is None
     scenes, generations = captions(args.count, base) if judged else ([], prompts_of(args.prompts, args.count, base))
     wanted = [setting.rows(generations) for setting in both]
@@ -131,7 +129,6 @@ def main() -> str:
         # On one host, one setting after the other, so that neither has the machine of the other's to share.
         if errors := batch_generate.draw(rows, setting.settings, args.out, hosts=1):
             raise Stop(f"{len(errors)} pictures failed: {next(iter(errors.values()))} The same job tries them again.")
-    shutil.rmtree(args.out / DRAFTS, ignore_errors=True)
     drawn = [Drawn.read(args.out, rows) for rows in wanted]
     distances = Distances.between(*(map(pixels_of, one.files) for one in drawn))
     table = [*figures(drawn, distances), *(claims(drawn, scenes) if judged else ())]
@@ -146,14 +143,14 @@ def main() -> str:
     return f"{len(generations)} pictures of each stand side by side in {args.out / 'report.html'}."
 
 
-def setting_of(option: str, text: str, config: Path) -> Setting:
+def setting_of(option: str, text: str, base: Settings) -> Setting:
     pairs = [word.partition("=") for word in shlex.split(text)]
     given: dict[str, Any] = {name: value for name, _, value in pairs}
     for name, equals, _ in pairs:
         if not equals or name not in (*REQUEST, *MODEL):
             raise Invalid(f"{option} must be name=value of {', '.join((*REQUEST, *MODEL))}, got {name}.")
     changed = {name: value for name, value in given.items() if name in MODEL}
-    settings = Settings.read(config).changed(changed, option)
+    settings = base.changed(changed, option) if changed else base  # which has read the weights once
     asked = {
         name: literal(value) if name in NUMERIC_FIELDS else value for name, value in given.items() if name in REQUEST
     }
@@ -179,6 +176,8 @@ def prompts_of(file: Path, count: int, base: Settings) -> list[Generation]:
 
 def captions(count: int, base: Settings) -> tuple[list[Scene], list[Generation]]:
     """Of scenes that the demo model's training never saw, half of them with two objects."""
+    from jobs import demo_quality
+
     chosen = demo_quality.captions("held_out", (count + 1) // 2, seed=0)
     chosen = [*chosen[: (count + 1) // 2], *chosen[(count + 1) // 2 :][: count // 2]]
     asked = [{"prompt": caption, "seed": seed} for seed, (_, caption) in enumerate(chosen)]
@@ -187,6 +186,8 @@ def captions(count: int, base: Settings) -> tuple[list[Scene], list[Generation]]
 
 def claims(drawn: Sequence[Drawn], scenes: Sequence[Scene]) -> list[tuple[str, ...]]:
     """The demo model's caption table: of how many captions each claim holds."""
+    from jobs import demo_quality  # which imports JAX
+
     judged = [
         [(scene, check(pixels_of(file), scene)) for file, scene in zip(one.files, scenes, strict=True)] for one in drawn
     ]

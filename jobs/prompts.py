@@ -31,6 +31,13 @@ class Row:
     generation: Generation
     encoding: Encoding
 
+    @classmethod
+    def of(cls, settings: Settings, number: int, generation: Generation, encoding: Encoding, occurrence: int) -> "Row":
+        """What a default fills in counts as if the row said it, so a changed default makes another picture."""
+        facts = [settings.identity, dataclasses.asdict(generation), encoding.model_dump(), occurrence]
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        return cls(number, key, generation, encoding)
+
     @property
     def record(self) -> str:
         return f"rows/{self.key}.json"
@@ -71,14 +78,7 @@ def read(file: Path, settings: Settings) -> Iterator[Row | Bad]:
         except (ApiError, TypeError) as error:
             yield Bad(number, prompt, error.message if isinstance(error, ApiError) else f"not a row of fields: {error}")
             continue
-        yield row_of(settings, number, request.generation, request.encoding, seen[text])
-
-
-def row_of(settings: Settings, number: int, generation: Generation, encoding: Encoding, occurrence: int) -> Row:
-    """What a setting's default fills in counts as if the row said it, so a changed default makes another picture."""
-    facts = [settings.identity, dataclasses.asdict(generation), encoding.model_dump(), occurrence]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    return Row(number, key, generation, encoding)
+        yield Row.of(settings, number, request.generation, request.encoding, seen[text])
 
 
 def rows(file: Path) -> Iterator[Mapping[str, Any] | str]:

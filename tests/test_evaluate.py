@@ -12,8 +12,9 @@ from app.protocol import Generation
 from jobs import scenes
 from jobs.entry import Invalid
 from jobs.evaluate import Distances, Drawn, claims, figures, page, setting_of
+from jobs.settings import Settings
 
-CONFIG = Path(__file__).resolve().parents[1] / "serve_config.yaml"
+BASE = Settings.read(Path(__file__).resolve().parents[1] / "serve_config.yaml")
 
 
 def pictures(seed: int = 0) -> np.ndarray:  # [2, H, W, 3]
@@ -22,10 +23,10 @@ def pictures(seed: int = 0) -> np.ndarray:  # [2, H, W, 3]
 
 
 def test_a_setting_changes_what_it_names_and_nothing_else() -> None:
-    setting = setting_of("--candidate", "sampler=pndm num_inference_steps=50 size=128x128 dtype=bfloat16", CONFIG)
+    setting = setting_of("--candidate", "sampler=pndm num_inference_steps=50 size=128x128 dtype=bfloat16", BASE)
     assert setting.changes == {"sampler": "pndm", "num_inference_steps": 50, "width": 128, "height": 128}
     assert setting.settings.args.dtype == "bfloat16"
-    own = setting_of("--candidate", "", CONFIG)
+    own = setting_of("--candidate", "", BASE)
     assert own.changes == {} and own.settings.args.dtype == "float32"
 
 
@@ -42,7 +43,7 @@ def test_a_setting_changes_what_it_names_and_nothing_else() -> None:
 )
 def test_what_no_setting_may_say_is_one_line(text: str, words: str) -> None:
     with pytest.raises(Invalid, match=f"--candidate: {words}|--candidate {words}") as refused:
-        setting_of("--candidate", text, CONFIG)
+        setting_of("--candidate", text, BASE)
     assert "\n" not in str(refused.value)
 
 
@@ -72,7 +73,7 @@ def test_the_page_needs_no_other_file_and_shows_the_worst_first(tmp_path: Path) 
         drawn.append(Drawn(files, 1.0, 2.0))
     distances = Distances.between(one, other)
     asked = [Generation(f"<b>{i}</b>", "", 32, 32, 1, 1.0, i, None, 1) for i in range(2)]
-    both = [setting_of("--reference", "", CONFIG), setting_of("--candidate", "sampler=ddim", CONFIG)]
+    both = [setting_of("--reference", "", BASE), setting_of("--candidate", "sampler=ddim", BASE)]
     text = page(both, asked, drawn, distances, figures(drawn, distances))
     assert re.findall(r"&lt;b&gt;(\d)", text) == ["1", "0"] and "<b>" not in text
     assert set(re.findall(r'src="([a-z:/]+);', text)) == {"data:image/webp"} and "http" not in text
@@ -93,7 +94,7 @@ def test_the_caption_table_counts_what_each_setting_shows(tmp_path: Path) -> Non
 def test_rows_belong_to_the_pictures_that_they_name_and_not_to_the_setting() -> None:
     asked = [Generation("a boat", "", 128, 128, 20, 4.0, seed, None, 1) for seed in (1, 2, 1)]
     own, same, other = (
-        setting_of("--candidate", text, CONFIG).rows(asked) for text in ("", "num_inference_steps=20", "sampler=ddim")
+        setting_of("--candidate", text, BASE).rows(asked) for text in ("", "num_inference_steps=20", "sampler=ddim")
     )
     assert own == same and len({row.key for row in [*own, *other]}) == 6
     assert all(row.files[0].endswith(".png") for row in own)
@@ -101,7 +102,7 @@ def test_rows_belong_to_the_pictures_that_they_name_and_not_to_the_setting() -> 
 
 def test_speed_is_of_the_host_that_drew_most_and_counts_no_pause(tmp_path: Path) -> None:
     asked = [Generation("a boat", "", 128, 128, 20, 4.0, seed, None, 1) for seed in range(4)]
-    rows = setting_of("--candidate", "", CONFIG).rows(asked)
+    rows = setting_of("--candidate", "", BASE).rows(asked)
     (tmp_path / "rows").mkdir()
     for number, (row, host) in enumerate(zip(rows, "abbb", strict=True)):
         record = {"host": host, "ended": 1000.0 * (host == "a") + number, "device_s": 0.5, "queue_s": number - 1.0}

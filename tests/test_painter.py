@@ -14,7 +14,7 @@ from PIL import Image
 from app.pipeline import Pipeline
 from app.protocol import Encoding
 from jobs.batch_generate import SCHEMA, progress, write_manifest
-from jobs.painter import DRAFTS, Painter, row_of, text_of
+from jobs.painter import DRAFTS, Painter, folders, row_of, text_of
 from jobs.prompts import Bad, Row
 from tests.fake_pipeline import FakePipeline, request
 
@@ -29,8 +29,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    for name in ("images", "rows", DRAFTS):
-        (tmp_path / name).mkdir()
+    folders(tmp_path)
     return tmp_path
 
 
