@@ -1,6 +1,7 @@
 """What GET /v1/stats answers: every replica asked for its statistics, and their sum."""
 
 import asyncio
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,8 +18,16 @@ async def stats_of_all(replicas: Any, timeout_s: float) -> dict[str, Stats]:
     """Statistics by replica id. `replicas` is a DeploymentHandle; one that does not answer is listed with an error."""
     names = asyncio.to_thread(replica_ids, replicas.app_name, replicas.deployment_name)
     known, answers = await asyncio.gather(names, broadcast(replicas, "stats", timeout_s))
-    found: dict[str, Stats] = {one.pop("replica"): one for one in answers}
-    return {name: found.get(name, SILENT) for name in sorted({*known, *found})}
+    stats: dict[str, Stats] = {answer["replica"]: answer for answer in answers if is_stats(answer)}
+    return {
+        name: {key: value for key, value in stats.get(name, SILENT).items() if key != "replica"}
+        for name in sorted({*known, *stats})
+    }
+
+
+def is_stats(answer: object) -> bool:
+    """A replica of another version might answer anything; without its name there is nowhere to list it."""
+    return isinstance(answer, Mapping) and isinstance(answer.get("replica"), str)
 
 
 async def broadcast(replicas: Any, method: str, timeout_s: float) -> list[Any]:
@@ -46,11 +55,21 @@ def replica_ids(app: str, deployment: str) -> list[str]:
 
 
 def total(replicas: Iterable[Stats]) -> dict[str, Any]:
-    """Of those that answered."""
-    answered = [one for one in replicas if "error" not in one]
-    outcomes = sorted({outcome for one in answered for outcome in one["requests"]})
+    """The sum over the replicas that answered.
+
+    While a rollout replaces replicas, old and new ones answer with different statistics: a number that a replica does
+    not have counts as 0, and a value that is no number is left out.
+    """
+    answered = [stats for stats in replicas if "error" not in stats]
+    requests = [counts for stats in answered if isinstance(counts := stats.get("requests"), Mapping)]
+    outcomes = sorted({outcome for counts in requests for outcome in counts})
     return {
         "replicas": len(answered),
-        **{name: sum(one[name] for one in answered) for name in SUMMED},
-        "requests": {outcome: sum(one["requests"].get(outcome, 0) for one in answered) for outcome in outcomes},
+        **{name: sum(number(stats.get(name)) for stats in answered) for name in SUMMED},
+        "requests": {outcome: sum(number(counts.get(outcome)) for counts in requests) for outcome in outcomes},
     }
+
+
+def number(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else 0  # type: ignore[return-value]

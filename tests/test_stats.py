@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from app.stats import SILENT, replica_ids, stats_of_all, total
+from app.stats import SILENT, SUMMED, replica_ids, stats_of_all, total
 
 COUNTED = {"waiting": 1, "unfinished": 2, "active_slots": 1, "num_slots": 4, "backlog_s": 0.5, "device_busy_s": 9.0}
 TOLD: dict[str, Any] = COUNTED | {"compiles_after_ready": 0, "requests": {"completed": 3}}
@@ -84,3 +84,24 @@ def test_the_total_adds_up_what_can_be_added() -> None:
     both = total([TOLD, TOLD | {"backlog_s": 1.5, "requests": {"completed": 1, "failed": 2}}, SILENT])
     assert (both["replicas"], both["backlog_s"], both["num_slots"]) == (2, 2.0, 8)
     assert both["requests"] == {"completed": 4, "failed": 2}
+
+
+OLDER = {name: value for name, value in TOLD.items() if name not in ("backlog_s", "requests")}
+OTHER = TOLD | {"waiting": "none", "active_slots": None, "num_slots": {"128x128": 4}, "backlog_s": float("nan")}
+
+
+@pytest.mark.parametrize("stats", [OLDER, OTHER, {}, TOLD | {"requests": 7}, TOLD | {"requests": {"completed": "3"}}])
+def test_a_rollout_that_mixes_statistics_still_has_a_total(stats: dict[str, Any]) -> None:
+    mixed = total([TOLD, stats])
+    assert mixed["replicas"] == 2
+    assert set(mixed) == {"replicas", "requests", *SUMMED}
+    for name in SUMMED:
+        value = stats.get(name)
+        counts = isinstance(value, int | float) and value == value
+        assert mixed[name] == TOLD[name] + (value if counts else 0), name
+    assert mixed["requests"]["completed"] in (3, 6)
+
+
+def test_a_replica_that_answers_without_its_name_hides_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    named(monkeypatch, "a", "b")
+    assert asyncio.run(stats_of_all(Handle(told("a"), TOLD, "busy"), 1)) == {"a": TOLD, "b": SILENT}
