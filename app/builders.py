@@ -19,6 +19,7 @@ from app.samplers import SAMPLERS
 from app.server import StableDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOTS_PER_IMAGE = 2  # of the largest batch, for each size, as app/pipeline.py has them
 Values = TypeVar("Values", list[str], list[int])
 
 
@@ -55,7 +56,8 @@ class Args(Settings):
     decode_buckets: Buckets | None = Field(
         default=None,
         min_length=1,
-        description="how many images are decoded together; null: those of batch_buckets up to 4",
+        description="how many images are decoded together, at most twice the largest of batch_buckets; "
+        "null: those of batch_buckets up to 4",
     )
     images_at_once: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         default="auto", description="how many images of a size denoise at once; auto: as many as measured to pay"
@@ -76,6 +78,17 @@ class Args(Settings):
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
     encoding: Encoding = Encoding()
+
+    @model_validator(mode="after")
+    def decodes_fit_into_the_slots(self) -> "Args":
+        """A replica has two slots for each image of its largest batch, and decodes what is in slots."""
+        slots = SLOTS_PER_IMAGE * max(self.batch_buckets)
+        if self.decode_buckets and max(self.decode_buckets) > slots:
+            raise ValueError(
+                f"decode_buckets must be at most {slots}, twice the largest of batch_buckets, "
+                f"got {max(self.decode_buckets)}."
+            )
+        return self
 
     @model_validator(mode="after")
     def defaults_are_allowed(self) -> "Args":

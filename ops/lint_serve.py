@@ -14,7 +14,7 @@ from ray.serve._private.constants import DEFAULT_AUTOSCALING_POLICY_NAME
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import HTTPOptionsSchema, RayActorOptionsSchema
 
-from app.builders import Args
+from app.builders import SLOTS_PER_IMAGE, Args
 from app.door import is_loopback
 from app.ingress import APIIngress
 from app.server import StableDiffusion
@@ -23,7 +23,6 @@ from ops.lint_models import applications, args_model, items, known_args, load, q
 
 ESCAPED_BYTES = 12  # most that a character takes in a query or in JSON: two surrogates as \uXXXX
 FAILURES = 3  # of health checks in a row, after which Serve replaces a replica
-SLOTS = 2  # for each image of the largest bucket, of each size, as app/pipeline.py has them
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def check_limits(document: Document, key: Key, args: Args) -> Iterator[Finding]:
 
 def check_model(document: Document, model: Deployment, args: Args) -> Iterator[Finding]:
     most = max(args.batch_buckets)
-    slots = SLOTS * most * len(args.sizes)
+    slots = SLOTS_PER_IMAGE * most * len(args.sizes)
     held, ongoing = slots + args.max_waiting, model.option("max_ongoing_requests")
     if ongoing <= held:
         text = (

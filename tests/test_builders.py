@@ -152,6 +152,11 @@ BAD_ARGS: list[tuple[dict[str, Any], str]] = [
     ({"batch_buckets": [2, 2]}, "a value must not stand twice, got [2, 2]."),
     ({"decode_buckets": []}, "at least 1 item"),
     ({"decode_buckets": [1, 1]}, "a value must not stand twice, got [1, 1]."),
+    (
+        {"batch_buckets": [1], "decode_buckets": [4]},
+        "decode_buckets must be at most 2, twice the largest of batch_buckets, got 4.",
+    ),
+    ({"decode_buckets": [1, 9]}, "decode_buckets must be at most 8, twice the largest of batch_buckets, got 9."),
     ({"images_at_once": "all"}, "Input should be 'auto'"),
     ({"images_at_once": 0}, "greater than or equal to 1"),
     ({"admission_gain": -0.1}, "greater than or equal to 0"),

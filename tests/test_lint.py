@@ -245,6 +245,11 @@ VALUES: list[tuple[Edit, Key, str]] = [
         "is not valid: defaults.num_inference_steps must be within limits.num_inference_steps, 1 to 100, got 500.",
     ),
     (
+        both(put((*ARGS, "batch_buckets"), "[1]"), put((*ARGS, "decode_buckets"), "[4]")),
+        ARGS,
+        "is not valid: decode_buckets must be at most 2, twice the largest of batch_buckets, got 4.",
+    ),
+    (
         put((*ARGS, "model"), "assets/demo-modle"),
         (*ARGS, "model"),
         "must be a folder in diffusers layout or a Hugging Face repo id, got assets/demo-modle "
