@@ -31,6 +31,7 @@ from app.protocol import (
     Images,
     Preview,
     Service,
+    check_model,
     parse_body,
     parse_query,
     written,
@@ -47,6 +48,7 @@ ROUTES = {
     "GET /imagine?prompt=...": "one picture, as image/png, image/webp or image/jpeg",
     "POST /v1/images/generations": "pictures as OpenAI's images API returns them",
     "GET /v1/models": "the model, its sizes, samplers, limits and defaults",
+    "GET /v1/models/{id}": "the same of the model with this id",
     "GET /v1/stats": "what each replica is doing, and all together",
     "GET /healthz": "200 once a replica answers",
 }
@@ -92,6 +94,7 @@ class APIIngress:
             imagine,
             Route("/v1/images/generations", self.generations, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/models/{id:path}", self.model),  # an id may have slashes, and they come decoded
             Route("/v1/stats", self.stats),
             Route("/healthz", self.healthz),
         ]
@@ -134,9 +137,17 @@ class APIIngress:
         return json_response(answer)
 
     async def models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [await self.model_object()]})
+
+    async def model(self, request: Request) -> Response:
+        check_model(request.path_params["id"], self.service)
+        return json_response(await self.model_object())
+
+    async def model_object(self) -> dict[str, object]:
+        """OpenAI's, with what a request may say beside it."""
         description = self.description or await self.describe()
         service = self.service
-        model = {
+        return {
             "id": service.model,
             "object": "model",
             "created": self.started,
@@ -148,7 +159,6 @@ class APIIngress:
             | service.encoding.model_dump()
             | {"sampler": service.defaults.sampler or description.default_sampler, "size": service.sizes[0]},
         }
-        return json_response({"object": "list", "data": [model]})
 
     async def stats(self, request: Request) -> Response:
         replicas = await stats_of_all(self.replicas, STATS_TIMEOUT_S)

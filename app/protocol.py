@@ -25,17 +25,24 @@ QUERY_FIELDS = (
     *("prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "seed", "sampler"),
     *("output_format", "output_compression", "timeout"),
 )
-BODY_FIELDS = (*QUERY_FIELDS, "model", "n", "response_format", "user", "stream", "partial_images")
+BODY_FIELDS = (
+    *(*QUERY_FIELDS, "model", "n", "response_format", "user", "safety_identifier", "stream", "partial_images"),
+)
 NUMERIC_FIELDS = ("num_inference_steps", "guidance_scale", "seed", "output_compression", "timeout")
 
 # OpenAI's fields that this service has no means to honour, each with the values that ask for nothing more than
 # what happens anyway. Any other value is refused: a field that is accepted and ignored would be a lie.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "background": ("auto", "opaque"),
-    "moderation": ("auto",),
+    "complexity": ("low",),  # no picture is planned
+    "frame_count": (),
+    "frame_duration_ms": (),
+    "moderation": ("auto", "low"),  # nothing is filtered
     "quality": ("auto", "standard"),
-    "style": (),
+    "style": ("vivid", "natural"),  # either leaves the style to the prompt
+    "svg": (),
 }
+LOSSLESS = 100  # the output_compression that a png has anyway
 
 
 Bounds = TypeVar("Bounds", tuple[int, int], tuple[float, float])
@@ -63,9 +70,9 @@ class Limits(Settings):
     guidance_scale: Annotated[tuple[float, float], AfterValidator(in_order)] = Field(
         default=(1.0, 20.0), description="[lowest, highest]"
     )
-    prompt_characters: int = Field(default=2000, ge=1, description="longest prompt, and longest negative prompt")
-    query_bytes: int = Field(default=49152, ge=1, description="longest query string of GET /imagine")
-    body_bytes: int = Field(default=65536, ge=1, description="largest body of POST /v1/images/generations")
+    prompt_characters: int = Field(default=4000, ge=1, description="longest prompt, and longest negative prompt")
+    query_bytes: int = Field(default=98304, ge=1, description="longest query string of GET /imagine")
+    body_bytes: int = Field(default=131072, ge=1, description="largest body of POST /v1/images/generations")
     partial_images: int = Field(default=3, ge=0, le=16, description="most previews in one streamed answer")
     timeout_s: float = Field(
         default=120.0, gt=0, description="longest wait for an answer, the wait in the queue included; also the default"
@@ -222,11 +229,8 @@ def resolve(given: Mapping[str, object], service: Service, fields: Sequence[str]
             raise ApiError(400, message, name, "unknown_parameter")
     if "prompt" not in given:
         raise ApiError(400, "prompt is required.", "prompt", "missing_required_parameter")
-    if given.get("model", service.model) != service.model:
-        raise invalid("model", service.model, given["model"], status=404, code="model_not_found")
-    if given.get("output_format", service.encoding.output_format) == "png" and "output_compression" in given:
-        message = "output_compression needs output_format webp or jpeg: png loses nothing."
-        raise ApiError(400, message, "output_compression", "invalid_value")
+    check_model(given.get("model", service.model), service)
+    compressed = "output_compression" in given
 
     limits, defaults, encoding = service.limits, service.defaults, service.encoding
     given = {
@@ -240,12 +244,14 @@ def resolve(given: Mapping[str, object], service: Service, fields: Sequence[str]
         "output_compression": encoding.quality,
         "response_format": "b64_json",
         "user": "",
+        "safety_identifier": "",
         "timeout": limits.timeout_s,
         "stream": False,
         "partial_images": 0,
         **given,
     }
-    text(given, "user", limits.prompt_characters)  # names an end user and asks for nothing
+    for name in ("user", "safety_identifier"):  # they name an end user and ask for nothing
+        text(given, name, limits.prompt_characters)
     choice(given, "response_format", ("b64_json",))  # no "url": nothing is kept that a link could point to
     prompt = text(given, "prompt", limits.prompt_characters)
     if not prompt.strip():
@@ -265,8 +271,11 @@ def resolve(given: Mapping[str, object], service: Service, fields: Sequence[str]
     )
     chosen = {
         "output_format": choice(given, "output_format", FORMATS),
-        "quality": whole(given, "output_compression", 0, 100),
+        "quality": whole(given, "output_compression", 0, LOSSLESS),
     }
+    if compressed and chosen["output_format"] == "png" and chosen["quality"] != LOSSLESS:
+        message = f"output_compression below {LOSSLESS} needs output_format webp or jpeg: png loses nothing."
+        raise ApiError(400, message, "output_compression", "invalid_value")
     stream, partial_images = flag(given, "stream"), whole(given, "partial_images", 0, limits.partial_images)
     if partial_images and not stream:
         raise ApiError(400, "partial_images needs stream to be true.", "partial_images", "invalid_value")
@@ -274,6 +283,12 @@ def resolve(given: Mapping[str, object], service: Service, fields: Sequence[str]
         raise ApiError(400, f"n must be 1 where stream is true, got {generation.n}.", "n", "invalid_value")
     timeout_s = seconds(given, "timeout", limits.timeout_s)
     return ImageRequest(generation, encoding.model_copy(update=chosen), timeout_s, stream, partial_images)
+
+
+def check_model(model: object, service: Service) -> None:
+    """Refuses every model but the one that is served."""
+    if model != service.model:
+        raise invalid("model", service.model, model, status=404, code="model_not_found")
 
 
 def width_height(size: str) -> tuple[int, int]:

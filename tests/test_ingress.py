@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -227,7 +228,7 @@ def test_models_lists_what_a_request_may_say_and_asks_a_replica_once(client: Tes
             "images": 3,
             "num_inference_steps": [1, 100],
             "guidance_scale": [1.0, 20.0],
-            "prompt_characters": 2000,
+            "prompt_characters": 4000,
             "query_bytes": 300,
             "body_bytes": 300,
             "partial_images": 3,
@@ -243,6 +244,22 @@ def test_models_lists_what_a_request_may_say_and_asks_a_replica_once(client: Tes
             "png_level": 6,
         },
     }
+
+
+@pytest.mark.parametrize("name", ["tiny", "CompVis/stable-diffusion-v1-4"])
+def test_a_model_is_found_by_its_id_slashes_percent_encoded_or_not(replicas: Replicas, name: str) -> None:
+    with local_client(APIIngress(replicas, replace(SERVICE, model=name))) as client:
+        (listed,) = client.get("/v1/models").json()["data"]
+        for path in (name, name.replace("/", "%2F")):
+            assert client.get(f"/v1/models/{path}").json() == listed
+        for other in ("gpt-image-1", f"{name}/", f"a/{name}", ""):
+            response = client.get(f"/v1/models/{other}")
+            assert (response.status_code, response.json()) == (404, no_such_model(other, name))
+
+
+def no_such_model(other: str, name: str) -> dict[str, Any]:
+    message = f'model must be {name}, got "{other}".'
+    return {"error": {"message": message, "type": "invalid_request_error", "param": "model", "code": "model_not_found"}}
 
 
 def test_health_asks_a_replica_every_time(
@@ -262,7 +279,7 @@ def test_the_index_names_every_route(client: TestClient, monkeypatch: pytest.Mon
     named = client.get("/").json()["routes"]
     for route in named:
         method, _, path = route.partition(" ")
-        assert client.request(method, path.replace("...", "a")).status_code in (200, 415)
+        assert client.request(method, path.replace("...", "a").replace("{id}", "tiny")).status_code in (200, 415)
 
 
 async def no_replicas(replicas: Any, timeout_s: float) -> dict[str, Any]:

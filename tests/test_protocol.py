@@ -1,8 +1,13 @@
 import json
 import pickle
+from dataclasses import replace
 from typing import Any
+from urllib.parse import urlencode
 
+import httpx2
 import pytest
+from openai import OpenAI
+from openai.types.image_generate_params import ImageGenerateParamsStreaming
 
 from app.protocol import (
     BODY_FIELDS,
@@ -120,6 +125,77 @@ def test_openai_fields_that_ask_for_nothing_are_accepted() -> None:
     assert body(prompt="a", seed=1, stream=False, partial_images=0, **fields) == body(prompt="a", seed=1)
 
 
+# OpenAI's client, every parameter of images.generate that it documents: the values that are taken, which change
+# nothing, and those that are refused, as they ask for something that does not happen.
+OPENAI: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "background": (("auto", "opaque"), ("transparent",)),
+    "complexity": (("low",), ("medium", "high")),
+    "frame_count": ((), (2, 16)),
+    "frame_duration_ms": ((), (200,)),
+    "model": (("tiny",), ("gpt-image-2.5-sunburst",)),
+    "moderation": (("auto", "low"), ("high",)),
+    "n": ((1,), (10,)),
+    "output_compression": ((100,), (0, 99)),
+    "output_format": (("png",), ("gif", "svg")),
+    "partial_images": ((0,), (1,)),
+    "quality": (("auto", "standard"), ("low", "medium", "high", "xhigh", "max", "hd")),
+    "response_format": (("b64_json",), ("url",)),
+    "safety_identifier": (("5f1e", ""), (7,)),
+    "size": (("auto", "128x128"), ("1024x1024",)),
+    "stream": ((False,), ()),
+    "style": (("vivid", "natural"), ("oil",)),
+    "svg": ((), ({"model": "gpt-5"},)),
+    "user": (("u-1", ""), (7,)),
+}
+
+
+def sent_by_openais_client(**fields: Any) -> bytes:
+    """The body of POST /v1/images/generations."""
+    bodies: list[bytes] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        bodies.append(request.content)
+        return httpx2.Response(200, json={"created": 1, "data": []})
+
+    with OpenAI(
+        base_url="http://127.0.0.1:1/v1",
+        api_key="any",
+        http_client=httpx2.Client(transport=httpx2.MockTransport(answer)),
+    ) as client:
+        client.images.generate(**fields)
+    return bodies[0]
+
+
+def test_every_parameter_of_openais_client_is_known_here() -> None:
+    named = ImageGenerateParamsStreaming.__required_keys__ | ImageGenerateParamsStreaming.__optional_keys__
+    assert named == {"prompt", *OPENAI}
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_what_asks_for_nothing_that_does_not_happen_anyway_is_taken_from_openais_client(name: str) -> None:
+    plain, (taken, refused) = body(prompt="a", seed=1), OPENAI[name]
+    for value in (None, *taken):
+        asked = parse_body(sent_by_openais_client(prompt="a", extra_body={"seed": 1}, **{name: value}), SERVICE)
+        assert asked.generation == plain.generation and not asked.stream
+        assert asked.encoding.model_copy(update={"quality": 90}) == plain.encoding
+    for value in refused:
+        error = refusal_of_body(sent_by_openais_client(prompt="a", **{name: value}))
+        assert error.status in (400, 404) and error.param == name and error.message.startswith(name)
+
+
+def test_a_prompt_of_the_default_limits_fits_however_it_is_written() -> None:
+    service = replace(SERVICE, limits=Limits())
+    longest = "\U0001f305" * service.limits.prompt_characters
+    fields = {"prompt": longest, "negative_prompt": longest}
+    assert len(longest) == 4000
+    escaped = json.dumps(fields, ensure_ascii=True).encode()
+    assert len(escaped) <= service.limits.body_bytes
+    assert parse_body(escaped, service).generation.negative_prompt == longest
+    assert parse_query(urlencode(fields).encode(), service).generation.prompt == longest
+    with pytest.raises(ApiError, match="prompt must be at most 4000 characters, got 4001"):
+        parse_body(json.dumps({"prompt": longest + "a"}).encode(), service)
+
+
 def test_a_prompt_may_hold_any_text_and_line_breaks() -> None:
     prompt = "dämmerung\n日没 🌅"
     assert body(prompt=prompt).generation.prompt == prompt
@@ -187,7 +263,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     (
         {"output_compression": 50},
         "output_compression",
-        "output_compression needs output_format webp or jpeg: png loses nothing.",
+        "output_compression below 100 needs output_format webp or jpeg: png loses nothing.",
     ),
     (
         {"output_format": "webp", "output_compression": 101},
@@ -195,9 +271,11 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
         "output_compression must be an integer between 0 and 100, got 101.",
     ),
     ({"user": 3}, "user", "user must be a string, got 3."),
-    ({"style": "vivid"}, "style", "style is not supported here; leave it out."),
+    ({"style": "oil"}, "style", 'style must be "vivid" or "natural", got "oil".'),
+    ({"svg": {"model": "a"}}, "svg", "svg is not supported here; leave it out."),
+    ({"safety_identifier": 3}, "safety_identifier", "safety_identifier must be a string, got 3."),
     ({"background": "transparent"}, "background", 'background must be "auto" or "opaque", got "transparent".'),
-    ({"moderation": "low"}, "moderation", 'moderation must be "auto", got "low".'),
+    ({"moderation": "high"}, "moderation", 'moderation must be "auto" or "low", got "high".'),
     ({"quality": "hd"}, "quality", 'quality must be "auto" or "standard", got "hd".'),
     ({"stream": 0}, "stream", "stream must be true or false, got 0."),
     ({"stream": "true"}, "stream", 'stream must be true or false, got "true".'),
