@@ -97,7 +97,7 @@ class Encoding(Settings):
 
 @dataclass(frozen=True)
 class Service:
-    """All that is known about the model without asking it: what serve_config.yaml says."""
+    """What a request may say. serve_config.yaml says all of it; the model and the sizes that run are the replicas'."""
 
     model: str
     sizes: tuple[str, ...]  # "WIDTHxHEIGHT", the first is the default
@@ -108,10 +108,13 @@ class Service:
 
 @dataclass(frozen=True)
 class Description:
-    """What only a replica knows, because it stands in the checkpoint."""
+    """What a replica says of itself. Its checkpoint names the samplers; the model and the sizes are those that it has
+    loaded, which differ from the config's while a deployment rolls, or after it has failed."""
 
     samplers: tuple[str, ...]
     default_sampler: str
+    model: str = ""  # empty: a replica of a version that did not say it, and it is the config's
+    sizes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class Images:
     seeds: tuple[int, ...]
     facts: Mapping[str, str | int | float | bool]
     timings: Mapping[str, float]  # seconds
+    model: str = ""  # that drew them; empty: a replica of a version that did not say it
 
 
 class ApiError(Exception):

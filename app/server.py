@@ -174,7 +174,7 @@ class StableDiffusion:
             *(asked.generation.n, facts["size"], asked.generation.num_inference_steps, generated.sampler),
             " ".join(f"{name}={seconds:.3f}" for name, seconds in timings.items()),
         )
-        return Images(files, generated.seeds, facts, timings)
+        return Images(files, generated.seeds, facts, timings, self.name)
 
     async def files(self, asked: ImageRequest, generated: Generated, facts: Facts) -> tuple[bytes, ...]:
         """One file for each image; a PNG says what made it, with the seed that makes this very image alone."""
@@ -205,7 +205,8 @@ class StableDiffusion:
         self.metrics.requests.inc(tags={"outcome": "cancelled" if future.cancelled() else outcome_of(error)})
 
     async def describe(self) -> Description:
-        return Description(tuple(self.pipeline.samplers), self.pipeline.default_sampler)
+        sizes = tuple(f"{width}x{height}" for width, height in self.pipeline.sizes)
+        return Description(tuple(self.pipeline.samplers), self.pipeline.default_sampler, self.name, sizes)
 
     async def stats(self) -> dict[str, Any]:
         return {

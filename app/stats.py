@@ -17,12 +17,19 @@ SUMMED = ("waiting", "unfinished", "active_slots", "num_slots", "backlog_s", "de
 async def stats_of_all(replicas: Any, timeout_s: float) -> dict[str, Stats]:
     """Statistics by replica id. `replicas` is a DeploymentHandle; one that does not answer is listed with an error."""
     names = asyncio.to_thread(replica_ids, replicas.app_name, replicas.deployment_name)
-    known, answers = await asyncio.gather(names, broadcast(replicas, "stats", timeout_s))
+    known, answers = await asyncio.gather(names, answers_of_all(replicas, timeout_s))
     stats: dict[str, Stats] = {answer["replica"]: answer for answer in answers if is_stats(answer)}
     return {
         name: {key: value for key, value in stats.get(name, SILENT).items() if key != "replica"}
         for name in sorted({*known, *stats})
     }
+
+
+async def answers_of_all(replicas: Any, timeout_s: float) -> list[Any]:
+    try:
+        return await broadcast(replicas, "stats", timeout_s)
+    except DeploymentUnavailableError:  # none is running
+        return []
 
 
 def is_stats(answer: object) -> bool:
@@ -31,14 +38,14 @@ def is_stats(answer: object) -> bool:
 
 
 async def broadcast(replicas: Any, method: str, timeout_s: float) -> list[Any]:
-    """What those replicas return that do so in time.
+    """What those replicas return that do so in time. Raises DeploymentUnavailableError if none runs.
 
     Ray's own `results_async` gives nothing at all when one is late, so its parts are used here.
     """
     try:
         async with asyncio.timeout(timeout_s):
             sent = await replicas.broadcast(method)._fetch_replica_results_async()
-    except (TimeoutError, DeploymentUnavailableError):  # none is running
+    except TimeoutError:  # Serve has not told us yet which replicas there are
         return []
     asked = [asyncio.ensure_future(one.get_async()) for one in sent]
     done, late = await asyncio.wait(asked, timeout=timeout_s)

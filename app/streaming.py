@@ -70,7 +70,7 @@ def image_event(item: Preview | Images, asked: ImageRequest, model: str) -> byte
             "image_generation.partial_image",
             {"b64_json": base64.b64encode(item.encoded).decode(), **shape, "partial_image_index": item.index},
         )
-    ours = {"model": model, **item.facts, "timings": item.timings}
+    ours = {"model": item.model or model, **item.facts, "timings": item.timings}
     return event(
         "image_generation.completed",
         {"b64_json": base64.b64encode(item.encoded[0]).decode(), **shape, "usage": USAGE, **ours},

@@ -334,8 +334,9 @@ def test_a_finished_request_is_measured_from_its_arrival_to_its_files(replica: A
     assert values["imagine_phase_seconds", "denoise"] == images.timings["denoise_s"]
 
 
-def test_a_replica_describes_what_stands_in_its_checkpoint(replica: Any) -> None:
-    assert asyncio.run(replica.describe()) == Description(("ddim", "pndm"), "ddim")
+def test_a_replica_names_its_model_its_sizes_and_what_stands_in_its_checkpoint(replica: Any) -> None:
+    assert asyncio.run(replica.describe()) == Description(("ddim", "pndm"), "ddim", "tiny", ("8x8",))
+    assert generate(replica).model == "tiny"
 
 
 def test_statistics_are_the_engines_and_what_the_replica_is(replica: Any) -> None:
