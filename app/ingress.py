@@ -5,8 +5,9 @@ import base64
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -36,14 +37,19 @@ from app.protocol import (
     parse_query,
     written,
 )
-from app.stats import stats_of_all, total
+from app.retry import RetryTimes
+from app.stats import broadcast, stats_of_all, total
 from app.streaming import EventStream
+from app.watch import ReplicaWatch
 
 # Read and thrown away of a body that is refused: a client that is still sending when the connection closes sees a
 # broken pipe and not the answer.
 DRAINED_BYTES = 4 << 20
 READY_TIMEOUT_S = 5.0  # how long /v1/models and /healthz wait for a replica that may still be warming up
-STATS_TIMEOUT_S = 2.0
+FAILED_RETRY_S = 30.0  # somebody has to deploy again
+PATIENCE_S = 0.3  # for a new answer of replicas that are known from an older one
+BROADCAST_TIMEOUT_S = 2.0  # for replicas to say what they are or do
+CROWDED = ("queue_full", "deadline_unmeetable", "replica_lost")  # refusals that many get at once
 ROUTES = {
     "GET /imagine?prompt=...": "one picture, as image/png, image/webp or image/jpeg",
     "POST /v1/images/generations": "pictures as OpenAI's images API returns them",
@@ -74,7 +80,8 @@ class Items(Cancellable, Protocol):
 
 
 class APIIngress:
-    """`replicas` is the DeploymentHandle of StableDiffusion. Keeps only what a replica says of itself."""
+    """`replicas` is the DeploymentHandle of StableDiffusion. Keeps what the replicas say of themselves, and when those
+    who were refused should come back."""
 
     def __init__(self, replicas: Any, service: Service, api_keys_file: Path | None = None) -> None:
         if RAY_SERVE_ENABLE_HA_PROXY and api_keys_file is None:  # it listens everywhere, and speaks to us over loopback
@@ -82,7 +89,8 @@ class APIIngress:
         self.replicas = replicas
         self.service = service
         self.keys = None if api_keys_file is None else Keys(api_keys_file)
-        self.description: Description | None = None
+        self.watch = ReplicaWatch(partial(broadcast, replicas, "describe", BROADCAST_TIMEOUT_S))
+        self.retry_times = RetryTimes()
         self.started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -104,11 +112,15 @@ class APIIngress:
         app.router.redirect_slashes = False
         return app
 
+    async def check_health(self) -> None:
+        """Serve calls this on the event loop of the routes: if that is blocked, no answer comes within
+        health_check_timeout_s, and three of those in a row make Serve replace this ingress."""
+
     async def index(self, request: Request) -> Response:
-        return json_response({"model": self.service.model, "routes": ROUTES})
+        return json_response({"model": self.services()[0].model, "routes": ROUTES})
 
     async def imagine(self, request: Request) -> Response:
-        asked = parse_query(request.scope["query_string"], self.service)
+        asked, _ = await self.parsed(parse_query, request.scope["query_string"])
         images = await self.generate(asked)
         headers = {f"X-{name.replace('_', '-').title()}": written(fact) for name, fact in images.facts.items()}
         spans = [f"{name.removesuffix('_s')};dur={1000 * seconds:.1f}" for name, seconds in images.timings.items()]
@@ -117,10 +129,10 @@ class APIIngress:
 
     async def generations(self, request: Request) -> Response:
         body = await read_body(request, self.service.limits.body_bytes, self.service.limits.timeout_s)
-        asked = parse_body(body, self.service)
+        asked, service = await self.parsed(parse_body, body)
         count_images(request.scope, asked.generation.n)
         if asked.stream:
-            return await self.stream(asked)
+            return await self.stream(asked, service.model)
         images = await self.generate(asked)
         data = [
             {"b64_json": base64.b64encode(encoded).decode(), "seed": seed}
@@ -129,7 +141,7 @@ class APIIngress:
         answer = {
             "created": int(time.time()),
             "data": data,
-            "model": self.service.model,
+            "model": images.model or service.model,
             "output_format": asked.encoding.output_format,
             **images.facts,
             "timings": images.timings,
@@ -137,16 +149,21 @@ class APIIngress:
         return json_response(answer)
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [await self.model_object()]})
+        """All that run: two while a rollout replaces one by another."""
+        objects = {service.model: self.model_object(service, description) for service, description in await self.run()}
+        return json_response({"object": "list", "data": [*objects.values()]})
 
     async def model(self, request: Request) -> Response:
-        check_model(request.path_params["id"], self.service)
-        return json_response(await self.model_object())
+        asked = request.path_params["id"]
+        served = await self.run()
+        for service, description in served:
+            if service.model == asked:
+                return json_response(self.model_object(service, description))
+        check_model(asked, served[0][0])
+        raise AssertionError("check_model refuses what no replica is")
 
-    async def model_object(self) -> dict[str, object]:
+    def model_object(self, service: Service, description: Description) -> dict[str, object]:
         """OpenAI's, with what a request may say beside it."""
-        description = self.description or await self.describe()
-        service = self.service
         return {
             "id": service.model,
             "object": "model",
@@ -161,40 +178,98 @@ class APIIngress:
         }
 
     async def stats(self, request: Request) -> Response:
-        replicas = await stats_of_all(self.replicas, STATS_TIMEOUT_S)
-        answer = {"model": self.service.model, "replicas": replicas, "total": total(replicas.values())}
-        return json_response(answer)
+        replicas = await stats_of_all(self.replicas, BROADCAST_TIMEOUT_S)
+        model = self.services()[0].model
+        return json_response({"model": model, "replicas": replicas, "total": total(replicas.values())})
 
     async def healthz(self, request: Request) -> Response:
-        await self.describe()
-        return json_response({"status": "ok", "model": self.service.model})
+        """200 if a replica answers now, or is busy and has answered within the last seconds."""
+        (service, _), *_ = await self.run()
+        return json_response({"status": "ok", "model": service.model})
+
+    def services(self) -> list[Service]:
+        """What requests may say, by the replicas that run; by the config while none is known."""
+        return [offered(self.service, description) for description in self.watch.current] or [self.service]
+
+    async def parsed(
+        self, parse: Callable[[bytes, Service], ImageRequest], content: bytes
+    ) -> tuple[ImageRequest, Service]:
+        """A request may name any model that runs."""
+        await self.watch.descriptions(0, BROADCAST_TIMEOUT_S)
+        services = {service.model: service for service in self.services()}
+        for service in services.values():
+            try:
+                return parse(content, service), service
+            except ApiError as error:
+                if error.code != "model_not_found":
+                    raise
+                refusal = error
+        raise refusal
 
     async def generate(self, asked: ImageRequest) -> Images:
         response: Pending[Images | ApiError] = self.replicas.generate.remote(asked)
-        answer = await answer_of(response, asked.timeout_s)
-        if isinstance(answer, ApiError):
-            raise answer
+        with self.refusals(asked):
+            answer = await answer_of(response, asked.timeout_s)
+            if isinstance(answer, ApiError):
+                raise answer
+        self.finished(asked, answer)
         return answer
 
-    async def stream(self, asked: ImageRequest) -> Response:
+    async def stream(self, asked: ImageRequest, model: str) -> Response:
         """Begins to answer once the engine has accepted the request: until then a refusal has a status of its own."""
         items: Items = self.replicas.options(stream=True).generate_stream.remote(asked)
         deadline = asyncio.get_running_loop().time() + asked.timeout_s
-        accepted = await next_of(items, deadline, asked.timeout_s)
+        with self.refusals(asked):
+            accepted = await next_of(items, deadline, asked.timeout_s)
         assert isinstance(accepted, Accepted)
-        next_image: Any = partial(next_of, items, deadline, asked.timeout_s)
-        return EventStream(next_image, items.cancel, asked, self.service.model)
+
+        async def next_image() -> Preview | Images:
+            item = await next_of(items, deadline, asked.timeout_s)
+            assert not isinstance(item, Accepted)
+            if isinstance(item, Images):
+                self.finished(asked, item)
+            return item
+
+        return EventStream(next_image, items.cancel, asked, model)
+
+    @contextmanager
+    def refusals(self, asked: ImageRequest) -> Iterator[None]:
+        """Those who should come back are told different times."""
+        try:
+            yield
+        except ApiError as error:
+            if error.code not in CROWDED or error.retry_after_s is None:
+                raise
+            replicas = len(self.watch.current)
+            retry_after_s = self.retry_times.retry_after_s(asked.generation, error.retry_after_s, replicas)
+            raise ApiError(error.status, error.message, error.param, error.code, retry_after_s) from None
+
+    def finished(self, asked: ImageRequest, images: Images) -> None:
+        if "device_s" in images.timings:
+            self.retry_times.finished(asked.generation, images.timings["device_s"])
+
+    async def run(self) -> list[tuple[Service, Description]]:
+        """What runs, as last heard."""
+        if not (descriptions := await self.watch.descriptions(PATIENCE_S, BROADCAST_TIMEOUT_S)):
+            descriptions = (await self.describe(),)
+        return [(offered(self.service, description), description) for description in descriptions]
 
     async def describe(self) -> Description:
+        """By the way that requests take, where a broadcast has found no replica: it wakes a deployment that has scaled
+        to zero, and fails at once if there will be none."""
         response: Pending[Description] = self.replicas.describe.remote()
         try:
-            self.description = description = await answer_of(response, READY_TIMEOUT_S)
+            return await answer_of(response, READY_TIMEOUT_S)
         except ApiError as error:
             if error.status != 504:
                 raise
             message = "No replica has answered: the model may still be loading."
             raise ApiError(503, message, None, "model_not_ready", READY_TIMEOUT_S) from None
-        return description
+
+
+def offered(service: Service, description: Description) -> Service:
+    """What a replica can do that says so."""
+    return replace(service, model=description.model or service.model, sizes=description.sizes or service.sizes)
 
 
 async def answer_of(response: Pending[Answer], timeout_s: float) -> Answer:
@@ -236,7 +311,10 @@ def failures(response: Cancellable, timeout_s: float) -> Iterator[None]:
     except BackPressureError as full:
         message = "Every replica's queue is full; try again later."
         raise ApiError(503, message, None, "queue_full", full.retry_after_s or 1.0) from None
-    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
+    except DeploymentUnavailableError:
+        message = "The deployment has failed: no replica runs, and none will start. `make status` says why."
+        raise ApiError(503, message, None, "deployment_failed", FAILED_RETRY_S) from None
+    except (RayActorError, ReplicaUnavailableError):
         raise ApiError(503, "The replica was lost; try again.", None, "replica_lost", 5.0) from None
 
 

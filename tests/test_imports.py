@@ -42,6 +42,8 @@ RULES = [
     Rule("app.keys", JAX | HTTP | {"ray", "app", "numpy"}),
     Rule("app.door", JAX | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
     Rule("app.stats", JAX | HTTP | {"app"}),
+    Rule("app.watch", JAX | HTTP | {"app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
+    Rule("app.retry", JAX | HTTP | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
     Rule("app.profiling", HTTP | {"ray", "app"}),
     Rule("app.profiling", JAX, anywhere=False),
     Rule("app.streaming", JAX | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress"}),

@@ -3,11 +3,15 @@
 import asyncio
 import base64
 import json
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -27,6 +31,7 @@ from app.protocol import (
     Preview,
     Service,
 )
+from app.retry import RetryTimes
 from app.stats import SUMMED
 
 SERVICE = Service(
@@ -102,17 +107,37 @@ class StreamMethod:
         return self.answers[-1]
 
 
+DESCRIPTION = Description(("euler", "pndm"), "pndm", "tiny", ("128x128", "256x128"))
+
+
 class Replicas:
-    """What APIIngress uses of a DeploymentHandle."""
+    """What APIIngress uses of a DeploymentHandle. Those that are `running` answer a broadcast, None never; without
+    any, Serve says that none is there."""
 
     def __init__(self) -> None:
         self.generate = Method(pictures)
         self.generate_stream = StreamMethod()
-        self.describe = Method(lambda: Description(("euler", "pndm"), "pndm"))
+        self.describe = Method(lambda: DESCRIPTION)
+        self.running: list[Description | None] = [DESCRIPTION]
+        self.broadcasts = 0
+
+    def broadcast(self, method: str) -> "Replicas":
+        assert method == "describe"
+        self.broadcasts += 1
+        return self
+
+    async def _fetch_replica_results_async(self) -> list[Any]:
+        if not self.running:
+            raise DeploymentUnavailableError(DeploymentID("StableDiffusion"))
+        return [SimpleNamespace(get_async=partial(awaited, Answer(description))) for description in self.running]
 
     def options(self, *, stream: bool) -> "Replicas":
         assert stream
         return self
+
+
+async def awaited(answer: Answer) -> Any:
+    return await answer
 
 
 def stream_of(asked: ImageRequest) -> Iterator[Any]:
@@ -213,9 +238,9 @@ def test_generations_answers_in_openais_shape_with_the_facts_beside_it(client: T
     }
 
 
-def test_models_lists_what_a_request_may_say_and_asks_a_replica_once(client: TestClient, replicas: Replicas) -> None:
+def test_models_lists_what_a_request_may_say_and_asks_once_a_second(client: TestClient, replicas: Replicas) -> None:
     assert client.get("/v1/models").json() == client.get("/v1/models").json()
-    assert len(replicas.describe.calls) == 1
+    assert replicas.broadcasts == 1 and not replicas.describe.calls
     (model,) = client.get("/v1/models").json()["data"]
     assert model.pop("created") > 1.7e9
     assert model == {
@@ -248,6 +273,7 @@ def test_models_lists_what_a_request_may_say_and_asks_a_replica_once(client: Tes
 
 @pytest.mark.parametrize("name", ["tiny", "CompVis/stable-diffusion-v1-4"])
 def test_a_model_is_found_by_its_id_slashes_percent_encoded_or_not(replicas: Replicas, name: str) -> None:
+    replicas.running = [replace(DESCRIPTION, model=name)]
     with local_client(APIIngress(replicas, replace(SERVICE, model=name))) as client:
         (listed,) = client.get("/v1/models").json()["data"]
         for path in (name, name.replace("/", "%2F")):
@@ -262,16 +288,118 @@ def no_such_model(other: str, name: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "param": "model", "code": "model_not_found"}}
 
 
-def test_health_asks_a_replica_every_time(
+def test_health_is_what_the_replicas_said_lately_and_waits_for_no_request(replicas: Replicas) -> None:
+    now = 100.0
+    ingress = APIIngress(replicas, SERVICE)
+    ingress.watch.clock = lambda: now
+    replicas.describe.outcome = lambda: None  # the way of requests, which is full
+    with local_client(ingress) as client:
+        assert client.get("/healthz").json() == {"status": "ok", "model": "tiny"}
+        replicas.running = [None]  # too busy to answer
+        now += 5
+        assert client.get("/healthz").status_code == 200
+        assert replicas.broadcasts == 2 and not replicas.describe.calls
+
+
+def test_health_is_bad_at_once_when_no_replica_runs(
     client: TestClient, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert client.get("/healthz").json() == {"status": "ok", "model": "tiny"}
+    monkeypatch.setattr("app.watch.FRESH_S", 0.0)
+    assert client.get("/healthz").status_code == 200
+    replicas.running = []
     replicas.describe.outcome = lambda: None
     monkeypatch.setattr("app.ingress.READY_TIMEOUT_S", 0.01)
     response = client.get("/healthz")
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.json()["error"]["code"] == "model_not_ready"
-    assert len(replicas.describe.calls) == 2 and replicas.describe.answers[1].cancelled
+    assert len(replicas.describe.calls) == 1 and replicas.describe.answers[0].cancelled
+    replicas.describe.outcome = lambda: DeploymentUnavailableError(DeploymentID("StableDiffusion"))
+    error = client.get("/healthz").json()["error"]
+    assert error["code"] == "deployment_failed" and "`make status` says why" in error["message"]
+
+
+def test_replicas_that_have_been_silent_for_long_are_not_believed(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    ingress = APIIngress(replicas, SERVICE)
+    ingress.watch.clock = lambda: now
+    monkeypatch.setattr("app.ingress.BROADCAST_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("app.ingress.READY_TIMEOUT_S", 0.01)
+    with local_client(ingress) as client:
+        assert client.get("/healthz").status_code == 200
+        replicas.running, replicas.describe.outcome = [None], lambda: None
+        now += 11
+        assert client.get("/healthz").json()["error"]["code"] == "model_not_ready"
+
+
+OTHER = Description(("ddim",), "ddim", "other", ("64x64",))
+
+
+def test_the_model_and_the_sizes_are_those_of_the_replicas_that_run(client: TestClient, replicas: Replicas) -> None:
+    """As after a deployment of another model that failed: its ingress runs, and the replicas of before."""
+    replicas.running = [OTHER]
+    replicas.generate.outcome = lambda asked: replace(pictures(asked), model="other")
+    replicas.generate_stream.outcome = lambda asked: [Accepted(), replace(pictures(asked), model="other")]
+    assert client.get("/healthz").json()["model"] == client.get("/").json()["model"] == "other"
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["sizes"], model["samplers"]) == ("other", ["64x64"], ["ddim"])
+    assert client.get("/v1/models/other").json() == model
+    assert client.get("/v1/models/tiny").json()["error"]["code"] == "model_not_found"
+    answer = post(client, prompt="a", model="other").json()
+    assert (answer["model"], answer["size"]) == ("other", "64x64")
+    assert '"model": "other"' in post(client, prompt="a", stream=True).text
+    assert post(client, prompt="a", model="tiny").json()["error"]["code"] == "model_not_found"
+    assert post(client, prompt="a", size="128x128").json()["error"]["param"] == "size"
+
+
+def test_while_a_rollout_mixes_models_either_may_be_named_and_the_answer_says_which_drew(
+    client: TestClient, replicas: Replicas
+) -> None:
+    replicas.running = [OTHER, DESCRIPTION, DESCRIPTION]
+    replicas.generate.outcome = lambda asked: replace(pictures(asked), model="tiny")
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny", "other"]
+    assert client.get("/v1/models/other").json()["id"] == "other"
+    assert client.get("/").json()["model"] == "tiny", "the more frequent"
+    for name in ("tiny", "other"):
+        assert post(client, prompt="a", model=name).json()["model"] == "tiny"
+    error = post(client, prompt="a", model="third").json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+def test_replicas_of_a_version_that_names_no_model_have_that_of_the_config(
+    client: TestClient, replicas: Replicas
+) -> None:
+    replicas.running = [Description(("euler",), "euler")]
+    assert client.get("/healthz").json()["model"] == post(client, prompt="a", model="tiny").json()["model"] == "tiny"
+
+
+def test_before_any_replica_is_known_requests_are_held_to_the_config(client: TestClient, replicas: Replicas) -> None:
+    replicas.running = []
+    assert post(client, prompt="a", model="tiny").status_code == 200
+    assert post(client, prompt="a", model="other").status_code == 404
+
+
+def test_two_hundred_who_are_refused_come_back_spread_over_what_their_work_takes(replicas: Replicas) -> None:
+    now, drawn = 100.0, 0
+    ingress = APIIngress(replicas, SERVICE)
+    ingress.retry_times = RetryTimes(lambda: now, lambda low, high: low)
+    with local_client(ingress) as client:
+        assert post(client, prompt="a").status_code == 200  # 0.75 s of a device, as `pictures` says
+        refusals = [ApiError(503, "Full.", None, "queue_full", 0.3), BackPressureError(9, 8, 503, 0.3)]
+        replicas.generate.outcome = lambda _: refusals[drawn % 2]
+        replicas.generate_stream.outcome = lambda _: [refusals[drawn % 2]]
+        times = []
+        for drawn in range(200):
+            response = post(client, prompt="a", stream=drawn % 3 == 0)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_full")
+            times.append(int(response.headers["retry-after"]))
+    assert times == [math.ceil(0.3 + 0.75 * refused) for refused in range(200)]
+
+
+def test_serve_asks_the_ingress_for_its_health_on_the_loop_of_its_routes() -> None:
+    """Ray calls it there, if it is a coroutine function: tests/test_faults.py blocks the loop of a real one."""
+    assert asyncio.iscoroutinefunction(serve.ingress()(APIIngress).check_health)
 
 
 def test_the_index_names_every_route(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +565,7 @@ FAILURES: list[tuple[Any, int, str, str | None]] = [
     (ApiError(400, "sampler must be one of euler, got pndm.", "sampler", "invalid_value"), 400, "invalid_value", None),
     (BackPressureError(9, 8, 503, 4.0), 503, "queue_full", "4"),
     (BackPressureError(9, 8), 503, "queue_full", "1"),
-    (DeploymentUnavailableError(DeploymentID("StableDiffusion")), 503, "replica_lost", "5"),
+    (DeploymentUnavailableError(DeploymentID("StableDiffusion")), 503, "deployment_failed", "30"),
     (ActorDiedError(), 503, "replica_lost", "5"),
     (asyncio.CancelledError(), 503, "replica_lost", "1"),
     (RuntimeError(SECRET), 500, "internal_error", None),
@@ -449,11 +577,19 @@ FAILURES: list[tuple[Any, int, str, str | None]] = [
     ("outcome", "status", "code", "retry_after"), FAILURES, ids=[str(case[2:]) for case in FAILURES]
 )
 def test_what_goes_wrong_behind_becomes_a_status_and_never_shows_its_insides(
-    client: TestClient, replicas: Replicas, outcome: Any, status: int, code: str, retry_after: str | None
+    replicas: Replicas, outcome: Any, status: int, code: str, retry_after: str | None
 ) -> None:
     replicas.generate.outcome = lambda *_: outcome
     replicas.generate_stream.outcome = lambda _: [outcome]
-    for response in (client.get("/imagine?prompt=a"), post(client, prompt="a", stream=True)):
+    ask: list[Callable[[TestClient], Any]] = [
+        lambda client: client.get("/imagine?prompt=a"),
+        lambda client: post(client, prompt="a", stream=True),
+    ]
+    for asked in ask:  # of an ingress that has refused nobody before
+        ingress = APIIngress(replicas, SERVICE)
+        ingress.retry_times = RetryTimes(uniform=lambda low, high: low)
+        with local_client(ingress) as client:
+            response = asked(client)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
         assert response.headers.get("retry-after") == retry_after
         assert SECRET not in response.text and "Traceback" not in response.text

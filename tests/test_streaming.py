@@ -92,7 +92,7 @@ def test_a_refusal_before_the_first_event_has_its_status(client: OpenAI, replica
     with pytest.raises(openai.InternalServerError) as caught:
         client.images.generate(prompt="a", stream=True)
     assert (caught.value.status_code, caught.value.code) == (503, "queue_full")
-    assert caught.value.response.headers["retry-after"] == "3"
+    assert caught.value.response.headers["retry-after"] in ("3", "4"), "with up to a quarter of chance"
 
 
 def test_a_client_that_goes_away_stops_the_work(client: OpenAI, replicas: Replicas) -> None:
