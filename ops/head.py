@@ -135,6 +135,10 @@ def environment(cluster: Cluster) -> dict[str, str]:
         RAY_FAKE_CLUSTER="1",  # without which Ray's local provider refuses to work
         RAY_enable_autoscaler_v2="1",  # as `ray up` has it on Google Cloud
         AUTOSCALER_UPDATE_INTERVAL_S="1",  # asking this machine costs little
+        # Serve's own values find a dead proxy after 28 s, and let a frozen replica keep its chips until it has drained.
+        RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S="2",
+        RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="5",
+        RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS="1",
         # A job's driver on a node would have as many workers started as the node says it has CPUs.
         RAY_prestart_worker_first_driver="0",
         **{name: str(cluster.ports[name]) for name in PORT_VARIABLES},

@@ -250,6 +250,8 @@ def test_ray_starts_with_the_token_mode_the_code_and_without_telling_usage(home:
         assert environment["RAY_AUTH_MODE"] == "token"
         assert environment["PYTHONPATH"] == f"{home}/imagine"
         assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+        assert environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] == "2"
+        assert environment["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] == "1"
         assert environment["JAX_PLATFORMS"] == platforms
 
 
