@@ -118,6 +118,7 @@ def check_app(document: Document, app: App) -> Iterator[Finding]:
         yield from check_limits(document, app.key, app.args)
         for deployment in filter(None, (ingress, model)):  # an answer of the model's passes through the ingress
             yield from check_drain(document, deployment, app.args)
+            yield from check_health(document, deployment, app.args)
         if model:
             yield from check_model(document, model, app.args)
             yield from check_timeouts(document, model, app.args)
@@ -206,13 +207,20 @@ def check_timeouts(document: Document, model: Deployment, args: Args) -> Iterato
             f"must be above limits.timeout_s, {timeout_s:g}, or Serve's 408 comes before our answer, got {request_s:g}."
         )
         yield document.error(("http_options", "request_timeout_s"), text)
-    period_s = model.option("health_check_period_s")
-    if FAILURES * period_s >= timeout_s:
+
+
+def check_health(document: Document, deployment: Deployment, args: Args) -> Iterator[Finding]:
+    """Serve replaces a replica after three health checks in a row to which no answer came."""
+    period_s, timeout_s = (deployment.option(f"health_check_{name}_s") for name in ("period", "timeout"))
+    noticed_s = FAILURES * (period_s + timeout_s)
+    if noticed_s >= args.limits.timeout_s:
+        longer = "health_check_timeout_s" if timeout_s >= period_s else "health_check_period_s"
         text = (
-            f"is {period_s:g}: a dead engine is replaced after {FAILURES} failures, so not before all that wait "
-            f"for it have reached limits.timeout_s, {timeout_s:g}."
+            f"is {max(period_s, timeout_s):g}: a replica that hangs is replaced after {FAILURES} failed checks, "
+            f"{noticed_s:g} s, and by then all that wait for it have reached limits.timeout_s, "
+            f"{args.limits.timeout_s:g}."
         )
-        yield document.advice((*model.key, "health_check_period_s"), text)
+        yield document.advice((*deployment.key, longer), text)
 
 
 def check_order_of_limits(document: Document, ingress: Deployment, model: Deployment) -> Iterator[Finding]:

@@ -386,8 +386,14 @@ FIT: list[tuple[Edit, Key, str]] = [
     (
         put((*MODEL, "health_check_period_s"), 40),
         (*MODEL, "health_check_period_s"),
-        "advice: {} is 40: a dead engine is replaced after 3 failures, so not before all that wait for it have reached "
-        "limits.timeout_s, 120.",
+        "advice: {} is 40: a replica that hangs is replaced after 3 failed checks, 150 s, and by then all that wait "
+        "for it have reached limits.timeout_s, 120.",
+    ),
+    (
+        put((*INGRESS, "health_check_timeout_s"), 60),
+        (*INGRESS, "health_check_timeout_s"),
+        "advice: {} is 60: a replica that hangs is replaced after 3 failed checks, 183 s, and by then all that wait "
+        "for it have reached limits.timeout_s, 120.",
     ),
     (
         put(("http_options", "host"), "0.0.0.0"),
