@@ -1,8 +1,8 @@
 """Puts a Serve config on the cluster and waits until it serves; tells how it fares; takes it off again.
 
 The request is the one that `serve deploy CONFIG` makes, by Ray's own client. What is added: the linter before it, the
-wait, the reason of a failure, and a second try of a config that has failed, which Serve by itself takes for nothing
-new. Where the cluster is, only ops/places.py knows.
+wait, the reason of a failure, what ran before instead of a config that fails, and a second try of a config that has
+failed, which Serve by itself takes for nothing new. Where the cluster is, only ops/places.py knows.
 """
 
 import argparse
@@ -11,14 +11,16 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ops import nodes, processes
+from ops import processes
 from ops.cluster import RUN_DIR, TWIN, Cluster, running
 from ops.dashboard import Dashboard, Details, log_places, reason, serves
 from ops.documents import loaded
 from ops.local import port
 from ops.places import LOCAL, dashboard_of, isolate, reach
+from ops.serve_states import Failed, counts, name_of, ready, replicas
+from ops.status import status
 from ops.terminal import Progress, Stop, make, run, say, span
 
 if TYPE_CHECKING:
@@ -40,9 +42,52 @@ def deploy(dashboard: Dashboard, config: "ServeDeploySchema", path: Path, timeou
         put(dashboard, {**wanted, "applications": [app for app in wanted["applications"] if name_of(app) not in again]})
         wait(dashboard, lambda details: not again & set(details["applications"]), timeout_s)
     put(dashboard, wanted)
-    names = [name_of(app) for app in wanted["applications"]]
-    took = wait(dashboard, lambda details: ready(details, names), timeout_s)
-    say(f"{', '.join(names)} is ready after {span(took)}: {reach(dashboard)}")
+    try:
+        took = wait(dashboard, lambda details: ready(details, names_of(wanted)), timeout_s)
+    except Failed as failure:
+        put_back(dashboard, before, wanted, path, str(failure), timeout_s)
+    except KeyboardInterrupt:
+        say(f"Serve goes on deploying {path}; see: {make('status', dashboard.cluster)}")
+        raise
+    say(f"{', '.join(names_of(wanted))} is ready after {span(took)}: {reach(dashboard)}")
+
+
+def put_back(
+    dashboard: Dashboard, before: Details, failed: Details, path: Path, failure: str, timeout_s: float
+) -> NoReturn:
+    """Has Serve run again what ran before a config that fails at its start, which it would replace by nothing."""
+    previous = running_config(before, failed)
+    if previous is None:
+        raise Stop(failure)
+    names = ", ".join(names_of(previous))
+    say(f"{path} failed. What ran before is put back: {names}.")
+    sound = [name for name in names_of(previous) if before["applications"][name]["status"] == "RUNNING"]
+    try:
+        put(dashboard, previous)
+        took = wait(dashboard, lambda details: ready(details, sound or names_of(previous)), timeout_s)
+    except Stop as second:
+        raise Stop(f"{failure}\n{path} failed, and what ran before could not be put back. {second}") from None
+    except KeyboardInterrupt:
+        say(f"Serve goes on putting back {names}; see: {make('status', dashboard.cluster)}")
+        raise
+    raise Stop(f"{failure}\n{path} is not deployed. {names} serves as before, since {span(took)} after the failure.")
+
+
+def running_config(before: Details, failed: Details) -> Details | None:
+    """What ran, with the options of Serve itself that both have in common; None if nothing ran that a config has made.
+
+    It also holds what the failed config leaves out: one that works would have replaced all of it.
+    """
+    apps = [
+        app["deployed_app_config"]
+        for app in before["applications"].values()
+        if app["status"] in ("RUNNING", "UNHEALTHY") and app.get("deployed_app_config")
+    ]
+    return {**failed, "applications": apps} if apps else None
+
+
+def names_of(config: Details) -> list[str]:
+    return [name_of(app) for app in config["applications"]]
 
 
 def lint_first(path: Path, cluster: str, run_dir: Path) -> None:
@@ -99,10 +144,6 @@ def check_http_options(before: Details, config: "ServeDeploySchema", path: Path,
         say(f"Note: others on the network can reach this. For this machine alone, set http_options.host in {path}.")
 
 
-def name_of(app: Details) -> str:
-    return str(app.get("name", "default"))
-
-
 def unchanged(before: Details, wanted: Details) -> list[str]:
     """The applications that Serve will leave as they are."""
     running = {n: app["deployed_app_config"] for n, app in before["applications"].items() if app["status"] == "RUNNING"}
@@ -134,30 +175,6 @@ def client(dashboard: Dashboard) -> Any:
     return ServeSubmissionClient(dashboard.address)
 
 
-def ready(details: Details, names: list[str]) -> bool:
-    """Whether all of them serve. An application that has failed ends the wait, with the reason."""
-    apps = {name: details["applications"].get(name) for name in names}
-    for name, app in apps.items():
-        if app and app["status"] == "DEPLOY_FAILED":
-            raise Stop(why(name, app))
-    if not all(app and app["status"] == "RUNNING" for app in apps.values()):
-        return False
-    doors = [proxy["status"] == "HEALTHY" for proxy in details["proxies"].values()]
-    reachable = bool(doors and all(doors)) or details["proxy_location"] == "Disabled"
-    return reachable and all(settled(one) for app in apps.values() if app for one in app["deployments"].values())
-
-
-def settled(deployment: Details) -> bool:
-    """As many replicas as the config says; how many more load has asked for is not what a deployment waits for."""
-    return bool(deployment["status"] == "HEALTHY" or deployment["status_trigger"] == "AUTOSCALING")
-
-
-def why(name: str, app: Details) -> str:
-    failed = {n: one["message"] for n, one in app["deployments"].items() if one["status"] == "DEPLOY_FAILED"}
-    messages = {f"{name}/{n}": message for n, message in failed.items() if message} or {name: app["message"]}
-    return "\n".join(f"{place} did not start: {reason(message)}" for place, message in messages.items())
-
-
 def wait(dashboard: Dashboard, done: Callable[[Details], bool], timeout_s: float) -> float:
     """Shows how the cluster fares until it is `done`; returns how long that took."""
     news: dict[str, list[str]] = {}  # replica -> what it wrote last
@@ -185,20 +202,6 @@ def rows(dashboard: Dashboard, details: Details, news: dict[str, list[str]]) -> 
         yield "Serve", ("starting", "")
 
 
-def counts(deployment: Details) -> str:
-    states = [replica["state"] for replica in deployment["replicas"]]
-    others = {state: states.count(state) for state in sorted(set(states) - {"RUNNING"})}
-    told = [f"{states.count('RUNNING')} of {deployment['target_num_replicas']} ready"]
-    return ", ".join(told + [f"{count} {state.lower().replace('_', ' ')}" for state, count in others.items()])
-
-
-def replicas(app: Details, state: str, deployment: str | None = None) -> Iterator[Details]:
-    for name, one in app["deployments"].items():
-        for replica in one["replicas"]:
-            if replica["state"] == state and deployment in (None, name):
-                yield replica
-
-
 def latest(dashboard: Dashboard, replica: Details, news: dict[str, list[str]]) -> str:
     """The last line a replica wrote, to its log or to stderr, whichever came last."""
     known = news.setdefault(replica["replica_id"], [])
@@ -207,24 +210,6 @@ def latest(dashboard: Dashboard, replica: Details, news: dict[str, list[str]]) -
             if (words := line.rpartition(" -- ")[2].strip()) not in known[-2:]:
                 known.append(words)
     return known[-1] if known else ""
-
-
-def status(dashboard: Dashboard, uptime: str) -> None:
-    details = dashboard.details()
-    failure = nodes.failure(nodes.past(dashboard))
-    rows = [*nodes.status(dashboard).rows(), *([f"last failure: {failure}"] if failure else [])]
-    say(f"Ray    {dashboard.address if dashboard.cluster == LOCAL else dashboard.cluster}  {uptime}")
-    say("Nodes  " + "\n       ".join(rows))
-    if not details["applications"]:
-        say(f"Serve  nothing is deployed. Deploy with: {make('deploy', dashboard.cluster)}")
-        return
-    say(f"Serve  {reach(dashboard)}")
-    for name, app in details["applications"].items():
-        say(f"{name}  {app['status']}")
-        for deployment, one in app["deployments"].items():
-            say(f"  {deployment}  {one['status']}  {counts(one)}")
-        if app["status"] == "DEPLOY_FAILED":
-            say(why(name, app))
 
 
 def undeploy(dashboard: Dashboard, timeout_s: float) -> None:

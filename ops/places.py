@@ -12,7 +12,7 @@ from typing import Any
 
 from ops import processes
 from ops.cluster import running
-from ops.dashboard import Dashboard, serve_address
+from ops.dashboard import Dashboard, Details, serve_address
 from ops.preflight import content, ready, token_file
 from ops.terminal import Stop, make
 from ops.tunnel import route, tunnel
@@ -72,3 +72,14 @@ def authorization() -> dict[str, str]:
             f"{token_file()} holds no token. Put the cluster's there, or make one: ray get-auth-token --generate"
         )
     return {"Authorization": f"Bearer {token}"}
+
+
+@contextmanager
+def api_of(dashboard: Dashboard, details: Details) -> Iterator[str]:
+    """Where this machine reaches the API, while the block runs."""
+    if dashboard.cluster == LOCAL:
+        yield serve_address(details)
+        return
+    here = processes.free_ports(1)[0]
+    with tunnel(route(Path(dashboard.cluster)), {here: details["http_options"]["port"]}):
+        yield f"http://127.0.0.1:{here}"

@@ -1,12 +1,19 @@
 """ops/deploy.py, ops/dashboard.py and ops/logs.py without a cluster: what they read, decide and say."""
 
+import json
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ops import deploy, logs, processes
+from ops import deploy, logs, processes, serve_states, status
 from ops.dashboard import Dashboard, Details, log_places, reason, serve_address
+from ops.nodes import Nodes
 from ops.terminal import Progress, Stop, span
 
 CONSTRUCTOR_FAILED = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
@@ -68,25 +75,27 @@ def details(**apps: Details) -> Details:
 
 
 def test_ready_is_all_apps_running_behind_a_healthy_proxy() -> None:
-    assert deploy.ready(details(app=app()), ["app"])
-    assert not deploy.ready(details(), ["app"])
-    assert not deploy.ready(details(app=app("DEPLOYING", "UPDATING")), ["app"])
-    assert not deploy.ready(details(app=app()) | {"proxies": {}}, ["app"])
-    assert not deploy.ready(details(app=app()) | {"proxies": {"n": {"status": "STARTING"}}}, ["app"])
+    assert serve_states.ready(details(app=app()), ["app"])
+    assert not serve_states.ready(details(), ["app"])
+    assert not serve_states.ready(details(app=app("DEPLOYING", "UPDATING")), ["app"])
+    assert not serve_states.ready(details(app=app()) | {"proxies": {}}, ["app"])
+    assert not serve_states.ready(details(app=app()) | {"proxies": {"n": {"status": "STARTING"}}}, ["app"])
 
 
 def test_replicas_that_load_asked_for_are_not_waited_for() -> None:
-    assert deploy.ready(details(app=app("RUNNING", "UPSCALING", status_trigger="AUTOSCALING")), ["app"])
-    assert not deploy.ready(details(app=app("RUNNING", "UPSCALING", status_trigger="CONFIG_UPDATE_STARTED")), ["app"])
+    assert serve_states.ready(details(app=app("RUNNING", "UPSCALING", status_trigger="AUTOSCALING")), ["app"])
+    assert not serve_states.ready(
+        details(app=app("RUNNING", "UPSCALING", status_trigger="CONFIG_UPDATE_STARTED")), ["app"]
+    )
 
 
 def test_a_failure_ends_the_wait_with_its_reason() -> None:
     failed = app("DEPLOY_FAILED", "DEPLOY_FAILED", message=CONSTRUCTOR_FAILED)
     with pytest.raises(Stop, match="app/Model did not start: model must be a folder .* got nowhere"):
-        deploy.ready(details(app=failed), ["app"])
+        serve_states.ready(details(app=failed), ["app"])
     not_built = app("DEPLOY_FAILED") | {"message": IMPORT_FAILED, "deployments": {}}
     with pytest.raises(Stop, match="app did not start: ModuleNotFoundError: No module named 'nowhere'"):
-        deploy.ready(details(app=not_built), ["app"])
+        serve_states.ready(details(app=not_built), ["app"])
 
 
 def test_only_what_serve_would_not_retry_is_removed_first() -> None:
@@ -218,3 +227,210 @@ def test_progress_without_a_terminal_is_a_line_for_each_change(capsys: pytest.Ca
 
 def test_spans_are_told_in_two_units_at_most() -> None:
     assert [span(seconds) for seconds in (4.2, 75, 7300)] == ["4 s", "1 min 15 s", "2 h 1 min"]
+
+
+# A config that fails
+
+
+class FakeServe:
+    """What Serve makes of the configs that are put: an application whose text is bad does not start, and replaces what
+    ran; one whose text is slow never gets ready. `broken` names those that do not start again either."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *running: Details, broken: str = "") -> None:
+        self.puts: list[list[Details]] = []
+        self.apps = {config["name"]: app() | {"deployed_app_config": config} for config in running}
+        self.broken = broken
+        monkeypatch.setattr(Dashboard, "details", lambda _: details(**self.apps) | {"http_options": {}})
+        monkeypatch.setattr(Dashboard, "log", lambda *_, **__: [])
+        monkeypatch.setattr(deploy, "client", lambda _: self)
+        monkeypatch.setattr(deploy, "check_http_options", lambda *_: None)
+
+    def deploy_applications(self, config: Details) -> None:
+        self.puts.append(config["applications"])
+        self.apps = {one["name"]: self.outcome(one) for one in config["applications"]}
+
+    def outcome(self, config: Details) -> Details:
+        text, known = config["args"]["text"], self.apps.get(config["name"])
+        if known and known["deployed_app_config"] == config:
+            return known
+        if text == "bad" or config["name"] == self.broken:
+            outcome = app("DEPLOY_FAILED", "DEPLOY_FAILED", message=CONSTRUCTOR_FAILED, replicas=[])
+        else:
+            outcome = app("DEPLOYING", "UPDATING") if text == "slow" else app()
+        return outcome | {"deployed_app_config": config}
+
+
+def one_app(name: str, text: str) -> Details:
+    return {"name": name, "import_path": "tests.serve_apps:greeter", "route_prefix": f"/{name}", "args": {"text": text}}
+
+
+def deployed(tmp_path: Path, *apps: Details, timeout_s: float = 60) -> None:
+    path = tmp_path / "new.yaml"
+    path.write_text(json.dumps({"applications": apps}))
+    deploy.deploy(Dashboard("http://127.0.0.1:1"), deploy.read(path, None), path, timeout_s)
+
+
+REASON = "did not start: model must be a folder in diffusers layout, got nowhere."
+
+
+def test_what_ran_before_a_config_that_fails_is_put_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve = FakeServe(monkeypatch, one_app("a", "good"))
+    with pytest.raises(Stop) as stop:
+        deployed(tmp_path, one_app("a", "bad"))
+    assert serve.puts == [[one_app("a", "bad")], [one_app("a", "good")]]
+    first, *_, last = str(stop.value).splitlines()
+    assert first == f"a/Model {REASON}"
+    assert last == f"{tmp_path}/new.yaml is not deployed. a serves as before, since 0 s after the failure."
+    assert f"{tmp_path}/new.yaml failed. What ran before is put back: a." in capsys.readouterr().out
+    assert serve.apps["a"]["status"] == "RUNNING"
+
+
+def test_all_applications_of_before_are_put_back_also_those_that_the_new_config_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    serve = FakeServe(monkeypatch, one_app("a", "good"), one_app("b", "good"), one_app("c", "good"))
+    with pytest.raises(Stop, match="a, b, c serves as before"):
+        deployed(tmp_path, one_app("a", "bad"), one_app("b", "better"), one_app("d", "good"))
+    assert serve.puts[-1] == [one_app(name, "good") for name in "abc"]
+    assert {name: one["status"] for name, one in serve.apps.items()} == dict.fromkeys("abc", "RUNNING")
+
+
+def test_a_first_config_that_fails_has_nothing_to_put_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    serve = FakeServe(monkeypatch)
+    serve.apps = {"other": app() | {"deployed_app_config": None}}  # made by serve.run, which no config can make again
+    with pytest.raises(Stop) as stop:
+        deployed(tmp_path, one_app("a", "bad"))
+    assert len(serve.puts) == 1 and str(stop.value).startswith(f"a/Model {REASON}") and "before" not in str(stop.value)
+
+
+def test_what_does_not_start_again_either_is_told_with_both_reasons(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    serve = FakeServe(monkeypatch, one_app("a", "good"), broken="a")
+    with pytest.raises(Stop) as stop:
+        deployed(tmp_path, one_app("a", "bad"))
+    assert len(serve.puts) == 2
+    assert str(stop.value).count(REASON) == 2 and "what ran before could not be put back" in str(stop.value)
+
+
+def test_an_application_that_was_unhealthy_is_put_back_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    serve = FakeServe(monkeypatch, one_app("a", "good"), one_app("b", "slow"))
+    serve.apps["b"]["status"] = "UNHEALTHY"
+    with pytest.raises(Stop, match="a, b serves as before"):
+        deployed(tmp_path, one_app("a", "bad"), one_app("b", "good"), timeout_s=5)
+    assert serve.puts[-1] == [one_app("a", "good"), one_app("b", "slow")]
+
+
+def test_what_is_only_slow_or_interrupted_is_not_put_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve = FakeServe(monkeypatch, one_app("a", "good"))
+    with pytest.raises(Stop, match="Not ready after .* It goes on trying"):
+        deployed(tmp_path, one_app("a", "slow"), timeout_s=0)
+
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deployed(tmp_path, one_app("a", "slow"))
+    assert f"Serve goes on deploying {tmp_path}/new.yaml; see: make status" in capsys.readouterr().out
+    assert [config for (config,) in serve.puts] == [one_app("a", "slow")] * 2
+
+
+# Status
+
+
+@pytest.fixture
+def api() -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
+    """Where an API is, and what it answers by path."""
+    answers: dict[str, tuple[int, bytes]] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            code, body = answers[self.path]
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", answers
+        server.shutdown()
+        thread.join()
+
+
+def told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str, **changes: Any
+) -> tuple[str, str]:
+    """What `make status` prints, and what it ends with."""
+    port = int(url.rpartition(":")[2])
+    one = app() | {"route_prefix": "/v2"} | changes.pop("app", {})
+    state = details(app=one) | {"http_options": {"port": port}, "controller_info": {"node_id": "n"}} | changes
+    monkeypatch.setattr(Dashboard, "details", lambda _: state)
+    monkeypatch.setattr("ops.nodes.status", lambda _: Nodes(Counter(head=1), []))
+    monkeypatch.setattr("ops.nodes.past", lambda _: [])
+    try:
+        status.status(Dashboard("http://127.0.0.1:1"), "up 3 s")
+    except Stop as stop:
+        return capsys.readouterr().out, str(stop)
+    return capsys.readouterr().out, ""
+
+
+def test_status_asks_the_api_itself_and_shows_the_proxies(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], api: Any
+) -> None:
+    url, answers = api
+    answers["/v2/healthz"] = (200, b"{}")
+    shown, wrong = told(monkeypatch, capsys, url)
+    assert "Proxy  HEALTHY on n\napp  RUNNING, answers after 0.0" in shown and not wrong
+    answers["/v2/healthz"] = (404, b"not ours")
+    assert told(monkeypatch, capsys, url)[1] == "", "another application has no such route"
+
+
+def test_an_api_that_does_not_serve_is_wrong_whatever_serve_calls_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], api: Any
+) -> None:
+    url, answers = api
+    answers["/v2/healthz"] = (503, json.dumps({"error": {"message": "No replica has answered."}}).encode())
+    assert told(monkeypatch, capsys, url)[1] == (
+        "app does not serve: its /healthz answers 503: No replica has answered."
+    )
+    answers["/v2/healthz"] = (500, b"Internal\nServer Error")
+    assert told(monkeypatch, capsys, url)[1].endswith("answers 500: Internal Server Error")
+    closed = f"http://127.0.0.1:{processes.free_ports(1)[0]}"
+    shown, wrong = told(monkeypatch, capsys, closed)
+    assert wrong == "app does not serve: its /healthz does not answer: [Errno 111] Connection refused"
+    assert "app  RUNNING, its /healthz does not answer" in shown
+    starting = app("DEPLOYING", "UPDATING") | {"route_prefix": "/v2"}
+    assert told(monkeypatch, capsys, closed, app=starting)[1] == "", "what starts need not answer yet"
+
+
+def test_an_api_that_hangs_is_wrong_within_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(status, "ANSWER_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert told(monkeypatch, capsys, url)[1].endswith("its /healthz does not answer: nothing within 0.1 s")
+
+
+def test_what_serve_itself_calls_wrong_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], api: Any
+) -> None:
+    url, answers = api
+    answers["/v2/healthz"] = (200, b"{}")
+    failed = app("DEPLOY_FAILED", "DEPLOY_FAILED", message=CONSTRUCTOR_FAILED) | {"route_prefix": "/v2"}
+    shown, wrong = told(monkeypatch, capsys, url, app=failed)
+    assert wrong == "app is DEPLOY_FAILED." and REASON in shown
+    sick = {"n": {"status": "UNHEALTHY", "node_ip": "10.0.0.7"}}
+    assert told(monkeypatch, capsys, url, proxies=sick)[1] == "The proxy on 10.0.0.7 is UNHEALTHY."
