@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from app.server import StableDiffusion
 from ops.documents import Document, Finding, nearest, read
+from ops.lint_checkpoint import check_checkpoints
 from ops.lint_cluster import check_cluster, most_workers, node_types
 from ops.lint_models import check_keys, check_values
 from ops.lint_serve import App, Deployment, apps, check_fit
@@ -60,7 +61,8 @@ def check(document: Document) -> tuple[list[Finding], bool]:
     if SERVE in keys:
         found, wrong = [*check_keys(document)], [*check_values(document)]
         broken = any(finding.error for finding in wrong)
-        return [*found, *wrong, *(() if broken else check_fit(document))], not broken
+        fits = () if broken else (*check_fit(document), *check_checkpoints(document))
+        return [*found, *wrong, *fits], not broken
     if any(name in keys for name in CLUSTER):
         return check_cluster(document)
     near = next(filter(None, (nearest(name, (SERVE, *CLUSTER)) for name in keys)), "")

@@ -17,7 +17,8 @@ from app.admission import Lane
 from app.models.clip import CLIPText
 from app.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from app.models.layers import attend
-from app.models.loading import Checkpoint, OneKey, load_checkpoint, squeezed, tensor_name, tensor_shape
+from app.models.loading import Checkpoint, OneKey, load_checkpoint, tensor_name, tensor_shape
+from app.models.tensor_names import squeezed
 from app.models.tokenizer import Tokenizer
 from app.models.unet import UNet
 from app.models.vae import VAE

@@ -5,7 +5,6 @@ Because modules are named like the checkpoint, there are no renaming tables: a p
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from app.models.clip import CLIPText
 from app.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig
+from app.models.tensor_names import NOT_WEIGHTS, current_name, squeezed
 from app.models.unet import UNet
 from app.models.vae import VAE
 
@@ -43,10 +43,6 @@ DOWNLOADED = [
     "tokenizer/*",
     *(f"{part}/{stem}.safetensors" for part, stem in STEMS.items()),
 ]
-# VAEs saved before diffusers 0.17 name their attention's layers so.
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# A constant that transformers used to save with the text encoder.
-NOT_WEIGHTS = {"embeddings.position_ids"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +169,6 @@ def tensor_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, ..
     return (shape[1], shape[0]) if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
 
 
-def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 convolution is a linear layer: SD 1.x saves some layers as the one, SD 2.x as the other."""
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-
-
 def from_tensor(path: tuple[Any, ...], tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """PyTorch's layout -> ours: OIHW to HWIO, [out, in] to [in, out]."""
     if path[-1] != "kernel":
@@ -230,14 +221,6 @@ def find_tensors(folder: Path, stem: str, problems: list[str]) -> dict[str, Tens
         problems.append(f"{where} cannot be read: {error}.")
         return {}
     return {name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS}
-
-
-def current_name(key: str) -> str:
-    """Two real aliases: transformers' former prefix and the VAE attention's former names."""
-    key = key.removeprefix("text_model.")
-    if match := re.fullmatch(r"((?:en|de)coder\.mid_block\.attentions\.0\.)(\w+)(\.\w+)", key):
-        return match[1] + OLD_VAE_ATTENTION.get(match[2], match[2]) + match[3]
-    return key
 
 
 def _mismatches(unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig) -> list[str]:

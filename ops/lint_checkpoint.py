@@ -1,0 +1,123 @@
+"""Whether the checkpoint that a Serve config names can be loaded, as far as its configs and the headers of its weights
+tell. A replica would find out only after the replicas that run have been stopped for it.
+
+Reads no weights and imports no JAX. What only the weights tell, such as a NaN, the replica says at its start.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from app.builders import ROOT, Args
+from app.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig
+from app.models.shapes import Shape, text_encoder_tensors, unet_tensors, vae_tensors
+from app.models.tensor_names import NOT_WEIGHTS, current_name, squeezed
+from app.protocol import width_height
+from ops.documents import Document, Finding, Key
+from ops.lint_serve import apps
+from ops.safetensors_header import Tensor, tensors_of
+
+LOADED = ("F32", "F16", "BF16")
+MOST = 3  # problems of one kind that are told one by one
+
+Problems = list[str]
+
+
+def check_checkpoints(document: Document) -> Iterator[Finding]:
+    for app in apps(document):
+        if isinstance(app.args, Args):
+            yield from check_checkpoint(document, (*app.key, "args"), app.args)
+
+
+def check_checkpoint(document: Document, key: Key, args: Args) -> Iterator[Finding]:
+    folder = (ROOT / Path(args.model).expanduser()).resolve()
+    if folder.is_dir():
+        say, told = document.error, "cannot be loaded"
+    elif cached := cached_folder(args.model, args.revision):  # the nodes may have another one, or fetch it anew
+        folder, say, told = cached, document.advice, "in this machine's Hub cache cannot be loaded"
+    else:
+        return
+    problems: Problems = []
+    unet, vae, text_encoder = (
+        config_of(read, folder, part, problems)
+        for part, read in (
+            ("unet", UNetConfig.from_json),
+            ("vae", VAEConfig.from_json),
+            ("text_encoder", CLIPTextConfig.from_json),
+        )
+    )
+    if not problems:  # else the architecture is not known
+        expected = {
+            "unet": unet_tensors(unet),
+            "vae": vae_tensors(vae),
+            "text_encoder": text_encoder_tensors(text_encoder),
+        }
+        for part, tensors in expected.items():
+            problems += weight_problems(folder / part / f"{STEMS[part]}.safetensors", tensors)
+        multiple = vae.scale_factor * unet.scale_factor
+        for size in args.sizes:
+            if any(side % multiple for side in width_height(size)):
+                yield say((*key, "sizes"), f"must be multiples of {multiple} for {args.model}, got {size}.")
+    for problem in problems:
+        yield say((*key, "model"), f"{args.model} {told}: {problem}")
+
+
+def cached_folder(model: str, revision: str | None) -> Path | None:
+    """Where a download from the Hub left a model, if it lies on this machine."""
+    import huggingface_hub  # takes a second
+
+    found = huggingface_hub.try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def config_of(read: Callable[[Mapping[str, Any], Problems], Any], folder: Path, part: str, problems: Problems) -> Any:
+    name = f"{part}/config.json"
+    try:
+        content = json.loads((folder / name).read_text("utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{name} is missing.")
+    except (OSError, ValueError) as error:
+        problems.append(f"{name} cannot be read: {error}.")
+    else:
+        if isinstance(content, dict):
+            return read(content, problems)
+        problems.append(f"{name} must hold a JSON object, got a {type(content).__name__}.")
+    return None
+
+
+def weight_problems(file: Path, expected: Mapping[str, Shape]) -> Problems:
+    name = f"{file.parent.name}/{file.name}"
+    try:
+        found = tensors_of(file)
+    except FileNotFoundError:
+        return [f"{name} is missing."]
+    except OSError as error:
+        return [f"{name} cannot be read: {error.strerror}."]
+    except ValueError as error:
+        return [f"{name} {error}"]
+    tensors = {current_name(key): tensor for key, tensor in found.items() if current_name(key) not in NOT_WEIGHTS}
+    return [f"{name}: {problem}" for kind in differences(tensors, expected) for problem in cut(kind)]
+
+
+def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> Iterator[Problems]:
+    """From what the architecture has, by kind."""
+    yield [f"tensor {name} is missing." for name in sorted(expected.keys() - tensors.keys())]
+    surplus = sorted(tensors.keys() - expected.keys())
+    yield [f"tensor {name} is not one that its config.json describes." for name in surplus]
+    both = sorted(expected.keys() & tensors.keys())
+    yield [
+        f"tensor {name} must have shape {[*expected[name]]} by its config.json, got {[*tensors[name].shape]}."
+        for name in both
+        if squeezed(tensors[name].shape) != squeezed(expected[name])
+    ]
+    yield [
+        f"tensor {name} must be {', '.join(LOADED[:-1])} or {LOADED[-1]}, got {tensors[name].dtype}."
+        for name in both
+        if tensors[name].dtype not in LOADED
+    ]
+
+
+def cut(problems: Problems) -> Problems:
+    more = len(problems) - MOST
+    return problems if more <= 1 else [*problems[:MOST], f"and {more} more of that kind."]
