@@ -7,7 +7,12 @@ from pathlib import Path
 from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
+from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app import builders, ingress
 
 
 class Args(BaseModel):
@@ -31,3 +36,22 @@ class Greeter:
 
 def greeter(args: Args) -> Application:
     return serve.deployment(name="Greeter")(Greeter).bind(args)
+
+
+class APIIngress(ingress.APIIngress):
+    """Ours, with a route that blocks its event loop, as a mistake in a route would."""
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        app = super().__serve_build_asgi_app__()
+        app.router.routes.append(Route("/block", self.block))
+        return app
+
+    async def block(self, request: Request) -> Response:
+        time.sleep(float(request.query_params["s"]))  # noqa: ASYNC251
+        return Response()
+
+
+def blockable(args: builders.Args) -> Application:
+    """The application of serve_config.yaml, of which a request can block the ingress."""
+    builders.APIIngress = APIIngress  # type: ignore[attr-defined]
+    return builders.text_to_image(args)

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -102,28 +103,51 @@ def test_status_and_logs_tell_of_it(verbs: Verbs, greeter: Path) -> None:
     succeeds(verbs.deploy(greeter))
     assert "greeting runs this config already." in succeeds(verbs.deploy(greeter))
     status = succeeds(verbs("deploy", "status"))
-    assert "greeting  RUNNING\n  Greeter  HEALTHY  1 of 1 ready\n" in status
+    assert re.search(r"greeting  RUNNING, answers after \d.\d\d s\n  Greeter  HEALTHY  1 of 1 ready\n", status)
+    assert "\nProxy  HEALTHY on " in status
     assert "Greeter " in succeeds(verbs("logs", "--lines", "5"))
+
+
+def deployed(verbs: Verbs) -> list[str]:
+    """What status says of Serve, without times."""
+    return re.sub(r"after [\d.]+ s", "", verbs("deploy", "status").stdout).splitlines()[2:]
 
 
 def test_serve_deploy_by_hand_gives_the_same(verbs: Verbs, greeter: Path, tmp_path: Path) -> None:
     succeeds(verbs.deploy(greeter))
-    before = verbs("deploy", "status").stdout.splitlines()[2:]
+    before = deployed(verbs)
     serve = [str(Path(sys.executable).parent / "serve"), "deploy", str(greeter), "--address", verbs.cluster.address]
     bare = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
     subprocess.run(serve, cwd=tmp_path, env=bare, capture_output=True, check=True, timeout=120)
-    assert verbs("deploy", "status").stdout.splitlines()[2:] == before, "the same config is nothing new to Serve"
+    assert deployed(verbs) == before, "the same config is nothing new to Serve"
 
 
-def test_a_failed_deploy_says_why_and_the_same_file_works_once_the_cause_is_gone(verbs: Verbs, greeter: Path) -> None:
+def test_a_failed_deploy_says_why_and_puts_back_what_ran_and_works_once_the_cause_is_gone(
+    verbs: Verbs, greeter: Path
+) -> None:
+    succeeds(verbs.deploy(greeter))
+    folder = greeter.parent / "model"
+    greeter.write_text(greeter.read_text().replace("text: hello", f"model: {folder}, text: new"))
+    failure = refuses(verbs.deploy(greeter))
+    assert failure.startswith(
+        f"greeting/Greeter did not start: model must be a folder in diffusers layout, got {folder}.\n"
+        f"It has no model_index.json.\n{greeter} is not deployed. greeting serves as before, since "
+    )
+    succeeds(verbs("deploy", "status"))
+    assert json.loads(fetch(f"http://127.0.0.1:{verbs.serve_port}/")[1])["text"] == "hello"
+    folder.mkdir()
+    succeeds(verbs.deploy(greeter))
+    assert json.loads(fetch(f"http://127.0.0.1:{verbs.serve_port}/")[1])["text"] == "new"
+
+
+def test_a_first_deploy_that_fails_says_why_and_so_does_status(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs("deploy", "undeploy"))
     folder = greeter.parent / "model"
     greeter.write_text(greeter.read_text().replace("text: hello", f"model: {folder}"))
-    failed = verbs.deploy(greeter)
-    assert refuses(failed) == (
-        f"greeting/Greeter did not start: model must be a folder in diffusers layout, got {folder}.\n"
-        "It has no model_index.json."
-    )
-    assert f"got {folder}." in succeeds(verbs("deploy", "status"))
+    reason = f"model must be a folder in diffusers layout, got {folder}."
+    assert refuses(verbs.deploy(greeter)) == f"greeting/Greeter did not start: {reason}\nIt has no model_index.json."
+    status = verbs("deploy", "status")
+    assert refuses(status).startswith("greeting is DEPLOY_FAILED.\n") and reason in status.stdout
     folder.mkdir()
     succeeds(verbs.deploy(greeter))
 

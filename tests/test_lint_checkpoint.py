@@ -206,7 +206,8 @@ def test_what_lies_in_the_hubs_cache_is_told_as_advice(
 def test_the_linter_still_imports_no_jax(checkpoint: Path, tmp_path: Path) -> None:
     found(str(checkpoint), tmp_path)
     script = (
-        f"import sys; from pathlib import Path; from ops.lint import lint; lint([Path({str(tmp_path)!r}, 'serve.yaml')]);"
+        "import sys; from pathlib import Path; from ops.lint import lint;"
+        f"lint([Path({str(tmp_path)!r}, 'serve.yaml')]);"
         "print([name for name in ('jax', 'jaxlib', 'flax', 'transformers', 'torch') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
