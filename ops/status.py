@@ -17,7 +17,7 @@ from ops.places import LOCAL, api_of, reach
 from ops.serve_states import counts, why
 from ops.terminal import Stop, make, say
 
-ANSWER_S = 5.0  # an API that takes longer to say whether it is healthy is not
+ANSWER_S = 8.0  # an ingress that knows no replica says so after 5
 STARTING = ("NOT_STARTED", "DEPLOYING", "DELETING")  # where an API that does not answer is no fault
 
 
