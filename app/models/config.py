@@ -55,6 +55,14 @@ VAE_FIXED: dict[str, Any] = {
     "latents_std": None,
     "shift_factor": None,
 }
+# Options of transformers' CLIPTextModel, and of how diffusers calls it, that would change what it computes.
+TEXT_FIXED: dict[str, Any] = {
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+    "use_attention_mask": False,
+}
 # Read by other code or by nobody: they change nothing in the network.
 NEUTRAL = {"_class_name", "_diffusers_version", "_name_or_path", "sample_size", "upcast_attention", "force_upcast"}
 
@@ -178,6 +186,9 @@ class CLIPTextConfig:
         architecture = (json.get("architectures") or ["CLIPTextModel"])[0]
         if architecture != "CLIPTextModel":
             problems.append(f"{where}: architectures must name CLIPTextModel, got {architecture}.")
+        for name, fixed in TEXT_FIXED.items():
+            if json.get(name) and json[name] != fixed:
+                problems.append(f"{where}: {name} must be {fixed!r}, got {json[name]!r}.")
         act = json.get("hidden_act", "quick_gelu")
         if act not in ("quick_gelu", "gelu"):
             problems.append(f"{where}: hidden_act must be quick_gelu or gelu, got {act}.")
