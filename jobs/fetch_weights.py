@@ -26,7 +26,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from app.models.config import STEMS
-from app.models.loading import COMPONENTS, DOWNLOADED, Checkpoint, find_tensors, load_checkpoint, to_tensors
+from app.models.loading import (
+    COMPONENTS,
+    DOWNLOADED,
+    Checkpoint,
+    find_tensors,
+    finite,
+    first_line,
+    load_checkpoint,
+    to_tensors,
+)
 from jobs import hub
 from jobs.entry import Invalid, Parser, path, run
 from jobs.settings import fingerprint
@@ -109,7 +118,7 @@ def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
     try:
         pipeline = diffusers.StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **given)
     except Exception as error:  # of diffusers, of the Hub, of the file
-        raise Stop(f"{file} cannot be read as Stable Diffusion: {(str(error).splitlines() or [''])[0]}") from None
+        raise Stop(f"{file} cannot be read as Stable Diffusion: {first_line(error)}") from None
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Source(folder, f"{file.name} sha256:{hub.sha256_of(file)}", None)
 
@@ -160,7 +169,7 @@ def copy_small(source: Path, draft: Path) -> None:
 
 def write_part(part: str, checkpoint: Checkpoint, draft: Path, dtype: str) -> None:
     tensors = to_tensors(getattr(checkpoint, part), DTYPES[dtype])
-    if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]:
+    if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
         raise Stop(f"{part}: tensor {bad[0]} holds a number that is not finite in {dtype}.")
     file = draft / part / f"{STEMS[part]}.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})  # as diffusers and transformers ask for

@@ -1,5 +1,5 @@
-"""Whether the checkpoint that a Serve config names can be loaded, as far as its configs and the headers of its weights
-tell. A replica would find out only after the replicas that run have been stopped for it.
+"""Whether the checkpoint that a Serve config names can be loaded, as far as its small files and the headers of its
+weights tell. A replica would find out only after the replicas that run have been stopped for it.
 
 Reads no weights and imports no JAX. What only the weights tell, such as a NaN, the replica says at its start.
 """
@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from app.builders import ROOT, Args
-from app.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig
+from app.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig, mismatches
+from app.models.scheduler_config import corrected
 from app.models.shapes import Shape, text_encoder_tensors, unet_tensors, vae_tensors
 from app.models.tensor_names import NOT_WEIGHTS, current_name, squeezed
+from app.models.tokenizer_files import tokenizer_problems
 from app.protocol import width_height
+from app.samplers import Schedule, default_sampler, make_table
 from ops.documents import Document, Finding, Key
 from ops.lint_serve import apps
 from ops.safetensors_header import Tensor, tensors_of
 
+CONFIGS = {
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
 LOADED = ("F32", "F16", "BF16")
 MOST = 3  # problems of one kind that are told one by one
 
@@ -39,15 +48,17 @@ def check_checkpoint(document: Document, key: Key, args: Args) -> Iterator[Findi
     else:
         return
     problems: Problems = []
-    unet, vae, text_encoder = (
-        config_of(read, folder, part, problems)
-        for part, read in (
-            ("unet", UNetConfig.from_json),
-            ("vae", VAEConfig.from_json),
-            ("text_encoder", CLIPTextConfig.from_json),
-        )
-    )
+    files = {part: read_json(folder / name, problems) for part, name in CONFIGS.items()}
+    if problems:
+        yield from (say((*key, "model"), f"{args.model} {told}: {problem}") for problem in problems)
+        return
+    unet = UNetConfig.from_json(files["unet"], problems)
+    vae = VAEConfig.from_json(files["vae"], problems)
+    text_encoder = CLIPTextConfig.from_json(files["text_encoder"], problems)
+    yield from check_schedule(files["scheduler"], key, args, say, problems)
     if not problems:  # else the architecture is not known
+        problems += mismatches(unet, vae, text_encoder)
+        problems += tokenizer_problems(folder / "tokenizer", text_encoder)
         expected = {
             "unet": unet_tensors(unet),
             "vae": vae_tensors(vae),
@@ -71,19 +82,34 @@ def cached_folder(model: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def config_of(read: Callable[[Mapping[str, Any], Problems], Any], folder: Path, part: str, problems: Problems) -> Any:
-    name = f"{part}/config.json"
+def read_json(file: Path, problems: Problems) -> Mapping[str, Any]:
+    name = f"{file.parent.name}/{file.name}"
     try:
-        content = json.loads((folder / name).read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         problems.append(f"{name} is missing.")
     except (OSError, ValueError) as error:
         problems.append(f"{name} cannot be read: {error}.")
     else:
         if isinstance(content, dict):
-            return read(content, problems)
+            return content
         problems.append(f"{name} must hold a JSON object, got a {type(content).__name__}.")
-    return None
+    return {}
+
+
+def check_schedule(
+    content: Mapping[str, Any], key: Key, args: Args, say: Callable[[Key, str], Finding], problems: Problems
+) -> Iterator[Finding]:
+    """Whether requests that name neither sampler nor steps can be drawn with this checkpoint."""
+    try:
+        schedule = Schedule.from_config(corrected(content)[0])
+    except ValueError as error:
+        problems.append(f"{CONFIGS['scheduler']}: {error}")
+        return
+    try:
+        make_table(args.defaults.sampler or default_sampler(schedule), args.defaults.num_inference_steps, schedule)
+    except ValueError as error:
+        yield say((*key, "defaults"), f"do not suit {args.model}: {error}")
 
 
 def weight_problems(file: Path, expected: Mapping[str, Shape]) -> Problems:

@@ -117,11 +117,28 @@ BROKEN: list[tuple[Change, list[str]]] = [
     (
         configured("unet", cross_attention_dim=64),
         [
+            "unet/config.json: cross_attention_dim must be the text encoder's hidden_size 32, got 64.",
             f"{UNET}: tensor down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight must have shape "
             "[12, 64] by its config.json, got [12, 32].",
             *[f"{UNET}: tensor down_blocks.0.attentions."] * 2,
             f"{UNET}: and 19 more of that kind.",
         ],
+    ),
+    (
+        lambda folder: (folder / "scheduler/scheduler_config.json").unlink(),
+        ["scheduler/scheduler_config.json is missing."],
+    ),
+    (
+        lambda folder: (folder / "scheduler/scheduler_config.json").write_text('{"_class_name": "Heunish"}'),
+        ["scheduler/scheduler_config.json: The scheduler config cannot be followed: _class_name must be one of"],
+    ),
+    (
+        lambda folder: shutil.rmtree(folder / "tokenizer"),
+        ["tokenizer/vocab.json and tokenizer/merges.txt are missing, and there is no tokenizer.json."],
+    ),
+    (
+        written("tokenizer/added_tokens.json", b'{"<new>": 526}'),
+        ["tokenizer: '<new>' has the id 526, and the text encoder has 526 rows, 0 to 525."],
     ),
     (
         tensors(lambda content: content.pop("conv_in.bias")),
@@ -155,6 +172,14 @@ def test_every_problem_of_every_part_is_told(checkpoint: Path, tmp_path: Path) -
     for name in (UNET, VAE, "text_encoder/model.safetensors"):
         (checkpoint / name).write_bytes(b"")
     assert len(found(str(checkpoint), tmp_path)) == 3
+
+
+def test_defaults_that_the_checkpoint_cannot_follow_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    file = checkpoint / "scheduler/scheduler_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"num_train_timesteps": 10, "_class_name": "DDIMScheduler"}))
+    (finding,) = found(str(checkpoint), tmp_path)
+    assert f"error: applications[0].args.defaults do not suit {checkpoint}: num_inference_steps must be " in finding
 
 
 def test_sizes_that_the_networks_cannot_halve_are_told(checkpoint: Path, tmp_path: Path) -> None:

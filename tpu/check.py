@@ -19,6 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from app.models.scheduler_config import corrected
 from app.samplers import Schedule, default_sampler, make_table
 from ops.terminal import Progress, Stop, run, say, span
 from tpu.chips import PRICES_OF, Host
@@ -248,7 +249,7 @@ def command() -> None:
 def scheduler_of(asked: Asked) -> Mapping[str, Any]:
     from tpu.models import configurations
 
-    return configurations(asked.served.model, [])[1]["scheduler"]
+    return corrected(configurations(asked.served.model, [])[1]["scheduler"])[0]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from flax import nnx
 
 from app.models.clip import CLIPText
 from app.models.loading import CONFIGS, Checkpoint, architecture, read_json
+from app.models.scheduler_config import corrected
 from app.models.unet import UNet
 from app.models.vae import VAE
 from tpu.served import NAMES
@@ -34,7 +35,7 @@ def shapes_of(model: str, dtype: Any) -> Checkpoint:
         cast(UNet, modules["unet"]),
         cast(VAE, modules["vae"]),
         cast(CLIPText, modules["text_encoder"]),
-        configs["scheduler"],
+        corrected(configs["scheduler"])[0],
     )
 
 

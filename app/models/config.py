@@ -55,6 +55,14 @@ VAE_FIXED: dict[str, Any] = {
     "latents_std": None,
     "shift_factor": None,
 }
+# Options of transformers' CLIPTextModel, and of how diffusers calls it, that would change what it computes.
+TEXT_FIXED: dict[str, Any] = {
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+    "use_attention_mask": False,
+}
 # Read by other code or by nobody: they change nothing in the network.
 NEUTRAL = {"_class_name", "_diffusers_version", "_name_or_path", "sample_size", "upcast_attention", "force_upcast"}
 
@@ -178,6 +186,9 @@ class CLIPTextConfig:
         architecture = (json.get("architectures") or ["CLIPTextModel"])[0]
         if architecture != "CLIPTextModel":
             problems.append(f"{where}: architectures must name CLIPTextModel, got {architecture}.")
+        for name, fixed in TEXT_FIXED.items():
+            if json.get(name) and json[name] != fixed:
+                problems.append(f"{where}: {name} must be {fixed!r}, got {json[name]!r}.")
         act = json.get("hidden_act", "quick_gelu")
         if act not in ("quick_gelu", "gelu"):
             problems.append(f"{where}: hidden_act must be quick_gelu or gelu, got {act}.")
@@ -201,6 +212,23 @@ class CLIPTextConfig:
                 f"{where}: hidden_size {config.hidden_size} cannot be split into {config.num_attention_heads} heads."
             )
         return config
+
+
+def mismatches(unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig) -> list[str]:
+    """What the three networks must agree on."""
+    problems = []
+    if unet.cross_attention_dim != text.hidden_size:
+        problems.append(
+            f"unet/config.json: cross_attention_dim must be the text encoder's hidden_size {text.hidden_size}, "
+            f"got {unet.cross_attention_dim}."
+        )
+    for name in ("in_channels", "out_channels"):
+        if getattr(unet, name) != vae.latent_channels:
+            problems.append(
+                f"unet/config.json: {name} must be the VAE's latent_channels {vae.latent_channels} "
+                f"(text to image), got {getattr(unet, name)}."
+            )
+    return problems
 
 
 class _Fields:

@@ -1,10 +1,13 @@
 """CLIP's tokenizer: text -> input_ids of a fixed length. The only user of `transformers`."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from app.models.tokenizer_files import beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,14 @@ class Tokenizer:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
         self.length = length
+
+    def problems(self, rows: int) -> Iterator[str]:
+        """What transformers made of the files, held to a text encoder with so many rows: it may add tokens of its own,
+        such as a padding token that the vocabulary lacks."""
+        yield from beyond(self.tokenizer.get_vocab(), rows)
+        empty, ends = self.tokenizer("")["input_ids"], [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        if empty != ends:
+            yield f"tokenizer: an empty prompt must become the begin and the end token {ends}, got {empty}."
 
     def __call__(self, texts: list[str]) -> Tokens:
         encoded = self.tokenizer(texts, padding="do_not_pad", truncation=False, verbose=False)["input_ids"]
