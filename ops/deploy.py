@@ -74,7 +74,7 @@ def put_back(
 
 
 def running_config(before: Details, failed: Details) -> Details | None:
-    """What ran, with the options of Serve itself that both have in common; None if nothing ran that a config has made.
+    """What ran, with the options of Serve itself, which both have in common; None if nothing ran that a config made.
 
     It also holds what the failed config leaves out: one that works would have replaced all of it.
     """
@@ -83,7 +83,9 @@ def running_config(before: Details, failed: Details) -> Details | None:
         for app in before["applications"].values()
         if app["status"] in ("RUNNING", "UNHEALTHY") and app.get("deployed_app_config")
     ]
-    return {**failed, "applications": apps} if apps else None
+    common = {name: value for name, value in failed.items() if name != "target_capacity"}
+    capacity = {} if before.get("target_capacity") is None else {"target_capacity": before["target_capacity"]}
+    return {**common, **capacity, "applications": apps} if apps else None
 
 
 def names_of(config: Details) -> list[str]:

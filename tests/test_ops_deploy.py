@@ -297,6 +297,14 @@ def test_all_applications_of_before_are_put_back_also_those_that_the_new_config_
     assert {name: one["status"] for name, one in serve.apps.items()} == dict.fromkeys("abc", "RUNNING")
 
 
+def test_the_capacity_of_before_is_put_back_with_it() -> None:
+    before = details(a=app() | {"deployed_app_config": one_app("a", "good")}) | {"target_capacity": None}
+    failed = {"http_options": {"port": 8000}, "applications": [one_app("a", "bad")], "target_capacity": 10}
+    previous = {"http_options": {"port": 8000}, "applications": [one_app("a", "good")]}
+    assert deploy.running_config(before, failed) == previous
+    assert deploy.running_config(before | {"target_capacity": 50}, failed) == previous | {"target_capacity": 50}
+
+
 def test_a_first_config_that_fails_has_nothing_to_put_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     serve = FakeServe(monkeypatch)
     serve.apps = {"other": app() | {"deployed_app_config": None}}  # made by serve.run, which no config can make again
