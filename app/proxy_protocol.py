@@ -21,7 +21,7 @@ from app.protocol import ApiError
 HEAD_BYTES = 64 << 10
 HEADERS = 128
 HEAD_S = 10.0  # from a connection's start, or a head's first byte, to the head's end
-UNREAD_BODY_S = 10.0  # for the rest of a body after its answer, which nobody will read
+UNREAD_BODY_S = 5.0  # for the rest of a body after its answer, which nobody will read
 WRITE_S = 60.0  # for a client to take some of an answer that it asked for
 PIPELINED = 8  # requests that wait on a connection for the answer before theirs
 LINGER_S = 2.0  # after a refusal: a client that still sends when the connection closes sees a reset and not the answer
