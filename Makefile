@@ -118,9 +118,9 @@ test: dev ## Run the tests; TESTS="tests/test_x.py -k name" for some
 test-cluster: dev ## Run the tests in which nodes of a local cluster come, go and die
 	@$(py) -m pytest -m twin tests/test_cluster_scaling.py
 
-fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster (start it if none is up)
+fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster
 	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy
-	@$(py) -m tests.http_fuzz $(at) $(if $(SERVE_PORT),--port "$(SERVE_PORT)") --count "$(or $(COUNT),26000)" --seed "$(or $(SEED),0)"
+	@$(py) -m tests.http_fuzz $(at) --count "$(or $(COUNT),26000)" --seed "$(or $(SEED),0)"
 
 test-parity: parity ## Run what needs diffusers in PyTorch: golden arrays again, one-file checkpoints (several GB to install)
 	@$(py) tests/make_golden.py --check

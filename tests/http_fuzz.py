@@ -23,7 +23,9 @@ from urllib.request import urlopen
 
 import psutil
 
-from ops.cluster import RUN_DIR, Cluster
+from ops.cluster import RUN_DIR, Cluster, running
+from ops.places import LOCAL, dashboard_of
+from ops.terminal import run
 from tests.fuzz_cases import KINDS, Case
 
 HANG_S = 20.0
@@ -110,7 +112,7 @@ def complete(request: bytes) -> bool:
     return bool(separator) and b"chunked" not in head and (not length or len(body) >= int(length[1]))
 
 
-def run(port: int, count: int, seed: int, processes: dict[str, psutil.Process]) -> Report:
+def fuzz(port: int, count: int, seed: int, processes: dict[str, psutil.Process]) -> Report:
     """`count` of each kind. The picture before and after must be the same, byte for byte."""
     report, lock = Report(), threading.Lock()
     before = picture(port)
@@ -180,24 +182,24 @@ def front_of(cluster: Cluster) -> dict[str, psutil.Process]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="of the local cluster")
-    parser.add_argument("--port", type=int, default=8000, help="of the API")
     parser.add_argument("--count", type=int, default=26000, help="of requests, all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", help="KIND:SEED:NUMBER")
     arguments = parser.parse_args()
+    run_dir = arguments.run_dir.resolve()
+    cluster = running(run_dir)
+    with dashboard_of(LOCAL, run_dir) as dashboard:
+        port = int(dashboard.details()["http_options"]["port"])
     if arguments.replay:
         kind, seed, number = arguments.replay.split(":")
         case = Case(kind, int(seed), int(number))
         print(case.request)
-        print(exchange(arguments.port, case.request))
+        print(exchange(port, case.request))
         return
-    cluster = Cluster.load(arguments.run_dir.resolve())
-    if cluster is None:
-        raise SystemExit("No local cluster is up. Start one with: make up deploy")
-    report = run(arguments.port, arguments.count // len(KINDS), arguments.seed, front_of(cluster))
+    report = fuzz(port, arguments.count // len(KINDS), arguments.seed, front_of(cluster))
     print(report)
     sys.exit(bool(report.failures))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -251,6 +251,7 @@ def test_ray_starts_with_the_token_mode_the_code_and_without_telling_usage(home:
         assert environment["PYTHONPATH"] == f"{home}/imagine"
         assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
         assert environment["JAX_PLATFORMS"] == platforms
+        assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "app.proxy:guards"
 
 
 def options(home: Path, words: str) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def test_a_rebinding_page_gets_403_through_the_real_proxy(port: int) -> None:
 
 
 def test_malformed_requests_do_no_harm(port: int, front: dict[str, psutil.Process]) -> None:
-    report = http_fuzz.run(port, 500, FUZZ_SEED, front)
+    report = http_fuzz.fuzz(port, 500, FUZZ_SEED, front)
     print(report)
     assert not report.failures, str(report)
     assert sum(report.statuses.values()) == 500 * len(KINDS) and report.slowest_s < http_fuzz.HANG_S

@@ -36,10 +36,12 @@ def test_a_server_without_a_fault_passes(application: Application, port: int) ->
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         drawn = scope["path"] == "/imagine" and scope["query_string"] == http_fuzz.PICTURE.partition("?")[2].encode()
         body = ERROR.replace("CODE", "queue_full").encode()
-        await say(send, 200 if drawn else 503, b"picture" if drawn else body, "application/json", (b"retry-after", b"1"))
+        await say(
+            send, 200 if drawn else 503, b"picture" if drawn else body, "application/json", (b"retry-after", b"1")
+        )
 
     application.answer = refuse
-    report = http_fuzz.run(port, 10, 0, {})
+    report = http_fuzz.fuzz(port, 10, 0, {})
     assert not report.failures and sum(report.statuses.values()) == 10 * len(KINDS)
 
 
@@ -64,7 +66,7 @@ def test_a_wrong_answer_is_found_and_told_with_what_was_sent(
             await say(send, status, body.encode(), "application/json")
 
     application.answer = wrong
-    told = str(http_fuzz.run(port, 5, 0, {}))
+    told = str(http_fuzz.fuzz(port, 5, 0, {}))
     assert problem in told and "sent b'" in told and ":0:" in told
 
 
@@ -81,5 +83,5 @@ def test_a_hang_and_another_picture_are_found(
             await asyncio.sleep(3)
 
     application.answer = hang
-    told = str(http_fuzz.run(port, 3, 0, {}))
+    told = str(http_fuzz.fuzz(port, 3, 0, {}))
     assert "no end after" in told and "drew another picture" in told
