@@ -86,7 +86,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self.writing_deadline is None:
-            self.writing_deadline = self.loop.call_later(WRITE_S, self.transport.abort)
+            self.expect_taking()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -173,6 +173,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.reading_deadline is not None:
             self.reading_deadline.cancel()
             self.reading_deadline = None
+
+    def expect_taking(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        self.writing_deadline = self.loop.call_later(WRITE_S, self.check_taking, unsent)
+
+    def check_taking(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:  # slowly, but it does
+            self.expect_taking()
+        else:
+            self.transport.abort()
 
     def give_up(self) -> None:
         if self.in_head and self.unparsed and not self.busy:

@@ -237,6 +237,27 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(
         assert soon(lambda: bool(application.ended), 20)
 
 
+def test_who_takes_an_answer_slowly_gets_all_of_it(
+    application: Application, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy_protocol, "WRITE_S", 0.3)
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await say(send, 200, b"a" * (24 << 20), "text/plain")
+
+    application.answer = large
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(head("GET", "/", "Connection: close"))
+        taken, ended = 0, False
+        while not ended:
+            piece = connection.recv(1 << 20, socket.MSG_WAITALL)
+            taken, ended = taken + len(piece), not piece
+            threading.Event().wait(0.05)
+    assert taken > 24 << 20
+
+
 # Pipelining, trailers, upgrades, nonsense
 
 
