@@ -54,19 +54,36 @@ class Application:
         return [value for known, value in self.scopes[-1]["headers"] if known == name]
 
 
-@pytest.fixture
-def application() -> Application:
-    return Application()
+class Server:
+    """One for all tests here, with an application of each test's own behind it."""
+
+    application: Application
+    port: int
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.application(scope, receive, send)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    with guarded(server) as server.port:
+        yield server
 
 
 @pytest.fixture
-def port(application: Application) -> Iterator[int]:
-    with guarded(application) as port:
-        yield port
+def application(server: Server) -> Application:
+    server.application = Application()
+    return server.application
+
+
+@pytest.fixture
+def port(server: Server, application: Application) -> int:
+    return server.port
 
 
 @contextmanager
-def guarded(application: Application) -> Iterator[int]:
+def guarded(application: Answer) -> Iterator[int]:
     config = uvicorn.Config(
         proxy.Guard(application), http=BoundedProtocol, log_level="critical", lifespan="off", timeout_keep_alive=30
     )
