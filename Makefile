@@ -52,7 +52,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
-.PHONY: bench-loadgen loadtest bench-torch test-parity
+.PHONY: bench-loadgen loadtest bench-torch test-parity fuzz
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -117,6 +117,10 @@ test: dev ## Run the tests; TESTS="tests/test_x.py -k name" for some
 
 test-cluster: dev ## Run the tests in which nodes of a local cluster come, go and die
 	@$(py) -m pytest -m twin tests/test_cluster_scaling.py
+
+fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster
+	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy
+	@$(py) -m tests.http_fuzz $(at) --count "$(or $(COUNT),26000)" --seed "$(or $(SEED),0)"
 
 test-parity: parity ## Run what needs diffusers in PyTorch: golden arrays again, one-file checkpoints (several GB to install)
 	@$(py) tests/make_golden.py --check

@@ -95,6 +95,8 @@ def reason(message: str) -> str:
     traceback, found, lines_after = message.rpartition("Traceback (most recent call last):")
     if found:
         lines = lines_after.splitlines()[1:]
+        frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
+        lines = lines[frames[-1] :] if frames else lines  # Ray puts an actor's own ones after "The actor died ..."
         while lines and (not lines[0] or lines[0].startswith(" ")):  # the frames
             lines = lines[1:]
     else:

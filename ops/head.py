@@ -129,6 +129,7 @@ def environment(cluster: Cluster) -> dict[str, str]:
         JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", "cpu"),  # the TPU is only said to be there
         RAY_AUTH_MODE="disabled",  # so that plain `serve deploy` works; loopback and a 0700 folder keep others out
         RAY_USAGE_STATS_ENABLED="0",
+        **{processes.PROXY_CALLBACK: processes.PROXY_GUARDS},
         # Without this Ray takes 127.0.0.1 for a mistake and binds to the machine's address on the network.
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
         RAY_preload_python_modules="ops.loopback",

@@ -20,6 +20,7 @@ from ray._private.accelerators import tpu
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ops.documents import Document, Finding, Key, nearest
+from ops.processes import PROXY_CALLBACK, PROXY_GUARDS
 
 logging.getLogger(prepare_config.__module__).setLevel(logging.WARNING)  # else it tells each bound that it fills in
 
@@ -205,6 +206,13 @@ def check_commands(document: Document) -> Iterator[Finding]:
     elif starts and "auth_token" not in everything.lower():
         text = "ask for a token that no node gets: mount ~/.ray/auth_token."
         yield document.error(("file_mounts",), text)
+    callbacks = set(re.findall(rf"{PROXY_CALLBACK}=([^\s'\"\\]*)", everything))
+    if starts and not callbacks:
+        text = f"lack {PROXY_CALLBACK}={PROXY_GUARDS}: nothing then bounds what strangers send to Serve's proxy."
+        yield document.advice(("head_start_ray_commands",), text)
+    for callback in sorted(callbacks - {PROXY_GUARDS}):
+        text = f"name {callback} as {PROXY_CALLBACK}, not {PROXY_GUARDS}; a proxy that cannot import it never starts."
+        yield document.advice(("head_start_ray_commands",), text)
 
 
 def check_slices(document: Document) -> Iterator[Finding]:

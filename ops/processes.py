@@ -18,6 +18,8 @@ import psutil
 from ops.terminal import Stop
 
 MARK = "IMAGINE_CLUSTER"
+PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # in the environment of `ray start`
+PROXY_GUARDS = "app.proxy:guards"
 API_KEY = "IMAGINE_API_KEY"  # in the environment: the key that `make demo` and `make loadtest` send
 SAME_START_S = 1.0  # a start time is derived from the wall clock, which may have been corrected since
 

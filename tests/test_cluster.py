@@ -291,9 +291,9 @@ def posted(api: str, body: dict[str, Any]) -> Iterator[socket.socket]:
     """A client that has sent its request, and goes away at the end of the block."""
     content = json.dumps(body).encode()
     host, _, port = api.removeprefix("http://").partition(":")
-    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n"
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+        connection.sendall(f"{head}Connection: close\r\nContent-Type: application/json\r\n\r\n".encode() + content)
         yield connection
 
 

@@ -112,9 +112,12 @@ def test_without_keys_whoever_is_elsewhere_gets_403_and_how_to_open_the_door(
 def test_over_a_real_connection_nothing_that_a_client_says_makes_it_local_or_hides_a_proxy(replicas: Replicas) -> None:
     with serving(APIIngress(replicas, SERVICE)) as address:
         assert status(f"{address}/healthz") == 200
-        assert status(f"{address}/healthz", {"X-Forwarded-For": "127.0.0.1", "Host": "example.com"}) == 200
+        assert status(f"{address}/healthz", {"X-Forwarded-For": "127.0.0.1"}) == 200
         assert status(f"{address}/healthz", {"X-Forwarded-For": "10.0.0.9"}) == 403
         assert status(f"{address}/healthz", {"X-Forwarded-For": "127.0.0.1, 10.0.0.9"}) == 403
+        assert status(f"{address}/healthz", {"X-Forwarded-For": "10.0.0.9, 127.0.0.1"}) == 403
+        assert status(f"{address}/healthz", {"X-Real-IP": "10.0.0.9"}) == 403, "nginx's usual name for it"
+        assert status(f"{address}/healthz", {"Forwarded": "for=10.0.0.9"}) == 403
 
 
 def status(url: str, headers: dict[str, str] | None = None) -> int:
@@ -123,6 +126,70 @@ def status(url: str, headers: dict[str, str] | None = None) -> int:
             return int(answer.status)
     except HTTPError as error:
         return error.code
+
+
+PAGES = [  # shared/cases R04, and the others of its kind
+    {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},
+    {"Host": "evil.example:8000"},
+    {"Host": "localhost.evil.example"},
+    {"Host": "evil.example#localhost"},
+    {"Host": "localhost@evil.example"},
+    {"Host": "evil.example\\@localhost"},
+    {"Host": "10.0.0.7:8000"},
+    {"Host": "0.0.0.0:8000"},
+    {"Host": "[::]:8000"},
+    {"Host": "[fe80::1]"},
+    {"Host": ""},
+    {"Origin": "https://evil.example"},
+    {"Origin": "http://127.0.0.1.evil.example"},
+    {"Origin": "http://evil.example/http://localhost"},
+    {"Origin": "null"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+    {"Sec-Fetch-Site": "CROSS-SITE"},
+]
+PROGRAMS = [
+    {},
+    {"Host": "127.0.0.1:8000"},
+    {"Host": "127.8.9.1"},
+    {"Host": "LOCALHOST:9000"},
+    {"Host": "localhost."},
+    {"Host": "imagine.localhost:8000"},
+    {"Host": "[::1]:8000"},
+    {"Host": "[::ffff:127.0.0.1]:8000"},
+    {"Origin": "http://localhost:3000"},
+    {"Origin": "https://[::1]"},
+    {"Sec-Fetch-Site": "none"},
+    {"Sec-Fetch-Site": "same-origin", "Origin": "http://127.0.0.1:8000"},
+]
+
+
+@pytest.mark.parametrize("headers", PAGES, ids=str)
+@pytest.mark.parametrize(("method", "path"), [*(case[:2] for case in KEYED), *OPEN])
+def test_without_keys_a_page_of_somebody_else_in_a_browser_here_gets_403(
+    replicas: Replicas, method: str, path: str, headers: dict[str, str]
+) -> None:
+    with local_client(APIIngress(replicas, SERVICE)) as client:
+        response = client.request(method, path, headers=headers)
+    error = response.json()["error"]
+    assert response.status_code == 403 and error["code"] in ("loopback_only", "cross_site")
+    assert error["message"].startswith("This API has no keys")
+    assert not replicas.generate.calls and not replicas.describe.calls
+
+
+@pytest.mark.parametrize("headers", PROGRAMS, ids=str)
+def test_without_keys_programs_and_pages_of_this_machine_are_answered(
+    replicas: Replicas, headers: dict[str, str]
+) -> None:
+    with local_client(APIIngress(replicas, SERVICE)) as client:
+        assert client.get("/imagine?prompt=a", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("headers", PAGES, ids=str)
+def test_with_keys_the_key_decides(ingress: APIIngress, headers: dict[str, str]) -> None:
+    with local_client(ingress) as client:
+        assert client.get("/imagine?prompt=a", headers=headers | BEARER).status_code == 200
+        assert client.get("/imagine?prompt=a", headers=headers).status_code == 401
 
 
 def test_behind_haproxy_there_must_be_keys(replicas: Replicas, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -555,6 +555,18 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
         "advice: {} lack RAY_AUTH_MODE=token: whoever reaches a port of the cluster may run code on it.",
     ),
     (
+        replace("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=app.proxy:guards", ""),
+        ("head_start_ray_commands",),
+        "advice: {} lack RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=app.proxy:guards: nothing then bounds what "
+        "strangers send to Serve's proxy.",
+    ),
+    (
+        replace("app.proxy:guards", "app.proxies:guards"),
+        ("head_start_ray_commands",),
+        "advice: {} name app.proxies:guards as RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, not app.proxy:guards; a "
+        "proxy that cannot import it never starts.",
+    ),
+    (
         both(drop(("file_mounts", "~/.ray/auth_token")), lambda text: text.replace("~/.ray/auth_token", "~/.ray/x")),
         ("file_mounts",),
         "error: {} ask for a token that no node gets: mount ~/.ray/auth_token.",

@@ -38,6 +38,16 @@ sizes
   Field required [type=missing]
     For further information visit https://errors.pydantic.dev/2.14/v/missing
 """
+ACTOR_DIED = """Traceback (most recent call last):
+  File "ray/dashboard/modules/serve/serve_head.py", line 190, in put_all_applications
+    client = await serve_start_async()
+             ^^^^^^^^^^^^^^^^^^^^^^^^^
+ray.exceptions.ActorDiedError: The actor died because of an error raised in its creation task, ray::ProxyActor (pid=1)
+    return import_module_and_attr(full_path, reload_module=reload_module)[1]
+  File "ray/serve/_private/utils.py", line 578, in call_function_from_import_path
+    raise ValueError(f"The import path {import_path} cannot be imported: {e}")
+ValueError: The import path app.nowhere:guards cannot be imported: No module named 'app.nowhere'
+"""
 WAITING = "Deployment 'Model' has 1 replicas that have taken more than 30s to be scheduled."
 
 
@@ -51,6 +61,7 @@ USES_METRICS_INTERVAL = pytest.mark.filterwarnings("ignore:The `metrics_interval
         (CONSTRUCTOR_FAILED, "model must be a folder in diffusers layout, got nowhere.\n  unet: missing config.json"),
         (IMPORT_FAILED, "ModuleNotFoundError: No module named 'nowhere'"),
         (ARGS_REFUSED, "1 validation error for Args\nsizes\n  Field required [type=missing]"),
+        (ACTOR_DIED, "The import path app.nowhere:guards cannot be imported: No module named 'app.nowhere'"),
         (WAITING, WAITING),
         ("Retrying 2 more time(s). Error:\nThe actor died because of an error.", "The actor died because of an error."),
         ("", ""),

@@ -47,9 +47,11 @@ def serving(ingress: APIIngress) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
 
 
 @pytest.fixture
@@ -109,7 +111,7 @@ def test_a_client_that_goes_away_before_the_first_event_stops_the_work(address: 
     replicas.generate_stream.outcome = lambda _: [Accepted(), None]
     host, _, port = address.removeprefix("http://").partition(":")
     body = b'{"prompt": "a", "stream": true}'
-    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
         assert soon(lambda: bool(replicas.generate_stream.answers))
