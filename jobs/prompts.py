@@ -62,7 +62,8 @@ class Bad:
 
 def read(file: Path, settings: Settings) -> Iterator[Row | Bad]:
     """Raises Invalid where the file as a whole is none of these; what is wrong with one row is said of that row."""
-    seen: Counter[str] = Counter()
+    spelled: Counter[str] = Counter()
+    meant: Counter[tuple[Generation, Encoding]] = Counter()
     for number, given in enumerate(rows(file), start=1):
         if isinstance(given, str):
             yield Bad(number, "", given)
@@ -70,15 +71,18 @@ def read(file: Path, settings: Settings) -> Iterator[Row | Bad]:
         given = {name: value for name, value in given.items() if value is not None}
         prompt = str(given.get("prompt", ""))
         try:
-            # The second of two rows that are the same is another row, with other pictures where no seed is given.
+            # A row without a seed gets one by how it is spelled, whatever the defaults are; its second copy another.
             text = json.dumps(given, sort_keys=True)
-            seen[text] += 1
-            digest = hashlib.sha256(f"{text} {seen[text]}".encode())
+            spelled[text] += 1
+            digest = hashlib.sha256(f"{text} {spelled[text]}".encode())
             request = resolve({"seed": int.from_bytes(digest.digest()[:4]) % SEEDS, **given}, settings.service, FIELDS)
         except (ApiError, TypeError) as error:
             yield Bad(number, prompt, error.message if isinstance(error, ApiError) else f"not a row of fields: {error}")
             continue
-        yield Row.of(settings, number, request.generation, request.encoding, seen[text])
+        # Rows may be spelled differently and ask for the same pictures: each is a row, with files of its own.
+        meaning = request.generation, request.encoding
+        meant[meaning] += 1
+        yield Row.of(settings, number, *meaning, meant[meaning])
 
 
 def rows(file: Path) -> Iterator[Mapping[str, Any] | str]:

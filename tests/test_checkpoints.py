@@ -4,7 +4,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,19 +247,21 @@ def test_a_weight_of_whole_numbers_is_refused(model: Path) -> None:
 # The Hub
 
 
-@pytest.fixture
-def cache(model: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A Hub's environment, whose cache holds the model, as an older client left it: without a list of its files."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = tiny.write_checkpoint(folder / "model", "tiny-sd1", tiny.tensor_shapes()["tiny-sd1"])
     with serving(Hub(REPO, model)) as endpoint:
-        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(model.parent / "hub"), "HF_HUB_DISABLE_XET": "1"}
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
         assert loaded(environment) == ""
-        (repo,) = (model.parent / "hub/hub").glob("models--*")
+        (repo,) = (folder / "cache/hub").glob("models--*")
         for file in (repo / "trees").iterdir():
             file.unlink()
         (repo / "trees").rmdir()
         (missing,) = (repo / "snapshots").glob("*/vae/config.json")
         missing.unlink()
-    yield environment
+    return environment
 
 
 def loaded(environment: dict[str, str]) -> str:
