@@ -100,12 +100,12 @@ def heal(path: Path) -> None:
 def entries(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+    *lines, torn = path.read_text("utf-8").split("\n")
+    for number, line in enumerate([*lines, torn] if torn else lines, 1):
         try:
             yield json.loads(line)
         except ValueError:
-            if line is not lines[-1] or line.endswith("\n"):
+            if number <= len(lines):
                 raise Mistake(f"{path}:{number} is not JSON: {line[:60]!r}.") from None
 
 
