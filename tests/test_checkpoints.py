@@ -264,11 +264,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return environment
 
 
-def loaded(environment: dict[str, str]) -> str:
+def loaded(environment: dict[str, str], repo: str = REPO) -> str:
     """What loading says in a process of its own: the Hub's client reads its environment once."""
     code = (
         "import sys\nfrom app.models.loading import load_checkpoint\n"
-        f"try:\n    load_checkpoint({REPO!r})\nexcept ValueError as error:\n    print(error)"
+        f"try:\n    load_checkpoint({repo!r})\nexcept ValueError as error:\n    print(error)"
     )
     given = processes.environment(**environment)
     done = subprocess.run(
@@ -285,3 +285,10 @@ def test_a_cache_that_lacks_a_file_and_no_way_to_the_hub(cache: dict[str, str], 
     said = loaded(cache | more)
     assert "- vae/config.json is missing.\n" in said
     assert "\nThe Hub could not be asked for what is missing: " in said and why in said
+
+
+def test_a_repo_that_the_hub_does_not_have_is_said_in_its_words(model: Path) -> None:
+    with serving(Hub(REPO, model)) as endpoint:
+        said = loaded({"HF_ENDPOINT": endpoint, "HF_HOME": str(model.parent / "cache")}, "somebody/else")
+    assert said.startswith("model somebody/else is no folder here and could not be fetched from Hugging Face: 404 ")
+    assert "Repository Not Found" in said and said.count("\n") == 1
