@@ -96,7 +96,7 @@ def parquet_rows(file: Path) -> Iterator[Entry]:
                 fields = {name: whole(value) if name in NUMBERS else value for name, value in row.items()}
                 yield Entry(number, {name: value for name, value in fields.items() if value is not None})
     except pyarrow.ArrowException as error:
-        raise BadFile(f"{file} is no Parquet: {error}.") from None
+        raise BadFile(f"{file} is no Parquet: {str(error).rstrip('.')}.") from None
 
 
 def whole(value: object) -> object:

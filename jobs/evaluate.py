@@ -145,7 +145,10 @@ def main() -> str:
 
 
 def setting_of(option: str, text: str, base: Settings) -> Setting:
-    pairs = [word.partition("=") for word in shlex.split(text)]
+    try:
+        pairs = [word.partition("=") for word in shlex.split(text)]
+    except ValueError as error:
+        raise Invalid(f"{option}: {error}, got {text}.") from None
     given: dict[str, Any] = {name: value for name, _, value in pairs}
     for name, equals, _ in pairs:
         if not equals or name not in (*REQUEST, *MODEL):

@@ -144,13 +144,16 @@ def read(folder: Path) -> Run:
     records: list[Record] = []
     ended: str | None = None
     for entry in entries(folder / "requests.jsonl"):
-        if "session" in entry:
-            sessions.append(Session(entry["epoch"], entry["offset"]))
-            ended = None
-        elif "ended" in entry:
-            ended = entry["ended"]
-        else:
-            records.append(Record(**absent | {name: value for name, value in entry.items() if name in known}))
+        try:
+            if "session" in entry:
+                sessions.append(Session(entry["epoch"], entry["offset"]))
+                ended = None
+            elif "ended" in entry:
+                ended = entry["ended"]
+            else:
+                records.append(Record(**absent | {name: value for name, value in entry.items() if name in known}))
+        except (KeyError, TypeError, AttributeError):
+            raise Mistake(f"{folder} is not the folder of a load test: {str(entry)[:60]} is no record.") from None
     if not sessions:
         raise Mistake(f"{folder} holds no request: the run had not begun.")
     run = Run(folder, head, sessions, records, ended, [*entries(folder / "timeline.jsonl")])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from loadtest import Mistake
 from loadtest.records import read
 from loadtest.scaling import PHASES
 from loadtest.summary import summarize
@@ -326,6 +327,14 @@ def test_a_machine_elsewhere_is_refused_without_the_flag(tmp_path: Path) -> None
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     assert words in refused(loadtest(tmp_path, *arguments))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("entry", ["{}", '{"session": 1}', "[1]", "7"])
+def test_a_folder_of_something_else_is_told(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "requests.jsonl").write_text(entry + "\n")
+    with pytest.raises(Mistake, match="is not the folder of a load test: .* is no record\\.$"):
+        read(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_told(server: Server, tmp_path: Path) -> None:
