@@ -150,7 +150,7 @@ def in_jax(
     rngs: Any = OneKey()
     unet_config = UNetConfig.from_json(config, problems)
     held: Any = {name: Held(tensor) for name, tensor in weights.items()}
-    unet = load_module(lambda: UNet(unet_config, dtype=jnp.float32, rngs=rngs), held, "unet", problems)
+    unet = load_module(lambda: UNet(unet_config, dtype=jnp.float32, rngs=rngs), held, "unet", problems, problems)
     if problems:
         raise SystemExit("\n".join(problems))
     graph, params = nnx.split(unet)

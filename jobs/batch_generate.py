@@ -8,18 +8,17 @@ negative_prompt, size, num_inference_steps, guidance_scale, seed, sampler, n, ou
 with what is wrong with it. Submitted again, it draws what is not finished and nothing else.
 """
 
-import contextlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.drafts import drafts, write
 from jobs.entry import Invalid, Parser, path, run, whole
-from jobs.painter import DRAFTS, Painter, folders, text_of
+from jobs.painter import Painter, folders, text_of
 from jobs.prompts import Bad, Row, read
 from jobs.settings import Settings, config, resources, waiting
 from ops.terminal import Stop, say, span
@@ -85,12 +84,13 @@ def draw(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> dict
     there = {f"{name}/{file.name}" for name in ("images", "rows") for file in (out / name).iterdir()}
     left = [row for row in rows if not there.issuperset(row.made)]
     say(f"{len(rows)} rows: {len(rows) - len(left)} finished before, {len(left)} to draw")
-    errors = on_hosts(left, settings, out, hosts) if left else {}
-    shutil.rmtree(out / DRAFTS, ignore_errors=True)
-    return errors
+    if not left:
+        return {}
+    with drafts(out) as place:
+        return on_hosts(left, settings, out, place, hosts)
 
 
-def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> dict[str, str]:
+def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, place: Path, hosts: int) -> dict[str, str]:
     """Blocks are small, so that hosts which come late get their share."""
     import ray
     from ray.data import ActorPoolStrategy
@@ -111,7 +111,7 @@ def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> 
     items = [{"row": text_of(row)} for row in rows]
     drawn = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         Painter,
-        fn_constructor_args=(out, settings.name, pipeline, settings.args.admission_gain),
+        fn_constructor_args=(out, place, settings.name, pipeline, settings.args.admission_gain),
         batch_size=None,  # a block
         compute=ActorPoolStrategy(
             min_size=1,
@@ -175,18 +175,11 @@ def write_manifest(
             records.append({**empty, "row": one.number, **json.loads((out / one.record).read_text())})
     types = {"int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_(), "string": pa.string()}
     schema = pa.schema([(name, types.get(kind, pa.list_(pa.string()))) for name, kind in SCHEMA.items()])
-    with replacing(out / "manifest.jsonl") as draft:
-        draft.write_text("".join(json.dumps(record) + "\n" for record in records))
-    with replacing(out / "manifest.parquet") as draft:
-        pq.write_table(pa.Table.from_pylist(records, schema=schema), draft)
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(records, schema=schema), table)
+    write(out / "manifest.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+    write(out / "manifest.parquet", table.getvalue().to_pybytes())
     return records
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    draft = file.with_name(f".{file.name}")
-    yield draft
-    draft.replace(file)
 
 
 if __name__ == "__main__":

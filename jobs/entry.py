@@ -58,4 +58,9 @@ def tell(job: Callable[[], str]) -> None:
     except Invalid as mistake:
         print(mistake, file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a folder that may not be written, a disk that is full
+        where = f"{error.filename}: " if error.filename else ""
+        raise terminal.Stop(f"{where}{error.strerror or error}.") from None
     terminal.say(f"{made} It took {terminal.span(time.monotonic() - began)}.")

@@ -28,6 +28,7 @@ from PIL import Image
 from app.images import encode
 from app.protocol import NUMERIC_FIELDS, ApiError, Encoding, Generation, literal, resolve
 from jobs import batch_generate
+from jobs.drafts import write
 from jobs.entry import Invalid, Parser, path, run, whole
 from jobs.prompts import FIELDS, Row, read
 from jobs.scenes import Scene, check
@@ -134,17 +135,20 @@ def main() -> str:
     table = [*figures(drawn, distances), *(claims(drawn, scenes) if judged else ())]
     for name, *values in table:
         say(f"{name:<42}" + "".join(f"{value:>16}" for value in values))
-    (args.out / "report.html").write_text(page(both, generations, drawn, distances, table))
+    write(args.out / "report.html", page(both, generations, drawn, distances, table).encode())
     each = [
         {"prompt": one.prompt, "seed": one.seed, "ssim": float(ssim), "psnr": finite(psnr)}
         for one, ssim, psnr in zip(generations, distances.ssim, distances.psnr, strict=True)
     ]
-    (args.out / "figures.json").write_text(json.dumps({"table": table, "pictures": each}, indent=2) + "\n")
+    write(args.out / "figures.json", (json.dumps({"table": table, "pictures": each}, indent=2) + "\n").encode())
     return f"{len(generations)} pictures of each stand side by side in {args.out / 'report.html'}."
 
 
 def setting_of(option: str, text: str, base: Settings) -> Setting:
-    pairs = [word.partition("=") for word in shlex.split(text)]
+    try:
+        pairs = [word.partition("=") for word in shlex.split(text)]
+    except ValueError as error:
+        raise Invalid(f"{option}: {error}, got {text}.") from None
     given: dict[str, Any] = {name: value for name, _, value in pairs}
     for name, equals, _ in pairs:
         if not equals or name not in (*REQUEST, *MODEL):

@@ -26,13 +26,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from app.models.config import STEMS
+from app.models.errors import one_line
 from app.models.loading import (
     COMPONENTS,
     DOWNLOADED,
     Checkpoint,
     find_tensors,
     finite,
-    first_line,
     load_checkpoint,
     to_tensors,
 )
@@ -118,7 +118,7 @@ def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
     try:
         pipeline = diffusers.StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **given)
     except Exception as error:  # of diffusers, of the Hub, of the file
-        raise Stop(f"{file} cannot be read as Stable Diffusion: {first_line(error)}") from None
+        raise Stop(f"{file} cannot be read as Stable Diffusion: {one_line(error)}") from None
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Source(folder, f"{file.name} sha256:{hub.sha256_of(file)}", None)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import huggingface_hub
 
+from app.models.errors import one_line
 from ops.terminal import Stop, say
 
 
@@ -34,8 +35,7 @@ def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Snapsh
             repo, revision=info.sha, allow_patterns=[one.rfilename for one in wanted], max_workers=8
         )
     except Exception as error:  # the Hub's client raises a dozen kinds
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise Stop(f"{repo} cannot be fetched: {lines[0]}") from None
+        raise Stop(f"{repo} cannot be fetched: {one_line(error)}") from None
     for one in wanted:
         check(Path(folder) / one.rfilename, one)
     return Snapshot(Path(folder), info.sha)

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -22,18 +21,17 @@ from app.images import encode
 from app.line import Generated
 from app.protocol import Encoding, Generation, written
 from app.server import facts_of
+from jobs.drafts import write
 from jobs.prompts import Row
-
-DRAFTS = ".drafts"
 
 
 class Painter:
     """What Ray Data calls with blocks of rows, several at a time, so that the engine never waits for the next."""
 
-    def __init__(self, out: Path, name: str, pipeline: Mapping[str, Any], gain: float) -> None:
+    def __init__(self, out: Path, drafts: Path, name: str, pipeline: Mapping[str, Any], gain: float) -> None:
         from app.pipeline import Pipeline
 
-        self.out, self.name = out, name
+        self.out, self.drafts, self.name = out, drafts, name
         loaded = Pipeline.load(**pipeline)
         loaded.warmup()
         self.engine = Engine(loaded, max_waiting=1_000_000, gain=gain)
@@ -49,7 +47,7 @@ class Painter:
         for row, future in pending:
             outcomes[row.key] = self.finish(row, future), time.time()
         errors, ended = zip(*outcomes.values(), strict=True)
-        return {"key": [*outcomes], "error": [*errors], "ended": [*ended], "host": [self.host] * len(rows)}
+        return {"key": [*outcomes], "error": [*errors], "ended": [*ended], "host": [self.host] * len(outcomes)}
 
     def submit(self, generation: Generation) -> "Future[Generated] | str":
         try:
@@ -66,7 +64,7 @@ class Painter:
             began = time.perf_counter()
             facts = facts_of(row.generation, generated)
             for name, pixels, seed in zip(row.files, generated.pixels, generated.seeds, strict=True):
-                write(self.out, name, self.encoded(row, pixels, {**facts, "seed": seed}))
+                write(self.out / name, self.encoded(row, pixels, {**facts, "seed": seed}), self.drafts)
             record = {
                 "key": row.key,
                 "prompt": row.generation.prompt,
@@ -82,7 +80,7 @@ class Painter:
                 "host": self.host,
                 "ended": time.time(),
             }
-            write(self.out, row.record, json.dumps(record).encode())
+            write(self.out / row.record, json.dumps(record).encode(), self.drafts)
         except (EngineStopped, OSError):  # a disk that is full, a mount that is gone: no row will fare better
             raise
         except Exception as error:  # of the device, for this row
@@ -103,17 +101,8 @@ class Painter:
         )
 
 
-def write(out: Path, name: str, content: bytes) -> None:
-    """Whole or not at all."""
-    handle, draft = tempfile.mkstemp(dir=out / DRAFTS)
-    with open(handle, "wb") as file:
-        file.write(content)
-    os.chmod(draft, 0o644)
-    os.replace(draft, out / name)
-
-
 def folders(out: Path) -> None:
-    for name in ("images", "rows", DRAFTS):
+    for name in ("images", "rows"):
         (out / name).mkdir(parents=True, exist_ok=True)
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from loadtest import Mistake, compare, report
 from loadtest.contact import contact_sheet_of
-from loadtest.options import VERBS, parser, scenario_of
+from loadtest.options import ARRIVALS, RESUMED, VERBS, parser, refuse, scenario_of
 from loadtest.plan import plan
 from loadtest.records import read
 from loadtest.scenario import parse
@@ -69,6 +69,7 @@ def target_of(options: argparse.Namespace) -> Target:
 
 def run(options: argparse.Namespace) -> int:
     if options.resume:
+        refuse(options, (*ARRIVALS, *RESUMED), "--resume goes on with a run as it was begun")
         folder = options.resume
         before = read(folder)
         if before.ended == "complete":
@@ -99,10 +100,12 @@ def run(options: argparse.Namespace) -> int:
 def raise_rate(options: argparse.Namespace) -> int:
     if options.first <= 0 or options.factor <= 1 or options.most < options.first:
         raise Mistake("A sweep needs --from above 0, --factor above 1 and --most not below --from.")
+    refuse(options, ARRIVALS, "A sweep sends at rates of its own")
     name, scenario = scenario_of(options)
-    objective_s = scenario.objective_s or 10.0
+    objective_s = 10.0 if scenario.objective_s is None else scenario.objective_s
     duration_s = 20.0 if options.duration is None else options.duration
-    process = options.process or "poisson"
+    kind = {"process": options.process or ("poisson" if options.cv is None else "gamma")}
+    kind |= {} if options.cv is None else {"cv": options.cv}
     target = target_of(options)
     model = asyncio.run(described(target))
     whole = new_folder(options.out, f"sweep-{name}")
@@ -111,7 +114,7 @@ def raise_rate(options: argparse.Namespace) -> int:
 
     def at(rate: float) -> Summary:
         nonlocal interrupted
-        arrivals = {"process": process, "stages": [{"rate": rate, "duration_s": duration_s}]}
+        arrivals = {**kind, "stages": [{"rate": rate, "duration_s": duration_s}]}
         base = scenario.model_dump(mode="json", exclude_none=True)
         level = parse(base, "The sweep", {"arrivals": arrivals, "objective_s": objective_s})
         folder = whole / f"{rate:08.3f}"

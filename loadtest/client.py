@@ -13,6 +13,7 @@ import aiohttp
 from loadtest.checks import BadPicture, EqualSeeds, digest, examine, files_of, json_of, size_of
 from loadtest.plan import Planned
 from loadtest.records import Outcome, Record
+from loadtest.sse import Parser
 
 OUT_OF_MEANS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}  # this machine's
 LONGEST_ERROR = 300
@@ -122,20 +123,19 @@ class Client:
 
     async def listen(self, response: aiohttp.ClientResponse, answer: Answer) -> None:
         """Server-sent events up to the picture. The first preview is timed when all of it has come."""
-        buffer = bytearray()
+        parser = Parser(LONGEST_EVENT)
         async for chunk in response.content.iter_any():
-            buffer += chunk
-            while (end := buffer.find(b"\n\n")) >= 0:
-                name, data = event_of(bytes(buffer[:end]))
-                del buffer[: end + 2]
+            try:
+                events = list(parser.feed(chunk))
+            except ValueError as problem:
+                raise Failure("bad_image", str(problem)) from None
+            for name, data in events:
                 if name.endswith("partial_image"):
-                    answer.preview = answer.preview or self.clock()
+                    answer.preview = self.clock() if answer.preview is None else answer.preview
                 elif name.endswith("completed"):
                     answer.body = data
                 elif name == "error":
                     raise Failure("server_error", f"an error in the stream: {data.decode('utf8', 'replace')}")
-            if len(buffer) > LONGEST_EVENT:
-                raise Failure("bad_image", f"an event of more than {LONGEST_EVENT} bytes")
         if not answer.body:
             raise Failure("reset", "the stream ended without a picture")
 
@@ -156,18 +156,6 @@ class Client:
             return "ok", None, files, compared
         except BadPicture as problem:
             return "bad_image", str(problem), files, False
-
-
-def event_of(event: bytes) -> tuple[str, bytes]:
-    """Name and data of a server-sent event; a comment has neither."""
-    name, data = "", []
-    for line in event.split(b"\n"):
-        key, _, value = line.partition(b":")
-        if key == b"event":
-            name = value.strip().decode("utf8", "replace")
-        elif key == b"data":
-            data.append(value.strip())
-    return name, b"\n".join(data)
 
 
 def judged(answer: Answer) -> tuple[Outcome, str | None]:

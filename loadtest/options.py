@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,12 +14,56 @@ from loadtest.scenario import FOLDER, Closed, Open, Scenario, load, names, parse
 
 VERBS = ("run", "sweep", "compare", "report", "ready")
 PREDECESSORS: Mapping[str, int] = {"requests": 8, "concurrency": 8}
+TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+ARRIVALS = ("rate", "to", "concurrency", "requests", "replay", "speed")  # flags which say when requests are sent
+RESUMED = (  # and which say what is sent and how it is judged
+    *("named", "duration", "process", "cv", "seed", "prompts", "field", "endpoint", "stream", "repeat", "no_checks"),
+    *("timeout", "objective", "warmup", "max_requests", "max_in_flight", "price", "settle"),
+)
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.switches: set[str] = set()
+
+    def switch(self, *names: str, help: str, group: argparse._ArgumentGroup | None = None) -> None:
+        """A flag that may be followed by what it is to be: --stream, --stream=True, --stream false."""
+        self.switches |= set(names)
+        (group or self).add_argument(
+            *names, nargs="?", type=truth, const=True, default=False, metavar="true", help=help
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A word behind a switch that is no truth is the next argument, such as the name of a scenario."""
+        joined: list[str] = []
+        for word in args or ():
+            if joined and joined[-1] in self.switches and word.lower() in TRUTHS:
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return super().parse_known_args([f"{one}=true" if one in self.switches else one for one in joined], namespace)
+
     def error(self, message: str) -> NoReturn:
         """One line, without the usage before it."""
         raise Mistake(f"{message[:1].upper()}{message[1:]}. See: {self.prog} --help")
+
+
+def truth(text: str) -> bool:
+    if text.lower() not in TRUTHS:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return TRUTHS[text.lower()]
+
+
+def nonempty(text: str) -> str:
+    """Else what a shell makes of a variable that is not set would mean the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def place(text: str) -> Path:
+    return Path(nonempty(text))
 
 
 def whole(text: str) -> int:
@@ -49,17 +93,17 @@ def field(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(description: str | None) -> Parser:
     top = Parser(
         prog="python -m loadtest", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
     run = verbs.add_parser("run", help="run a scenario (what is done without a verb, too)")
     run.add_argument("scenario", nargs="?", help=f"{', '.join(names())}, or a YAML file")
-    run.add_argument("--scenario", dest="named", help=argparse.SUPPRESS)
-    run.add_argument("--resume", type=Path, help="folder of a run that was killed or interrupted")
-    run.add_argument("--save-pictures", "--save_pictures", action="store_true", help=f"as one captioned sheet, {SHEET}")
-    run.add_argument("--save-each", action="store_true", help="each picture as a file of its own")
+    run.add_argument("--scenario", dest="named", type=nonempty, help=argparse.SUPPRESS)
+    run.add_argument("--resume", type=place, help="folder of a run that was killed or interrupted")
+    run.switch("--save-pictures", "--save_pictures", help=f"as one captioned sheet, {SHEET}")
+    run.switch("--save-each", help="each picture as a file of its own")
     where(run)
     what(run)
     raising = verbs.add_parser("sweep", help="raise the rate to find the highest that the server holds")
@@ -70,25 +114,27 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     where(raising)
     what(raising)
     comparing = verbs.add_parser("compare", help="two runs side by side")
-    comparing.add_argument("a", type=Path)
-    comparing.add_argument("b", type=Path)
+    comparing.add_argument("a", type=place)
+    comparing.add_argument("b", type=place)
     ready = verbs.add_parser("ready", help="exit status 0 if the local cluster of this checkout serves")
-    ready.add_argument("--run-dir", type=Path, default=Path(".run"))
+    ready.add_argument("--run-dir", type=place, default=Path(".run"))
     again = verbs.add_parser("report", help="derive the reports of a run again")
-    again.add_argument("folder", type=Path)
+    again.add_argument("folder", type=place)
     return top
 
 
-def where(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", help="of the API; left out, the local cluster of this checkout")
-    parser.add_argument("--ip", help="its address alone, with port 8000")
-    parser.add_argument("--allow-remote", action="store_true", help="to load another machine, which must be yours")
-    parser.add_argument("--dashboard", help="Ray's dashboard, for the timeline; left out, the local cluster's")
-    parser.add_argument("--run-dir", type=Path, default=Path(".run"), help="of the local cluster (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/loadtest"), help="folder of the runs (%(default)s)")
+def where(parser: Parser) -> None:
+    parser.add_argument("--url", type=nonempty, help="of the API; left out, the local cluster of this checkout")
+    parser.add_argument("--ip", type=nonempty, help="its address alone, with port 8000")
+    parser.switch("--allow-remote", help="to load another machine, which must be yours")
+    parser.add_argument(
+        "--dashboard", type=nonempty, help="Ray's dashboard, for the timeline; left out, the local cluster's"
+    )
+    parser.add_argument("--run-dir", type=place, default=Path(".run"), help="of the local cluster (%(default)s)")
+    parser.add_argument("--out", type=place, default=Path("outputs/loadtest"), help="folder of the runs (%(default)s)")
 
 
-def what(parser: argparse.ArgumentParser) -> None:
+def what(parser: Parser) -> None:
     load = parser.add_argument_group("arrivals, instead of the scenario's")
     load.add_argument("--rate", type=number, help="requests a second")
     load.add_argument("--to", type=number, help="the rate at the end, for a ramp")
@@ -97,16 +143,18 @@ def what(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--cv", type=number, help="of gamma: 1 is Poisson, more comes in bursts")
     load.add_argument("--concurrency", "--batch_size", type=whole, help="closed loop: so many clients")
     load.add_argument("--requests", "--num_requests", type=whole, help="closed loop: so many requests in all")
-    load.add_argument("--replay", type=Path, help="JSONL with the time and the request in each line")
+    load.add_argument("--replay", type=place, help="JSONL with the time and the request in each line")
     load.add_argument("--speed", type=number, help="of the replay")
     load.add_argument("--seed", type=whole, help="of the schedule and the requests")
     asked = parser.add_argument_group("requests")
-    asked.add_argument("--prompts", type=Path, help="text with a prompt a line, or JSONL with any field of the API")
+    asked.add_argument(
+        "--prompts", type=place, help="text with a prompt a line, or CSV, JSONL or Parquet with any field"
+    )
     asked.add_argument("--field", type=field, action="append", default=[], help="NAME=VALUE of every request")
     asked.add_argument("--endpoint", choices=("generations", "imagine"), help="of every request")
-    asked.add_argument("--stream", action="store_true", help="with a preview, whose time is reported")
+    parser.switch("--stream", help="with a preview, whose time is reported", group=asked)
     asked.add_argument("--repeat", type=number, help="share of requests that repeat an earlier one, seed and all")
-    asked.add_argument("--no-checks", action="store_true", help="do not look at the pictures")
+    parser.switch("--no-checks", help="do not look at the pictures", group=asked)
     other = parser.add_argument_group("the run")
     other.add_argument("--timeout", type=number, help="seconds that an answer may take")
     other.add_argument("--objective", type=number, help="seconds within which an answer counts as goodput")
@@ -115,6 +163,15 @@ def what(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--max-in-flight", type=whole, help="most requests open at once")
     other.add_argument("--price", type=number, help="dollars for an hour of a chip")
     other.add_argument("--settle", type=number, help="seconds to wait at most for replicas and nodes to go again")
+
+
+def refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Whoever gives a flag which the verb would ignore is told."""
+    values = {name: getattr(options, name) for name in names}
+    given = [name for name, value in values.items() if not (value is None or value is False or value == [])]
+    if given:
+        flags = ["--scenario" if name == "named" else f"--{name.replace('_', '-')}" for name in given]
+        raise Mistake(f"{why}: {' and '.join(flags)} cannot be given.")
 
 
 def scenario_of(options: argparse.Namespace) -> tuple[str, Scenario]:
@@ -149,7 +206,7 @@ def scenario_of(options: argparse.Namespace) -> tuple[str, Scenario]:
 def arrivals_of(options: argparse.Namespace, base: Scenario) -> dict[str, Any] | None:
     flags = {
         "--replay": options.replay is not None,
-        "--concurrency or --requests": (options.concurrency or options.requests) is not None,
+        "--concurrency or --requests": not (options.concurrency is None and options.requests is None),
         "--rate, --to or --process": not all(
             one is None for one in (options.rate, options.to, options.process, options.cv)
         ),

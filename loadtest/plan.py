@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from app import prompt_files
 from loadtest import Mistake
 from loadtest.arrivals import Span, evenly, gamma, through, with_bursts
 from loadtest.scenario import Closed, Endpoint, Open, Replay, Scenario
@@ -40,7 +41,7 @@ def plan(scenario: Scenario) -> list[Planned]:
 def arrivals(scenario: Scenario, rng: np.random.Generator) -> list[float]:
     match scenario.arrivals:
         case Closed(requests=asked):
-            return [0.0] * min(scenario.max_requests, asked or scenario.max_requests)
+            return [0.0] * min(scenario.max_requests, scenario.max_requests if asked is None else asked)
         case Open(process=process, cv=cv, stages=stages, bursts=bursts):
             spans = [Span(one.rate, one.rate if one.to is None else one.to, one.duration_s) for one in stages]
             count, most = sum(span.count for span in spans), scenario.max_requests + 1
@@ -84,16 +85,12 @@ def fingerprint(requests: Sequence[Planned]) -> str:
 
 
 def read_prompts(path: Path) -> list[Mapping[str, Any]]:
-    """A text file with a prompt in each line, or JSONL with any field of the API."""
+    """A prompt a line, or rows with any field of the API."""
     found: list[Mapping[str, Any]] = []
-    for where, line in lines(path):
-        if path.suffix == ".jsonl":
-            fields = json_object(where, line)
-            if not isinstance(fields.get("prompt"), str):
-                raise Mistake(f'{where} must have a "prompt" that is a string.')
-            found.append(fields)
-        else:
-            found.append({"prompt": line})
+    for where, fields in rows(path):
+        if not isinstance(fields.get("prompt"), str):
+            raise Mistake(f'{where} must have a "prompt" that is a string.')
+        found.append(fields)
     if not found:
         raise Mistake(f"{path} holds no prompt.")
     return found
@@ -102,8 +99,7 @@ def read_prompts(path: Path) -> list[Mapping[str, Any]]:
 def replayed(replay: Replay, most: int) -> list[Planned]:
     """In the order of their times, the first at 0."""
     found: list[tuple[float, Endpoint, Mapping[str, Any], str]] = []
-    for where, line in lines(replay.trace):
-        entry = json_object(where, line)
+    for where, entry in rows(replay.trace, ".jsonl"):
         if "session" in entry or "ended" in entry:  # of a requests.jsonl
             continue
         at = first_of(entry, TIMES)
@@ -128,25 +124,16 @@ def replayed(replay: Replay, most: int) -> list[Planned]:
     ]
 
 
-def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Those that are not empty, each with where it stands."""
+def rows(path: Path, kind: str | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each with where it stands."""
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield f"{path}:{number}", line.strip()
-
-
-def json_object(where: str, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise Mistake(f"{where} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise Mistake(f"{where} must be a JSON object, got {line[:60]}.")
-    return value
+        for entry in prompt_files.read(path, kind):
+            where = f"{path}:{entry.line}"
+            if isinstance(entry.fields, str):
+                raise Mistake(f"{where}: {entry.fields}")
+            yield where, entry.fields
+    except prompt_files.BadFile as error:
+        raise Mistake(str(error)) from None
 
 
 def first_of(entry: Mapping[str, Any], names: Sequence[str]) -> Any:

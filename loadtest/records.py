@@ -100,12 +100,12 @@ def heal(path: Path) -> None:
 def entries(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+    *lines, torn = path.read_text("utf-8").split("\n")
+    for number, line in enumerate([*lines, torn] if torn else lines, 1):
         try:
             yield json.loads(line)
         except ValueError:
-            if line is not lines[-1] or line.endswith("\n"):
+            if number <= len(lines):
                 raise Mistake(f"{path}:{number} is not JSON: {line[:60]!r}.") from None
 
 
@@ -144,13 +144,16 @@ def read(folder: Path) -> Run:
     records: list[Record] = []
     ended: str | None = None
     for entry in entries(folder / "requests.jsonl"):
-        if "session" in entry:
-            sessions.append(Session(entry["epoch"], entry["offset"]))
-            ended = None
-        elif "ended" in entry:
-            ended = entry["ended"]
-        else:
-            records.append(Record(**absent | {name: value for name, value in entry.items() if name in known}))
+        try:
+            if "session" in entry:
+                sessions.append(Session(entry["epoch"], entry["offset"]))
+                ended = None
+            elif "ended" in entry:
+                ended = entry["ended"]
+            else:
+                records.append(Record(**absent | {name: value for name, value in entry.items() if name in known}))
+        except (KeyError, TypeError, AttributeError):
+            raise Mistake(f"{folder} is not the folder of a load test: {str(entry)[:60]} is no record.") from None
     if not sessions:
         raise Mistake(f"{folder} holds no request: the run had not begun.")
     run = Run(folder, head, sessions, records, ended, [*entries(folder / "timeline.jsonl")])

@@ -132,7 +132,7 @@ class Scenario(Part):
     seed: int = Field(default=1, ge=0, lt=2**32)
     arrivals: Arrivals
     mix: list[Kind] = Field(default=[Kind()], min_length=1)
-    prompts: Path | None = Field(default=None, description="text, or JSONL with any field of the API; null: built in")
+    prompts: Path | None = Field(default=None, description="as jobs read them; null: built in")
     warmup_s: float = Field(default=0, ge=0, description="what is sent in this time is not counted")
     cooldown_s: float = Field(default=0, ge=0, description="nor what is sent in this time before the end")
     timeout_s: float = Field(default=120, gt=0, le=3600, description="longest wait for an answer")

@@ -50,16 +50,31 @@ def guard(url: str, allow_remote: bool) -> str:
         raise Mistake(f"The URL must be like http://127.0.0.1:8000, got {url}.")
     if not allow_remote:
         try:
-            found = socket.getaddrinfo(host, port or 80, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise Mistake(f"The host of {url} cannot be found: {error}.") from None
         addresses = sorted({str(entry[4][0]).partition("%")[0] for entry in found})
-        if beyond := [one for one in addresses if not ipaddress.ip_address(one).is_loopback]:
+        if beyond := [one for one in addresses if not is_here(one)]:
+            resolved = "" if beyond[0] == host else f", which is {beyond[0]},"
             raise Mistake(
-                f"{host} is {beyond[0]}, not this machine. To put a load on a server elsewhere, which must be yours, "
-                "add --allow-remote."
+                f"{host}{resolved} is another machine. A load test can bring a server down: to load one that is yours, "
+                "or whose owner agrees, add --allow-remote."
             )
     return url.rstrip("/")
+
+
+def is_here(address: str) -> bool:
+    """Whether an address is one of this machine's own: what is sent to it has it as its source, too."""
+    parsed = ipaddress.ip_address(address)
+    if parsed.is_loopback or parsed.is_unspecified:  # the latter leads to this machine as well
+        return True
+    family = socket.AF_INET6 if parsed.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # which sends nothing
+            return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == parsed
+        except OSError:
+            return False
 
 
 def headers() -> dict[str, str]:

@@ -145,5 +145,6 @@ async def streamed(request: web.Request, picture: str, word: str) -> web.StreamR
     await response.write(b": still at work\n\n")
     for name, data in events:
         await asyncio.sleep(0.05)
-        await response.write(f"event: {name}\ndata: {json.dumps(data)}\n\n".encode())
+        told = f"event: {name}\ndata: {json.dumps(data)}\n\n"
+        await response.write((told.replace("\n", "\r\n") if word == "crlf" else told).encode())
     return response

@@ -4,7 +4,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,26 +247,28 @@ def test_a_weight_of_whole_numbers_is_refused(model: Path) -> None:
 # The Hub
 
 
-@pytest.fixture
-def cache(model: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A Hub's environment, whose cache holds the model, as an older client left it: without a list of its files."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = tiny.write_checkpoint(folder / "model", "tiny-sd1", tiny.tensor_shapes()["tiny-sd1"])
     with serving(Hub(REPO, model)) as endpoint:
-        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(model.parent / "hub"), "HF_HUB_DISABLE_XET": "1"}
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
         assert loaded(environment) == ""
-        (repo,) = (model.parent / "hub/hub").glob("models--*")
+        (repo,) = (folder / "cache/hub").glob("models--*")
         for file in (repo / "trees").iterdir():
             file.unlink()
         (repo / "trees").rmdir()
         (missing,) = (repo / "snapshots").glob("*/vae/config.json")
         missing.unlink()
-    yield environment
+    return environment
 
 
-def loaded(environment: dict[str, str]) -> str:
+def loaded(environment: dict[str, str], repo: str = REPO) -> str:
     """What loading says in a process of its own: the Hub's client reads its environment once."""
     code = (
         "import sys\nfrom app.models.loading import load_checkpoint\n"
-        f"try:\n    load_checkpoint({REPO!r})\nexcept ValueError as error:\n    print(error)"
+        f"try:\n    load_checkpoint({repo!r})\nexcept ValueError as error:\n    print(error)"
     )
     given = processes.environment(**environment)
     done = subprocess.run(
@@ -283,3 +285,10 @@ def test_a_cache_that_lacks_a_file_and_no_way_to_the_hub(cache: dict[str, str], 
     said = loaded(cache | more)
     assert "- vae/config.json is missing.\n" in said
     assert "\nThe Hub could not be asked for what is missing: " in said and why in said
+
+
+def test_a_repo_that_the_hub_does_not_have_is_said_in_its_words(model: Path) -> None:
+    with serving(Hub(REPO, model)) as endpoint:
+        said = loaded({"HF_ENDPOINT": endpoint, "HF_HOME": str(model.parent / "cache")}, "somebody/else")
+    assert said.startswith("model somebody/else is no folder here and could not be fetched from Hugging Face: 404 ")
+    assert "Repository Not Found" in said and said.count("\n") == 1

@@ -35,6 +35,7 @@ def test_a_setting_changes_what_it_names_and_nothing_else() -> None:
     [
         ("steps=20", "must be name=value of sampler, .*, got steps"),
         ("sampler", "must be name=value"),
+        ("sampler='pndm", "No closing quotation, got sampler='pndm"),
         ("num_inference_steps=500", r"num_inference_steps must be an integer between 1 and 100, got 500\."),
         ("dtype=float64", "dtype: Input should be 'float32' or 'bfloat16'"),
         ("model=nowhere", "model must be a folder"),

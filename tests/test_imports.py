@@ -53,6 +53,10 @@ RULES = [
     Rule("app.pipeline", HTTP | {"ray", "app.engine", "app.server", "app.ingress", "app.protocol"}),
     Rule("loadtest.", JAX | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
     Rule("loadtest.", JAX | {"ray"}, anywhere=False),
+    *(
+        Rule(f"app.models.{name}", JAX | {"numpy"})
+        for name in ("config", "errors", "scheduler_config", "tokenizer_files")
+    ),
     Rule("app.models.", HTTP | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress", "app.protocol"}),
 ]
 SAMPLERS_MAY_USE = {"numpy", *sys.stdlib_module_names}

@@ -22,7 +22,7 @@ def test_the_code_travels_to_a_head_elsewhere_and_nothing_else_does(tmp_path: Pa
 
 def test_each_job_has_a_help_that_says_what_it_does() -> None:
     assert {"batch_generate", "compile_ahead", "evaluate", "fetch_weights", "train_demo"} <= set(names())
-    assert not {"entry", "hub", "painter", "prompts", "scenes", "settings"} & set(names())
+    assert not {"drafts", "entry", "hub", "painter", "prompts", "scenes", "settings"} & set(names())
     for name in names():
         text = (ROOT / "jobs" / f"{name}.py").read_text()
         assert text.startswith('"""') and f"python -m jobs.{name}" in text.partition('"""\n')[0]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import psutil
@@ -136,7 +137,8 @@ BATCH = 48
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("batch") / "prompts.jsonl"
-    rows = [{"prompt": f"a red boat at dusk, {number}"} for number in range(BATCH)]
+    rows: list[dict[str, Any]] = [{"prompt": f"a red boat at dusk, {number}"} for number in range(BATCH - 2)]
+    rows += [{"prompt": "a red boat", "seed": 1}, {"prompt": "a red boat", "seed": 1, "n": 1}]  # which mean the same
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "a boat", "n": 99}]))
     return file
 

@@ -109,8 +109,8 @@ def test_prompts_come_from_a_file_of_text_or_of_fields(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("p.jsonl", '{"seed": 7}', 'p.jsonl:1 must have a "prompt" that is a string.'),
-        ("p.jsonl", '{"prompt": "a"}\nno', "p.jsonl:2 is not JSON"),
-        ("p.jsonl", "[1]", "p.jsonl:1 must be a JSON object, got [1]."),
+        ("p.jsonl", '{"prompt": "a"}\nno', "p.jsonl:2: it is not JSON"),
+        ("p.jsonl", "[1]", "p.jsonl:1: it must be a JSON object."),
         ("p.txt", "\n", "holds no prompt."),
     ],
 )

@@ -68,6 +68,11 @@ def test_a_stream_tells_when_its_first_preview_was_there(server: Server) -> None
     assert record.first_byte < record.preview < record.done - 0.03
 
 
+def test_a_stream_whose_lines_end_with_crlf_is_read(server: Server) -> None:
+    (record,) = send(server, asked("crlf", stream=True, partial_images=1))
+    assert record.outcome == "ok" and record.preview is not None and record.pictures == 1
+
+
 @pytest.mark.parametrize(
     ("prompt", "outcome", "words"),
     [

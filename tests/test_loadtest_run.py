@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from loadtest import Mistake
 from loadtest.records import read
 from loadtest.scaling import PHASES
 from loadtest.summary import summarize
@@ -286,7 +287,9 @@ def test_a_sweep_finds_the_rate_at_which_a_server_no_longer_keeps_up(server: Ser
 
 def test_a_machine_elsewhere_is_refused_without_the_flag(tmp_path: Path) -> None:
     for address in ("--url=http://192.0.2.1:8000", "--ip=192.0.2.1"):
-        assert "192.0.2.1 is 192.0.2.1, not this machine." in refused(loadtest(tmp_path, address))
+        said = refused(loadtest(tmp_path, address))
+        assert said.startswith("192.0.2.1 is another machine. A load test can bring a server down: ")
+        assert said.endswith(" add --allow-remote.")
     assert not list(tmp_path.iterdir())
 
 
@@ -308,12 +311,30 @@ def test_a_machine_elsewhere_is_refused_without_the_flag(tmp_path: Path) -> None
         (("--url", "ftp://127.0.0.1"), "The URL must be like http://127.0.0.1:8000, got ftp://127.0.0.1."),
         (("--url", "http://127.0.0.1:9"), "Nothing answers at http://127.0.0.1:9"),
         (("run", "--resume", "gone"), "gone is not the folder of a load test"),
+        (("--concurrency", "0"), "arrivals.closed.concurrency: Input should be greater than or equal to 1, got 0."),
+        (("--requests", "0"), "arrivals.closed.requests: Input should be greater than or equal to 1, got 0."),
+        (("--concurrency", "0", "--rate", "1"), "exclude one another"),
+        (("--duration", "0"), "arrivals.closed.duration_s: Input should be greater than 0, got 0.0."),
+        (("--url", ""), "Argument --url: must not be empty."),
+        (("--ip", ""), "Argument --ip: must not be empty."),
+        (("--scenario", ""), "Argument --scenario: must not be empty."),
+        (("--save_pictures=maybe",), "must be true or false, got 'maybe'"),
+        (("--resume", "x", "--repeat", "0"), "--resume goes on with a run as it was begun: --repeat cannot be given."),
+        (("sweep", "--concurrency", "0"), "A sweep sends at rates of its own: --concurrency cannot be given."),
         (("sweep", "--factor", "1"), "A sweep needs --from above 0, --factor above 1"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     assert words in refused(loadtest(tmp_path, *arguments))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("entry", ["{}", '{"session": 1}', "[1]", "7"])
+def test_a_folder_of_something_else_is_told(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "requests.jsonl").write_text(entry + "\n")
+    with pytest.raises(Mistake, match="is not the folder of a load test: .* is no record\\.$"):
+        read(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_told(server: Server, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from app.pipeline import Pipeline
 from app.protocol import Encoding
 from jobs.batch_generate import SCHEMA, progress, write_manifest
-from jobs.painter import DRAFTS, Painter, folders, row_of, text_of
+from jobs.painter import Painter, folders, row_of, text_of
 from jobs.prompts import Bad, Row
 from tests.fake_pipeline import FakePipeline, request
 
@@ -34,8 +34,8 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def painter(fake: FakePipeline, out: Path) -> Iterator[Painter]:
-    painter = Painter(out, "fake", {}, 0.05)
+def painter(fake: FakePipeline, out: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Painter]:
+    painter = Painter(out, tmp_path_factory.mktemp("drafts"), "fake", {}, 0.05)
     yield painter
     painter.engine.close()
 
@@ -70,6 +70,11 @@ def test_a_row_leaves_its_pictures_and_a_record_and_nothing_else(painter: Painte
         assert picture.text["seed"] == "3"  # type: ignore[attr-defined]
 
 
+def test_a_row_that_is_given_out_twice_at_once_is_told_once(painter: Painter, out: Path) -> None:
+    assert drawn(painter, row(1), row(1), row(2)) == {"key1": "", "key2": ""}
+    assert files(out) == {name for one in (row(1), row(2)) for name in one.made}
+
+
 def test_what_is_finished_is_not_drawn_again_and_what_lost_a_picture_is(
     painter: Painter, fake: FakePipeline, out: Path
 ) -> None:
@@ -94,7 +99,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_drawn(painter: Painter, fak
 
 
 def test_a_disk_that_takes_nothing_ends_the_job(painter: Painter, out: Path) -> None:
-    (out / DRAFTS).rmdir()
+    painter.drafts.rmdir()
     with pytest.raises(FileNotFoundError):
         drawn(painter, row(1))
 

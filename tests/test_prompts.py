@@ -68,6 +68,22 @@ def test_a_row_that_stands_twice_is_two_rows_with_pictures_of_their_own(tmp_path
     assert first.key != second.key and first.generation.seed != second.generation.seed
 
 
+def test_rows_that_are_spelled_differently_and_mean_the_same_are_two_rows(tmp_path: Path) -> None:
+    asked: list[dict[str, object]] = [
+        {"seed": 1},
+        {"seed": 1, "n": 1},
+        {"seed": 1, "size": "128x128"},
+        {"seed": 1},
+        {"seed": 1, "n": 2},
+    ]
+    file = written(tmp_path, "a.jsonl", "".join(json.dumps({"prompt": "a", **row}) + "\n" for row in asked))
+    found = rows(file)
+    assert len({row.key for row in found}) == len(found)
+    assert len({row.generation for row in found}) == 2
+    alone = rows(written(tmp_path, "b.jsonl", '{"prompt": "a", "seed": 1, "n": 1}\n'))
+    assert alone[0].key == found[0].key  # however it is spelled, a row that stands alone is the first of its kind
+
+
 @pytest.mark.parametrize(
     "changed", [{"defaults": {"num_inference_steps": 30}}, {"dtype": "bfloat16"}, {"encoding": {"png_level": 1}}]
 )

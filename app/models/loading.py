@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from app.models.clip import CLIPText
 from app.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig, mismatches
+from app.models.errors import one_line
 from app.models.scheduler_config import corrected
 from app.models.tensor_names import NOT_WEIGHTS, current_name, squeezed
 from app.models.tokenizer import Tokenizer
@@ -151,7 +152,7 @@ def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
         return Path(huggingface_hub.snapshot_download(str(model), revision=revision, allow_patterns=DOWNLOADED))
     except Exception as error:  # the hub's client raises a dozen kinds; each means that there is no model
         raise ValueError(
-            f"model {model} is no folder here and could not be fetched from Hugging Face: {first_line(error)}"
+            f"model {model} is no folder here and could not be fetched from Hugging Face: {one_line(error)}"
         ) from error
 
 
@@ -164,12 +165,8 @@ def unasked(model: str | Path, revision: str | None, problems: list[str]) -> lis
     try:
         huggingface_hub.HfApi().model_info(str(model), revision=revision, timeout=10)
     except Exception as error:
-        return [f"The Hub could not be asked for what is missing: {first_line(error)}"]
+        return [f"The Hub could not be asked for what is missing: {one_line(error)}"]
     return []
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_module(

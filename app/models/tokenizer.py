@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from app.models.errors import one_line
 from app.models.tokenizer_files import beyond
 
 
@@ -27,8 +28,7 @@ class Tokenizer:
         try:
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+            raise ValueError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
         self.length = length
 
     def problems(self, rows: int) -> Iterator[str]:
