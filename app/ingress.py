@@ -82,6 +82,8 @@ class APIIngress:
         self.replicas = replicas
         self.service = service
         self.keys = None if api_keys_file is None else Keys(api_keys_file)
+        if self.keys:
+            self.keys.watch()
         self.description: Description | None = None
         self.started = int(time.time())
 
