@@ -42,7 +42,9 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "style": ("vivid", "natural"),  # either leaves the style to the prompt
     "svg": (),
 }
-LONGEST_QUERY = 65000  # bytes: uvicorn's parser refuses a URL of more than 65,535, with the path before it
+LONGEST_QUERY = (
+    48 << 10
+)  # bytes: with 16 KiB of headers all that a head may have; uvicorn's parser takes 65,535 of a URL
 LOSSLESS = 100  # the output_compression that a png has anyway
 
 

@@ -353,7 +353,7 @@ def test_a_prompt_of_4000_characters_is_taken_cut_and_told_so(api: str) -> None:
     prompt = "\U0001f305" * 4000  # four bytes of UTF-8 each, twelve in a query
     status, body, _ = fetch(f"{api}/v1/images/generations", {"prompt": prompt, "num_inference_steps": 1})
     assert status == 200 and json.loads(body)["prompt_truncated"] is True
-    status, _, headers = imagine(api, prompt=prompt, negative_prompt="x" * 4000, num_inference_steps=1)
+    status, _, headers = imagine(api, prompt=prompt, negative_prompt="x" * 1000, num_inference_steps=1)
     assert status == 200
     assert {name.lower(): value for name, value in headers.items()}["x-prompt-truncated"] == "true"
     prompt = "a house " * 250  # as long as was allowed once
