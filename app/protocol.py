@@ -42,9 +42,9 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "style": ("vivid", "natural"),  # either leaves the style to the prompt
     "svg": (),
 }
-LONGEST_QUERY = (
-    48 << 10
-)  # bytes: with 16 KiB of headers all that a head may have; uvicorn's parser takes 65,535 of a URL
+# Bytes. With 16 KiB of headers that is as much as the head of a request should have, and uvicorn's parser takes 65,535
+# of a URL. It has room for one prompt of 4,000 characters that all take 12 bytes.
+LONGEST_QUERY = 48 << 10
 LOSSLESS = 100  # the output_compression that a png has anyway
 
 
