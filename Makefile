@@ -31,6 +31,8 @@ DOLLARS ?=
 SCENARIO ?= smoke
 URL ?=
 ARGS ?=
+MINUTES ?= 60
+RESUME ?=
 UV_VERSION := 0.13.9
 
 py := $(VENV)/bin/python
@@ -52,7 +54,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
-.PHONY: bench-loadgen loadtest bench-torch test-parity fuzz
+.PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -173,6 +175,9 @@ bench-batch: runtime ## Measure batch generation on the local cluster against th
 	@$(py) -m benchmarks.batch $(at)
 bench-loadgen: runtime ## Measure the load test's own generator: its highest rate, its percentiles, beside wrk where installed
 	@$(py) -m benchmarks.loadgen
+
+soak: dev ## Soak a local cluster of its own in mixed load, hang-ups and kills for MINUTES=60; RESUME=folder goes on with one
+	@$(py) -m benchmarks.soak --minutes "$(MINUTES)" $(if $(RESUME),--resume "$(RESUME)")
 
 bench-torch: parity ## Measure a guided step on this processor against diffusers in PyTorch (several GB to install)
 	@$(py) -m benchmarks.against_torch

@@ -89,6 +89,8 @@ class APIIngress:
         self.replicas = replicas
         self.service = service
         self.keys = None if api_keys_file is None else Keys(api_keys_file)
+        if self.keys:
+            self.keys.watch()
         self.watch = ReplicaWatch(partial(broadcast, replicas, "describe", BROADCAST_TIMEOUT_S))
         self.retry_times = RetryTimes()
         self.started = int(time.time())

@@ -1,5 +1,8 @@
 """API keys: a file of their hashes, read again whenever it changes, and how much each key may ask for.
 
+The file says itself where it ends, so that one that was cut is told from one with fewer keys: a list of lines ends with
+a line `...`, YAML's end of a document, and a list in brackets with its bracket. Without keys it says `[]`.
+
 Knows nothing of Ray or HTTP, and never writes a key down: no message here quotes what the file holds beside names,
 because a key itself may have been put where its hash belongs.
 """
@@ -11,9 +14,12 @@ import math
 import os
 import secrets
 import stat
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +29,9 @@ logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve write
 PREFIX = "imagine-"  # so that scanners for secrets, and people, see what it is
 KEY_BYTES = 32
 BUSY_RETRY_S = 1.0  # when another of the key's requests ends is not known
+REFRESH_S = 1.0  # how often the file is looked at, so that a key is revoked within about that time
+MOST_BYTES = 256 << 10  # of the file, some 2,000 keys
+END = "..."
 
 Signature = tuple[int, int, int, int]
 
@@ -89,7 +98,10 @@ class Holder:
 
 
 class Keys:
-    """Those of a file. At the start a file that cannot be used is a ValueError; later, the keys read last stay."""
+    """Those of a file. At the start a file that cannot be used is a ValueError; later, the keys read last stay.
+
+    Only `read` and `refresh` touch the disk, which may be slow. The event loop looks keys up in memory.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
@@ -100,19 +112,25 @@ class Keys:
         if self.problem:
             raise ValueError(self.problem)
 
+    def watch(self) -> None:
+        """Refreshes in a thread from now on, for as long as anybody has these keys."""
+        threading.Thread(target=refresh_for_life, args=(weakref.ref(self),), name="api keys", daemon=True).start()
+
     def holder(self, key: bytes) -> Holder | None:
         """Whose key this is. Takes as long whichever it is, and if it is none."""
-        before, problem = self.seen, self.read()
-        if problem and problem != self.problem:  # told once, and not for each request
-            logger.error("%s The keys that were read before stay in force.", problem)
-        elif not problem and self.seen != before:
-            logger.info("read api_keys_file=%s keys=%d", self.path, len(self.holders))
-        self.problem = problem
         digest, found = digest_of(key), None
         for holder in self.holders:
             if hmac.compare_digest(holder.entry.sha256, digest):
                 found = holder
         return found
+
+    def refresh(self) -> None:
+        before, problem = self.seen, self.read()
+        if problem and problem != self.problem:  # told once, and not each time
+            logger.error("%s The keys that were read before stay in force.", problem)
+        elif not problem and self.seen != before:
+            logger.info("read api_keys_file=%s keys=%d", self.path, len(self.holders))
+        self.problem = problem
 
     def read(self) -> str | None:
         """Takes the file as it is now, if it has changed; returns what is wrong with it, if anything is."""
@@ -121,7 +139,7 @@ class Keys:
             if signature == self.seen:
                 return self.problem
             entries = parse(content_of(self.path), str(self.path))
-        except OSError as error:  # which may pass by itself, so the next request tries again
+        except OSError as error:  # which may pass by itself, so the next refresh tries again
             self.seen = None
             return f"{self.path} cannot be read: {error.strerror}."
         except ValueError as error:
@@ -148,31 +166,72 @@ def signature_of(status: os.stat_result) -> Signature:
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
+def refresh_for_life(keys: "weakref.ref[Keys]") -> None:
+    while held := keys():
+        held.refresh()
+        del held  # or they would live as long as this thread
+        time.sleep(REFRESH_S)
+
+
 def content_of(path: Path) -> bytes:
     """Whoever may write the file can let himself in. Reading it helps nobody: it has hashes."""
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
-            raise ValueError(f"{path} must not be writable by everyone: chmod o-w {path}")
-        return file.read()
+    refuse_unusable(path, path.stat())  # before it is opened, which a device may act on
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that is put there would block
+    with open(descriptor, "rb") as file:
+        refuse_unusable(path, os.fstat(descriptor))
+        return file.read(MOST_BYTES + 1)
+
+
+def refuse_unusable(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} must be a regular file, and is none.")
+    if status.st_mode & stat.S_IWOTH:
+        raise ValueError(f"{path} must not be writable by everyone: chmod o-w {path}")
+    if status.st_size > MOST_BYTES:
+        raise ValueError(f"{path} must be at most {MOST_BYTES} bytes, and has {status.st_size}.")
 
 
 def parse(content: bytes, file: str) -> tuple[Entry, ...]:
-    """The entries, or a ValueError whose sentence names the file and the entry. An empty file is a list of none."""
+    """The entries, or a ValueError whose sentence names the file and the entry."""
+    if not content.strip():
+        raise ValueError(f"{file} is empty. A file without keys must say [], so that one that was cut is told from it.")
     try:
-        found = yaml.safe_load(content.decode())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        text = content.decode()
+        found, in_brackets = loaded(text)
+    except Exception as error:  # YAMLError, but a wrong date or number raises others, and so do endless brackets
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"{file} is not YAML{f', line {mark.line + 1}' if mark else ''}.") from None
-    if not isinstance(found, list | None):
-        raise ValueError(f"{file} must be a list of keys, each with a name and a sha256.")
+        line = f", line {mark.line + 1}" if mark else ""
+        if mark and END in [line.rstrip() for line in text.splitlines()[: mark.line]]:
+            raise ValueError(f"{file}{line}: nothing may stand below a line {END}; keys stand above it.") from None
+        raise ValueError(f"{file} is not YAML{line}.") from None
+    if not isinstance(found, list):
+        raise ValueError(f"{file} must be a list of keys, each with a name and a sha256; without keys, [].")
     entries: list[Entry] = []
-    for i, one in enumerate(found or ()):
+    for i, one in enumerate(found):
         entry = entry_of(one, f"{file}, entry {i + 1}")
         for name in ("name", "sha256"):
             if getattr(entry, name) in [getattr(other, name) for other in entries]:
                 raise ValueError(f"{file}, entry {i + 1} ({entry.name}): another entry has the same {name}.")
         entries.append(entry)
+    if not in_brackets and not ends(text):
+        raise ValueError(f"{file} must end with a line {END} below the last key: without it, it may have been cut.")
     return tuple(entries)
+
+
+def loaded(text: str) -> tuple[Any, bool]:
+    """What stands in it, and whether that is a list in brackets."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), getattr(node, "flow_style", None) is True
+    finally:
+        loader.dispose()
+
+
+def ends(text: str) -> bool:
+    """Whether the last line that says anything is the end of the document."""
+    lines = [line.partition("#")[0].rstrip() for line in text.splitlines()]
+    return [line for line in lines if line][-1:] == [END]
 
 
 def entry_of(value: object, place: str) -> Entry:

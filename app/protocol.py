@@ -42,6 +42,9 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "style": ("vivid", "natural"),  # either leaves the style to the prompt
     "svg": (),
 }
+# Bytes. With 16 KiB of headers that is as much as the head of a request should have, and uvicorn's parser takes 65,535
+# of a URL. It has room for one prompt of 4,000 characters that all take 12 bytes.
+LONGEST_QUERY = 48 << 10
 LOSSLESS = 100  # the output_compression that a png has anyway
 
 
@@ -71,7 +74,9 @@ class Limits(Settings):
         default=(1.0, 20.0), description="[lowest, highest]"
     )
     prompt_characters: int = Field(default=4000, ge=1, description="longest prompt, and longest negative prompt")
-    query_bytes: int = Field(default=98304, ge=1, description="longest query string of GET /imagine")
+    query_bytes: int = Field(
+        default=LONGEST_QUERY, ge=1, le=LONGEST_QUERY, description="longest query string of GET /imagine"
+    )
     body_bytes: int = Field(default=131072, ge=1, description="largest body of POST /v1/images/generations")
     partial_images: int = Field(default=3, ge=0, le=16, description="most previews in one streamed answer")
     timeout_s: float = Field(
@@ -194,7 +199,10 @@ def written(fact: str | int | float | bool) -> str:
 def parse_query(query: bytes, service: Service) -> ImageRequest:
     """The query string of GET /imagine."""
     if len(query) > service.limits.query_bytes:
-        message = f"The query string must be at most {service.limits.query_bytes} bytes, got {len(query)}."
+        message = (
+            f"The query string must be at most {service.limits.query_bytes} bytes, got {len(query)}; "
+            "POST /v1/images/generations takes more."
+        )
         raise ApiError(414, message, None, "uri_too_long")
     try:
         pairs = parse_qsl(query.decode(), keep_blank_values=True, errors="strict", max_num_fields=100)

@@ -13,13 +13,12 @@ streams have as many steps an image on average, so what is left is the price of 
 import argparse
 import asyncio
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -33,15 +32,13 @@ from app.samplers import SAMPLERS
 from benchmarks.engine import ROOT, demo_pipeline, ours, tell
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import GUIDANCE_SCALE, equal_requests, offer_all, request
+from benchmarks.local_cluster import TIMEOUT_S, leave, local_cluster
 from benchmarks.paced import Pace, PacedPipeline
 from benchmarks.report import machine
 from benchmarks.whole_batch import Images, Picture, draw
-from ops import processes
 from ops.cluster import running
 
 RUN_DIR = ROOT / ".run" / "bench"
-PORTS = range(19000, 20000)  # apart from what `make up` and the tests choose
-TIMEOUT_S = 1800.0
 REPLICA = ":StableDiffusion"  # in its process's title
 MIXED_STEPS = (5, 50)
 MIXED_SCALES = (1.5, 12.0)
@@ -50,8 +47,7 @@ MIXED_SCALES = (1.5, 12.0)
 def over_http(runs: int, count: int, concurrency: int) -> Figure:
     config = read_config()
     args = Args(**config["applications"][0]["args"])
-    dashboard_port, serve_port = [port for port in PORTS if processes.free(port)][:2]
-    with cluster(config, dashboard_port, serve_port):
+    with local_cluster(RUN_DIR, config) as api:
         pipeline = demo_pipeline(args.batch_buckets, args.limits.num_inference_steps[1])
         requests = [
             request(
@@ -69,7 +65,7 @@ def over_http(runs: int, count: int, concurrency: int) -> Figure:
             at_most=False,
             against=f"encode, insert, steps, decode in batches of {batch}",
         )
-        url = f"http://127.0.0.1:{serve_port}/v1/images/generations"
+        url = f"{api}/v1/images/generations"
         asyncio.run(ask(url, requests[:concurrency], concurrency))  # what is done once, is done
         for run in range(runs):
             seconds = {}
@@ -199,32 +195,6 @@ def read_config() -> dict[str, Any]:
         if deployment.pop("autoscaling_config", None):
             deployment["num_replicas"] = 1
     return config
-
-
-@contextmanager
-def cluster(config: dict[str, Any], dashboard_port: int, serve_port: int) -> Iterator[None]:
-    """A local Ray with this config on it, on ports and in a folder of its own; it ends with the block."""
-    RUN_DIR.mkdir(parents=True, exist_ok=True)
-    path = RUN_DIR / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    verb("local", "down")  # what a run that was killed may have left
-    try:
-        verb("local", "up", "--dashboard-port", str(dashboard_port))
-        verb("deploy", "deploy", "--config", str(path), "--serve-port", str(serve_port))
-        yield
-    finally:
-        verb("local", "down")
-
-
-def verb(module: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", f"ops.{module}", *arguments, "--run-dir", str(RUN_DIR)]
-    if code := subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S, stdout=sys.stderr).returncode:
-        sys.exit(code)  # it has said why
-
-
-def leave(signum: int, frame: Any) -> NoReturn:
-    """So that what is in a `finally` happens when somebody ends this process, too."""
-    raise SystemExit(128 + signum)
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Makes an API key, tells it once on stdout, and adds its hash to a file that args.api_keys_file may name.
 
-The file is replaced as a whole, so whoever reads it meanwhile finds the old one or the new one.
+The file is replaced as a whole, so whoever reads it meanwhile finds the old one or the new one. A file that cannot be
+used is left as it is: to add a key to one that was cut would make the other keys' loss final.
 """
 
 import argparse
@@ -11,11 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from app.keys import Entry, content_of, digest_of, new_key, parse
+from app.keys import END, Entry, content_of, digest_of, new_key, parse
 from ops.terminal import Stop, run, say
 
 MODE = 0o600  # of a new file; one that is there keeps its own
@@ -38,12 +40,11 @@ def add(entry: Entry, file: Path) -> None:
     file = file.resolve()  # a link stays one
     try:
         with locked(file.parent):
-            before = content_of(file) if file.exists() else b""
+            before = content_of(file) if file.exists() else b"[]\n"
             known = parse(before, str(file))
             if entry.name in [one.name for one in known]:
                 raise Stop(f"{file} has a key named {entry.name}. Take another name, or delete that entry first.")
-            gap = b"\n" if before and not before.endswith(b"\n") else b""
-            after = before + gap + written(entry)
+            after = extended(before.decode(), entry).encode()
             if not holds(after, (*known, entry)):
                 raise Stop(f"{file} must be a list with one `- name:` below the other, or nothing can be added to it.")
             replace(file, after)
@@ -53,8 +54,17 @@ def add(entry: Entry, file: Path) -> None:
         raise Stop(f"{file} cannot be written: {error.strerror}.") from None
 
 
-def written(entry: Entry) -> bytes:
-    return yaml.safe_dump([entry.model_dump(exclude_none=True)], sort_keys=False).encode()
+def extended(before: str, entry: Entry) -> str:
+    """With one entry more, and all else as it was: below the last one, or in the place of `[]`."""
+    events: list[Any] = [*yaml.parse(before, Loader=yaml.SafeLoader)]
+    first, last, end = events[2], events[-3], events[-2]  # of the list, and of the document
+    empty = first.flow_style and events[3] is last
+    if empty:
+        kept, rest = before[: first.start_mark.index], before[last.end_mark.index :].removeprefix("\n")
+    else:
+        kept, rest = before[: end.start_mark.index], before[end.start_mark.index :]
+    rest = rest if end.explicit else f"{rest}{END}\n"
+    return kept + yaml.safe_dump([entry.model_dump(exclude_none=True)], sort_keys=False) + rest
 
 
 def holds(content: bytes, entries: tuple[Entry, ...]) -> bool:
@@ -65,17 +75,32 @@ def holds(content: bytes, entries: tuple[Entry, ...]) -> bool:
 
 
 def replace(file: Path, content: bytes) -> None:
+    """In one step, with the mode and the owner that the file had."""
     descriptor, draft = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fchmod(descriptor, file.stat().st_mode & 0o777 if file.exists() else MODE)
+            before = file.stat() if file.exists() else None
+            made = os.fstat(descriptor)
+            if before and (before.st_uid, before.st_gid) != (made.st_uid, made.st_gid):
+                os.fchown(descriptor, before.st_uid, before.st_gid)
+            os.fchmod(descriptor, before.st_mode & 0o777 if before else MODE)
             os.fsync(descriptor)
         os.replace(draft, file)
     except BaseException:
         os.unlink(draft)
         raise
+    sync(file.parent)
+
+
+def sync(folder: Path) -> None:
+    """So that the new name outlives a power cut, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from ray.serve.schema import HTTPOptionsSchema, RayActorOptionsSchema
 from app.builders import SLOTS_PER_IMAGE, Args
 from app.door import is_loopback
 from app.ingress import APIIngress
+from app.protocol import LONGEST_QUERY
 from app.server import StableDiffusion
 from ops.documents import Document, Finding, Key
 from ops.lint_models import applications, args_model, items, known_args, load, quietly
@@ -138,10 +139,14 @@ def check_deployment(document: Document, deployment: Deployment) -> Iterator[Fin
 
 
 def check_limits(document: Document, key: Key, args: Args) -> Iterator[Finding]:
-    for name in ("query_bytes", "body_bytes"):
-        needed = 2 * ESCAPED_BYTES * args.limits.prompt_characters
+    prompt = ESCAPED_BYTES * args.limits.prompt_characters
+    needs = (
+        ("query_bytes", "one prompt", min(prompt, LONGEST_QUERY - 1)),  # a URL has no room for two of the longest
+        ("body_bytes", "two prompts", 2 * prompt),
+    )
+    for name, what, needed in needs:
         if (given := getattr(args.limits, name)) <= needed:
-            text = f"must be above {needed}, what two prompts of prompt_characters can take, got {given}."
+            text = f"must be above {needed}, what {what} of prompt_characters can take, got {given}."
             yield document.error((*key, "args", "limits", name), text)
     if isinstance(args.images_at_once, int) and args.images_at_once > max(args.batch_buckets):
         text = f"is {args.images_at_once}, and the largest of batch_buckets, {max(args.batch_buckets)}, is the most."

@@ -274,9 +274,11 @@ def test_a_full_key_is_refused_before_the_body_is_read(replicas: Replicas, file:
     assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
 
 
-def test_revoking_a_key_needs_no_new_start(client: TestClient, file: Path) -> None:
+def test_revoking_a_key_needs_no_new_start(client: TestClient, ingress: APIIngress, file: Path) -> None:
     assert client.get("/v1/models", headers=BEARER).status_code == 200
     write(file)
+    assert ingress.keys
+    ingress.keys.refresh()
     assert client.get("/v1/models", headers=BEARER).status_code == 401
 
 
@@ -359,7 +361,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(ingress: APIIngress
 
 
 def test_neither_keys_nor_prompts_reach_the_log(
-    client: TestClient, replicas: Replicas, file: Path, caplog: pytest.LogCaptureFixture
+    client: TestClient, ingress: APIIngress, replicas: Replicas, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "ray.serve")
     caplog.set_level(logging.DEBUG, "app")
@@ -369,6 +371,8 @@ def test_neither_keys_nor_prompts_reach_the_log(
             client.get("/imagine", params={"prompt": PROMPT}, headers=headers)
             client.post("/v1/images/generations", json={"prompt": PROMPT, "size": PROMPT}, headers=headers)
     file.write_text(f"- {{name: alice, sha256: {KEY}}}\n")
+    assert ingress.keys
+    ingress.keys.refresh()
     client.get("/imagine", params={"prompt": PROMPT}, headers=BEARER)
     told = "\n".join(json.dumps([record.getMessage(), record.exc_text]) for record in caplog.records)
     assert (

@@ -4,6 +4,10 @@ import hashlib
 import hmac
 import logging
 import os
+import queue
+import re
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 import yaml
 
 from app import keys
-from app.keys import Holder, Keys, LimitReached, digest_of, new_key, parse
+from app.keys import MOST_BYTES, Holder, Keys, LimitReached, content_of, digest_of, new_key, parse
 
 
 class Clock:
@@ -29,7 +33,7 @@ def entry(name: str, key: str = "", **limits: Any) -> dict[str, Any]:
 def write(path: Path, *entries: Any) -> Path:
     """As an editor or `make api-key` does: a new file in the place of the old one."""
     draft = path.with_suffix(".draft")
-    draft.write_text(yaml.safe_dump([*entries]))
+    draft.write_text(yaml.safe_dump([*entries], explicit_end=True))
     draft.chmod(0o600)
     draft.replace(path)
     return path
@@ -84,7 +88,7 @@ BAD: list[tuple[str, str]] = [
     ("\x00", "keys.yaml is not YAML."),
     ("when: 2020-99-99", "keys.yaml is not YAML."),
     ("[" * 5000, "keys.yaml is not YAML."),
-    ("a: 3", "keys.yaml must be a list of keys, each with a name and a sha256."),
+    ("a: 3", "keys.yaml must be a list of keys, each with a name and a sha256; without keys, []."),
     ("- alice", "keys.yaml, entry 1 must be a mapping of name, sha256, requests_per_minute and concurrent_requests."),
     (
         f"- {{name: a, sha256: {HASH}, rpm: 3}}",
@@ -131,8 +135,6 @@ def test_a_mistake_in_the_file_is_one_sentence_that_names_the_entry_and_shows_no
 def test_a_file_that_is_not_there_or_not_text_is_told_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.yaml cannot be read: No such file or directory\.$"):
         Keys(tmp_path / "nowhere.yaml")
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        Keys(tmp_path)
     (tmp_path / "keys.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="is not YAML"):
         Keys(tmp_path / "keys.yaml")
@@ -148,11 +150,78 @@ def test_a_file_that_everyone_may_write_is_refused(file: Path, mode: int, refuse
         assert name_of(Keys(file), "key of bob") == "bob"
 
 
-def test_a_file_with_nothing_in_it_lets_nobody_in(tmp_path: Path) -> None:
-    for text in ("", "# none left\n", "[]"):
-        assert parse(text.encode(), "keys.yaml") == ()
-        (tmp_path / "keys.yaml").write_text(text)
-        assert name_of(Keys(tmp_path / "keys.yaml"), "") is None
+@pytest.mark.parametrize("text", ["", "\n", "# none left\n", "...\n", "---\n"])
+def test_a_file_with_nothing_in_it_is_bad_and_an_empty_list_lets_nobody_in(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        Keys(path)
+    path.write_text(f"# none left\n[]\n{text.replace('---', '...')}")
+    assert name_of(Keys(path), "") is None
+
+
+LIST = yaml.safe_dump([entry("alice"), entry("bob", requests_per_minute=60)], explicit_end=True, sort_keys=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LIST,
+        "# ours\n" + LIST + "# the end\n",
+        LIST.removesuffix("\n"),
+        yaml.safe_dump([entry("alice"), entry("bob", requests_per_minute=60)], default_flow_style=True),
+    ],
+    ids=["a list", "with comments", "without the last line's end", "in brackets"],
+)
+def test_a_file_that_was_cut_anywhere_is_told_from_a_whole_one(text: str) -> None:
+    whole = parse(text.encode(), "keys.yaml")
+    assert [one.name for one in whole] == ["alice", "bob"]
+    said = text.rstrip().removesuffix("# the end").rstrip()
+    for length in range(len(said)):
+        with pytest.raises(ValueError, match="^keys.yaml"):
+            parse(text[:length].encode(), "keys.yaml")
+    assert all(parse(text[:length].encode(), "keys.yaml") == whole for length in range(len(said), len(text)))
+
+
+def test_a_cut_between_two_entries_is_told_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^keys.yaml must end with a line \.\.\. below the last key: without it"):
+        parse(LIST[: LIST.index("- name: bob")].encode(), "keys.yaml")
+    for start in ("", "---\n"):
+        with pytest.raises(ValueError, match=r"^keys.yaml, line \d+: nothing may stand below a line \.\.\.;"):
+            parse((LIST + start + yaml.safe_dump([entry("eve")], explicit_end=True)).encode(), "keys.yaml")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "socket", "huge"])
+def test_what_is_no_file_of_keys_is_refused_without_waiting_for_it(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "keys.yaml"
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(path))
+        case "huge":
+            path.write_text(LIST)
+            os.truncate(path, MOST_BYTES + 1)
+    rule = f"at most {MOST_BYTES} bytes, and has {MOST_BYTES + 1}" if kind == "huge" else "a regular file, and is none"
+    with pytest.raises(ValueError, match=f"keys.yaml must be {rule}"):
+        Keys(path)
+
+
+def test_a_pipe_that_is_put_in_the_place_of_the_file_is_refused_too(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at it and its opening, which for a pipe waits until somebody writes."""
+    status = file.stat()
+    file.unlink()
+    os.mkfifo(file)
+    monkeypatch.setattr(Path, "stat", lambda path: status)
+    with pytest.raises(ValueError, match="must be a regular file"):
+        content_of(file)
 
 
 # The file changes
@@ -161,19 +230,71 @@ def test_a_file_with_nothing_in_it_lets_nobody_in(tmp_path: Path) -> None:
 def test_a_key_is_added_and_revoked_by_a_change_of_the_file(file: Path) -> None:
     known = Keys(file)
     write(file, entry("bob", "key of bob"), entry("eve", "key of eve"))
+    known.refresh()
     assert [name_of(known, f"key of {name}") for name in ("alice", "bob", "eve")] == [None, "bob", "eve"]
-    file.write_text("")
+    file.write_text("[]\n")
+    known.refresh()
     assert name_of(known, "key of bob") is None
+
+
+def test_looking_a_key_up_touches_no_disk_and_a_thread_reads_what_changes(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: queue.Queue[threading.Thread] = queue.Queue()
+
+    class Watched(Keys):
+        def read(self) -> str | None:
+            readers.put(threading.current_thread())
+            return super().read()
+
+    monkeypatch.setattr(keys, "REFRESH_S", 0.01)
+    known = Watched(file)
+    assert readers.get() is threading.current_thread()
+    assert name_of(known, "key of alice") == "alice" and readers.empty()
+    known.watch()
+    reader = readers.get(timeout=60)
+    assert reader is not threading.current_thread()
+    write(file, entry("bob", "key of bob"))
+    for _ in range(2):  # the first may have begun before
+        readers.get(timeout=60)
+    readers.get(timeout=60)
+    assert [name_of(known, f"key of {name}") for name in ("alice", "bob")] == [None, "bob"]
+    del known
+    reader.join(60)
+    assert not reader.is_alive(), "it ends with the keys that it reads"
 
 
 def test_a_file_that_did_not_change_is_not_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = Keys(file)
     monkeypatch.setattr(keys, "content_of", lambda path: pytest.fail("it was read again"))
+    known.refresh()
     assert name_of(known, "key of alice") == "alice"
 
 
 def broken(file: Path) -> None:
     file.write_text("- {name: alice, sha256: short}")
+
+
+def cut_to_nothing(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def cut_between_two_entries(file: Path) -> None:
+    os.truncate(file, file.read_text().index("- name: bob"))
+
+
+def a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def huge(file: Path) -> None:
+    os.truncate(file, 1 << 40)
 
 
 def gone(file: Path) -> None:
@@ -184,17 +305,23 @@ def open_to_all(file: Path) -> None:
     file.chmod(0o666)
 
 
-@pytest.mark.parametrize("spoil", [broken, gone, open_to_all])
+@pytest.mark.parametrize(
+    "spoil", [broken, gone, open_to_all, cut_to_nothing, cut_between_two_entries, a_pipe, a_folder, huge]
+)
 def test_a_file_that_goes_bad_leaves_the_keys_read_last_and_is_told_once(
     file: Path, caplog: pytest.LogCaptureFixture, spoil: Any
 ) -> None:
     known = Keys(file)
     spoil(file)
     for _ in range(3):
+        known.refresh()
         assert [name_of(known, f"key of {name}") for name in ("alice", "bob", "eve")] == ["alice", "bob", None]
     (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert str(file) in error.message and error.message.endswith("The keys that were read before stay in force.")
+    if file.is_dir():
+        file.rmdir()
     write(file, entry("eve", "key of eve"))
+    known.refresh()
     assert [name_of(known, f"key of {name}") for name in ("alice", "eve")] == [None, "eve"], "once it is good again"
 
 
@@ -207,7 +334,9 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(file: Path, monkeypatch: 
 
     with monkeypatch.context() as patched:
         patched.setattr(keys, "content_of", no_more_files)
+        known.refresh()
         assert name_of(known, "key of alice") == "alice"
+    known.refresh()
     assert name_of(known, "key of alice") is None, "revoked as soon as the file can be read"
 
 
@@ -215,7 +344,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(file: Path, monkeypatch: 
 
 
 def holder(clock: Clock, **limits: int) -> Holder:
-    (one,) = parse(yaml.safe_dump([entry("alice", "", **limits)]).encode(), "")
+    (one,) = parse(yaml.safe_dump([entry("alice", "", **limits)], explicit_end=True).encode(), "")
     return Holder(one, clock)
 
 
@@ -294,12 +423,15 @@ def test_what_is_used_of_a_limit_outlives_a_change_of_the_file(tmp_path: Path) -
     assert alice
     alice.begin()
     write(path, entry("bob"), entry("alice", requests_per_minute=1, concurrent_requests=2))
+    known.refresh()
     again = known.holder(b"alice")
     assert again is alice and again.running == 1
     again.begin()  # the second place that the file gives now
     again.end()
     assert not served(again), "both of the minute's are used"
     write(path, entry("alice"))
+    known.refresh()
     assert known.holder(b"alice") is alice and all(served(alice) for _ in range(9))
     write(path, entry("alice", requests_per_minute=3))
+    known.refresh()
     assert known.holder(b"alice") is alice and [served(alice) for _ in range(4)] == [True] * 3 + [False]

@@ -359,6 +359,11 @@ FIT: list[tuple[Edit, Key, str]] = [
         "advice: {} is 5, and the largest of batch_buckets, 4, is the most.",
     ),
     (
+        put((*ARGS, "limits", "query_bytes"), 24000),
+        (*ARGS, "limits", "query_bytes"),
+        "error: {} must be above 24000, what one prompt of prompt_characters can take, got 24000.",
+    ),
+    (
         put((*ARGS, "limits", "body_bytes"), 48000),
         (*ARGS, "limits", "body_bytes"),
         "error: {} must be above 48000, what two prompts of prompt_characters can take, got 48000.",

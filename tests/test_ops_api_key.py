@@ -51,13 +51,13 @@ def test_the_key_is_told_once_and_only_its_hash_is_kept(file: Path) -> None:
 
 
 def test_limits_are_written_and_what_stood_in_the_file_stays(file: Path) -> None:
-    file.write_text(
-        "# Ours. Ask Carol before you delete one.\n- name: carol\n  sha256: " + "c" * 64
-    )  # without a newline
+    before = f"# Ours. Ask Carol before you delete one.\n- name: carol\n  sha256: {'c' * 64}\n"
+    file.write_text(f"{before}...\n# All of ours stand above.")
     file.chmod(0o640)
-    before = file.read_text()
     key = made(file, "yes", "--rpm", "30", "--concurrent", "2").strip()  # a name that YAML would take for a truth
-    assert file.read_text().startswith(before) and stat.S_IMODE(file.stat().st_mode) == 0o640
+    text = file.read_text()
+    assert text.startswith(before) and text.endswith("\n...\n# All of ours stand above.")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
     holder = Keys(file).holder(key.encode())
     assert holder and holder.entry.name == "yes"
     assert (holder.entry.requests_per_minute, holder.entry.concurrent_requests) == (30, 2)
@@ -80,7 +80,7 @@ def test_limits_are_written_and_what_stood_in_the_file_stays(file: Path) -> None
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(file: Path, name: str, options: list[str], sentence: str) -> None:
-    file.write_text(f"- name: carol\n  sha256: {'c' * 64}\n")
+    file.write_text(f"- name: carol\n  sha256: {'c' * 64}\n...\n")
     before = file.read_bytes()
     assert sentence in refused(file, name, *options)
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
@@ -90,8 +90,9 @@ def test_a_mistake_is_one_line_and_changes_nothing(file: Path, name: str, option
     ("content", "sentence"),
     [
         (f"[{{name: carol, sha256: {'c' * 64}}}]\n", "must be a list with one `- name:` below the other"),
-        (f"  - name: carol\n    sha256: {'c' * 64}\n", "must be a list with one `- name:` below the other"),
-        ("[]\n", "must be a list with one `- name:` below the other"),
+        (f"  - name: carol\n    sha256: {'c' * 64}\n...\n", "must be a list with one `- name:` below the other"),
+        ("", "is empty. A file without keys must say []"),
+        (f"- name: carol\n  sha256: {'c' * 64}\n", "must end with a line ... below the last key"),
         ("name: carol", "must be a list of keys"),
         ("- name: carol\n", "entry 1 (carol): sha256 is missing"),
     ],
@@ -100,6 +101,31 @@ def test_a_file_that_nothing_can_be_added_to_is_left_as_it_is(file: Path, conten
     file.write_text(content)
     assert sentence in refused(file, "alice")
     assert file.read_text() == content and [*file.parent.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("text", ["[]", "# None yet.\n[]\n# Below.\n", "---\n[ ]\n...\n"])
+def test_the_first_key_takes_the_place_of_the_empty_list(file: Path, text: str) -> None:
+    file.write_text(text)
+    made(file, "alice")
+    made(file, "bob")
+    assert [entry.name for entry in parse(file.read_bytes(), "")] == ["alice", "bob"]
+    assert [line for line in file.read_text().splitlines() if "#" in line] == [
+        line for line in text.splitlines() if "#" in line
+    ]
+
+
+def test_a_pipe_is_refused_at_once(file: Path) -> None:
+    os.mkfifo(file)
+    assert "must be a regular file, and is none." in refused(file, "alice")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+def test_the_file_keeps_its_owner(file: Path) -> None:
+    made(file, "alice")
+    os.chown(file, 65534, 65533)
+    made(file, "bob")
+    status = file.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (65534, 65533, 0o600)
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:

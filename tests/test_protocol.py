@@ -191,7 +191,7 @@ def test_a_prompt_of_the_default_limits_fits_however_it_is_written() -> None:
     escaped = json.dumps(fields, ensure_ascii=True).encode()
     assert len(escaped) <= service.limits.body_bytes
     assert parse_body(escaped, service).generation.negative_prompt == longest
-    assert parse_query(urlencode(fields).encode(), service).generation.prompt == longest
+    assert parse_query(urlencode({"prompt": longest}).encode(), service).generation.prompt == longest
     with pytest.raises(ApiError, match="prompt must be at most 4000 characters, got 4001"):
         parse_body(json.dumps({"prompt": longest + "a"}).encode(), service)
 
@@ -329,7 +329,11 @@ BAD_QUERIES: list[tuple[str | bytes, str | None, str]] = [
     ("prompt=a&stream=true", "stream", f'Unknown field "stream"; the fields are {", ".join(QUERY_FIELDS)}.'),
     ("prompt=%ff", None, "The query string must be percent-encoded UTF-8."),
     (b"prompt=\xff", None, "The query string must be percent-encoded UTF-8."),
-    ("prompt=" + "x" * 500, None, "The query string must be at most 500 bytes, got 507."),
+    (
+        "prompt=" + "x" * 500,
+        None,
+        "The query string must be at most 500 bytes, got 507; POST /v1/images/generations takes more.",
+    ),
     ("prompt=a" + "&b" * 120, None, "The query string has over 100 fields."),
 ]
 

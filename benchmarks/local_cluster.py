@@ -1,0 +1,45 @@
+"""A local cluster of a benchmark's own, in a folder and on ports of its own. It ends with the block, and one that is up
+in this checkout is neither used nor disturbed.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from ops import processes
+from ops.cluster import ROOT
+
+PORTS = range(19000, 20000)  # apart from what `make up` and the tests choose
+TIMEOUT_S = 1800.0
+
+
+@contextmanager
+def local_cluster(run_dir: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """With this config deployed; gives the API's URL."""
+    dashboard_port, serve_port = [port for port in PORTS if processes.free(port)][:2]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    verb(run_dir, "local", "down")  # what a run that was killed may have left
+    try:
+        verb(run_dir, "local", "up", "--dashboard-port", str(dashboard_port))
+        verb(run_dir, "deploy", "deploy", "--config", str(path), "--serve-port", str(serve_port))
+        yield f"http://127.0.0.1:{serve_port}"
+    finally:
+        verb(run_dir, "local", "down")
+
+
+def verb(run_dir: Path, module: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", f"ops.{module}", *arguments, "--run-dir", str(run_dir)]
+    if code := subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S, stdout=sys.stderr).returncode:
+        sys.exit(code)  # it has said why
+
+
+def leave(signum: int, frame: Any) -> NoReturn:
+    """So that what is in a `finally` happens when somebody ends this process, too."""
+    raise SystemExit(128 + signum)

@@ -1,0 +1,98 @@
+"""The clients of a soak test that are not after a picture: they hang up, never read, or ask for what must be refused.
+
+Those who want one are the load test's (loadtest/client.py). None of them raises: what went wrong is the outcome.
+"""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from benchmarks.soak.load import BAD_REQUESTS, GENERATIONS
+
+TIMEOUT_S = 150.0  # above the server's own, so that it is the server who has to answer in time
+UNREAD_S = 40.0  # as long as a client stays that does not read
+PREVIEW = b"image_generation.partial_image"
+LONGEST_EVENT = 1 << 22
+
+Outcome = tuple[str, int | None, str | None]  # outcome, status, what is wrong
+
+
+def code_of(error: str | None) -> str | None:
+    """Of an error in OpenAI's shape, as the load test's records or the server itself write it."""
+    found = re.search(r'^\d{3} (\w+):|"code": "(\w+)"', error or "")
+    return found and (found[1] or found[2])
+
+
+async def ask_badly(session: aiohttp.ClientSession, url: str, name: str) -> Outcome:
+    bad = BAD_REQUESTS[name]
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with session.request(
+        bad.method, url + bad.path, data=bad.body, headers=bad.headers, timeout=timeout
+    ) as answer:
+        text = (await answer.read()).decode("utf8", "replace")
+        if answer.status == bad.status and refusal_of(text):
+            return "ok", answer.status, None
+        outcome = "shed" if answer.status in (429, 503) else "wrong_answer"
+        return outcome, answer.status, f"{name} must get {bad.status} and got {answer.status}: {text[:200]}"
+
+
+def refusal_of(text: str) -> bool:
+    """Whether it is an error in OpenAI's shape that shows nothing of the server's insides."""
+    try:
+        return {"message", "type", "param", "code"} <= set(json.loads(text)["error"]) and "Traceback" not in text
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+async def hang_up(url: str, request: Mapping[str, Any]) -> Outcome:
+    """At once; or from a stream once a preview has come."""
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    reader, writer = await asyncio.open_connection(host, port, limit=LONGEST_EVENT)
+    try:
+        writer.write(head(url, request))
+        await writer.drain()
+        if request.get("stream"):
+            status = int((await reader.readline()).split()[1])
+            if status != 200:
+                body = (await reader.read()).partition(b"\r\n\r\n")[2].decode("utf8", "replace")
+                return ("shed" if status in (429, 503) else "refused"), status, body[:400]
+            await reader.readuntil(PREVIEW)
+        return "left", None, None
+    except asyncio.IncompleteReadError as ended:
+        words = ended.partial.decode("utf8", "replace")
+        outcome = "server_error" if "event: error" in words else "reset"
+        return outcome, 200, words[words.find("event: error") :][:400]
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def never_read(url: str, request: Mapping[str, Any]) -> Outcome:
+    with socket.socket() as unread:
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        unread.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(unread, (urlsplit(url).hostname, urlsplit(url).port))
+        await loop.sock_sendall(unread, head(url, request))
+        await asyncio.sleep(UNREAD_S)
+    return "unread", None, None
+
+
+def head(url: str, request: Mapping[str, Any]) -> bytes:
+    body = json.dumps(request).encode()
+    lines = (
+        f"POST {GENERATIONS} HTTP/1.1",
+        f"Host: {urlsplit(url).netloc}",
+        "Connection: close",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
+    return "\r\n".join([*lines, "", ""]).encode() + body

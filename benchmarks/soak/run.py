@@ -1,0 +1,236 @@
+"""A soak test from its first request to its last: idle, the load with its kills, idle again.
+
+A test that was ended goes on where its load had got to. Knows nothing of verdicts.
+"""
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from benchmarks.soak.clients import TIMEOUT_S, Outcome, ask_badly, code_of, hang_up, never_read
+from benchmarks.soak.load import Load, Planned, equal_requests, plan
+from benchmarks.soak.records import Result, read
+from benchmarks.soak.verdict import RECOVERY_S
+from benchmarks.soak.watch import processes_of, replicas_of, sample, stats_of
+from loadtest import Mistake
+from loadtest import plan as loadtest_plan
+from loadtest.checks import EqualSeeds, identity
+from loadtest.client import Client
+from loadtest.client import session as client_session
+from loadtest.records import Journal
+from loadtest.run import Clock
+from loadtest.session import headers
+from ops.cluster import Cluster
+
+SAMPLE_S = 5.0
+IDLE_S = 15.0  # before the load and after it, for samples of a cluster that does nothing
+SETTLE_S = 60.0
+TELL_S = 60.0  # between two lines about how it goes
+AT_WORK_S = 30.0  # so long a kill waits for requests that it can hit
+MOST_OPEN = 500  # clients at once
+LAST_S = TIMEOUT_S + 30  # after the last request has been sent
+
+
+@dataclass
+class Soak:
+    url: str
+    cluster: Cluster
+    load: Load
+    client: Client
+    clock: Clock
+    results: Journal
+    events: Journal
+    stop: asyncio.Event
+    offset: float  # second of the load at which this session begins
+    seed: int
+    phase: str = "before"
+    began: float | None = None  # the clock when the load did
+    outcomes: Counter[str] = field(default_factory=Counter)
+    open: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def position(self) -> float:
+        """Seconds of the load so far."""
+        return self.offset if self.began is None else min(self.load.duration_s, self.clock() - self.began + self.offset)
+
+    async def run(self, done: set[int], model: Mapping[str, Any]) -> None:
+        await self.draw_alone(model)
+        await self.wait(IDLE_S)
+        self.began, self.phase = self.clock(), "load"
+        killing = asyncio.create_task(self.kill_replicas())
+        try:
+            await self.send(done)
+            await self.wait(max(0.0, self.load.duration_s - self.position))
+            if self.open and not self.stop.is_set():
+                await asyncio.wait(self.open, timeout=LAST_S)
+            await killing
+        finally:
+            for task in (killing, *self.open):
+                task.cancel()
+        self.phase = "after"
+        if not self.stop.is_set():
+            await self.settle()
+
+    async def draw_alone(self, model: Mapping[str, Any]) -> None:
+        """What every later answer to the same requests is held to; and once more, so that all is warm."""
+        for number, request in enumerate(2 * equal_requests(model["samplers"])):
+            planned = loadtest_plan.Planned(-1 - number, 0.0, "alone", "generations", request)
+            record = await self.client.send(planned, self.clock())
+            if record.outcome != "ok":
+                raise Mistake(f"The cluster does not draw before anything is done to it: {record.error}")
+
+    async def send(self, done: set[int]) -> None:
+        assert self.began is not None
+        for planned in self.load.requests:
+            if planned.at < self.offset or planned.id in done:
+                continue
+            await self.clock.until(self.began + planned.at - self.offset)
+            if self.stop.is_set():
+                return
+            if len(self.open) >= MOST_OPEN:
+                raise Mistake(f"{MOST_OPEN} clients are waiting for an answer: the server has stopped answering.")
+            task = asyncio.create_task(self.perform(planned))
+            self.open.add(task)
+            task.add_done_callback(self.open.discard)
+
+    async def perform(self, planned: Planned) -> None:
+        at, compared = self.clock(), False
+        try:
+            async with asyncio.timeout(TIMEOUT_S + 10):
+                match planned.kind:
+                    case "bad request":
+                        outcome = await ask_badly(self.client.session, self.url, planned.request["bad"])
+                    case "leaves at once" | "leaves a stream":
+                        outcome = await hang_up(self.url, planned.request)
+                    case "never reads":
+                        outcome = await never_read(self.url, planned.request)
+                    case _:
+                        outcome, compared = await self.ask(planned)
+        except TimeoutError:
+            outcome = "timeout", None, f"no answer within {TIMEOUT_S:g} s"
+        except (aiohttp.ClientError, OSError, ValueError, IndexError) as problem:
+            outcome = "reset", None, f"{type(problem).__name__}: {problem}"
+        name, status, error = outcome
+        self.outcomes[name] += 1
+        code = code_of(error)
+        result = Result(planned.id, planned.kind, at, self.clock(), name, status, code, error, compared)
+        self.results.write({key: value for key, value in asdict(result).items() if value is not None})
+
+    async def ask(self, planned: Planned) -> tuple[Outcome, bool]:
+        asked = loadtest_plan.Planned(planned.id, planned.at, planned.kind, planned.endpoint, planned.request)
+        record = await self.client.send(asked, self.clock())
+        return (record.outcome, record.status, record.error), record.compared
+
+    async def kill_replicas(self) -> None:
+        assert self.began is not None
+        for number, at in enumerate(self.load.kills):
+            if at < self.offset:
+                continue
+            await self.wait(self.began + at - self.offset - self.clock())
+            if self.stop.is_set():
+                return
+            await self.kill(random.Random(f"{self.seed} {number}"))
+
+    async def kill(self, rng: random.Random) -> None:
+        """One of the replicas that answer, at work if one soon is, and only if its process is surely the cluster's."""
+        busy_by = self.clock() + AT_WORK_S
+        stats = await stats_of(self.client.session, self.url)
+        while self.clock() < busy_by and not self.stop.is_set() and not (stats and stats["total"]["unfinished"]):
+            await self.wait(0.2)
+            stats = await stats_of(self.client.session, self.url)
+        replicas = replicas_of(stats)
+        processes = await asyncio.to_thread(processes_of, self.cluster)
+        ours = {process.pid for process in processes if process.kind == "replica"}
+        victims = sorted(ours & {*replicas.values()})
+        if not victims:
+            return
+        victim = rng.choice(victims)
+        killed = self.clock()
+        psutil.Process(victim).kill()
+        self.events.write({"event": "kill", "t": killed, "pid": victim})
+        while self.clock() < killed + RECOVERY_S and not self.stop.is_set():
+            await self.wait(1.0)
+            stats = await stats_of(self.client.session, self.url)
+            answering = {*replicas_of(stats).values()}
+            if answering and victim not in answering:
+                self.events.write({"event": "recovered", "t": self.clock(), "kill": killed})
+                return
+
+    async def settle(self) -> None:
+        """Waits for the last of the requests to be gone, and writes down how all is then."""
+        total: dict[str, Any] = {}
+        deadline = self.clock() + SETTLE_S
+        while self.clock() < deadline and not self.stop.is_set():
+            total = (await stats_of(self.client.session, self.url) or {}).get("total", {})
+            if total.get("replicas") and total["unfinished"] == 0:
+                break
+            await self.wait(1.0)
+        await self.wait(IDLE_S)
+        kept = {name: total.get(name) for name in ("unfinished", "active_slots", "replicas", "compiles_after_ready")}
+        self.events.write({"event": "end", "t": self.clock(), **kept})
+
+    async def watch(self) -> None:
+        told = 0.0
+        while True:
+            began, position = self.clock(), self.position
+            found = await sample(self.cluster, self.client.session, self.url)
+            self.events.write({"event": "sample", "t": began, "phase": self.phase, "position": position, **found})
+            if self.phase == "load" and began - told >= TELL_S:
+                told = began
+                outcomes = ", ".join(f"{count} {name}" for name, count in self.outcomes.most_common())
+                state = f"{len(self.open)} open, {found['replicas']} replicas"
+                print(f"{position / 60:5.1f} min: {outcomes}; {state}", flush=True)
+            await asyncio.sleep(max(0.0, began + SAMPLE_S - self.clock()))
+
+    async def wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.stop.wait(), max(0.0, seconds))
+
+
+async def soak(folder: Path, url: str, cluster: Cluster, model: Mapping[str, Any]) -> bool:
+    """The whole test, or what is left of it; whether it was interrupted."""
+    before = read(folder)
+    head = before.head
+    load = plan(head["seed"], head["duration_s"], head["rate"], model["samplers"])
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    alone = [identity(request) for request in equal_requests(model["samplers"])]
+    clock = Clock(offset=before.seen_s)
+    async with contextlib.AsyncExitStack() as stack:
+        results = stack.enter_context(Journal(folder / "results.jsonl"))
+        events = stack.enter_context(Journal(folder / "events.jsonl"))
+        client = Client(
+            session=await stack.enter_async_context(client_session(headers())),
+            url=url,
+            timeout_s=TIMEOUT_S,
+            clock=clock,
+            check=True,
+            default_size=model["defaults"]["size"],
+            # The first pictures of each are kept for as long as the test runs.
+            equal_seeds=EqualSeeds(1, Counter({key: load.requests[-1].id + 1000 for key in alone if key})),
+            checkers=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="check")),
+            pictures=None,
+        )
+        clock.start()
+        events.write({"event": "session", "t": clock.offset, "unix": time.time(), "position": before.reached_s})
+        test = Soak(url, cluster, load, client, clock, results, events, stop, before.reached_s, head["seed"])
+        watching = asyncio.create_task(test.watch())
+        try:
+            await test.run({result.id for result in before.results}, model)
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+    return stop.is_set()
