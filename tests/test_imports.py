@@ -33,6 +33,8 @@ RULES = [
     Rule("app.engine", HTTP | {"ray", "app.server", "app.ingress", "app.builders", "app.models"}),
     Rule("app.engine", JAX, anywhere=False),
     Rule("app.admission", JAX | HTTP | {"ray", "app"}),
+    Rule("app.stall", JAX | HTTP | {"ray", "app", "numpy"}),
+    Rule("app.worker", JAX | HTTP | {"ray", "app", "numpy"}),
     Rule("app.line", HTTP | {"ray", "app.engine", "app.server", "app.ingress", "app.builders", "app.models"}),
     Rule("app.line", JAX, anywhere=False),
     Rule("app.programs", HTTP | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
