@@ -44,7 +44,7 @@ RULES = [
     Rule("app.keys", JAX | HTTP | {"ray", "app", "numpy"}),
     Rule("app.door", JAX | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
     Rule("app.stats", JAX | HTTP | {"app"}),
-    Rule("app.profiling", HTTP | {"ray", "app"}),
+    Rule("app.profiling", HTTP | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress"}),
     Rule("app.profiling", JAX, anywhere=False),
     Rule("app.streaming", JAX | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress"}),
     Rule("app.pipeline", HTTP | {"ray", "app.engine", "app.server", "app.ingress", "app.protocol"}),
