@@ -22,12 +22,13 @@ from typing import Any
 import jax
 from jax.stages import Compiled, Lowered, Traced
 
-from app.program_files import Place, Unusable, first_line, prepare, prune, published, read, revive, save
+from app.program_files import Place, Unusable, first_line, key_in, prepare, prune, published, read, revive, save
 from app.program_keys import differences, key_of
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+EXPLAINED = 8  # files that are looked at for why none of them fits
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
@@ -165,11 +166,11 @@ def cache_hits() -> Iterator[list[int]]:
 
 
 def explain(place: Place) -> str:
-    """Why no file has this key: how it differs from the most similar one of the same program."""
+    """Why no file has this key: how it differs from the most similar of the latest ones of the same program."""
     others = []
-    for path in place.others():
+    for path in place.others()[:EXPLAINED]:  # a folder that compile_ahead fills is never pruned
         try:
-            others.append(differences(read(path).header["key"], place.key))
+            others.append(differences(key_in(path), place.key))
         except Exception:  # damaged, or of an older format
             continue
     return f"the saved one differs in {min(others, key=len)}" if others else "none was saved"

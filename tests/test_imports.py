@@ -39,6 +39,7 @@ RULES = [
     Rule("app.line", JAX, anywhere=False),
     Rule("app.programs", HTTP | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
     Rule("app.program_files", HTTP | {"ray", "app"}),
+    Rule("app.program_sources", JAX | HTTP | {"ray", "app", "numpy"}),
     Rule("app.program_keys", HTTP | {"ray", "app.programs", "app.program_files", "app.pipeline"}, anywhere=False),
     Rule("app.metrics", JAX | HTTP | {"app"}),
     Rule("app.keys", JAX | HTTP | {"ray", "app", "numpy"}),
