@@ -17,6 +17,7 @@ from app.keys import Keys
 from app.protocol import Defaults, Encoding, Limits, Service, Settings, width_height
 from app.samplers import SAMPLERS
 from app.server import StableDiffusion
+from app.stall import STALL_S
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOTS_PER_IMAGE = 2  # of the largest batch, for each size, as app/pipeline.py has them
@@ -68,6 +69,9 @@ class Args(Settings):
     max_waiting: int = Field(default=32, ge=1, description="queue of a replica; beyond it a request gets 503")
     prompt_cache: int = Field(default=256, ge=1, le=65536, description="encoded prompts that a replica keeps")
     encoding_threads: int = Field(default=2, ge=1, le=64, description="threads that make files of pixels")
+    stall_s: float = Field(
+        default=STALL_S, ge=1, le=3600, description="a device that is silent this long, and 10 times too long, is lost"
+    )
     programs: str | None = Field(
         default=None, description="folder of compiled programs, relative to the repository; null: each start compiles"
     )
@@ -122,6 +126,7 @@ def text_to_image(args: Args) -> Application:
         admission_gain=args.admission_gain,
         prompt_cache=args.prompt_cache,
         encoding_threads=args.encoding_threads,
+        stall_s=args.stall_s,
     )
     keys = None if args.api_keys_file is None else keys_file(args.api_keys_file)
     return serve.deployment()(serve.ingress()(APIIngress)).bind(replicas, service, api_keys_file=keys)

@@ -4,9 +4,11 @@ or model weights.
 Between any two steps pictures join, leave and overtake: the requests of a size stand in line by what is left of them,
 with ageing, and the first few of the line share the next step, as many as make images come fastest (app/admission.py).
 Several sizes take turns. The thread dispatches ahead of the device, but while nobody waits only just ahead, so that a
-newcomer finds a place in the very next step; and it never waits for a picture: another thread fetches those.
+newcomer finds a place in the very next step; and it never waits for a picture: another thread fetches those. A third
+one notices when the device no longer answers either of them (app/stall.py); the engine then gives up.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -14,7 +16,8 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, InvalidStateError
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,6 +27,8 @@ from app.admission import Arrivals, Decoding, Lane, Profile, Work
 from app.line import Generated, Group, Lines, Picture, Preview, Request, Size, answer_s, backlog_s, place_s
 from app.protocol import Generation
 from app.samplers import SamplerTable
+from app.stall import STALL_S, StallWatch
+from app.worker import Worker
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -35,6 +40,8 @@ AHEAD = 1  # dispatches beyond the one that the device is at
 # a step from what was expected of it; so that the device never idles.
 LEAD_S, LEAD_SPREADS = 0.002, 4
 FAILURES = 3  # of one verb in a row before the engine gives up, so that Serve replaces the replica
+LOGGED = "logged_by_engine"  # attribute of an exception
+CLOSE_S = 30.0  # how long `close` waits for the verb that the thread is at
 
 
 class Verbs(Protocol):
@@ -91,19 +98,25 @@ class EngineStopped(Exception):
     """The engine's thread has ended, by `close` or by a failure."""
 
 
+class EngineStalled(EngineStopped):
+    """The device has not answered for so long that the engine has given up."""
+
+
 class _GivenUp(RuntimeError):
     """A verb has failed too often; ends the thread."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class _Dispatch:
     group: Group
     done: Any
     bucket: int
     count: int
+    seconds: float  # as expected when it was made
     at: float
     alone: bool  # nothing but steps since the dispatch before, so that its time is theirs
     doubted: bool = False  # under way when another failed: what spoilt that one may have spoilt it too
+    ended: float = math.inf  # when the first of the threads that wait for it saw it done
 
 
 class Engine:
@@ -117,10 +130,12 @@ class Engine:
         images_at_once: int | None = None,
         gain: float = 0.05,
         prompt_cache: int = 256,
+        stall_s: float = STALL_S,
         clock: Callable[[], float] = time.monotonic,
         fetcher: Executor | None = None,
     ):
-        """`images_at_once` overrides what the measured step times say; `start` starts the thread, and tests without
+        """`images_at_once` overrides what the measured step times say. A verb that takes longer than `stall_s`, and
+        many times longer than it should, means that the device is lost. `start` starts the threads, and tests without
         it call `tick`."""
         self.pipeline = pipeline
         self.max_waiting = max_waiting
@@ -147,13 +162,22 @@ class Engine:
         self._busy_s = 0.0
         self._outcomes = dict.fromkeys(("completed", "cancelled", "failed", "queue_full", "deadline"), 0)
         # One thread, so that a request's previews and its picture arrive in the order in which the device makes them.
-        self._fetcher = fetcher or ThreadPoolExecutor(1, "fetch")
+        self._fetcher = fetcher or Worker("fetch")
+        # Device-seconds of steps that nobody has seen done, of all decodes, and of those whose pixels were fetched.
+        self._stepping_s = self._decoding_s = self._decoded_s = 0.0
+        self._watch = StallWatch(stall_s, self._stall, clock)
 
     # --- for any thread
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        self._watch.start()
+
+    @property
+    def stalled(self) -> str:
+        """A sentence on which verb the device does not answer; empty while it answers."""
+        return self._watch.stalled
 
     @property
     def healthy(self) -> bool:
@@ -183,7 +207,7 @@ class Engine:
         request = Request.of(generation, table, self.clock(), previews, on_preview)
         with self._changed:
             if self._draining or not self.healthy:
-                raise EngineStopped("the engine has stopped")
+                raise self._stopped()
             if sum(waiting.began is None for waiting in self._unfinished) >= self.max_waiting:
                 self._outcomes["queue_full"] += 1
                 raise QueueFull(place_s(self._lines()))
@@ -234,9 +258,11 @@ class Engine:
     def drain(self, timeout_s: float) -> None:
         """Lets those finish that have begun, refuses the others, and closes; after `timeout_s` whatever is left."""
         deadline = self.clock() + timeout_s
-        with self._changed:
+        with self._changed:  # `_admit` begins requests under it too, so none can be both refused and begun
             self._draining = True
             waiting = [request for request in self._unfinished if request.began is None]
+            for request in waiting:
+                request.refused = True
         for request in waiting:
             finish(request.future, EngineStopped("the engine is stopping"))
         with self._changed:
@@ -250,8 +276,10 @@ class Engine:
             self._stopping = True
             self._changed.notify_all()
         self._give_up()  # before the thread has ended, as its device may hang
-        if self._thread is not None:
-            self._thread.join(timeout=30)
+        deadline = time.monotonic() + CLOSE_S
+        while self._thread and self._thread.is_alive() and not self.stalled and time.monotonic() < deadline:
+            self._thread.join(timeout=0.1)
+        self._watch.stop()
         self._fetcher.shutdown(wait=False)
 
     # --- the thread
@@ -350,15 +378,18 @@ class Engine:
             if request.texts is None:  # its prompt could not be encoded; it has failed
                 continue
             if picture.slot is None:
-                if request.began is None:
-                    request.began = self.clock()
                 with self._changed:
+                    if request.refused:
+                        continue
+                    if request.began is None:
+                        request.began = self.clock()
                     picture.slot = group.free.pop()
                 seed, scale = request.seeds[picture.number], request.generation.guidance_scale
                 self._only_steps = False
-                group.state = self.pipeline.insert(
-                    group.state, picture.slot, *request.texts, request.table, scale, seed
-                )
+                with self._call("insert"):
+                    group.state = self.pipeline.insert(
+                        group.state, picture.slot, *request.texts, request.table, scale, seed
+                    )
             admitted.append(picture)
         return admitted
 
@@ -380,9 +411,12 @@ class Engine:
         if unseen:
             self._only_steps = False
             try:
-                self._texts.update(zip(unseen, self.pipeline.encode(unseen), strict=True))
+                with self._call("encode"):
+                    encoded = self.pipeline.encode(unseen)
+                self._texts.update(zip(unseen, encoded, strict=True))
                 self._note("encode", failed=False)
             except Exception as error:
+                self._log(f"Encoding {len(unseen)} prompts failed", error)
                 known = self._texts.keys()
                 for request in requests:
                     if not {request.generation.prompt, request.generation.negative_prompt} <= known:
@@ -404,8 +438,11 @@ class Engine:
         bucket, step_s = group.profile.bucket(rows), group.profile.step_s(rows)
         until = (picture.steps_left - (picture.previews[-1] if picture.previews else 0) for picture in pictures)
         count = min(min(until), max(1, int((DISPATCH_S if group.open else CLOSED_DISPATCH_S) / step_s)))
-        group.state, done = self.pipeline.step(group.state, lanes, count)
-        self._flight.append(_Dispatch(group, done, bucket, count, self.clock(), self._only_steps))
+        self._stepping_s += count * step_s
+        with self._call("step"):
+            group.state, done = self.pipeline.step(group.state, lanes, count)
+        dispatch = _Dispatch(group, done, bucket, count, count * step_s, self.clock(), self._only_steps)
+        self._flight.append(dispatch)
         self._only_steps = True
         group.turn += count * step_s / sum(len(request.pictures) for request in group.requests)
         group.steps += count
@@ -415,7 +452,7 @@ class Engine:
             for picture, lane in zip(pictures, lanes, strict=True):
                 picture.steps_left -= count
                 if not picture.steps_left:
-                    picture.denoised = self._flight[-1].at
+                    picture.last_dispatch = dispatch
                 picture.request.device_s += count * step_s * lane.rows / rows
         for picture in pictures:
             if picture.previews and picture.previews[-1] == picture.steps_left:
@@ -429,9 +466,10 @@ class Engine:
         assert picture.slot is not None and request.on_preview is not None
         self._only_steps = False
         try:
-            pixels = self.pipeline.decode(group.state, [picture.slot], draft=True)
-        except Exception:
-            logger.exception("A preview failed.")
+            with self._call("decode"):
+                pixels = self.pipeline.decode(group.state, [picture.slot], draft=True)
+        except Exception as error:
+            self._log("A preview failed", error)
             return
         self._fetcher.submit(self._show, request, number, pixels)
 
@@ -446,26 +484,29 @@ class Engine:
             bucket = group.decoding.bucket(len(finished))
             batch, finished = finished[:bucket], finished[bucket:]
             self._only_steps = False
+            decode_s = group.decoding.decode_s[bucket]
+            self._decoding_s += decode_s
             try:
-                pixels = self.pipeline.decode(group.state, [p.slot for p in batch if p.slot is not None])
+                with self._call("decode"):
+                    pixels = self.pipeline.decode(group.state, [p.slot for p in batch if p.slot is not None])
             except Exception as error:
+                self._decoding_s -= decode_s
+                self._log(f"A decode of {group.name} failed", error)
                 for picture in batch:
                     self._fail(picture.request, error)
                 self._note("decode", failed=True)
                 finished = [p for p in finished if p.slot is not None]  # others of those requests left with them
                 continue
-            decode_s = group.decoding.decode_s[bucket]
             with self._changed:
                 for picture in batch:
                     request = picture.request
                     request.device_s += decode_s / len(batch)
-                    request.denoised = max(request.denoised, picture.denoised)
                     request.pictures.remove(picture)
                     self._free(group, picture)
                     if not request.pictures:
                         group.requests.remove(request)
             self._busy_s += decode_s
-            self._fetcher.submit(self._fetch, batch, pixels)
+            self._fetcher.submit(self._fetch, batch, decode_s, pixels)
 
     def _settle(self, ahead: int) -> bool:
         """Waits until no more than `ahead` dispatches are in flight, and learns from their times."""
@@ -474,13 +515,17 @@ class Engine:
             dispatch = self._flight.popleft()
             asked = self.clock()
             try:
-                self.pipeline.wait(dispatch.done)
+                with self._call("wait"):
+                    self.pipeline.wait(dispatch.done)
             except Exception as error:
+                self._stepping_s -= dispatch.seconds
                 self._fail_group(dispatch.group, error, counts=not dispatch.doubted)
                 continue
+            now = self.clock()
+            self._stepping_s -= dispatch.seconds
+            dispatch.ended = min(dispatch.ended, now)
             self._note("step", failed=False)
             self._stepped = True
-            now = self.clock()
             spent = now - max(self._last_done, dispatch.at)
             step_s = dispatch.group.profile.step_s(dispatch.bucket)
             # Where it was done before anybody looked, it took at most so long.
@@ -495,15 +540,19 @@ class Engine:
 
     def _fail_group(self, group: Group, error: Exception, counts: bool = True) -> None:
         """A step or an insert that fails has consumed the state and with it every picture that had begun."""
-        logger.error("A step of %dx%d failed: %s", *group.size, error)
-        self._flight = deque(dataclasses.replace(d, doubted=True) for d in self._flight if d.group is not group)
+        self._log(f"A step of {group.name} failed", error)
+        self._flight = deque(dispatch for dispatch in self._flight if dispatch.group is not group)
+        self._stepping_s = sum(dispatch.seconds for dispatch in self._flight)
+        for dispatch in self._flight:
+            dispatch.doubted = True
         self._texts.clear()  # it may be an encoding that failed
         for request in [request for g in self._groups.values() for request in g.requests]:
             if any(picture.slot is None for picture in request.pictures):
                 request.texts = None
         for request in [r for r in group.requests if any(p.slot is not None for p in r.pictures)]:
             self._fail(request, error)
-        group.state = self.pipeline.empty_state(group.size)
+        with self._call("empty_state"):
+            group.state = self.pipeline.empty_state(group.size)
         if counts:
             self._note("step", failed=True)
 
@@ -519,32 +568,60 @@ class Engine:
 
     # --- what becomes of requests
 
-    def _fetch(self, batch: Sequence[Picture], handle: Any) -> None:
-        """In the fetching thread: waits for the device and completes what is complete."""
+    def _fetch(self, batch: Sequence[Picture], decode_s: float, handle: Any) -> None:
+        """In the fetching thread: waits for the device and completes what is complete. Whatever fails here, the
+        requests of these pictures end."""
         try:
-            pixels = np.asarray(handle)[: len(batch)]
-        except Exception as error:
+            images = self._pixels(batch, handle)
+        except BaseException as error:
             with self._changed:
                 if self._stepped:  # else it may be a step that failed, and with it all that it left to be decoded
                     self._failures["decode"] += 1
                 self._stepped = False
+            self._log("Decoded pixels could not be fetched", error)
             for picture in batch:  # those of its pictures that still run leave at the next tick, in the engine's thread
                 finish(picture.request.future, error)
             return
+        finally:
+            self._decoded_s += decode_s
         self._failures["decode"] = 0
-        for picture, image in zip(batch, pixels, strict=True):
-            request = picture.request
-            request.pixels[picture.number] = image
-            if len(request.pixels) == request.generation.n:
-                finish(request.future, request.generated(self.pipeline.default_sampler, self.clock()))
+        for picture, image in zip(batch, images, strict=True):
+            try:
+                self._complete(picture, image)
+            except BaseException as error:
+                self._log("A request could not be completed", error)
+                finish(picture.request.future, error)
+
+    def _pixels(self, batch: Sequence[Picture], handle: Any) -> np.ndarray:
+        """Of these pictures; on the way, when the device finished their last steps."""
+        with self._call("read"):
+            for picture in batch:
+                dispatch = picture.last_dispatch
+                if dispatch.ended == math.inf:  # the engine's thread has not waited for it yet
+                    with contextlib.suppress(Exception):  # the pixels fail with it
+                        self.pipeline.wait(dispatch.done)
+                    dispatch.ended = min(dispatch.ended, self.clock())
+            images = np.asarray(handle)
+        if images.ndim != 4 or len(images) < len(batch):
+            raise ValueError(f"decode must return {len(batch)} or more pictures, got an array of shape {images.shape}.")
+        return images[: len(batch)]
+
+    def _complete(self, picture: Picture, image: np.ndarray) -> None:
+        request = picture.request
+        request.pixels[picture.number] = image
+        request.denoised = max(request.denoised, picture.last_dispatch.ended)
+        if len(request.pixels) == request.generation.n:
+            finish(request.future, request.generated(self.pipeline.default_sampler, self.clock()))
 
     def _show(self, request: Request, number: int, handle: Any) -> None:
         """In the fetching thread. A preview that fails is no reason to lose the picture."""
         try:
             if not request.future.done() and request.on_preview is not None:
-                request.on_preview(number, np.asarray(handle)[0])
-        except Exception:
-            logger.exception("A preview failed.")
+                with self._call("read"):
+                    pixels = np.asarray(handle)[0]
+                request.on_preview(number, pixels)
+        except Exception as error:
+            self._log("A preview failed", error)
 
     def _fail(self, request: Request, error: Exception) -> None:
         finish(request.future, error)
@@ -575,9 +652,29 @@ class Engine:
     def _give_up(self) -> None:
         with self._changed:
             self._stopping = True
+            self._changed.notify_all()
             unfinished = list(self._unfinished)
         for request in unfinished:
-            finish(request.future, EngineStopped("the engine has stopped"))
+            finish(request.future, self._stopped())
+
+    def _stopped(self) -> EngineStopped:
+        return EngineStalled(self.stalled) if self.stalled else EngineStopped("the engine has stopped")
+
+    def _stall(self, sentence: str) -> None:
+        """In the watch's thread; that of the engine may never return from its verb."""
+        logger.error("%s The engine gives up.", sentence)
+        self._give_up()
+
+    def _call(self, verb: str) -> AbstractContextManager[None]:
+        """Around a verb: it may have to wait for all that the device was given before."""
+        return self._watch.call(verb, self._stepping_s + self._decoding_s - self._decoded_s)
+
+    def _log(self, what: str, error: BaseException) -> None:
+        """With its traceback, the first time: a failed step fails what depends on it too, in both threads."""
+        if getattr(error, LOGGED, False):
+            return
+        setattr(error, LOGGED, True)  # remembered by the engine, it would keep what its frames hold
+        logger.error("%s: %s", what, error, exc_info=error)
 
     def _lines(self) -> Lines:
         """The lock is held."""
@@ -606,10 +703,10 @@ class Engine:
         )
 
 
-def finish(future: "Future[Generated]", outcome: Generated | Exception) -> None:
+def finish(future: "Future[Generated]", outcome: Generated | BaseException) -> None:
     """Sets the outcome unless the client has cancelled, at this very moment perhaps."""
     try:
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)

@@ -5,7 +5,6 @@ or devices.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -34,7 +33,7 @@ class Generated:
     prompt_truncated: bool
     negative_prompt_truncated: bool
     queue_s: float
-    denoise_s: float  # from the first picture's first step to the last one's last, with pauses
+    denoise_s: float  # from the first picture's first step to the device's end of the last one's last, with pauses
     decode_s: float  # from there to pixels on the host
     device_s: float  # its share of the steps and decodes that it took part in
 
@@ -48,7 +47,7 @@ class Picture:
     steps_left: int
     slot: int | None = None
     previews: list[int] = dataclasses.field(default_factory=list)  # `steps_left` at which each is due, falling
-    denoised: float = math.inf  # when its last step was dispatched
+    last_dispatch: Any = None  # of the engine: the one that its last step is in
 
     @property
     def work(self) -> Work:
@@ -65,7 +64,8 @@ class Request:
     pictures: list[Picture] = dataclasses.field(default_factory=list)  # those that are not decoded yet
     texts: tuple[Any, Any] | None = None  # prompt and negative prompt, encoded
     began: float | None = None
-    denoised: float = 0.0
+    refused: bool = False  # it waited when the engine began to drain, so it never begins
+    denoised: float = 0.0  # when the device finished the last step of those of its pictures that were fetched
     device_s: float = 0.0
     previewed: int = 0
     pixels: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -133,6 +133,10 @@ class Group:
     steps: int = 0
     rows_asked: float = 0.0  # running sums of rows that were asked for and rows that buckets made of them
     rows_run: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.size[0]}x{self.size[1]}"
 
     def rank(self, request: Request) -> float:
         """The lower, the sooner: device-seconds that are left, and when it came, in ageing's measure."""

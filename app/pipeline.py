@@ -41,6 +41,7 @@ from app.samplers import (
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+SLOTS = 2  # for each image of the largest batch bucket
 ENCODE_TEXTS = 4  # most texts in one dispatch of the text encoder
 # So many rows of a chip go through a network together. More gain nothing: these fill a TPU's matrix units, and what
 # lies between two operations stays in its VMEM only as long as it is small. Fewer take nearly as long as these, so
@@ -102,6 +103,7 @@ class Pipeline:
         programs: Path | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
+        check_buckets(batch_buckets, decode_buckets)
         self.schedule = Schedule.from_config(checkpoint.scheduler)
         self.samplers = samplers_for(self.schedule)
         self.default_sampler = default_sampler(self.schedule)
@@ -111,8 +113,8 @@ class Pipeline:
         # A guided image is two rows of a step, an unguided one is one.
         self.row_buckets = tuple(sorted({rows for images in self.batch_buckets for rows in (images, 2 * images)}))
         self.decode_buckets = tuple(sorted(set(decode_buckets or small(self.batch_buckets))))
-        # Twice what fits into a step: who is overtaken by shorter work stays in its slot.
-        self.num_slots = 2 * self.batch_buckets[-1]
+        # More than what fits into a step: who is overtaken by shorter work stays in its slot.
+        self.num_slots = SLOTS * self.batch_buckets[-1]
         self.max_steps = max_steps
         self.table_rows = max_steps + 1  # pndm evaluates once more than it has steps
         self.latent_channels = checkpoint.vae.config.latent_channels
@@ -152,10 +154,12 @@ class Pipeline:
         programs: Path | None = None,
         devices: Sequence[jax.Device] | None = None,
     ) -> "Pipeline":
-        """Raises ValueError that lists all that is wrong with the checkpoint, or names the size that does not fit.
+        """Raises ValueError that lists all that is wrong with the checkpoint, or names the size or the bucket that does
+        not fit.
 
         `programs` is the folder of compiled programs; None: each start compiles. `devices`: all of this host.
         """
+        check_buckets(batch_buckets, decode_buckets)
         set_flags()
         checkpoint = load_checkpoint(model, revision=revision, dtype=DTYPES[dtype])
         length = checkpoint.text_encoder.config.max_position_embeddings
@@ -596,6 +600,15 @@ def timed(dispatch: Callable[[int], jax.Array], buckets: Sequence[int]) -> dict[
         if time.perf_counter() - began > TIMED_S * len(buckets):
             break
     return seconds
+
+
+def check_buckets(batch_buckets: Sequence[int], decode_buckets: Sequence[int] | None) -> None:
+    most = SLOTS * max(batch_buckets)
+    if decode_buckets and max(decode_buckets) > most:
+        raise ValueError(
+            f"decode_buckets must be at most {most}, {SLOTS} times the largest of batch_buckets {list(batch_buckets)}, "
+            f"as no more images are in the making, got {list(decode_buckets)}."
+        )
 
 
 def check_sizes(sizes: Sequence[Size], multiple: int) -> None:

@@ -1,16 +1,23 @@
 """A profiler's trace of a replica's next steps, under the load that it has. Knows of engines only how many steps they
 have made.
+
+Everything happens in a thread of its own, as starting JAX's profiler may take a second and the event loop has others
+to serve. Whoever no longer waits for a trace makes it end early; that thread stops the profiler in any case.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from app.worker import Worker
+
 LOOK_S = 0.005
+STOP_S = 10.0  # how long `close` waits for the trace under way
 
 
 @dataclass(frozen=True)
@@ -27,44 +34,56 @@ class Profiler:
     """One trace at a time, as JAX has one profiler in a process."""
 
     def __init__(self, replica: str, steps: Callable[[], int]) -> None:
-        """`steps` counts them, and never goes back."""
+        """`steps` counts them, and never goes back. It is called from another thread."""
         self.replica, self.steps = replica, steps
-        self.busy = False
+        self.under_way: Future[Trace | str] | None = None
+        self.unwanted = threading.Event()
+
+    @property
+    def busy(self) -> bool:
+        return self.under_way is not None and not self.under_way.done()
 
     async def trace(self, steps: int, timeout_s: float) -> Trace | str:
         """From the first step that is made to the last that is asked for, or a sentence on why there is none."""
         if self.busy:
             return "A trace of this replica is being taken already."
-        self.busy = True
+        self.unwanted = unwanted = threading.Event()
+        thread = Worker("profiler")
+        self.under_way = thread.submit(self._take, steps, time.monotonic() + timeout_s, unwanted)
+        thread.shutdown(wait=False)
+        taken = asyncio.wrap_future(self.under_way)
         try:
-            with TemporaryDirectory() as folder, ThreadPoolExecutor(1, "profiler") as thread:
-                return await self._trace(steps, time.monotonic() + timeout_s, Path(folder), thread)
-        finally:
-            self.busy = False
+            return await asyncio.shield(taken)
+        except asyncio.CancelledError:
+            unwanted.set()
+            # The next trace may begin once this one has ended. Who cancels twice does not wait for that.
+            await asyncio.wait({taken})
+            raise
 
-    async def _trace(self, steps: int, deadline: float, folder: Path, thread: ThreadPoolExecutor) -> Trace | str:
-        before = self.steps()
-        if not await self._reaches(before + 1, deadline):
+    async def close(self) -> None:
+        """Ends the trace under way, if there is one, with the steps that there were."""
+        self.unwanted.set()
+        if self.under_way and self.busy:
+            await asyncio.wait({asyncio.wrap_future(self.under_way)}, timeout=STOP_S)
+
+    def _take(self, steps: int, deadline: float, unwanted: threading.Event) -> Trace | str:
+        if not self._reaches(self.steps() + 1, deadline, unwanted):
             return "The replica made no step in that time: send it requests, and profile it then."
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(
-            thread, start, folder
-        )  # it may take a second, and the event loop has others to serve
-        try:
-            first, began = self.steps(), time.monotonic()
-            await self._reaches(first + steps, deadline)
-            made, seconds = self.steps() - first, time.monotonic() - began
-        finally:
-            await loop.run_in_executor(thread, stop)
-        files = await loop.run_in_executor(thread, written, folder)
-        return Trace(self.replica, made, seconds, files)
+        with TemporaryDirectory() as folder:
+            start(Path(folder))
+            try:
+                first, began = self.steps(), time.monotonic()
+                self._reaches(first + steps, deadline, unwanted)
+                made, seconds = self.steps() - first, time.monotonic() - began
+            finally:
+                stop()
+            return Trace(self.replica, made, seconds, written(Path(folder)))
 
-    async def _reaches(self, count: int, deadline: float) -> bool:
+    def _reaches(self, count: int, deadline: float, unwanted: threading.Event) -> bool:
         while self.steps() < count:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or unwanted.wait(LOOK_S):
                 return False
-            await asyncio.sleep(LOOK_S)
-        return True
+        return not unwanted.is_set()
 
 
 def start(folder: Path) -> None:

@@ -21,15 +21,16 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
 from jax.stages import Compiled
 
 KEEP = 4  # files of a program's name; the longest unused go first
+HEADER_BYTES = 1 << 20  # longest first line of a file
 PUBLISHED = "published.json"  # where it lies, jobs/compile_ahead.py alone adds files, and none is changed or removed
 
 # All that JAX 0.10 pickles around an executable whose arguments and results are arrays of numbers.
@@ -72,9 +73,18 @@ class Place(NamedTuple):
         return re.sub(r"\W+", "-", self.key["program"])
 
     def others(self) -> list[Path]:
-        """The files of this program, of whatever key."""
+        """The files of this program, of whatever key, the last used first."""
         digits = "[0-9a-f]" * 32
-        return list(self.folder.glob(f"{self.stem}-{digits}.xla"))
+        used = {
+            path: status.st_mtime for path in self.folder.glob(f"{self.stem}-{digits}.xla") if (status := seen(path))
+        }
+        return sorted(used, key=lambda path: used[path], reverse=True)
+
+
+def seen(path: Path) -> os.stat_result | None:
+    with contextlib.suppress(OSError):  # another process may have removed it
+        return path.stat()
+    return None
 
 
 class Saved(NamedTuple):
@@ -114,10 +124,8 @@ def line_of(content: Mapping[str, Any]) -> bytes:
 
 def read(path: Path) -> Saved:
     """A file that is whole and that nobody else could have written. Raises FileNotFoundError, or Unusable."""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        if why := distrust(path, os.fstat(file.fileno())):
-            raise Unusable(why)
-        line, payload = file.readline(1 << 20), file.read()
+    with opened(path) as file:
+        line, payload = file.readline(HEADER_BYTES), file.read()
     try:
         header = json.loads(line)
         checksum = header.pop("sha256")
@@ -128,6 +136,24 @@ def read(path: Path) -> Saved:
     if not whole:
         raise Unusable(f"it is damaged: its checksum does not fit, and it holds {len(payload)} of {length} bytes.")
     return Saved(header, payload)
+
+
+def key_in(path: Path) -> dict[str, Any]:
+    """Of what a file says that it was made, by its first line alone: whether the rest is whole, only `read` knows.
+    Raises FileNotFoundError, Unusable or ValueError."""
+    with opened(path) as file:
+        header = json.loads(file.readline(HEADER_BYTES))
+    if not (isinstance(header, dict) and isinstance(key := header.get("key"), dict)):
+        raise Unusable("it is no saved program.")
+    return key
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        if why := distrust(path, os.fstat(file.fileno())):
+            raise Unusable(why)
+        yield file
 
 
 def checksum_of(header: Mapping[str, Any], payload: bytes) -> str:
@@ -184,9 +210,8 @@ def publish(draft: Path, path: Path) -> None:
 def prune(place: Place) -> None:
     """Removes what is beyond the last used files of this program, and what a killed process left behind."""
     with contextlib.suppress(FileNotFoundError):  # another process is at it too
-        used = sorted(place.others(), key=lambda path: path.stat().st_mtime, reverse=True)
         left = [path for path in place.folder.glob(".*.tmp") if path.stat().st_mtime < time.time() - 3600]
-        for path in used[KEEP:] + left:
+        for path in place.others()[KEEP:] + left:
             path.unlink()
 
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from app.program_sources import ROOT, sources
+
 if TYPE_CHECKING:
     from app.programs import Program
 
 FORMAT = 1
-APP = Path(__file__).parent
-SOURCES = (*sorted((APP / "models").glob("*.py")), APP / "pipeline.py", APP / "samplers.py")
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
 OPTIONS = (  # of JAX; they change what a function lowers or compiles to
     "jax_default_device",
@@ -54,7 +54,7 @@ def fingerprint(devices: Iterable[jax.Device] | None = None) -> dict[str, str]:
         facts["host"] = host()
     facts |= {option: str(getattr(jax.config, option, None)) for option in OPTIONS}
     facts |= {flag: os.environ.get(flag, "") for flag in FLAGS}
-    return facts | {f"source {path.relative_to(APP.parent)}": digest(path.read_bytes()) for path in SOURCES}
+    return facts | {f"source {path.relative_to(ROOT)}": digest(path.read_bytes()) for path in sources(ROOT)}
 
 
 def version(package: str) -> str:

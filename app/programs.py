@@ -22,12 +22,13 @@ from typing import Any
 import jax
 from jax.stages import Compiled, Lowered, Traced
 
-from app.program_files import Place, Unusable, first_line, prepare, prune, published, read, revive, save
+from app.program_files import Place, Unusable, first_line, key_in, prepare, prune, published, read, revive, save
 from app.program_keys import differences, key_of
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+EXPLAINED = 8  # files that are looked at for why none of them fits
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
@@ -71,7 +72,7 @@ def compiled(
 ) -> dict[str, Compiled]:
     """Every program by its name, loaded from `folder` or compiled and saved there; one log line each.
 
-    `fingerprint` is what programs depend on beside themselves. No trouble with the folder is more than a warning.
+    `fingerprint` is what programs depend on beside themselves. No trouble with the folder is more than one warning.
     """
     if len({program.name for program in programs}) < len(programs):
         raise ValueError(f"programs must have names of their own, got {[program.name for program in programs]}.")
@@ -82,6 +83,7 @@ def compiled(
     places = [Place(folder, key_of(program, fingerprint, seen)) if folder else None for program in programs]
     found: dict[str, Compiled] = {}
     compiling: dict[str, Future[Compiled]] = {}
+    unsaved: dict[str, str] = {}  # programs, and why
     with cache_hits() as hits, ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1), "programs") as pool:
         try:
             loading = [pool.submit(load, program, place) for program, place in zip(programs, places, strict=True)]
@@ -93,11 +95,17 @@ def compiled(
                 began = time.perf_counter()
                 lowered = program.lower()  # in this thread, whose settings and mesh a pool does not share
                 spent = time.perf_counter() - began
-                compiling[program.name] = pool.submit(compile_and_save, program, lowered, place, loaded, spent, hits)
+                compiling[program.name] = pool.submit(
+                    compile_and_save, program, lowered, place, loaded, spent, hits, unsaved
+                )
             found |= {name: future.result() for name, future in compiling.items()}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if unsaved:
+        (name, why), *others = sorted(unsaved.items())
+        names = f"{name} was" if not others else f"{name} and {len(others)} other compiled programs were"
+        logger.warning("%s not saved in %s, so the next start compiles again: %s", names, folder, why)
     return {program.name: found[program.name] for program in programs}
 
 
@@ -125,7 +133,13 @@ def load(program: Program, place: Place | None) -> Compiled | str:
 
 
 def compile_and_save(
-    program: Program, lowered: Lowered, place: Place | None, why: str, spent: float, hits: list[int]
+    program: Program,
+    lowered: Lowered,
+    place: Place | None,
+    why: str,
+    spent: float,
+    hits: list[int],
+    unsaved: dict[str, str],
 ) -> Compiled:
     began, thread = time.perf_counter(), threading.get_ident()
     before = hits.count(thread)
@@ -143,8 +157,7 @@ def compile_and_save(
         save(place, executable, seconds)
         prune(place)
     except Exception as error:  # a full disk, a read-only folder, a program that JAX cannot serialize
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        logger.warning("%s was not saved in %s: %s", program.name, place.folder, reason)
+        unsaved[program.name] = f"{type(error).__name__}: {first_line(error)}"
     return executable
 
 
@@ -165,11 +178,11 @@ def cache_hits() -> Iterator[list[int]]:
 
 
 def explain(place: Place) -> str:
-    """Why no file has this key: how it differs from the most similar one of the same program."""
+    """Why no file has this key: how it differs from the most similar of the latest ones of the same program."""
     others = []
-    for path in place.others():
+    for path in place.others()[:EXPLAINED]:  # a folder that compile_ahead fills is never pruned
         try:
-            others.append(differences(read(path).header["key"], place.key))
+            others.append(differences(key_in(path), place.key))
         except Exception:  # damaged, or of an older format
             continue
     return f"the saved one differs in {min(others, key=len)}" if others else "none was saved"

@@ -9,8 +9,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import psutil
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from app.engine import DeadlineUnmeetable, Engine, EngineStopped, QueueFull
+from app.engine import DeadlineUnmeetable, Engine, EngineStalled, EngineStopped, QueueFull
 from app.images import encode
 from app.line import Generated
 from app.metrics import Metrics
@@ -42,6 +43,7 @@ logger = logging.getLogger(f"ray.serve.{__name__}")
 
 DRAIN_S = 10.0  # Serve has waited for every request before it ends a replica, so nothing should be left
 PREVIEW_PNG_LEVEL = 1  # a preview is looked at once
+STALLED_RETRY_S = 5.0  # Serve needs three failed health checks to replace a replica
 
 Facts = dict[str, str | int | float]
 
@@ -66,11 +68,16 @@ class StableDiffusion:
         admission_gain: float,
         prompt_cache: int,
         encoding_threads: int,
+        stall_s: float,
     ) -> None:
         from app.pipeline import Pipeline
         from app.programs import CompileWatch
 
         self.name = name
+        self.unanswered = 0  # requests that have come and have no answer yet
+        self.all_answered = asyncio.Event()
+        self.all_answered.set()
+        self.ended = False
         # Unix times, in the order in which they come; a load test breaks a scale-up down by them.
         self.milestones = {"process": psutil.Process().create_time(), "constructor": time.time()}
         started = time.perf_counter()
@@ -100,6 +107,7 @@ class StableDiffusion:
             images_at_once=images_at_once,
             gain=admission_gain,
             prompt_cache=prompt_cache,
+            stall_s=stall_s,
         )
         self.engine.start()
         self.milestones["warm"] = time.time()
@@ -109,8 +117,9 @@ class StableDiffusion:
     async def generate(self, asked: ImageRequest) -> Images | ApiError:
         """An expected refusal is returned: raised, Serve would log it with a traceback and count a failure."""
         began = time.perf_counter()
-        future = self.submit(asked)
-        return future if isinstance(future, ApiError) else await self.finish(asked, future, began)
+        with self.answering():
+            future = self.submit(asked)
+            return future if isinstance(future, ApiError) else await self.finish(asked, future, began)
 
     async def generate_stream(self, asked: ImageRequest) -> AsyncIterator[Accepted | Preview | Images | ApiError]:
         """Accepted, as many previews as were asked for, and the images; or a refusal in the place of any of them."""
@@ -126,14 +135,26 @@ class StableDiffusion:
             yield future
             return
         future.add_done_callback(lambda _: put(None))
+        with self.answering():
+            try:
+                yield Accepted()
+                while preview := await previews.get():
+                    index, pixels = preview
+                    yield Preview(index, await self.encoded(pixels, asked.encoding, PREVIEW_PNG_LEVEL, {}))
+                yield await self.finish(asked, future, began)
+            finally:
+                future.cancel()  # by now it is done, unless the client has gone
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        self.unanswered += 1
+        self.all_answered.clear()
         try:
-            yield Accepted()
-            while preview := await previews.get():
-                index, pixels = preview
-                yield Preview(index, await self.encoded(pixels, asked.encoding, PREVIEW_PNG_LEVEL, {}))
-            yield await self.finish(asked, future, began)
+            yield
         finally:
-            future.cancel()  # by now it is done, unless the client has gone
+            self.unanswered -= 1
+            if not self.unanswered:
+                self.all_answered.set()
 
     def submit(
         self, asked: ImageRequest, on_preview: Callable[[int, np.ndarray], None] | None = None
@@ -236,17 +257,39 @@ class StableDiffusion:
         """Three failures in a row make Serve replace this replica."""
         self.metrics.report(await self.stats())  # a fixed number of replicas is never asked for autoscaling's
         if not self.engine.healthy:
+            why = self.engine.stalled or "The engine has stopped."
             if not self.found_dead:
-                logger.error("The engine has stopped, so this replica is unhealthy and Serve will replace it.")
+                logger.error("%s So this replica is unhealthy, and Serve will replace it.", why)
             self.found_dead = True
-            raise RuntimeError("The engine has stopped.")
+            raise RuntimeError(why)
 
-    def __del__(self) -> None:
-        """Called by Serve once the replica has drained."""
-        if hasattr(self, "engine"):  # not if the constructor failed
-            self.engine.drain(DRAIN_S)
-            self.engine.close()
-            self.encoders.shutdown()
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Serve calls this on its event loop once the replica has drained, and awaits what it returns. As an
+        `async def` it would leave a coroutine that nobody awaits to every collection of garbage."""
+        if vars(self).get("ended", True):
+            return None
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # not Serve: the interpreter exits, or nobody needs this replica any more
+            self.ended = True
+            if "engine" in vars(self):
+                self.engine.close()
+            return None
+        return self.shut_down()
+
+    async def shut_down(self) -> None:
+        """Lets requests that have begun end with their files, and refuses the others. The event loop goes on meanwhile.
+        Of a replica whose constructor failed, some attributes may be missing."""
+        self.ended, parts = True, vars(self)
+        if "engine" in parts:
+            await asyncio.to_thread(self.engine.drain, DRAIN_S)
+        if "profiler" in parts:
+            await self.profiler.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.all_answered.wait(), DRAIN_S)
+        if "encoders" in parts:
+            await asyncio.to_thread(self.encoders.shutdown)
+        if "compiles" in parts:
             self.compiles.close()
 
 
@@ -273,6 +316,10 @@ def refusal(error: QueueFull | DeadlineUnmeetable | EngineStopped, asked: ImageR
                 "try again later or with a longer timeout."
             )
             return ApiError(503, message, "timeout", "deadline_unmeetable", error.retry_after_s)
+        case EngineStalled():
+            return ApiError(
+                503, "The replica's device does not answer; try again.", None, "replica_lost", STALLED_RETRY_S
+            )
     return ApiError(503, "The replica is stopping; try again.", None, "replica_lost", 1.0)
 
 

@@ -88,7 +88,7 @@ def test_every_deployment_drains_for_as_long_as_a_request_may_take(path: Path) -
 
 def test_what_the_yaml_says_reaches_the_replica(repository: Path) -> None:
     said = {"decode_buckets": [4, 2], "images_at_once": 3, "admission_gain": 0.2, "prompt_cache": 9}
-    said |= {"encoding_threads": 5, "programs": None, "max_waiting": 7}
+    said |= {"encoding_threads": 5, "programs": None, "max_waiting": 7, "stall_s": 30.0}
     args = Args.model_validate({"model": "a/b", "sizes": ["64x64"], **said})
     options = deployments_made(args)[1].init_kwargs
     assert {name: options[name] for name in said} == said | {"decode_buckets": [2, 4]}
@@ -163,6 +163,7 @@ BAD_ARGS: list[tuple[dict[str, Any], str]] = [
     ({"max_waiting": 0}, "greater than or equal to 1"),
     ({"prompt_cache": 0}, "greater than or equal to 1"),
     ({"encoding_threads": 0}, "greater than or equal to 1"),
+    ({"stall_s": 0.5}, "greater than or equal to 1"),
     ({"limits": {"partial_images": 17}}, "less than or equal to 16"),
     (
         {"limits": {"num_inference_steps": [50, 1]}},

@@ -53,6 +53,20 @@ applications:
       - name: Greeter
         ray_actor_options: {num_cpus: 0.1, resources: {TPU: 4}}
 """
+HANGING = """
+proxy_location: HeadOnly
+http_options: {host: 127.0.0.1, port: PORT}
+applications:
+  - name: hanging
+    route_prefix: /
+    import_path: tests.serve_apps:hanging
+    args: {model: assets/demo-model, sizes: [16x16], stall_s: 1}
+    deployments:
+      - name: Hanging
+        num_replicas: 1
+        health_check_period_s: 1
+        ray_actor_options: {num_cpus: 0.1, resources: {TPU: 4}}
+"""
 PROMPT = "a red house under a yellow sun at dusk"
 
 
@@ -181,6 +195,20 @@ def test_undeploy_leaves_the_cluster_and_frees_the_port(verbs: Verbs, greeter: P
         listener.bind(("127.0.0.1", verbs.serve_port))
         listener.listen()
         assert f"is taken by process {os.getpid()}" in refuses(verbs.deploy(greeter))
+
+
+def test_a_replica_whose_device_hangs_says_so_at_once_and_is_replaced(verbs: Verbs, tmp_path: Path) -> None:
+    config = tmp_path / "hanging.yaml"
+    config.write_text(HANGING.replace("PORT", str(verbs.serve_port)))
+    succeeds(verbs.deploy(config))
+    api = f"http://127.0.0.1:{verbs.serve_port}"
+    assert imagine(api, prompt=PROMPT)[0] == 200
+    before = the_replica(api)
+    status, error = refusal(imagine(api, prompt="a device that hangs"))
+    assert (status, error["code"]) == (503, "replica_lost")
+    assert error["message"] == "The replica's device does not answer; try again."
+    assert soon(lambda: imagine(api, prompt=PROMPT)[0] == 200)
+    assert the_replica(api)["pid"] != before["pid"]
 
 
 # The API, as serve_config.yaml deploys it, with one replica.

@@ -2,10 +2,11 @@
 drive it by hand on a fake clock; those at the end are about its threads."""
 
 import itertools
+import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
@@ -34,6 +35,7 @@ from tests.fake_pipeline import (
     FakePipeline,
     Fault,
     Hand,
+    Pixels,
     Size,
     flat,
     number,
@@ -805,6 +807,66 @@ def test_a_verb_that_fails_at_any_moment_fails_those_it_spoils_and_nobody_else(
     assert spoilt >= moment > 1
 
 
+class Wrong(Pixels):
+    """Not what a decode should have made."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        images = super().__array__()
+        return {101: images[:0], 201: images[0], 301: images[:, :4]}[self.numbers[0]]
+
+
+@pytest.mark.parametrize("seed", [100, 200, 300], ids=["too few", "one without a batch", "another shape"])
+def test_pixels_that_are_not_pictures_end_their_request_and_no_other(
+    seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    hand = Hand(FakePipeline(decode_buckets=(1,)))
+    decode = hand.fake.decode
+
+    def wrong(state: Any, slots: Sequence[int], draft: bool = False) -> Pixels:
+        made = decode(state, slots, draft)
+        return Wrong(**vars(made)) if made.numbers == (seed + 1,) else made
+
+    hand.fake.decode = wrong  # type: ignore[method-assign]
+    other, spoilt = hand.submit(request(steps=2, seed=0)), hand.submit(request(steps=1, seed=seed, n=2))
+    hand.idle()
+    assert isinstance(spoilt.exception(0), ValueError)
+    assert numbers(other.result(0)) == [2]
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+    assert numbers(hand.finish(hand.submit(request(seed=1000)))[0]) == [1003]
+    assert_empty(hand)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("verb", ["encode", "insert", "step", "decode", "draft", "wait", "read"])
+def test_every_failure_is_logged_once_with_its_traceback(
+    verb: str, later: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    hand = Hand(wide(flat))
+    hand.fake.fail(verb, later=later and verb not in ("wait", "read"))
+    previews = int(verb == "draft")
+    for i in range(3):
+        hand.submit(request(f"{i}", steps=4, seed=100 * i), previews=previews, on_preview=lambda *_: None)
+    hand.idle()
+    assert all(future.done() for future in hand.owners.values())
+    (fault,) = hand.fake.faults
+    records = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [record.exc_info[1] for record in records if record.exc_info] == [fault]
+    assert len(records) == 1 and str(fault) in records[0].getMessage()
+
+
+def test_a_drain_refuses_nobody_who_has_begun() -> None:
+    """Whoever is told of the refusal first has the engine go on before the others are told."""
+    hand = Hand(wide(flat))
+    futures = [hand.submit(request(steps=2, seed=100 * i)) for i in range(5)]
+    for future in futures:
+        future.add_done_callback(lambda _: hand.engine.tick())
+    hand.engine.drain(0.0)
+    begun = {seed for call in hand.fake.of("insert") for seed in call.seeds}
+    refused = {100 * i for i, future in enumerate(futures) if isinstance(future.exception(0), EngineStopped)}
+    assert refused == {0, 100, 200, 300, 400} and not begun & refused
+    assert hand.engine.stats()["active_slots"] == 0
+
+
 def test_failures_that_are_not_in_a_row_are_forgiven() -> None:
     hand = Hand()
     for i in range(4 * FAILURES):
@@ -860,6 +922,29 @@ def test_times_of_a_request_add_up_to_its_latency() -> None:
     assert [g.queue_s + g.denoise_s + g.decode_s for g in results] == pytest.approx(latencies)
     assert min(min(g.denoise_s, g.decode_s) for g in results) > 0
     assert [g.queue_s > 0 for g in results].count(False) <= 2  # the first of each size
+
+
+def test_denoising_ends_where_the_device_does_its_last_step() -> None:
+    hand = Hand(FakePipeline(profile=lambda size, rows: 0.002, decoding=lambda size, images: 0.006))
+    (generated,) = hand.finish(hand.submit(request(steps=4)))
+    times = (generated.queue_s, generated.denoise_s, generated.decode_s)
+    assert times == pytest.approx((0.0, 0.008, 0.006))
+
+
+@pytest.mark.parametrize(("profile", "decode"), BOTH)
+def test_denoising_that_shares_the_device_ends_where_the_device_does_its_last_step(
+    profile: Profile, decode: Profile
+) -> None:
+    hand = Hand(FakePipeline(profile=profile, decoding=decode))
+    results = hand.finish(*everybody(hand))
+    idle_at, ends_at = 1000.0, dict[int, float]()
+    for call in hand.fake.of("step", "decode"):
+        idle_at = max(idle_at, call.at) + call.seconds
+        if call.verb == "step":
+            ends_at |= dict.fromkeys(call.seeds, idle_at)
+    for i, (_, _, n, _) in enumerate(EVERYBODY):
+        denoised = max(ends_at[100 * i + j] for j in range(n))
+        assert 1000 + results[i].queue_s + results[i].denoise_s == pytest.approx(denoised)
 
 
 def test_bucket_fill_is_rows_asked_over_rows_computed() -> None:

@@ -220,3 +220,16 @@ def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None
     dtypes = [str(x.dtype) for x in (state.latents, state.history, state.prompt_embeds)]
     assert dtypes == ["float32", "float32", "bfloat16"]
     assert np.isfinite(np.asarray(state.latents)).all()
+
+
+def test_a_decode_bucket_that_nothing_can_fill_is_refused_before_anything_is_loaded(folder: Path) -> None:
+    """Both are named. Any other pair of buckets works."""
+    sentence = r"^decode_buckets must be at most 2, .* batch_buckets \[1\], .* got \[1, 4\]\.$"
+    for model in ("/no/such/model", str(folder)):
+        with pytest.raises(ValueError, match=sentence):
+            Pipeline.load(model, sizes=[SIZE], batch_buckets=[1], decode_buckets=[1, 4], max_steps=8)
+    pipeline = Pipeline.load(str(folder), sizes=[SIZE], batch_buckets=[1], decode_buckets=[2], max_steps=8)
+    with pytest.raises(ValueError, match="decode_buckets must be at most 2"):
+        Pipeline.load(str(folder), sizes=[SIZE], batch_buckets=[1], decode_buckets=[3], max_steps=8)
+    pipeline.warmup()
+    assert draw(pipeline, [Asked()]).shape == (1, SIZE[1], SIZE[0], 3)

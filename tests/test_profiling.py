@@ -1,14 +1,17 @@
 """app/profiling.py around counters that are no engines, and what jobs/profile.py makes of events."""
 
 import asyncio
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app import profiling
 from app.profiling import Profiler, Trace
 from jobs.profile import own_times
-from tests.clusters import soon
 
 
 class Steps:
@@ -67,18 +70,97 @@ def test_there_is_one_trace_at_a_time_and_then_another(calls: list[str]) -> None
     assert isinstance(asyncio.run(profiler.trace(5, 10)), Trace)
 
 
-def test_the_profiler_is_stopped_whatever_happens(calls: list[str]) -> None:
-    profiler = Profiler("one", Steps(most=3))
+PHASES = ["waiting", "start", "tracing", "stop", "written"]
 
-    async def cancelled() -> None:
-        task = asyncio.create_task(profiler.trace(100, 10))
-        await asyncio.to_thread(soon, lambda: "start" in calls)
+
+class Held:
+    """Holds a trace in one of its phases, where it has arrived once `arrived` is set."""
+
+    def __init__(self, phase: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.phase, self.arrived, self.gate = phase, threading.Event(), threading.Event()
+        self.calls, self.traced = calls, 0
+        for name in ("start", "stop", "written"):
+            monkeypatch.setattr(profiling, name, partial(self.call, name, getattr(profiling, name)))
+
+    def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        result = function(*arguments)
+        self.hold(name)
+        return result
+
+    def hold(self, phase: str) -> None:
+        if phase == self.phase:
+            self.arrived.set()
+            assert phase in ("waiting", "tracing") or self.gate.wait(20)
+
+    def steps(self) -> int:
+        """In two phases there is no step until the gate opens."""
+        if not self.gate.is_set() and (self.phase == "waiting" or (self.phase == "tracing" and "start" in self.calls)):
+            self.hold(self.phase)
+            return self.traced
+        self.traced += 1
+        return self.traced
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_trace_cancelled_in_any_phase_stops_the_profiler_and_blocks_nobody(
+    phase: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(phase, calls, monkeypatch)
+    profiler = Profiler("one", held.steps)
+
+    async def cancelled() -> Trace | str:
+        task = asyncio.create_task(profiler.trace(5, 20))
+        assert await asyncio.to_thread(held.arrived.wait, 20)
         task.cancel()
+        for _ in range(3):
+            await asyncio.sleep(0)  # the loop goes on although the gate is closed
+        if phase not in ("waiting", "tracing"):  # where nothing holds it, it may have ended already
+            assert not task.done() and "already" in str(await profiler.trace(5, 20))
+        held.gate.set()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert calls == ["start", "stop"] * (phase != "waiting") and not profiler.busy
+        return await profiler.trace(5, 20)
+
+    trace = asyncio.run(cancelled())
+    assert isinstance(trace, Trace) and trace.steps >= 5
+    assert calls == ["start", "stop"] * (1 + (phase != "waiting"))
+
+
+def test_who_cancels_twice_does_not_wait_and_the_profiler_is_stopped_all_the_same(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held("start", calls, monkeypatch)
+    profiler = Profiler("one", held.steps)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(profiler.trace(5, 20))
+        assert await asyncio.to_thread(held.arrived.wait, 20)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert profiler.busy and calls == ["start"]
+        held.gate.set()
+        await profiler.close()
+        assert calls == ["start", "stop"] and not profiler.busy
 
     asyncio.run(cancelled())
-    assert calls == ["start", "stop"] and not profiler.busy
+
+
+def test_a_trace_that_fails_says_so_and_the_next_one_works(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    profiler = Profiler("one", Steps())
+
+    def broken(folder: Path) -> dict[str, bytes]:
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(profiling, "written", broken)
+        with pytest.raises(OSError, match="no space"):
+            asyncio.run(profiler.trace(5, 10))
+    assert calls == ["start", "stop"]
+    assert isinstance(asyncio.run(profiler.trace(5, 10)), Trace)
 
 
 def test_an_operation_is_not_given_the_time_of_those_inside_it() -> None:

@@ -223,6 +223,23 @@ def test_the_nearest_of_several_saved_ones_is_named(folder: Path, told: Told) ->
     assert told()[0].endswith("differs in jaxlib (0.10.2, here 0.10.3)")
 
 
+def test_what_is_stale_is_named_from_its_first_line_and_the_latest_files_alone(folder: Path, told: Told) -> None:
+    """The stale file is longer than any memory; and of a folder that is never pruned, not all files are looked at."""
+    make(add(), folder)
+    (path,) = folder.iterdir()
+    os.truncate(path, 1 << 40)
+    told()
+    make(add(), folder, FACTS | {"jaxlib": "0.10.3"})
+    assert told()[0].endswith("the saved one differs in jaxlib (0.10.2, here 0.10.3)")
+    path.unlink()
+    (recent,) = folder.iterdir()
+    os.utime(recent, (0, 0))
+    for number in range(programs.EXPLAINED):
+        (folder / f"{recent.name[: -len('.xla') - 32]}{number:032x}.xla").write_bytes(b"{}\n")
+    make(add(), folder, FACTS | {"jaxlib": "0.10.4"})
+    assert told()[0].endswith("none was saved")
+
+
 def test_a_fingerprint_follows_versions_flags_options_and_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,14 +257,19 @@ def test_a_fingerprint_follows_versions_flags_options_and_sources(
         assert changed(before) == {"XLA_FLAGS", *program_keys.PACKAGES}
     with jax.default_matmul_precision("highest"):
         assert changed(before) == {"jax_default_matmul_precision"}
-    source = tmp_path / "app" / "pipeline.py"
+    source, new, unrelated = (tmp_path / "app" / f"{name}.py" for name in ("pipeline", "new", "unrelated"))
     source.parent.mkdir()
-    monkeypatch.setattr(program_keys, "APP", source.parent)
-    monkeypatch.setattr(program_keys, "SOURCES", (source,))
-    source.write_text("a = 1\n")
+    monkeypatch.setattr(program_keys, "ROOT", tmp_path)
+    for file in (source, new, unrelated):
+        file.write_text("a = 1\n")
     before = fingerprint()
-    source.write_text("a = 2\n")
-    assert changed(before) == {"source app/pipeline.py"}
+    assert [name for name in before if name.startswith("source")] == ["source app/pipeline.py"]
+    source.write_text("import app.new\n")
+    assert changed(before) == {"source app/pipeline.py", "source app/new.py"}
+    before = fingerprint()
+    new.write_text("a = 2\n")
+    unrelated.write_text("a = 2\n")
+    assert changed(before) == {"source app/new.py"}
 
 
 def test_values_that_a_function_holds_are_part_of_its_key() -> None:

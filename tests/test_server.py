@@ -18,10 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.config import DeploymentConfig
+from ray.serve._private.replica import UserCallableWrapper
 
-from app.engine import DeadlineUnmeetable, EngineStopped, QueueFull
+from app.engine import DeadlineUnmeetable, Engine, EngineStopped, QueueFull
 from app.protocol import Accepted, ApiError, Description, Encoding, Generation, ImageRequest, Images, Preview
 from app.server import StableDiffusion, refusal
+from tests.clusters import soon as soon_true
 from tests.fake_pipeline import SMALL, FakePipeline, number
 from tests.test_metrics import Recorded, recorded
 
@@ -67,23 +71,30 @@ class CompileWatch:
 
 
 @pytest.fixture
-def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "app.pipeline", SimpleNamespace(Pipeline=Pipeline))  # the real ones import JAX
     monkeypatch.setitem(sys.modules, "app.programs", SimpleNamespace(CompileWatch=CompileWatch))
     monkeypatch.setattr("app.server.device", lambda: "abacus x2")
-    replica: Any = StableDiffusion(
-        "/models/tiny",
-        name="tiny",
-        **OPTIONS,
-        max_waiting=2,
-        images_at_once=1,
-        admission_gain=0.125,
-        prompt_cache=16,
-        encoding_threads=3,
-    )
+
+
+SETTINGS: dict[str, Any] = {
+    "name": "tiny",
+    **OPTIONS,
+    "max_waiting": 2,
+    "images_at_once": 1,
+    "admission_gain": 0.125,
+    "prompt_cache": 16,
+    "encoding_threads": 3,
+    "stall_s": 60.0,
+}
+
+
+@pytest.fixture
+def replica(no_device: None) -> Iterator[Any]:
+    replica: Any = StableDiffusion("/models/tiny", **SETTINGS)
     yield replica
     replica.pipeline.open()
-    replica.__del__()
+    asyncio.run(replica.shut_down())
     assert not replica.pipeline.broken
 
 
@@ -379,17 +390,140 @@ def test_health_is_the_engines_and_its_death_is_logged_once(replica: Any, caplog
     assert sum("this replica is unhealthy" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_the_destructor_lets_running_requests_finish_and_ends_every_thread(replica: Any) -> None:
-    before = set(threading.enumerate())
-    running = held(replica)
-    ending = threading.Thread(target=replica.__del__)
-    ending.start()
-    replica.pipeline.open()
-    ending.join(20)
-    assert len(running.result(0).pixels) == 2
-    assert not replica.engine.healthy and not replica.compiles.watching
-    with pytest.raises(RuntimeError):
-        replica.encoders.submit(print)
-    left = [thread.name for thread in before if thread.is_alive() and thread.name.startswith(("engine", "encode"))]
-    assert not left
-    StableDiffusion.__new__(StableDiffusion).__del__()  # a constructor that failed
+# As Serve holds it
+
+
+def held_by_serve(**changes: Any) -> UserCallableWrapper:
+    """Serve's own wrapper, which constructs a replica, calls it and ends it, on the event loop that runs."""
+    return UserCallableWrapper(
+        StableDiffusion,
+        ("/models/tiny",),
+        {**SETTINGS, **changes},
+        deployment_id=DeploymentID("StableDiffusion", "tests"),
+        run_sync_methods_in_threadpool=False,
+        run_user_code_in_separate_thread=False,
+        local_testing_mode=True,
+        deployment_config=DeploymentConfig(),
+        actor_id="none",
+    )
+
+
+def threads_of_ours() -> list[str]:
+    names = ("engine", "encode", "fetch", "stall watch", "profiler")
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
+
+
+def nobody_left() -> bool:
+    """The watch's thread ends at its next look."""
+    return soon_true(lambda: not threads_of_ours(), 20)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_serve_ends_a_replica_and_requests_that_have_begun_still_get_their_files(no_device: None, stream: bool) -> None:
+    async def end() -> tuple[Any, Any]:
+        serve = held_by_serve()
+        await serve.initialize_callable()
+        replica: Any = serve.user_callable
+        held_in(replica.pipeline, "read")  # the picture is denoised and on its way
+        begun = asyncio.ensure_future(whole_or_stream(replica, stream, n=2 - stream))
+        assert await asyncio.to_thread(soon, replica.pipeline.reached["read"])
+        ending = asyncio.ensure_future(serve.call_destructor())
+        assert await asyncio.to_thread(soon_true, lambda: replica.engine._draining)
+        refused = await replica.generate(asking())
+        assert not ending.done() and not begun.done(), "the loop goes on while the replica drains"
+        replica.pipeline.open()
+        images, _ = await asyncio.gather(begun, ending)
+        assert not replica.compiles.watching and not replica.engine.healthy
+        return images, refused
+
+    images, refused = asyncio.run(end())
+    assert isinstance(images, Images) and len(images.encoded) == 2 - stream
+    assert [decoded(file).shape for file in images.encoded] == [(HEIGHT, WIDTH, 3)] * (2 - stream)
+    assert isinstance(refused, ApiError) and refused.code == "replica_lost"
+    assert nobody_left()
+
+
+def held_in(pipeline: Pipeline, verb: str) -> None:
+    pipeline.gates[verb].clear()
+
+
+async def whole_or_stream(replica: Any, stream: bool, **changes: Any) -> Any:
+    asked = asking(stream=stream, **changes)
+    if not stream:
+        return await replica.generate(asked)
+    return [item async for item in replica.generate_stream(asked)][-1]
+
+
+@pytest.mark.parametrize("broken", ["Pipeline.warmup", "CompileWatch.ready", "Engine.start", "Profiler"])
+def test_serve_ends_a_replica_whose_constructor_failed(
+    no_device: None, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise ValueError("no such device")
+
+    owner, _, method = broken.partition(".")
+    target = {"Pipeline": Pipeline, "CompileWatch": CompileWatch, "Engine": Engine}.get(owner)
+    if target is None:
+        monkeypatch.setattr("app.server.Profiler", fail)
+    else:
+        monkeypatch.setattr(target, method, fail)
+
+    async def end() -> None:
+        serve = held_by_serve()
+        with pytest.raises(ValueError, match="no such device"):
+            await serve.initialize_callable()
+        replica: Any = serve.user_callable
+        await serve.call_destructor()
+        assert "compiles" not in vars(replica) or not replica.compiles.watching
+
+    asyncio.run(end())
+    assert nobody_left()
+
+
+def test_a_replica_that_nobody_ends_leaves_no_coroutine_that_nobody_awaits(no_device: None) -> None:
+    """Warnings are errors here. Collected as garbage, it ends its threads itself."""
+    replica = StableDiffusion("/models/tiny", **SETTINGS)
+    asyncio.run(replica.shut_down())
+    replica.__del__()
+    other = StableDiffusion("/models/tiny", **SETTINGS)
+    other.__del__()
+    other.__del__()
+    assert not other.engine.healthy
+    StableDiffusion.__new__(StableDiffusion).__del__()
+    assert nobody_left()
+
+
+# A device that hangs
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("verb", ["step", "wait", "read", "encode", "decode"])
+def test_a_device_that_hangs_is_a_503_at_once_and_an_unhealthy_replica(
+    no_device: None, verb: str, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def hang() -> None:
+        serve = held_by_serve(stall_s=0.2)
+        await serve.initialize_callable()
+        replica: Any = serve.user_callable
+        assert isinstance(await whole_or_stream(replica, stream, n=1), Images)
+        await replica.check_health()
+        held_in(replica.pipeline, verb)
+        asked = [whole_or_stream(replica, stream, n=1, seed=seed, prompt="new") for seed in range(2)]
+        for answer in [*await asyncio.gather(*asked), await replica.generate(asking())]:
+            assert isinstance(answer, ApiError) and answer.retry_after_s == 5.0
+            expected = (503, "replica_lost", "The replica's device does not answer; try again.")
+            assert (answer.status, answer.code, answer.message) == expected
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="^The device does not answer: "):
+                await replica.check_health()
+        await asyncio.wait_for(serve.call_destructor(), 20)
+        assert not replica.pipeline.gates[verb].is_set()
+        replica.pipeline.open()
+
+    asyncio.run(hang())
+    lines = [record.getMessage() for record in caplog.records if "does not answer" in record.getMessage()]
+    assert [line.partition(" s. ")[2] for line in lines] == [
+        "The engine gives up.",
+        "So this replica is unhealthy, and Serve will replace it.",
+    ]
+    assert nobody_left()
