@@ -167,7 +167,7 @@ def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
 def test_the_port_can_be_overridden_for_a_second_checkout() -> None:
     config = deploy.read(Path("serve_config.yaml"), 8123)
     sent = config.model_dump(exclude_unset=True)
-    assert sent["http_options"] == {"host": "127.0.0.1", "port": 8123}
+    assert sent["http_options"] == {"host": "127.0.0.1", "port": 8123, "keep_alive_timeout_s": 65}
     assert (
         sent["applications"]
         == deploy.read(Path("serve_config.yaml"), None).model_dump(exclude_unset=True)["applications"]
