@@ -41,7 +41,7 @@ AHEAD = 1  # dispatches beyond the one that the device is at
 LEAD_S, LEAD_SPREADS = 0.002, 4
 FAILURES = 3  # of one verb in a row before the engine gives up, so that Serve replaces the replica
 LOGGED = "logged_by_engine"  # attribute of an exception
-CLOSE_S = 30.0  # how long `close` waits for the verb that the thread is at
+CLOSE_S = 30.0  # how long `close` waits for what its threads are at
 
 
 class Verbs(Protocol):
@@ -117,6 +117,7 @@ class _Dispatch:
     alone: bool  # nothing but steps since the dispatch before, so that its time is theirs
     doubted: bool = False  # under way when another failed: what spoilt that one may have spoilt it too
     ended: float = math.inf  # when the first of the threads that wait for it saw it done
+    denoised: list[Picture] = dataclasses.field(default_factory=list)  # whose last step it has
 
 
 class Engine:
@@ -271,16 +272,24 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread at its next step; every unfinished request fails with EngineStopped."""
+        """Ends the threads, after what they are at; every unfinished request fails with EngineStopped."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._give_up()  # before the thread has ended, as its device may hang
+        self._give_up()  # before the threads have ended, as their device may hang
         deadline = time.monotonic() + CLOSE_S
-        while self._thread and self._thread.is_alive() and not self.stalled and time.monotonic() < deadline:
-            self._thread.join(timeout=0.1)
-        self._watch.stop()
+        self._await(self._thread, deadline)
         self._fetcher.shutdown(wait=False)
+        if isinstance(self._fetcher, Worker):  # ended with the process while inside JAX, it might abort the process
+            self._await(self._fetcher.thread, deadline)
+        self._watch.stop()
+
+    def _await(self, thread: threading.Thread | None, deadline: float) -> None:
+        """Its end, unless the device does not answer it."""
+        if thread is threading.current_thread():
+            return
+        while thread and thread.is_alive() and not self.stalled and time.monotonic() < deadline:
+            thread.join(timeout=0.1)
 
     # --- the thread
 
@@ -453,6 +462,7 @@ class Engine:
                 picture.steps_left -= count
                 if not picture.steps_left:
                     picture.last_dispatch = dispatch
+                    dispatch.denoised.append(picture)
                 picture.request.device_s += count * step_s * lane.rows / rows
         for picture in pictures:
             if picture.previews and picture.previews[-1] == picture.steps_left:
@@ -519,6 +529,10 @@ class Engine:
                     self.pipeline.wait(dispatch.done)
             except Exception as error:
                 self._stepping_s -= dispatch.seconds
+                # Pictures that it, or what came after it, denoised may have left for the fetching thread already.
+                for spoilt in (dispatch, *(later for later in self._flight if later.group is dispatch.group)):
+                    for picture in spoilt.denoised:
+                        finish(picture.request.future, error)
                 self._fail_group(dispatch.group, error, counts=not dispatch.doubted)
                 continue
             now = self.clock()
@@ -578,9 +592,9 @@ class Engine:
                 if self._stepped:  # else it may be a step that failed, and with it all that it left to be decoded
                     self._failures["decode"] += 1
                 self._stepped = False
-            self._log("Decoded pixels could not be fetched", error)
             for picture in batch:  # those of its pictures that still run leave at the next tick, in the engine's thread
                 finish(picture.request.future, error)
+            self._log("Decoded pixels could not be fetched", error)
             return
         finally:
             self._decoded_s += decode_s
@@ -589,8 +603,8 @@ class Engine:
             try:
                 self._complete(picture, image)
             except BaseException as error:
-                self._log("A request could not be completed", error)
                 finish(picture.request.future, error)
+                self._log("A request could not be completed", error)
 
     def _pixels(self, batch: Sequence[Picture], handle: Any) -> np.ndarray:
         """Of these pictures; on the way, when the device finished their last steps."""

@@ -22,12 +22,12 @@ class Worker(Executor):
     def __init__(self, name: str):
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> "Future[Any]":
         if self._closed:
-            raise RuntimeError(f"the thread {self._thread.name} has been shut down")
+            raise RuntimeError(f"the thread {self.thread.name} has been shut down")
         future: Future[Any] = Future()
         self._jobs.put((future, function, arguments, named))
         return future
@@ -41,7 +41,7 @@ class Worker(Executor):
                     job[0].cancel()
         self._jobs.put(None)
         if wait:
-            self._thread.join()
+            self.thread.join()
 
     def _run(self) -> None:
         while job := self._jobs.get():
@@ -51,7 +51,7 @@ class Worker(Executor):
             try:
                 result = function(*arguments, **named)
             except BaseException as error:  # this thread has others to serve
-                logger.exception("%s failed in the thread %s.", function, self._thread.name)
+                logger.exception("%s failed in the thread %s.", function, self.thread.name)
                 future.set_exception(error)
             else:
                 future.set_result(result)
