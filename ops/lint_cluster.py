@@ -20,12 +20,14 @@ from ray._private.accelerators import tpu
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ops.documents import Document, Finding, Key, nearest
+from ops.google_names import check_names
 
 logging.getLogger(prepare_config.__module__).setLevel(logging.WARNING)  # else it tells each bound that it fills in
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
+CLOSED_PORT = "RAY_preload_python_modules=ops.closed_port"
 # Left out, Ray takes its own, which install an old nightly build and open the dashboard (autoscaler/gcp/defaults.yaml).
 COMMANDS = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
 # What Ray reads of a provider beside what its schema lists (autoscaler/_private/updater.py, constants.py).
@@ -70,7 +72,7 @@ def check_cluster(document: Document) -> tuple[list[Finding], bool]:
         return unknown + wrong, False
     found = [*unknown, *check_file_mounts(document)]
     if google(document):
-        found += [*check_zone(document), *check_commands(document)]
+        found += [*check_names(document), *check_zone(document), *check_commands(document)]
     broken = [*check_as_ray_does(document, schema_too=not unknown), *check_slices(document)]
     if broken:
         return found + broken, False
@@ -205,6 +207,9 @@ def check_commands(document: Document) -> Iterator[Finding]:
     elif starts and "auth_token" not in everything.lower():
         text = "ask for a token that no node gets: mount ~/.ray/auth_token."
         yield document.error(("file_mounts",), text)
+    if starts and CLOSED_PORT not in everything:
+        text = f"lack {CLOSED_PORT}: each replica opens a port on all interfaces."
+        yield document.advice(("head_start_ray_commands",), text)
 
 
 def check_slices(document: Document) -> Iterator[Finding]:
