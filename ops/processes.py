@@ -19,6 +19,11 @@ from ops.terminal import Stop
 
 MARK = "IMAGINE_CLUSTER"
 API_KEY = "IMAGINE_API_KEY"  # in the environment: the key that `make demo` and `make loadtest` send
+# What would have a Python find other modules than ours, or run otherwise. The Makefile keeps them away too.
+STRAYS = (
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONPLATLIBDIR", "PYTHONUSERBASE", "PYTHONSTARTUP"),
+    *("PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONDONTWRITEBYTECODE"),
+)
 SAME_START_S = 1.0  # a start time is derived from the wall clock, which may have been corrected since
 
 
@@ -67,10 +72,20 @@ def dead(process: psutil.Process) -> bool:
 
 
 def mark_of(process: psutil.Process) -> str:
+    if not own(process):
+        return ""
     try:
         return str(process.environ().get(MARK, ""))
     except (psutil.Error, OSError):  # not ours to read, so not ours
         return ""
+
+
+def own(process: psutil.Process) -> bool:
+    """Whether it runs as the user that we are. Root can read and end everybody's, and must not."""
+    try:
+        return bool(process.uids().effective == os.geteuid())
+    except psutil.Error:
+        return False
 
 
 def marks(beginning: str) -> set[str]:
@@ -87,7 +102,7 @@ def belonging(mark: str, recorded: Iterable[Recorded] = ()) -> list[psutil.Proce
         except psutil.Error:
             continue
     me = psutil.Process()
-    return [process for process in ours.difference([me, *me.parents()]) if not dead(process)]
+    return [process for process in ours.difference([me, *me.parents()]) if own(process) and not dead(process)]
 
 
 def end(search: Callable[[], list[psutil.Process]], grace_s: float) -> int:
@@ -148,8 +163,7 @@ def listener(port: int) -> str:
 
 def environment(**ours: str) -> dict[str, str]:
     """The user's environment without what would steer Ray or Python elsewhere, such as somebody's RAY_ADDRESS."""
-    strays = ("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS", "PYTHONDONTWRITEBYTECODE")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in strays}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in STRAYS}
     return kept | past_proxies() | ours
 
 

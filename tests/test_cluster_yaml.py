@@ -250,6 +250,7 @@ def test_ray_starts_with_the_token_mode_the_code_and_without_telling_usage(home:
         assert environment["RAY_AUTH_MODE"] == "token"
         assert environment["PYTHONPATH"] == f"{home}/imagine"
         assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+        assert environment["RAY_preload_python_modules"] == "ops.closed_port", "a module that the nodes have"
         assert environment["JAX_PLATFORMS"] == platforms
 
 
