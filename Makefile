@@ -47,8 +47,10 @@ behaviour = --idle-minutes "$(IDLE_MINUTES)" --launch-s "$(LAUNCH_S)" --stock-ou
 # Whether the user named a Python; if not, an environment that another one made will do.
 named := $(if $(filter file,$(origin PYTHON)),,--this-python)
 
-# Packages are installed uncompiled; without this each start of each process would compile them anew.
-unexport PYTHONDONTWRITEBYTECODE
+# What would have a Python find other modules than ours, or run otherwise (ops/processes.py has the same list). Packages
+# are installed uncompiled; with PYTHONDONTWRITEBYTECODE each start of each process would compile them anew.
+unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONPLATLIBDIR PYTHONUSERBASE PYTHONSTARTUP
+unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check

@@ -1,0 +1,3 @@
+"""What measured figures come from."""
+
+import ops as ops  # which forgets what PYTHONPATH names beside our code

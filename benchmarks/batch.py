@@ -40,7 +40,8 @@ def main() -> None:
     if args.engine:
         print(engine_alone(args.engine))
         return
-    isolate(LOCAL)
+    run_dir = args.run_dir.resolve()
+    isolate(LOCAL, run_dir)
     folder = OUTPUTS / "bench-batch"
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.txt"
@@ -48,7 +49,7 @@ def main() -> None:
     alone, batch = [], []
     for _ in range(args.rounds):
         alone.append(in_a_process(prompts))
-        batch.append(by_the_job(prompts, folder / "out", args.run_dir.resolve()))
+        batch.append(by_the_job(prompts, folder / "out", run_dir))
     ratios = [ours / theirs for ours, theirs in zip(batch, alone, strict=True)]
     told = {"engine alone, pictures/s": alone, "batch_generate, pictures/s": batch, "ratio": ratios}
     table = Table(title=f"Batch generation against its engine: {args.rows} rows, {args.rounds} rounds")

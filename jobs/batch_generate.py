@@ -21,6 +21,7 @@ from jobs.entry import Invalid, Parser, path, run, whole
 from jobs.painter import Painter, folders, text_of
 from jobs.prompts import Bad, Row, read
 from jobs.settings import Settings, config, resources, waiting
+from ops.ray_client import connect
 from ops.terminal import Stop, say, span
 
 CALLS = 2  # of an actor at once: while one block's last pictures are made, the next block's are under way
@@ -92,11 +93,10 @@ def draw(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> dict
 
 def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, place: Path, hosts: int) -> dict[str, str]:
     """Blocks are small, so that hosts which come late get their share."""
+    connect()
     import ray
     from ray.data import ActorPoolStrategy
 
-    if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # below that it tells of its plans, and of progress bars
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

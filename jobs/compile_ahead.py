@@ -13,7 +13,6 @@ can run code on every replica (app/program_files.py says what is trusted).
 
 import argparse
 import json
-import logging
 import os
 import shutil
 import socket
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.entry import Invalid, Parser, path, run
 from jobs.settings import Settings, config, resources, waiting
+from ops.ray_client import connect
 from ops.terminal import Stop, say
 from tpu import libtpu
 from tpu.chips import Host, host_of
@@ -63,9 +63,9 @@ def tpu_host(text: str) -> Host:
 
 def on_the_cluster(settings: Settings, folder: Path) -> dict[str, Any]:
     """On a host like the replicas', which also runs each program."""
+    connect()
     import ray
 
-    ray.init(logging_level=logging.WARNING)
     say(waiting(settings.chips))
     task = ray.remote(num_cpus=1, resources=resources(settings.chips), max_retries=3)(build)
     try:

@@ -7,7 +7,6 @@ trace covers all that the replica's process does meanwhile; of several replicas 
 little slower. A replica that nobody asks anything makes no steps, and this says so.
 """
 
-import logging
 import re
 import time
 from collections import defaultdict
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jobs.entry import Invalid, Parser, path, run, whole
 from jobs.settings import DEPLOYMENT
+from ops.ray_client import connect
 from ops.terminal import Stop, say
 
 TOP = 15
@@ -36,10 +36,9 @@ def main() -> str:
     parser.add_argument("--out", type=path, default="outputs/profile", help="folder of the trace (%(default)s)")
     args = parser.parse_args()
 
-    import ray
+    connect()
     from ray import serve
 
-    ray.init(logging_level=logging.WARNING)
     handle = serve.get_deployment_handle(DEPLOYMENT, application(args.application))
     say(f"Waiting for {args.steps} steps")
     trace = handle.profile.remote(args.steps, args.timeout_s).result(timeout_s=args.timeout_s + 120)

@@ -34,7 +34,7 @@ from loadtest.summary import Summary, counted, seconds, summarize
 from loadtest.sweep import Level, sweep
 from ops import processes
 from ops.cluster import Cluster
-from ops.dashboard import Dashboard, serve_address
+from ops.dashboard import Dashboard, Refused, serve_address
 from ops.places import authorization
 from ops.preflight import token_file
 from ops.terminal import Stop
@@ -43,13 +43,16 @@ FALLBACK = "http://127.0.0.1:8000"
 
 
 def local(run_dir: Path) -> tuple[str | None, Dashboard | None]:
-    """Where the API of the cluster that is up in this checkout is, and its dashboard."""
+    """Where the API of the cluster that is up in this checkout is, and its dashboard. Raises Stop where it is up and
+    does not know us."""
+    cluster = Cluster.load(run_dir.resolve())
+    if not cluster or cluster.missing:
+        return None, None
+    dashboard = cluster.dashboard
     try:
-        cluster = Cluster.load(run_dir.resolve())
-        if not cluster or cluster.missing:
-            return None, None
-        dashboard = Dashboard(cluster.address)
         details = dashboard.details()
+    except Refused:
+        raise
     except (Stop, OSError):
         return None, None
     return (serve_address(details) if details["applications"] else None), dashboard
@@ -58,7 +61,13 @@ def local(run_dir: Path) -> tuple[str | None, Dashboard | None]:
 def target_of(options: argparse.Namespace) -> Target:
     if options.url and options.ip:
         raise Mistake("--url and --ip exclude one another.")
-    address, dashboard = local(options.run_dir)
+    try:
+        address, dashboard = local(options.run_dir)
+    except Stop as reason:
+        if not options.url and not options.ip:
+            raise
+        print(f"The cluster in this checkout is not watched: {reason}", file=sys.stderr, flush=True)
+        address, dashboard = None, None
     host = f"[{options.ip}]" if options.ip and ":" in options.ip else options.ip
     url = guard(options.url or (f"http://{host}:8000" if host else address or FALLBACK), options.allow_remote)
     if options.dashboard:

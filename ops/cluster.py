@@ -3,6 +3,7 @@ them. Knows nothing of how it is started.
 """
 
 import json
+import re
 import secrets
 import tempfile
 import time
@@ -12,7 +13,8 @@ from typing import Any, Self
 
 import psutil
 
-from ops import processes
+from ops import cluster_token, ownership, processes
+from ops.dashboard import Dashboard
 from ops.processes import Recorded
 from ops.terminal import Stop
 from ops.twin import Timings
@@ -29,6 +31,8 @@ PORT_OPTIONS = (
 )
 PORT_VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
 METADATA_PORT = "metadata"
+MARK_FORM = re.compile(r".*#[0-9a-f]{8}", re.DOTALL)
+FOLDER_FORM = re.compile(r"imagine-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,19 @@ class Cluster:
         return self.temp_dir / "autoscaling.yaml"
 
     @property
+    def token_file(self) -> Path:
+        return token_file(self.run_dir)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """By which it knows its owner. Raises Stop where the token cannot be had."""
+        return cluster_token.bearer(cluster_token.read_local(self.token_file))
+
+    @property
+    def dashboard(self) -> Dashboard:
+        return Dashboard(self.address, headers=self.headers, token_file=str(self.token_file))
+
+    @property
     def missing(self) -> set[str]:
         """The vital processes that do not run."""
         return VITAL - {one.name for one in self.processes if processes.find(one)}
@@ -68,15 +85,13 @@ class Cluster:
         return processes.belonging(self.mark, self.processes)
 
     def save(self) -> None:
-        file = self.run_dir / "cluster.json"
-        draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
-        draft.replace(file)
+        ownership.write(self.run_dir / "cluster.json", json.dumps(asdict(self), indent=2, default=str) + "\n")
 
     @classmethod
     def load(cls, run_dir: Path) -> Self | None:
+        """Raises Stop where another user wrote it: whoever believes it may end processes and remove folders."""
         try:
-            state: dict[str, Any] = json.loads((run_dir / "cluster.json").read_text())
+            state: dict[str, Any] = json.loads(ownership.read(run_dir / "cluster.json"))
             return cls(
                 run_dir=run_dir,
                 mark=state["mark"],
@@ -89,6 +104,10 @@ class Cluster:
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+
+
+def token_file(run_dir: Path) -> Path:
+    return run_dir / "token"
 
 
 def running(run_dir: Path) -> Cluster:

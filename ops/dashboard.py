@@ -29,6 +29,7 @@ class Dashboard:
     cluster: str = "local"  # as the user's CLUSTER= named it
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # hold the token, which is told to nobody
     what: str = "dashboard"
+    token_file: str = "~/.ray/auth_token"  # where the token in `headers` is from
 
     @property
     def name(self) -> str:
@@ -45,13 +46,16 @@ class Dashboard:
             return answer
         except HTTPError as error:
             if error.code in (401, 403):
-                raise Refused(
-                    f"The {self.name} answers {error.code}: it was started with another token than the one that is in "
-                    "~/.ray/auth_token here."
-                ) from None
+                raise self.refused(str(error.code)) from None
             raise Stop(f"The {self.name} answers {error.code}: {error.read().decode()[:500]}") from None
         except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
             raise Stop(f"The {self.name} does not answer: {error}.") from None
+
+    def refused(self, words: str) -> Refused:
+        return Refused(
+            f"The {self.name} answers {words}: it was started with another token than the one that is in "
+            f"{self.token_file} here."
+        )
 
     def details(self) -> Details:
         with self.open("/api/serve/applications/") as answer:

@@ -16,7 +16,7 @@ from PIL import Image
 from app.images import contact_sheet
 from ops import processes
 from ops.cluster import ROOT, RUN_DIR, running
-from ops.dashboard import Dashboard, serve_address
+from ops.dashboard import serve_address
 from ops.terminal import Progress, Stop, run, say, span
 
 PROMPTS = (  # in the words of the bundled model, which jobs/scenes.py lists
@@ -92,12 +92,13 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     arguments = parser.parse_args()
     os.environ.update(processes.past_proxies())
-    dashboard = Dashboard(running(arguments.run_dir.resolve()).address)
+    cluster = running(arguments.run_dir.resolve())
+    dashboard = cluster.dashboard
     details = dashboard.details()
     if not details["applications"]:
         raise Stop("Nothing is deployed. Deploy with: make deploy")
     draw(serve_address(details), arguments.out.resolve())
-    say(invitation(serve_address(details), dashboard.address))
+    say(invitation(serve_address(details), f"{dashboard.address}  asks once for the token in {cluster.token_file}"))
 
 
 if __name__ == "__main__":

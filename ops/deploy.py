@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     arguments = parser.parse_args()
     cluster, run_dir, timeout_s = arguments.cluster, arguments.run_dir.resolve(), arguments.timeout_s
-    isolate(cluster)
+    isolate(cluster, run_dir)
     if arguments.verb == "deploy":
         serve_port = port(arguments.serve_port) if arguments.serve_port else None
         config = read(arguments.config, serve_port)

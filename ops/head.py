@@ -14,9 +14,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from ops import nodes, processes, twin
+from ops import cluster_token, nodes, ownership, processes, twin
 from ops.cluster import METADATA_PORT, PORT_OPTIONS, PORT_VARIABLES, ROOT, Cluster
-from ops.dashboard import Dashboard
 from ops.terminal import Progress, Stop, say
 from ops.twin import NodeTypes
 
@@ -27,10 +26,13 @@ NODES_TIMEOUT_S = 120.0
 
 def start(cluster: Cluster, types: NodeTypes) -> Cluster:
     cluster.save()
-    cluster.temp_dir.mkdir(mode=0o700)  # Ray opens its own folder to all users; this one above it stays ours
-    configure(cluster, types)
-    log = cluster.temp_dir / "start.log"
-    with log.open("w") as output, Progress() as progress:
+    cluster_token.create(cluster.token_file)
+    with ownership.private():
+        cluster.temp_dir.mkdir(mode=0o700)  # Ray opens its own folder to all users; this one above it stays ours
+        configure(cluster, types)
+        log = cluster.temp_dir / "start.log"
+        output = log.open("w")
+    with output, Progress() as progress:  # what runs there makes files as the user is used to: a job's output is theirs
         starting = subprocess.Popen(
             command(cluster, types),
             env=environment(cluster) | {"RAY_NODE_TYPE_NAME": types.head, "RAY_CLOUD_INSTANCE_ID": types.head},
@@ -84,7 +86,7 @@ def wait_for_nodes(cluster: Cluster) -> None:
     """Until those are there that always should be; a cloud that has none for now is no failure."""
     types = yaml.safe_load(cluster.config_file.read_text())["available_node_types"]
     wanted = {name: one["min_workers"] for name, one in types.items() if one["min_workers"]}
-    dashboard = Dashboard(cluster.address)
+    dashboard = cluster.dashboard
     with Progress() as progress:
         while True:
             found = nodes.status(dashboard)
@@ -127,12 +129,13 @@ def environment(cluster: Cluster) -> dict[str, str]:
         PATH=f"{bin_dir}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # a job's `python` is this one
         PYTHONPATH=str(ROOT),  # `app.builders` is importable wherever Serve builds or runs it
         JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", "cpu"),  # the TPU is only said to be there
-        RAY_AUTH_MODE="disabled",  # so that plain `serve deploy` works; loopback and a 0700 folder keep others out
+        **cluster_token.environment(cluster.token_file),  # whoever asks without it could run code as us
+        TMPDIR=str(cluster.temp_dir),  # Ray's dashboard makes sockets there, and a longer path than 75 has no room
         RAY_USAGE_STATS_ENABLED="0",
         **{processes.PROXY_CALLBACK: processes.PROXY_GUARDS},
         # Without this Ray takes 127.0.0.1 for a mistake and binds to the machine's address on the network.
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-        RAY_preload_python_modules="ops.loopback",
+        RAY_preload_python_modules="ops.closed_port",
         RAY_FAKE_CLUSTER="1",  # without which Ray's local provider refuses to work
         RAY_enable_autoscaler_v2="1",  # as `ray up` has it on Google Cloud
         AUTOSCALER_UPDATE_INTERVAL_S="1",  # asking this machine costs little

@@ -7,6 +7,7 @@ can read, to be told that it is too old (hence the quotes around some annotation
 import argparse
 import contextlib
 import fcntl
+import getpass
 import hashlib
 import importlib.util
 import os
@@ -22,6 +23,12 @@ REQUIREMENTS = ROOT / "requirements"
 LEVELS = ("runtime", "dev", "gcp", "parity", "tpu")  # each holds all of runtime
 OLDEST, NEWEST = (3, 11), (3, 14)  # what every pinned package is built for
 LIVELY_S = 10.0
+# Of what the environment tells pip: how it reaches packages. The rest could have it install elsewhere, or nothing.
+PIP_KEPT = (
+    *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_TRUSTED_HOST", "PIP_PROXY"),
+    *("PIP_CERT", "PIP_CLIENT_CERT", "PIP_USE_DEPRECATED", "PIP_USE_FEATURE", "PIP_KEYRING_PROVIDER"),
+    *("PIP_CACHE_DIR", "PIP_NO_CACHE_DIR", "PIP_RETRIES", "PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT", "PIP_CONFIG_FILE"),
+)
 
 
 class Stop(Exception):
@@ -38,6 +45,10 @@ def main() -> None:
         install(Path(os.path.abspath(arguments.venv)), arguments.level, arguments.this_python)
     except Stop as reason:
         sys.exit(str(reason))
+    except OSError as error:
+        if not error.filename:
+            raise
+        sys.exit(f"{error.filename} cannot be read or written: {error.strerror}. You are {user()}.")
     except KeyboardInterrupt:
         sys.exit("Interrupted. The next make goes on; what was downloaded is kept.")
 
@@ -162,7 +173,8 @@ def make(venv: Path, reason: str) -> None:
         say(f"Making {venv.name} with {python(sys.version_info[:2])}")
     venv.mkdir(parents=True)
     unfinished(venv).touch()
-    made = subprocess.run([sys.executable, "-m", "venv", str(venv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "venv", str(venv)]
+    made = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if made.returncode:
         raise Stop("The environment could not be made. " + made.stdout.decode(errors="replace").strip())
 
@@ -177,7 +189,9 @@ def run_pip(venv: Path, level: str) -> None:
     began = shown = time.monotonic()
     collected, errors, unreachable = 0, [], False
     lively = sys.stdout.isatty()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True) as pip:
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True
+    ) as pip:
         for line in pip.stdout or ():
             words = line.split()
             if words[:1] == ["Collecting"] or line.startswith("Requirement already satisfied"):
@@ -199,6 +213,22 @@ def run_pip(venv: Path, level: str) -> None:
         why = ["The package index cannot be reached."] if unreachable else []
         raise Stop(" ".join(["The installation failed."] + why + errors[:1] + ["To go on, run the same make again."]))
     say(f"Installed in {time.monotonic() - began:.0f} s")
+
+
+def environment() -> "dict[str, str]":
+    """The user's, without what would lead Python or pip elsewhere."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "PIP_")) or name in ("PYTHON", "PYTHONUTF8", *PIP_KEPT)
+    }
+
+
+def user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container, a user may have a number and no name
+        return f"user {os.getuid()}"
 
 
 def say(text: str) -> None:

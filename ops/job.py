@@ -169,12 +169,15 @@ def details(dashboard: Dashboard, job: str) -> "JobDetails":
 
 
 def client(dashboard: Dashboard) -> "JobSubmissionClient":
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient  # takes seconds to import
 
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(dashboard.address, headers=dict(dashboard.headers))
+    except AuthenticationError:
+        raise dashboard.refused("401 or 403") from None
     except (RuntimeError, ConnectionError) as error:
         raise Stop(f"The {dashboard.name} does not answer: {reason(str(error))}") from None
 
@@ -223,8 +226,9 @@ def main() -> None:
         if {"-h", "--help"} & set(given):  # needs no cluster
             os.execv(sys.executable, [sys.executable, "-m", f"jobs.{arguments.job}", *given])
     resources = amounts(arguments.resources)
-    isolate(arguments.cluster)
-    with dashboard_of(arguments.cluster, arguments.run_dir.resolve()) as dashboard:
+    run_dir = arguments.run_dir.resolve()
+    isolate(arguments.cluster, run_dir)
+    with dashboard_of(arguments.cluster, run_dir) as dashboard:
         match arguments.verb:
             case "list":
                 listing(dashboard)

@@ -20,6 +20,7 @@ from ray._private.accelerators import tpu
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ops.documents import Document, Finding, Key, nearest
+from ops.google_names import check_names
 from ops.processes import PROXY_CALLBACK, PROXY_GUARDS
 
 logging.getLogger(prepare_config.__module__).setLevel(logging.WARNING)  # else it tells each bound that it fills in
@@ -27,6 +28,7 @@ logging.getLogger(prepare_config.__module__).setLevel(logging.WARNING)  # else i
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
+CLOSED_PORT = "RAY_preload_python_modules=ops.closed_port"
 # Left out, Ray takes its own, which install an old nightly build and open the dashboard (autoscaler/gcp/defaults.yaml).
 COMMANDS = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
 # What Ray reads of a provider beside what its schema lists (autoscaler/_private/updater.py, constants.py).
@@ -71,7 +73,7 @@ def check_cluster(document: Document) -> tuple[list[Finding], bool]:
         return unknown + wrong, False
     found = [*unknown, *check_file_mounts(document)]
     if google(document):
-        found += [*check_zone(document), *check_commands(document)]
+        found += [*check_names(document), *check_zone(document), *check_commands(document)]
     broken = [*check_as_ray_does(document, schema_too=not unknown), *check_slices(document)]
     if broken:
         return found + broken, False
@@ -212,6 +214,9 @@ def check_commands(document: Document) -> Iterator[Finding]:
         yield document.advice(("head_start_ray_commands",), text)
     for callback in sorted(callbacks - {PROXY_GUARDS}):
         text = f"name {callback} as {PROXY_CALLBACK}, not {PROXY_GUARDS}; a proxy that cannot import it never starts."
+        yield document.advice(("head_start_ray_commands",), text)
+    if starts and CLOSED_PORT not in everything:
+        text = f"lack {CLOSED_PORT}: each replica opens a port on all interfaces."
         yield document.advice(("head_start_ray_commands",), text)
 
 

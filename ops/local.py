@@ -15,8 +15,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ops import head, nodes, processes, shell, twin
-from ops.cluster import DASHBOARD_PORT, METADATA_PORT, RUN_DIR, TWIN, Cluster, new, running, temp_dir_of
+from ops import head, nodes, ownership, processes, shell, twin
+from ops.cluster import (
+    DASHBOARD_PORT,
+    FOLDER_FORM,
+    MARK_FORM,
+    METADATA_PORT,
+    RUN_DIR,
+    TWIN,
+    Cluster,
+    new,
+    running,
+    temp_dir_of,
+    token_file,
+)
 from ops.dashboard import Dashboard
 from ops.terminal import Stop, run, say
 from ops.twin import Timings
@@ -78,8 +90,10 @@ def down(run_dir: Path) -> None:
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """One `up` or `down` at a time in one checkout."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "lock").open("w") as file:
+    ownership.make_folder(run_dir, "RUN_DIR=")
+    with ownership.private():
+        lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(lock, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -90,15 +104,21 @@ def locked(run_dir: Path) -> Iterator[None]:
 def clear(run_dir: Path) -> str:
     """Ends every process and removes every folder of this checkout's clusters; says what, or nothing."""
     cluster = Cluster.load(run_dir)
-    found = {mark: temp_dir_of(mark) for mark in processes.marks(f"{run_dir}#")}  # also if cluster.json was lost
+    marks = filter(MARK_FORM.fullmatch, processes.marks(f"{run_dir}#"))
+    found = {mark: temp_dir_of(mark) for mark in marks}  # also if cluster.json was lost
     if cluster:
         found[cluster.mark] = cluster.temp_dir
     recorded = cluster.processes if cluster else ()
     ended = processes.end(lambda: [one for mark in found for one in processes.belonging(mark, recorded)], GRACE_S)
-    folders = [folder for folder in found.values() if folder.name.startswith("imagine-") and folder.is_dir()]
+    named = [folder for folder in found.values() if FOLDER_FORM.fullmatch(folder.name)]
+    folders = [folder for folder in named if ownership.is_own_folder(folder)]
     for folder in folders:
         shutil.rmtree(folder)
-    (run_dir / "cluster.json").unlink(missing_ok=True)
+    for folder in named:
+        if folder not in folders and os.path.lexists(folder):
+            say(f"{folder} is not our own folder, and is left alone.")
+    for file in (run_dir / "cluster.json", token_file(run_dir)):
+        file.unlink(missing_ok=True)
     if not cluster and not found:
         return ""
     return f"{ended} process{'' if ended == 1 else 'es'} ended" + "".join(f", {folder} removed" for folder in folders)
@@ -112,7 +132,8 @@ def port(text: str) -> int:
 
 def preempt(cluster: Cluster, node: str) -> None:
     """Has the twin's Google take a node away: notice first, the end half a minute later."""
-    google = Dashboard(f"http://127.0.0.1:{cluster.ports[METADATA_PORT]}", what="twin's Google")
+    address = f"http://127.0.0.1:{cluster.ports[METADATA_PORT]}"
+    google = Dashboard(address, headers=cluster.headers, what="twin's Google", token_file=str(cluster.token_file))
     with google.open("/") as answer:
         there: list[str] = json.load(answer)
     if not there:
@@ -147,13 +168,13 @@ def main() -> None:
     cluster = running(run_dir)
     match arguments.verb:
         case "monitor":
-            nodes.monitor(Dashboard(cluster.address), follow=not arguments.once)
+            nodes.monitor(cluster.dashboard, follow=not arguments.once)
         case "attach":
-            shell.attach(cluster.address, cluster.gcs_address)
+            shell.attach(cluster)
         case "address":
-            shell.export(cluster.address, cluster.gcs_address)
+            shell.export(cluster)
         case "dashboard":
-            say(cluster.address)
+            say(f"{cluster.address}  asks once for the token in {cluster.token_file}")
         case "preempt":
             preempt(cluster, arguments.node)
 

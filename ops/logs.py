@@ -60,8 +60,9 @@ def main() -> None:
     parser.add_argument("--cluster", default=LOCAL, help="local, or a file for `ray up`")
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     arguments = parser.parse_args()
-    isolate(arguments.cluster)
-    with dashboard_of(arguments.cluster, arguments.run_dir.resolve()) as dashboard:
+    run_dir = arguments.run_dir.resolve()
+    isolate(arguments.cluster, run_dir)
+    with dashboard_of(arguments.cluster, run_dir) as dashboard:
         (follow if arguments.follow else show)(dashboard, arguments.lines)
 
 

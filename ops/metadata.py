@@ -1,10 +1,13 @@
 """What the local twin has for Google's metadata server: tells each node's watcher whether the node is taken away.
 
 GET /NODE/KEY answers as Google's own does: at once or, with wait_for_change, when the value changes. PUT
-/NODE/preempted has the twin take the node away, and GET / lists the nodes. Knows nothing of Ray.
+/NODE/preempted has the twin take the node away, and GET / lists the nodes: both want the cluster's token, as all that
+others on this machine could do to the cluster. Knows nothing of Ray.
 """
 
+import hmac
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +19,8 @@ WAIT_S = 60.0
 
 
 class Metadata:
-    def __init__(self, nodes: Callable[[], list[str]], preempt: Callable[[str], None]) -> None:
+    def __init__(self, nodes: Callable[[], list[str]], preempt: Callable[[str], None], token: str) -> None:
+        self.token = token
         self.nodes = nodes
         self.preempt = preempt
         self.changed = threading.Condition()
@@ -45,12 +49,22 @@ class Metadata:
         return server
 
 
+def seconds(text: str) -> float:
+    """Of a question that may wait; no longer than Google's own would."""
+    try:
+        wanted = float(text)
+    except ValueError:
+        return WAIT_S
+    return min(WAIT_S, wanted) if math.isfinite(wanted) else WAIT_S
+
+
 def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             if url.path == "/":
-                self.answer(200, json.dumps(metadata.nodes()))
+                if self.knows_us():
+                    self.answer(200, json.dumps(metadata.nodes()))
                 return
             node, key = self.asked(url.path)
             if not key:
@@ -58,16 +72,25 @@ def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
                 return
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             tag = query.get("last_etag", "") if query.get("wait_for_change") == "true" else ""
-            value = metadata.value_that_differs(node, key, tag, float(query.get("timeout_sec", WAIT_S)))
+            value = metadata.value_that_differs(node, key, tag, seconds(query.get("timeout_sec", "")))
             self.answer(200, value, {"ETag": value})
 
         def do_PUT(self) -> None:
+            if not self.knows_us():
+                return
             node, key = self.asked(urlsplit(self.path).path)
             if key != "preempted" or node not in metadata.nodes():
                 self.answer(404, f"There is no node {node}.")
                 return
             metadata.preempt(node)
             self.answer(200, "TRUE")
+
+        def knows_us(self) -> bool:
+            sent = self.headers.get("Authorization", "").encode()
+            known = bool(metadata.token) and hmac.compare_digest(sent, f"Bearer {metadata.token}".encode())
+            if not known:
+                self.answer(403 if sent else 401, "The cluster's token is wanted.")
+            return known
 
         def asked(self, path: str) -> tuple[str, str]:
             node, _, key = path.removeprefix("/").partition("/")

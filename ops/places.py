@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ops import processes
+from ops import cluster_token, processes
 from ops.cluster import running
+from ops.cluster import token_file as local_token_file
 from ops.dashboard import Dashboard, Details, serve_address
 from ops.preflight import content, ready, token_file
 from ops.terminal import Stop, make
@@ -25,7 +26,7 @@ DASHBOARD_PORT = 8265  # of a head whose start command names none
 def dashboard_of(cluster: str, run_dir: Path) -> Iterator[Dashboard]:
     """The cluster's dashboard, while the block runs."""
     if cluster == LOCAL:
-        yield Dashboard(running(run_dir).address)
+        yield running(run_dir).dashboard
         return
     path = Path(cluster)
     ready(path)
@@ -36,13 +37,14 @@ def dashboard_of(cluster: str, run_dir: Path) -> Iterator[Dashboard]:
         yield Dashboard(f"http://127.0.0.1:{here}", cluster, headers)
 
 
-def isolate(cluster: str) -> None:
+def isolate(cluster: str, run_dir: Path) -> None:
     """Takes from the environment what would lead Ray elsewhere. To be called before Ray is imported: it reads it once.
 
-    A token that the environment names is taken out too, as clusters get the one in the home.
+    A token that the environment names is taken out too: the local cluster has one of its own, and those elsewhere get
+    the one in the home.
     """
-    auth_mode = "disabled" if cluster == LOCAL else "token"
-    ours = processes.environment(RAY_AUTH_MODE=auth_mode, RAY_USAGE_STATS_ENABLED="0")
+    token = cluster_token.environment(local_token_file(run_dir)) if cluster == LOCAL else {"RAY_AUTH_MODE": "token"}
+    ours = processes.environment(**token, RAY_USAGE_STATS_ENABLED="0")
     os.environ.clear()
     os.environ.update(ours)
 
@@ -67,11 +69,11 @@ def authorization() -> dict[str, str]:
         token = token_file().read_text().strip()
     except (OSError, UnicodeDecodeError):
         token = ""
-    if not re.fullmatch(r"[!-~]+", token):  # else http.client would quote it in an error
+    if not cluster_token.plausible(token):
         raise Stop(
             f"{token_file()} holds no token. Put the cluster's there, or make one: ray get-auth-token --generate"
         )
-    return {"Authorization": f"Bearer {token}"}
+    return cluster_token.bearer(token)
 
 
 @contextmanager

@@ -21,6 +21,11 @@ MARK = "IMAGINE_CLUSTER"
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # in the environment of `ray start`
 PROXY_GUARDS = "app.proxy:guards"
 API_KEY = "IMAGINE_API_KEY"  # in the environment: the key that `make demo` and `make loadtest` send
+# What would have a Python find other modules than ours, or run otherwise. The Makefile keeps them away too.
+STRAYS = (
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONPLATLIBDIR", "PYTHONUSERBASE", "PYTHONSTARTUP"),
+    *("PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONDONTWRITEBYTECODE"),
+)
 SAME_START_S = 1.0  # a start time is derived from the wall clock, which may have been corrected since
 
 
@@ -69,10 +74,20 @@ def dead(process: psutil.Process) -> bool:
 
 
 def mark_of(process: psutil.Process) -> str:
+    if not own(process):
+        return ""
     try:
         return str(process.environ().get(MARK, ""))
     except (psutil.Error, OSError):  # not ours to read, so not ours
         return ""
+
+
+def own(process: psutil.Process) -> bool:
+    """Whether it runs as the user that we are. Root can read and end everybody's, and must not."""
+    try:
+        return bool(process.uids().effective == os.geteuid())
+    except psutil.Error:
+        return False
 
 
 def marks(beginning: str) -> set[str]:
@@ -89,7 +104,7 @@ def belonging(mark: str, recorded: Iterable[Recorded] = ()) -> list[psutil.Proce
         except psutil.Error:
             continue
     me = psutil.Process()
-    return [process for process in ours.difference([me, *me.parents()]) if not dead(process)]
+    return [process for process in ours.difference([me, *me.parents()]) if own(process) and not dead(process)]
 
 
 def end(search: Callable[[], list[psutil.Process]], grace_s: float) -> int:
@@ -150,8 +165,7 @@ def listener(port: int) -> str:
 
 def environment(**ours: str) -> dict[str, str]:
     """The user's environment without what would steer Ray or Python elsewhere, such as somebody's RAY_ADDRESS."""
-    strays = ("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS", "PYTHONDONTWRITEBYTECODE")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in strays}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in STRAYS}
     return kept | past_proxies() | ours
 
 

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from ops import processes
+from ops import ownership, processes, shell
 from ops.cluster import RUN_DIR
 from ops.dashboard import Dashboard, Refused
 from ops.local import locked, port
@@ -189,10 +188,8 @@ def links(dashboard: int, api: int) -> str:
 def recorded(path: Path, run_dir: Path, ports: tuple[int, int]) -> Iterator[None]:
     """So that `address` finds the tunnels."""
     file = folder(path, run_dir) / "tunnels.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".draft")
-    draft.write_text(json.dumps({"process": asdict(processes.record(psutil.Process())), "ports": ports}))
-    draft.replace(file)
+    ownership.make_folder(file.parent, "RUN_DIR=")
+    ownership.write(file, json.dumps({"process": asdict(processes.record(psutil.Process())), "ports": ports}))
     try:
         yield
     finally:
@@ -202,7 +199,7 @@ def recorded(path: Path, run_dir: Path, ports: tuple[int, int]) -> Iterator[None
 def tunnels(path: Path, run_dir: Path) -> tuple[psutil.Process, int, int] | None:
     """Who holds the tunnels open, and on which ports of this machine."""
     try:
-        state = json.loads((folder(path, run_dir) / "tunnels.json").read_text())
+        state = json.loads(ownership.read(folder(path, run_dir) / "tunnels.json"))
         process, (dashboard, api) = processes.find(Recorded(**state["process"])), state["ports"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -220,8 +217,7 @@ def address(path: Path, run_dir: Path) -> None:
     if not standing:
         note = f"These lead nowhere until another terminal holds the tunnels open: {make('dashboard', str(path))}"
         print(note, file=sys.stderr, flush=True)
-    for name, value in variables(dashboard, api).items():
-        say(f"export {name}={shlex.quote(value)}")
+    shell.tell(variables(dashboard, api), unset=shell.strays({"RAY_AUTH_MODE": "token"}))
 
 
 def variables(dashboard: int, api: int) -> dict[str, str]:
@@ -230,6 +226,7 @@ def variables(dashboard: int, api: int) -> dict[str, str]:
     return {
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # which is what `serve` reads
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # which `ray job` prefers
         "RAY_AUTH_MODE": "token",  # without it a client sends no token
         "IMAGINE_URL": f"http://127.0.0.1:{api}",  # curl "$IMAGINE_URL/v1/models"
         "PATH": path if bin_dir in path.split(os.pathsep) else f"{bin_dir}{os.pathsep}{path}",
@@ -248,7 +245,7 @@ def main() -> None:
     parser.add_argument("--serve-port", default="", help=f"here, of dashboard ({API_PORT}, or a free one)")
     arguments = parser.parse_args()
     path, run_dir = arguments.cluster, arguments.run_dir.resolve()
-    isolate(str(path))
+    isolate(str(path), run_dir)
     os.environ["RAY_UP_enable_autoscaler_v2"] = "1"  # Ray's default; where it is not set, Ray announces it each time
     match arguments.verb:
         case "up":

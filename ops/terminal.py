@@ -1,5 +1,6 @@
 """How the commands speak: plain words, progress that suits a terminal and a log file, mistakes in one line."""
 
+import errno
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from rich.text import Text
 
 QUIET_S = 10.0  # in a log file, how long news of details may wait
 ALIVE_S = 30.0  # and after how long without any news a line is told again
+# What the machine may say to any command that uses a file, and is no fault of the command's.
+NO_WAY = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ELOOP}
 
 
 class Stop(Exception):
@@ -40,6 +43,11 @@ def run(command: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # `make logs | head`
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in NO_WAY or not error.filename:
+            raise
+        print(f"{error.filename} cannot be read or written: {error.strerror}.", file=sys.stderr, flush=True)
+        sys.exit(1)
     sys.exit(0)
 
 

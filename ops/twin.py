@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ops import ownership
 from ops.terminal import Stop
 
 PROVIDER = "ops.twin_provider.TwinProvider"
@@ -126,6 +127,4 @@ def autoscaling(types: NodeTypes, behaviour: Timings, **provider: object) -> dic
 
 def write(config: dict[str, Any], path: Path) -> None:
     """At one go, as it may be read at any moment."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(yaml.safe_dump(config, sort_keys=False))
-    draft.replace(path)
+    ownership.write(path, yaml.safe_dump(config, sort_keys=False))

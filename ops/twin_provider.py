@@ -32,6 +32,7 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
+from ops import cluster_token
 from ops.metadata import Metadata
 from ops.twin import Timings
 
@@ -55,8 +56,12 @@ class TwinProvider(FakeMultiNodeProvider):
         self.config_file = Path(provider_config["config_file"])
         self.gcs_address = str(provider_config["gcs_address"])
         self._nodes[self._head_node_id]["tags"][TAG_RAY_USER_NODE_TYPE] = provider_config["head_node_type"]
-        self.going: dict[str, float] = {}  # nodes that are taken away, and when
-        self.metadata = Metadata(self.workers, self.preempt)
+        self.going: dict[
+            str, float
+        ] = {}  # nodes that are taken away, and when; under its lock, as notices come by HTTP
+        self.going_lock = threading.Lock()
+        sent, _ = cluster_token.of_this_process()
+        self.metadata = Metadata(self.workers, self.preempt, sent)
         self.metadata_port = int(provider_config["metadata_port"])
         self.server = self.metadata.serve(self.metadata_port)
         threading.Thread(target=self.live, daemon=True).start()
@@ -122,8 +127,7 @@ class TwinProvider(FakeMultiNodeProvider):
         for node_id in self.workers():
             if node_id not in self.going and chance() < a_look:
                 self.preempt(node_id)
-        for node_id in [one for one, when in self.going.items() if when <= now]:
-            del self.going[node_id]
+        for node_id in self.due(now):
             with self.lock:
                 if node := self._nodes.pop(node_id, None):  # else the autoscaler was quicker, as Ray had ended on it
                     end(node["node"], grace_s=0)
@@ -132,8 +136,17 @@ class TwinProvider(FakeMultiNodeProvider):
     def preempt(self, node_id: str) -> None:
         """Gives notice; the node goes when it has passed."""
         logger.info("Taking away %s in %.0f s", node_id, NOTICE_S)
-        self.going.setdefault(node_id, time.monotonic() + NOTICE_S)
+        with self.going_lock:
+            self.going.setdefault(node_id, time.monotonic() + NOTICE_S)
         self.metadata.take(node_id)
+
+    def due(self, now: float) -> list[str]:
+        """Those whose notice has passed; they are no longer kept."""
+        with self.going_lock:
+            found = [node_id for node_id, when in self.going.items() if when <= now]
+            for node_id in found:
+                del self.going[node_id]
+        return found
 
 
 def parameters(

@@ -30,8 +30,7 @@ class Verbs:
     config: Path = ROOT / "serve_config.yaml"
 
     def __call__(self, module: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        # Somebody else's cluster in the environment must change nothing.
-        environment = os.environ | {"RAY_ADDRESS": "10.255.255.1:6379", "RAY_AUTH_MODE": "token"}
+        environment = os.environ | surroundings(self.run_dir / "surroundings")
         command = [sys.executable, "-m", f"ops.{module}", *arguments, "--run-dir", str(self.run_dir)]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -49,6 +48,18 @@ class Verbs:
         cluster = Cluster.load(self.run_dir)
         assert cluster
         return cluster
+
+
+def surroundings(folder: Path) -> dict[str, str]:
+    """An environment that must change nothing: somebody else's cluster and token, another Python's packages, and a
+    temporary folder below which a socket's path has no room."""
+    temporary, packages = folder / ("t" * (100 - len(str(folder)))), folder / "packages"
+    temporary.mkdir(parents=True, exist_ok=True)
+    for name in ("pydantic", "yaml", "psutil"):
+        (packages / name).mkdir(parents=True, exist_ok=True)
+        (packages / name / "__init__.py").write_text("raise ImportError('of another Python')")
+    cluster = {"RAY_ADDRESS": "10.255.255.1:6379", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "somebody-elses"}
+    return {**cluster, "PYTHONPATH": str(packages), "TMPDIR": str(temporary)}
 
 
 def one_node_cluster(run_dir: Path, folder: Path) -> Iterator[Verbs]:

@@ -6,6 +6,7 @@ this checkout is neither used nor disturbed.
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +35,9 @@ from ray.serve.metrics import Counter, Histogram
 from ray.util.metrics import Metric
 
 from app.metrics import Metrics
-from ops import demo, processes
+from ops import cluster_token, demo, ownership, processes
 from ops.cluster import ROOT, Cluster
-from tests import crowd
+from tests import crowd, stranger
 from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
@@ -83,8 +85,12 @@ def greeter(verbs: Verbs, tmp_path: Path) -> Path:
 
 
 def listening(cluster: Cluster) -> set[tuple[str, int]]:
+    return listening_of(cluster.search())
+
+
+def listening_of(processes: list[psutil.Process]) -> set[tuple[str, int]]:
     found = set()
-    for process in cluster.search():
+    for process in processes:
         for connection in process.net_connections("inet"):
             if connection.status == psutil.CONN_LISTEN:
                 found.add((connection.laddr.ip, connection.laddr.port))
@@ -133,8 +139,95 @@ def test_serve_deploy_by_hand_gives_the_same(verbs: Verbs, greeter: Path, tmp_pa
     before = deployed(verbs)
     serve = [str(Path(sys.executable).parent / "serve"), "deploy", str(greeter), "--address", verbs.cluster.address]
     bare = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
-    subprocess.run(serve, cwd=tmp_path, env=bare, capture_output=True, check=True, timeout=120)
+    token = cluster_token.environment(verbs.cluster.token_file)
+    subprocess.run(serve, cwd=tmp_path, env=bare | token, capture_output=True, check=True, timeout=120)
     assert deployed(verbs) == before, "the same config is nothing new to Serve"
+
+
+def test_what_address_says_is_all_that_plain_commands_need(verbs: Verbs, greeter: Path, tmp_path: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    program = f"""
+        eval "$({sys.executable} -m ops.local address --run-dir {verbs.run_dir})" && cd {tmp_path} || exit 1
+        serve deploy {greeter} 2>&1; ray status | head -1
+        ray job submit -- python -c 'import ray; ray.init(); print("nodes", len(ray.nodes()))' 2>&1
+        curl -s -o /dev/null -w '%{{http_code}}\n' -H "Authorization: Bearer $(cat $RAY_AUTH_TOKEN_PATH)" \
+            "$RAY_DASHBOARD_ADDRESS/api/version"; curl -s "$IMAGINE_URL"
+        """
+    strays = os.environ | {"RAY_AUTH_TOKEN": "somebody-elses", "RAY_AUTH_MODE": "disabled"}
+    said = subprocess.run(["bash", "-c", program], cwd=ROOT, env=strays, capture_output=True, text=True, timeout=120)
+    assert "Sent deploy request successfully" in said.stdout and "Autoscaler status" in said.stdout, said
+    assert "nodes 2" in said.stdout and "succeeded" in said.stdout, said
+    assert '200\n{"text":"hello"' in said.stdout, said
+
+
+@stranger.as_root
+def test_another_user_can_read_and_do_nothing(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    cluster = verbs.cluster
+    kept = (cluster.token_file, verbs.run_dir / "cluster.json", cluster.temp_dir / "autoscaling.yaml")
+    assert set(stranger.read(*kept).values()) == {"PermissionError"}
+    jobs, google = (cluster.dashboard_port, "POST", "/api/jobs/"), cluster.ports["metadata"]
+    agent = (cluster.ports["runtime-env-agent-port"], "POST", "/get_or_create_runtime_env")
+    assert {*stranger.ask((*jobs, {}), (*agent, {}), (google, "GET", "/", {})).values()} == {401}
+    assert {*stranger.ask((google, "PUT", "/ray_tpu-1/preempted", {})).values()} == {401}
+    guess = {"Authorization": f"Bearer {'0' * 64}"}
+    assert {*stranger.ask((*jobs, guess), (*agent, guess), (google, "GET", "/", guess)).values()} == {403}
+
+
+@stranger.as_root
+def test_no_port_does_what_another_user_asks_for(verbs: Verbs, greeter: Path) -> None:
+    """Each replica's gRPC port unpickled what it was sent. None is opened, and Ray's others ask for the token."""
+    succeeds(verbs.deploy(greeter))
+    replicas = [one for one in verbs.cluster.search() if "ServeReplica" in "".join(one.cmdline())]
+    actors = [one for one in verbs.cluster.search() if "ServeController" in "".join(one.cmdline())]
+    opened = [len(listening_of([one])) for one in replicas + actors]
+    assert len(replicas) == 1 and opened == [1, 1], "Ray's own, which each of its actors has"
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        answers = stranger.attack({port for _, port in listening(verbs.cluster)}, Path(folder) / "unpickled")
+        assert not (Path(folder) / "unpickled").exists()
+    assert {*answers.values()} == {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}, answers
+    for call in stranger.CALLS:
+        assert any(code == "UNAUTHENTICATED" for name, code in answers.items() if name.endswith(call)), call
+    assert fetch(f"http://127.0.0.1:{verbs.serve_port}/")[0] == 200
+
+
+def test_a_client_without_the_token_is_told_so_at_once(verbs: Verbs, tmp_path: Path) -> None:
+    """Ray itself waits 20 s, and names no cause."""
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    bare |= {"RAY_ADDRESS": verbs.cluster.gcs_address}
+    for token, reason in (
+        ({}, "asks for a token, and RAY_AUTH_MODE is not token."),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}, "has another token than the one in RAY_AUTH_TOKEN."),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "asks for a token, and /nowhere cannot be"),
+    ):
+        program = "import time; from ops import ray_client; from ops.terminal import run; run(ray_client.connect)"
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=bare | token, capture_output=True, text=True
+        )
+        assert f"The cluster at {verbs.cluster.gcs_address} {reason}" in refuses(done)
+        assert time.monotonic() - began < 15
+
+
+def test_a_token_that_is_gone_or_another_is_told_by_every_verb(verbs: Verbs) -> None:
+    file = verbs.cluster.token_file
+    token = file.read_text()
+    asked = (("deploy", "status"), ("job", "list"), ("local", "monitor", "--once"), ("local", "address"), ("demo",))
+    try:
+        file.write_text("0" * 64)
+        for words in asked:
+            assert f"403: it was started with another token than the one that is in {file} here." in refuses(
+                verbs(*words)
+            )
+        loadtest = [sys.executable, "-m", "loadtest", "run", "smoke", "--run-dir", str(verbs.run_dir)]
+        done = subprocess.run(loadtest, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert "answers 403" in refuses(done)
+        file.unlink()
+        for words in (*asked, ("logs",), ("local", "preempt")):
+            assert refuses(verbs(*words)).startswith(f"{file} is missing")
+    finally:
+        ownership.write(file, token)
 
 
 def test_a_failed_deploy_says_why_and_puts_back_what_ran_and_works_once_the_cause_is_gone(
@@ -603,6 +696,15 @@ def test_no_log_has_a_prompt_whatever_became_of_its_request(api: str, verbs: Ver
             assert found_in_logs(verbs.cluster, words) == []
 
 
+def test_the_token_stands_in_no_log_no_command_line_and_no_environment(api: str, verbs: Verbs) -> None:
+    """After all that the tests above have done with it."""
+    token = verbs.cluster.token_file.read_text()
+    assert len(token) == 64 and found_in_logs(verbs.cluster, token) == []
+    for process in verbs.cluster.search():
+        with contextlib.suppress(psutil.Error):
+            assert token not in " ".join(process.cmdline()) and token not in str(process.environ())
+
+
 # The end, and what comes after a crash. These go last: they end the cluster.
 
 
@@ -626,6 +728,7 @@ def test_down_leaves_no_process_no_port_and_no_folder(verbs: Verbs, greeter: Pat
     stranger = subprocess.Popen(["tail", "-f", str(cluster.temp_dir / "start.log")], stdout=subprocess.DEVNULL)
     try:
         assert succeeds(verbs.down()).startswith("The local Ray is down: ")
+        assert not cluster.token_file.exists()
         assert not cluster.search() and not cluster.temp_dir.exists()
         assert len(taken) > 10 and all(processes.free(port) for port in taken)
         assert stranger.poll() is None, "who looks at our files is not ours"

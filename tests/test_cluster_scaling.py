@@ -24,7 +24,6 @@ import yaml
 
 from ops import nodes, processes
 from ops.cluster import ROOT
-from ops.dashboard import Dashboard
 from tests.clusters import Verbs, fetch, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.twin
@@ -86,7 +85,7 @@ def busy(api: str) -> bool:
 
 
 def tpu_nodes(verbs: Verbs) -> int:
-    return nodes.status(Dashboard(verbs.cluster.address)).running["ray_tpu"]
+    return nodes.status(verbs.cluster.dashboard).running["ray_tpu"]
 
 
 def raylet_of(pid: int) -> psutil.Process:

@@ -252,6 +252,7 @@ def test_ray_starts_with_the_token_mode_the_code_and_without_telling_usage(home:
         assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
         assert environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] == "2"
         assert environment["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] == "1"
+        assert environment["RAY_preload_python_modules"] == "ops.closed_port", "a module that the nodes have"
         assert environment["JAX_PLATFORMS"] == platforms
         assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "app.proxy:guards"
 

@@ -572,6 +572,17 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
         "proxy that cannot import it never starts.",
     ),
     (
+        replace("RAY_preload_python_modules=ops.closed_port ", ""),
+        ("head_start_ray_commands",),
+        "advice: {} lack RAY_preload_python_modules=ops.closed_port: each replica opens a port on all interfaces.",
+    ),
+    (
+        put(("cluster_name",), "Imagine_TPU"),
+        ("cluster_name",),
+        "error: {} must be 1 to 37 lower-case letters, digits and hyphens, beginning with a letter and not ending with "
+        "a hyphen, as machines are called by it (ray-Imagine_TPU-head-...), got Imagine_TPU.",
+    ),
+    (
         both(drop(("file_mounts", "~/.ray/auth_token")), lambda text: text.replace("~/.ray/auth_token", "~/.ray/x")),
         ("file_mounts",),
         "error: {} ask for a token that no node gets: mount ~/.ray/auth_token.",

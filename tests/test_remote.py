@@ -38,7 +38,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
     """cluster.yaml with a project."""
-    return write(tmp_path / "cluster.yaml", BASE.replace("project_id: null", "project_id: mine"))
+    return write(tmp_path / "cluster.yaml", BASE.replace("project_id: null", "project_id: my-project"))
 
 
 def write(file: Path, text: str) -> Path:
@@ -210,11 +210,12 @@ def test_rays_own_command_line_takes_what_it_is_given(arguments: tuple[str, ...]
 def test_ray_runs_in_token_mode_and_without_somebody_elses_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
     os.environ.update({"RAY_ADDRESS": "elsewhere", "RAY_AUTH_TOKEN": "other", "RAY_AUTH_TOKEN_PATH": "/other"})
-    places.isolate("cluster.yaml")
+    places.isolate("cluster.yaml", Path("/run"))
     assert {name for name in os.environ if name.startswith("RAY_")} == {"RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"}
     assert os.environ["RAY_AUTH_MODE"] == "token"
-    places.isolate("local")
-    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    places.isolate("local", Path("/run"))
+    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"]) == ("token", "/run/token")
+    assert "RAY_AUTH_TOKEN" not in os.environ
 
 
 def test_the_token_is_in_the_request_and_in_no_text(home: Path) -> None:
@@ -296,8 +297,10 @@ def test_ports_are_the_heads_own_where_they_are_free(monkeypatch: pytest.MonkeyP
 
 def exports(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, str], str]:
     told = capsys.readouterr()
-    assert all(re.fullmatch(r"export \w+=\S.*", line) for line in told.out.splitlines())
-    return dict(line.removeprefix("export ").split("=", 1) for line in told.out.splitlines()), told.err
+    first, *lines = told.out.splitlines()
+    assert all(re.fullmatch(r"export \w+=\S.*", line) for line in lines)
+    assert first == "unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH", "which a local cluster's address may have left"
+    return dict(line.removeprefix("export ").split("=", 1) for line in lines), told.err
 
 
 def test_address_tells_the_open_tunnels_and_else_that_there_are_none(
@@ -310,6 +313,7 @@ def test_address_tells_the_open_tunnels_and_else_that_there_are_none(
         f"These lead nowhere until another terminal holds the tunnels open: make dashboard CLUSTER={ours}\n"
     )
     assert told["RAY_ADDRESS"] == told["RAY_DASHBOARD_ADDRESS"] == "http://127.0.0.1:8265"
+    assert told["RAY_API_SERVER_ADDRESS"] == told["RAY_ADDRESS"], "which another cluster's address may have set"
     assert (told["IMAGINE_URL"], told["RAY_AUTH_MODE"]) == ("http://127.0.0.1:8000", "token")
     assert told["PATH"] == f"{Path(sys.executable).parent}:/usr/bin:/bin"
     with remote.recorded(ours, home / "run", (18265, 18000)):

@@ -52,7 +52,7 @@ ForceCommand {base}/enter
 ENTER = """#!/bin/bash
 export HOME={base}/home TMPDIR={base} {mark_name}={mark} PYTHONPATH={base}/home/imagine JAX_PLATFORMS=cpu
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
-export RAY_preload_python_modules=ops.loopback AUTOSCALER_METRIC_PORT={ports[0]} DASHBOARD_METRIC_PORT={ports[1]}
+export RAY_preload_python_modules=ops.closed_port AUTOSCALER_METRIC_PORT={ports[0]} DASHBOARD_METRIC_PORT={ports[1]}
 cd ~
 exec bash -c "${{SSH_ORIGINAL_COMMAND//\\/tmp\\/ray\\//{base}/ray/}}"
 """
@@ -221,7 +221,7 @@ def line(process: subprocess.Popen[str], words: str) -> str:
 def plain(far: Far, *command: str) -> subprocess.CompletedProcess[str]:
     """As the user types it after eval "$(make -s address)", from anywhere."""
     address = succeeds(far("remote", "address"))
-    assert all(line.startswith("export ") for line in address.splitlines())
+    assert all(line.startswith(("export ", "unset ")) for line in address.splitlines())
     shell = f"set -e; {address}\n{shlex.join(command)}"
     environment = far.environment | {"PATH": os.defpath}
     return subprocess.run(["bash", "-c", shell], cwd=far.base, env=environment, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ import yaml
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
-from ops import nodes, shell, twin, twin_provider, watcher
-from ops.cluster import ROOT
-from ops.dashboard import Dashboard
+from ops import cluster_token, metadata, nodes, shell, twin, twin_provider, watcher
+from ops.cluster import ROOT, new
+from ops.dashboard import Dashboard, Refused
 from ops.metadata import Metadata
 from ops.terminal import Stop
 from ops.twin import Timings
@@ -195,6 +196,30 @@ def test_a_node_that_is_taken_away_has_notice_first(provider: TwinProvider) -> N
     assert NOTICE_S == 30
 
 
+def test_notices_that_come_while_others_end_are_all_kept(provider: TwinProvider) -> None:
+    """Notices come by HTTP, in threads of their own."""
+    before, failed = sys.getswitchinterval(), list[RuntimeError]()
+    names = [f"ray_tpu-{i}" for i in range(20000)]
+
+    def notify() -> None:
+        for name in names:
+            provider.preempt(name)
+
+    notices = threading.Thread(target=notify)
+    sys.setswitchinterval(1e-6)
+    try:
+        notices.start()
+        while notices.is_alive():
+            try:
+                provider.take_away(0, lambda: 1.0)
+            except RuntimeError as error:
+                failed.append(error)
+    finally:
+        sys.setswitchinterval(before)
+        notices.join()
+    assert not failed and len(provider.going) == len(names)
+
+
 def test_nodes_are_taken_away_by_chance_as_often_as_is_said(provider: TwinProvider) -> None:
     create(provider)
     behave(provider, preemption=0)
@@ -213,29 +238,49 @@ def test_nodes_are_taken_away_by_chance_as_often_as_is_said(provider: TwinProvid
 
 @pytest.fixture
 def google() -> Iterator[tuple[Metadata, str]]:
-    metadata = Metadata(lambda: ["ray_tpu-1"], lambda node: metadata.take(node))
-    server = metadata.serve(0)
-    yield metadata, f"http://127.0.0.1:{server.server_address[1]}"
+    served = Metadata(lambda: ["ray_tpu-1"], lambda node: served.take(node), "secret")
+    server = served.serve(0)
+    yield served, f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
 
 
 def test_the_watcher_hears_of_a_change_as_soon_as_it_comes(google: tuple[Metadata, str]) -> None:
-    metadata, address = google
+    served, address = google
     assert watcher.ask(f"{address}/ray_tpu-1", "maintenance-event", "0")[0] == "NONE"
     value, tag = watcher.ask(f"{address}/ray_tpu-1", "preempted", "0")
     assert value == "FALSE"
-    threading.Timer(0.1, metadata.take, ["ray_tpu-1"]).start()
+    threading.Timer(0.1, served.take, ["ray_tpu-1"]).start()
     assert watcher.ask(f"{address}/ray_tpu-1", "preempted", tag)[0] == "TRUE"
-    assert metadata.value("ray_tpu-2", "preempted") == "FALSE"
+    assert served.value("ray_tpu-2", "preempted") == "FALSE"
 
 
 def test_a_node_is_taken_away_by_name(google: tuple[Metadata, str]) -> None:
-    metadata, address = google
-    with Dashboard(address).open("/ray_tpu-1/preempted", method="PUT"):
-        assert metadata.taken == {"ray_tpu-1"}
+    served, address = google
+    ours = Dashboard(address, headers={"Authorization": "Bearer secret"})
+    with ours.open("/ray_tpu-1/preempted", method="PUT"):
+        assert served.taken == {"ray_tpu-1"}
     with pytest.raises(Stop, match="404: There is no node ray_tpu-9"):
-        Dashboard(address).open("/ray_tpu-9/preempted", method="PUT")
+        ours.open("/ray_tpu-9/preempted", method="PUT")
+
+
+@pytest.mark.parametrize("token", ["", "Bearer ", "Bearer secre", "secret", "Bearer s\u00e9cret"])
+def test_who_has_not_the_clusters_token_takes_no_node_away(google: tuple[Metadata, str], token: str) -> None:
+    served, address = google
+    stranger = Dashboard(address, headers={"Authorization": token} if token else {})
+    for method, path in (("PUT", "/ray_tpu-1/preempted"), ("GET", "/")):
+        with pytest.raises(Refused, match=f"answers {403 if token else 401}"):
+            stranger.open(path, method=method)
+    assert not served.taken
+    served.token = ""  # where none was given, nobody's is right
+    with pytest.raises(Refused):
+        Dashboard(address, headers={"Authorization": "Bearer "}).open("/")
+
+
+@pytest.mark.parametrize("seconds", ["1e9", "inf", "nan", "soon", ""])
+def test_no_question_waits_for_longer_than_googles(seconds: str) -> None:
+    assert metadata.seconds(seconds) == 60
+    assert metadata.seconds("5") == 5
 
 
 # What is read out of Ray's words
@@ -289,15 +334,21 @@ def test_the_last_failure_is_told_until_a_node_has_come() -> None:
     assert nodes.failure([failed, launched]) == nodes.failure([]) == ""
 
 
-def test_the_address_is_nothing_but_exports_for_eval(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_address_is_nothing_but_lines_for_eval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(Dashboard, "details", lambda self: {"http_options": {"host": "127.0.0.1", "port": 8001}})
-    shell.export("http://127.0.0.1:8265", "127.0.0.1:20796")
+    cluster = new(tmp_path, 8265)
+    cluster_token.create(cluster.token_file)
+    shell.export(cluster)
     said = capsys.readouterr().out
-    assert all(line.startswith("export ") for line in said.splitlines())
-    script = f'{said}\necho "$RAY_ADDRESS $RAY_DASHBOARD_ADDRESS $RAY_API_SERVER_ADDRESS $IMAGINE_URL"; command -v ray'
-    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, env=dict(os.environ))
-    addresses, ray = done.stdout.splitlines()
-    assert addresses == "127.0.0.1:20796 http://127.0.0.1:8265 http://127.0.0.1:8265 http://127.0.0.1:8001"
+    assert all(line.startswith(("export ", "unset ")) for line in said.splitlines())
+    assert cluster.token_file.read_text() not in said
+    names = "$RAY_ADDRESS $RAY_DASHBOARD_ADDRESS $RAY_API_SERVER_ADDRESS $IMAGINE_URL"
+    script = f'{said}\necho "{names}"; command -v ray; echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH $RAY_AUTH_TOKEN"'
+    strays = os.environ | {"RAY_AUTH_TOKEN": "somebody-elses"}
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, env=strays)
+    addresses, ray, token = done.stdout.splitlines()
+    assert addresses == f"{cluster.gcs_address} http://127.0.0.1:8265 http://127.0.0.1:8265 http://127.0.0.1:8001"
+    assert token == f"token {tmp_path}/token "
     assert ray.startswith(shell.path())

@@ -213,7 +213,7 @@ def command() -> None:
     )
     parser.add_argument("--size", default="", help="in place of the config's: WIDTHxHEIGHT")
     parser.add_argument("--rate", required=True, help="pictures a second, of all hosts together")
-    parser.add_argument("--slo", required=True, help="seconds within which 95 % of them are answered")
+    parser.add_argument("--slo", required=True, help="seconds within which 95 %% of them are answered")
     parser.add_argument("--tpu", default="", help=f"types to compare; {DEFAULT_TPUS}")
     parser.add_argument("--out", type=Path, default=Path("outputs/tpu-plan"), help="where figures and fragments go")
     parser.add_argument("--dollars", default="", help="of a chip's hour, in place of the list's: v5e=0.9,v6e=1.5")
