@@ -3,7 +3,7 @@
 Ray 2.60 has each replica listen on every interface for calls that other deployments may make by gRPC, and what arrives
 there is unpickled (ray/serve/_private/replica.py). Calls go by Ray's actors unless RAY_SERVE_USE_GRPC_BY_DEFAULT=1, so
 nobody calls there, and no option closes it. In a worker nothing else opens a port by this function; Ray's client server
-and the dashboard's agent, which do, are no workers and do not import this. tests/test_access.py holds that no replica
+and the dashboard's agent, which do, are no workers and do not import this. tests/test_cluster.py holds that no replica
 listens, so a Ray that does it in another way is noticed.
 """
 

@@ -32,7 +32,7 @@ from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succee
 
 pytestmark = pytest.mark.cluster
 
-RUN_DIR = ROOT / ".run" / "faults"
+RUN_DIR = ROOT / ".run" / "test-faults"
 MODEL = ROOT / "assets" / "demo-model"
 PATIENCE_S = 5.0  # of the client, who then counts the request as one that hangs
 HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 4}  # of the model, to be quick here
