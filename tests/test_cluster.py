@@ -62,7 +62,7 @@ applications:
   - name: hanging
     route_prefix: /
     import_path: tests.serve_apps:hanging
-    args: {model: assets/demo-model, sizes: [16x16], stall_s: 1}
+    args: {model: assets/demo-model, sizes: [32x32], stall_s: 1}
     deployments:
       - name: Hanging
         num_replicas: 1
