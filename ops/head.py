@@ -54,6 +54,7 @@ def start(cluster: Cluster, types: NodeTypes) -> Cluster:
         raise Stop(f"Ray did not start: {', '.join(sorted(cluster.missing))} ended at once. {last_words(log)}")
     cluster.save()
     say(f"The local Ray is up in {progress.elapsed:.0f} s, a twin of {shown(types)}. Dashboard: {cluster.address}")
+    say('Plain serve, ray and curl reach it after: eval "$(make -s address)"')
     return cluster
 
 
