@@ -54,6 +54,7 @@ unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-cluster check
+.PHONY: test-faults
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak
@@ -121,6 +122,9 @@ test: dev ## Run the tests; TESTS="tests/test_x.py -k name" for some
 
 test-cluster: dev ## Run the tests in which nodes of a local cluster come, go and die
 	@$(py) -m pytest -m twin tests/test_cluster_scaling.py
+
+test-faults: dev ## Have parts of a real deployment fail under load, and tell what clients saw and for how long (4 minutes)
+	@$(py) -m pytest -m faults tests/test_faults.py -rP
 
 fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster
 	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy

@@ -2,7 +2,7 @@
 
 What the client saw and how long it lasted is printed, as a row of the table in docs/reliability.md:
 
-    python -m pytest -m cluster tests/test_faults.py -rP
+    make test-faults
 """
 
 import json
@@ -30,7 +30,7 @@ from ops.cluster import ROOT
 from ops.places import dashboard_of
 from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 
 RUN_DIR = ROOT / ".run" / "test-faults"
 MODEL = ROOT / "assets" / "demo-model"
