@@ -51,11 +51,21 @@ def start(cluster: Cluster, types: NodeTypes) -> Cluster:
         raise Stop(f"Ray did not start. {last_words(log)}")
     cluster = replace(cluster, processes=tuple(processes.record(one) for one in of_the_head(cluster)))
     if cluster.missing:
+        if "dashboard" in cluster.missing:
+            refuse_taken(cluster.dashboard_port)  # somebody may have taken it meanwhile
         raise Stop(f"Ray did not start: {', '.join(sorted(cluster.missing))} ended at once. {last_words(log)}")
     cluster.save()
     say(f"The local Ray is up in {progress.elapsed:.0f} s, a twin of {shown(types)}. Dashboard: {cluster.address}")
     say('Plain serve, ray and curl reach it after: eval "$(make -s address)"')
     return cluster
+
+
+def refuse_taken(dashboard_port: int) -> None:
+    if not processes.free(dashboard_port):
+        raise Stop(
+            f"Port {dashboard_port} is taken by {processes.listener(dashboard_port)}. "
+            f"Choose another one: make up RAY_DASHBOARD_PORT={dashboard_port + 1}"
+        )
 
 
 def configure(cluster: Cluster, types: NodeTypes) -> None:

@@ -69,11 +69,7 @@ def anew(run_dir: Path, dashboard_port: int, file: Path, timings: Timings) -> Cl
     types = twin.read(file.resolve())
     if leftovers := clear(run_dir):
         say(f"Cleared away what a cluster that died had left: {leftovers}.")
-    if not processes.free(dashboard_port):
-        raise Stop(
-            f"Port {dashboard_port} is taken by {processes.listener(dashboard_port)}. "
-            f"Choose another one: make up RAY_DASHBOARD_PORT={dashboard_port + 1}"
-        )
+    head.refuse_taken(dashboard_port)
     try:
         return head.start(replace(new(run_dir, dashboard_port, file), timings=timings), types)
     except BaseException:

@@ -217,6 +217,21 @@ def test_up_names_who_has_its_port(run_dir: Path) -> None:
             local.up(run_dir, port)
 
 
+def test_a_port_that_is_taken_while_ray_starts_is_the_reason_that_is_told(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as listener:
+
+        def command(cluster: Cluster, types: object) -> list[str]:
+            listener.bind(("127.0.0.1", cluster.dashboard_port))
+            listener.listen()
+            return [sys.executable, "-c", ""]
+
+        monkeypatch.setattr(head, "command", command)
+        with pytest.raises(Stop, match=rf"is taken by process {os.getpid()} "):
+            local.up(run_dir, processes.free_ports(1)[0])
+
+
 def test_a_failed_start_says_why_and_leaves_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "command", lambda cluster, types: [sys.executable, "-c", "raise SystemExit('no room')"])
     with pytest.raises(Stop, match="Ray did not start. It says: no room"):
