@@ -77,6 +77,8 @@ def read(path: Path) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # a folder on the way is a file, so nothing is there
+        raise FileNotFoundError(*error.args, error.filename) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise Stop(f"{path} is a link, which is not followed. Remove it.") from None
