@@ -1,25 +1,13 @@
 """Applications that tests deploy on a real cluster. Imported by Serve, never by pytest."""
 
 import os
-import sys
-import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
-from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-
-from app import builders, ingress
-from app.server import StableDiffusion
-from tests.fake_pipeline import Encoded, FakePipeline
 
 
 class Args(BaseModel):
@@ -43,57 +31,3 @@ class Greeter:
 
 def greeter(args: Args) -> Application:
     return serve.deployment(name="Greeter")(Greeter).bind(args)
-
-
-class APIIngress(ingress.APIIngress):
-    """Ours, with a route that blocks its event loop, as a mistake in a route would."""
-
-    def __serve_build_asgi_app__(self) -> Starlette:
-        app = super().__serve_build_asgi_app__()
-        app.router.routes.append(Route("/block", self.block))
-        return app
-
-    async def block(self, request: Request) -> Response:
-        time.sleep(float(request.query_params["s"]))  # noqa: ASYNC251
-        return Response()
-
-
-def blockable(args: builders.Args) -> Application:
-    """The application of serve_config.yaml, of which a request can block the ingress."""
-    builders.APIIngress = APIIngress  # type: ignore[attr-defined]
-    return builders.text_to_image(args)
-
-
-class HangingPipeline(FakePipeline):
-    """A device that hangs for ever once somebody asks for a picture of "a device that hangs"."""
-
-    samplers = ("ddim",)
-    hangs = False
-
-    @classmethod
-    def load(cls, model: str, *, sizes: Sequence[tuple[int, int]], **options: Any) -> "HangingPipeline":
-        return cls(sizes=tuple(sizes))
-
-    def warmup(self) -> None:
-        pass
-
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        self.hangs = self.hangs or "a device that hangs" in texts
-        return super().encode(texts)
-
-    def wait(self, done: Any) -> None:
-        if self.hangs:
-            threading.Event().wait()
-        super().wait(done)
-
-
-class Hanging(StableDiffusion):
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        sys.modules["app.pipeline"] = SimpleNamespace(Pipeline=HangingPipeline)  # type: ignore[assignment]
-        super().__init__(*arguments, **named)
-
-
-def hanging(args: builders.Args) -> Application:
-    """The application as it is, but for the device."""
-    vars(builders)["StableDiffusion"] = Hanging
-    return builders.text_to_image(args)

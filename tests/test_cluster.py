@@ -61,7 +61,7 @@ http_options: {host: 127.0.0.1, port: PORT}
 applications:
   - name: hanging
     route_prefix: /
-    import_path: tests.serve_apps:hanging
+    import_path: tests.failing_apps:hanging
     args: {model: assets/demo-model, sizes: [32x32], stall_s: 1}
     deployments:
       - name: Hanging

@@ -50,7 +50,7 @@ def config(verbs: Verbs) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(verbs.config.read_text())
     content["http_options"]["port"] = verbs.serve_port
     (application,) = content["applications"]
-    application["import_path"] = "tests.serve_apps:blockable"
+    application["import_path"] = "tests.failing_apps:blockable"
     application["args"] |= {"batch_buckets": [1, 2], "sizes": ["64x64"]}
     for deployment in application["deployments"]:
         if deployment["name"] == "StableDiffusion":
