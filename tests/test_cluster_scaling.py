@@ -176,7 +176,8 @@ def test_while_there_is_no_tpu_requests_wait_or_are_told_when_to_retry(api: str,
         assert soon(lambda: sum(one.done() for one in asked) >= WAITING, PATIENCE_S)
         refused = [one.result() for one in asked if one.done()]
         assert soon(lambda: "no more capacity" in verbs("local", "monitor", "--once").stdout, PATIENCE_S)
-        assert "no more capacity for ray_tpu" in succeeds(verbs("deploy", "status"))
+        status = verbs("deploy", "status")
+        assert "text-to-image does not serve" in refuses(status) and "no more capacity for ray_tpu" in status.stdout
         succeeds(verbs.up("--stock-out", "0"))
         answers = [one.result() for one in asked]
     assert set(statuses(refused)) == {503} and all(retry_after(one) >= 1 for one in refused)
