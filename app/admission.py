@@ -18,6 +18,7 @@ from typing import NamedTuple
 # first step in another bucket than before can tell.
 PACE = 0.2
 SHAPE = 0.1
+SLOTS_PER_IMAGE = 2  # of the largest batch, for each size: who is overtaken by shorter work stays in its slot
 LATELY = 32  # requests that tell how fast others will come
 FULL = 0.95  # a higher load is taken for this one: what an endless queue would be worth, nobody knows
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from ray import serve
 from ray.serve import Application
 
+from app.admission import SLOTS_PER_IMAGE
 from app.ingress import APIIngress
 from app.keys import Keys
 from app.protocol import Defaults, Encoding, Limits, Service, Settings, width_height
@@ -20,7 +21,6 @@ from app.server import StableDiffusion
 from app.stall import STALL_S
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOTS_PER_IMAGE = 2  # of the largest batch, for each size, as app/pipeline.py has them
 Values = TypeVar("Values", list[str], list[int])
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from app.admission import Lane
+from app.admission import SLOTS_PER_IMAGE, Lane
 from app.libtpu_flags import set_flags
 from app.models.loading import Checkpoint, load_checkpoint
 from app.models.tokenizer import Tokenizer
@@ -41,7 +41,6 @@ from app.samplers import (
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-SLOTS = 2  # for each image of the largest batch bucket
 ENCODE_TEXTS = 4  # most texts in one dispatch of the text encoder
 # So many rows of a chip go through a network together. More gain nothing: these fill a TPU's matrix units, and what
 # lies between two operations stays in its VMEM only as long as it is small. Fewer take nearly as long as these, so
@@ -113,8 +112,7 @@ class Pipeline:
         # A guided image is two rows of a step, an unguided one is one.
         self.row_buckets = tuple(sorted({rows for images in self.batch_buckets for rows in (images, 2 * images)}))
         self.decode_buckets = tuple(sorted(set(decode_buckets or small(self.batch_buckets))))
-        # More than what fits into a step: who is overtaken by shorter work stays in its slot.
-        self.num_slots = SLOTS * self.batch_buckets[-1]
+        self.num_slots = SLOTS_PER_IMAGE * self.batch_buckets[-1]
         self.max_steps = max_steps
         self.table_rows = max_steps + 1  # pndm evaluates once more than it has steps
         self.latent_channels = checkpoint.vae.config.latent_channels
@@ -603,11 +601,11 @@ def timed(dispatch: Callable[[int], jax.Array], buckets: Sequence[int]) -> dict[
 
 
 def check_buckets(batch_buckets: Sequence[int], decode_buckets: Sequence[int] | None) -> None:
-    most = SLOTS * max(batch_buckets)
+    most = SLOTS_PER_IMAGE * max(batch_buckets)
     if decode_buckets and max(decode_buckets) > most:
         raise ValueError(
-            f"decode_buckets must be at most {most}, {SLOTS} times the largest of batch_buckets {list(batch_buckets)}, "
-            f"as no more images are in the making, got {list(decode_buckets)}."
+            f"decode_buckets must be at most {most}, {SLOTS_PER_IMAGE} times the largest of batch_buckets "
+            f"{list(batch_buckets)}, as no more images are in the making, got {list(decode_buckets)}."
         )
 
 

@@ -47,19 +47,25 @@ def packages_of(module: str) -> Iterator[str]:
         yield module
 
 
-def imports(file: Path, module: str) -> Iterator[str]:
-    """Dotted names as imported; `from a import b` gives a and a.b, as b may be a module."""
+def imported_by(node: ast.Import | ast.ImportFrom, file: Path, module: str) -> Iterator[str]:
+    """Dotted names of one statement in `module`; `from a import b` gives a and a.b, as b may be a module."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    parents = package[: len(package) - node.level + 1] if node.level else []
+    source = ".".join([*parents, *([node.module] if node.module else [])])
+    yield source
+    yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def imports(file: Path, module: str) -> Iterator[str]:
+    """Dotted names as imported."""
     pending: list[ast.AST] = [ast.parse(file.read_bytes())]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*parents, *([node.module] if node.module else [])])
-            yield source
-            yield from (f"{source}.{alias.name}" for alias in node.names)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported_by(node, file, module)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             pending.extend(node.orelse)
         else:

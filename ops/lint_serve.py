@@ -14,7 +14,8 @@ from ray.serve._private.constants import DEFAULT_AUTOSCALING_POLICY_NAME
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import HTTPOptionsSchema, RayActorOptionsSchema
 
-from app.builders import SLOTS_PER_IMAGE, Args
+from app.admission import SLOTS_PER_IMAGE
+from app.builders import Args
 from app.door import is_loopback
 from app.ingress import APIIngress
 from app.protocol import LONGEST_QUERY

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+from app.program_sources import imported_by, module_of, packages_of
+
 ROOT = Path(__file__).resolve().parents[1]
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers"}
 HTTP = {"starlette", "fastapi", "uvicorn", "aiohttp"}
@@ -66,18 +68,12 @@ SAMPLERS_MAY_USE = {"numpy", *sys.stdlib_module_names}
 
 
 def imports(file: Path, module: str, *, anywhere: bool) -> Iterator[str]:
-    """Dotted names as imported; `from a import b` gives a and a.b, as b may be a module."""
-    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    """Dotted names as imported: by any statement, or by those that importing `module` carries out."""
     pending: list[ast.AST] = [ast.parse(file.read_text())]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            source = ".".join([*parents, *([node.module] if node.module else [])])
-            yield source
-            yield from (f"{source}.{alias.name}" for alias in node.names)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported_by(node, file, module)
         elif anywhere:
             pending.extend(ast.iter_child_nodes(node))
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -87,11 +83,8 @@ def imports(file: Path, module: str, *, anywhere: bool) -> Iterator[str]:
 
 
 def modules(root: Path) -> dict[str, Path]:
-    found = {}
-    for file in sorted(file for package in ("app", "loadtest") for file in (root / package).rglob("*.py")):
-        parts = file.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return found
+    files = sorted(file for package in ("app", "loadtest") for file in (root / package).rglob("*.py"))
+    return {module_of(file, root): file for file in files}
 
 
 def chains(root: Path, module: str) -> dict[str, str]:
@@ -101,8 +94,7 @@ def chains(root: Path, module: str) -> dict[str, str]:
     pending = [(module, module)]
     while pending:
         name, way = pending.pop()
-        parents = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1)]  # their __init__.py runs too
-        for imported in {*imports(files[name], name, anywhere=False), *parents}:
+        for imported in {*imports(files[name], name, anywhere=False), *packages_of(name)}:
             if imported not in ways:
                 ways[imported] = f"{way} -> {imported}"
                 if imported in files:
