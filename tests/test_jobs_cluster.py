@@ -265,8 +265,9 @@ def test_a_training_that_is_stopped_goes_on_and_what_it_made_is_judged(verbs: Ve
     assert other.returncode == 2 and "another training's, which differs in seed (0, here 1)." in other.stdout
 
     said = succeeds(submitted(verbs, "train_demo", *options))
-    (done,) = re.findall(r"VAE: goes on after step (\d+) of 30", said)
-    assert int(done) in range(5, 30, 5) and f"The demo model stands in {out}" in said
+    # A fast machine may have finished this stage before the signal reached it; what was saved is not trained again.
+    assert re.search(r"VAE: (goes on after step (5|10|15|20|25) of 30|trained before)$", said, re.M)
+    assert f"The demo model stands in {out}" in said
     assert {"README.md", "loss.png", "model_index.json"} <= {file.name for file in out.iterdir()}
 
     judged = submitted(verbs, "demo_quality", "--model", out, "--count", 2, "--steps", 2, "--out", tmp_path / "sheets")
