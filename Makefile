@@ -36,7 +36,7 @@ RESUME ?=
 UV_VERSION := 0.13.9
 
 py := $(VENV)/bin/python
-ops := $(py) -m ops.
+verb := $(py) -m cluster.
 at := --run-dir "$(RUN_DIR)"
 # Where the cluster is: on this machine, or where a file for `ray up` puts it.
 place := $(if $(filter local,$(CLUSTER)),local,remote)
@@ -47,7 +47,7 @@ behaviour = --idle-minutes "$(IDLE_MINUTES)" --launch-s "$(LAUNCH_S)" --stock-ou
 # Whether the user named a Python; if not, an environment that another one made will do.
 named := $(if $(filter file,$(origin PYTHON)),,--this-python)
 
-# What would have a Python find other modules than ours, or run otherwise (ops/processes.py has the same list). Packages
+# What would have a Python find other modules than ours, or run otherwise (cluster/processes.py has the same list). Packages
 # are installed uncompiled; with PYTHONDONTWRITEBYTECODE each start of each process would compile them anew.
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONPLATLIBDIR PYTHONUSERBASE PYTHONSTARTUP
 unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
@@ -64,50 +64,50 @@ help: ## List the verbs
 
 demo: runtime ## Install, start, deploy and draw eight pictures into outputs/
 	@$(MAKE) CLUSTER=local up deploy
-	@$(ops)demo $(at)
+	@$(verb)first_pictures $(at)
 
 up: $(needs) ## Start a cluster: CLUSTER=local, a twin of cluster.yaml on this machine, or =cluster.yaml, which costs money
-	@$(ops)$(place) up $(its) $(if $(filter local,$(place)),--dashboard-port "$(RAY_DASHBOARD_PORT)" --twin "$(TWIN)" $(behaviour))
+	@$(verb)$(place) up $(its) $(if $(filter local,$(place)),--dashboard-port "$(RAY_DASHBOARD_PORT)" --twin "$(TWIN)" $(behaviour))
 
 deploy: $(needs) ## Lint and deploy CONFIG=serve_config.yaml and wait until it serves (SERVE_PORT= overrides its port)
-	@$(ops)deploy deploy $(at) $(where) --config "$(CONFIG)" --serve-port "$(SERVE_PORT)"
+	@$(verb)deploy deploy $(at) $(where) --config "$(CONFIG)" --serve-port "$(SERVE_PORT)"
 
 status: $(needs) ## Say what is up, deployed and healthy
-	@$(ops)deploy status $(at) $(where)
+	@$(verb)deploy status $(at) $(where)
 
 monitor: $(needs) ## Follow what the autoscaler does, until Ctrl-C; with ONCE=1 tell how a local one is
-	@$(ops)$(place) monitor $(its) $(if $(ONCE),--once)
+	@$(verb)$(place) monitor $(its) $(if $(ONCE),--once)
 
 attach: $(needs) ## Open a shell where plain ray and serve work: on the head of CLUSTER=, which can run CMD= instead
-	@$(ops)$(place) attach $(its) $(if $(CMD),--command "$(CMD)")
+	@$(verb)$(place) attach $(its) $(if $(CMD),--command "$(CMD)")
 
 dashboard: $(needs) ## Say where the dashboard is; of CLUSTER=, bring it and the API to this machine's ports, until Ctrl-C
-	@$(ops)$(place) dashboard $(its) $(if $(filter remote,$(place)),--dashboard-port "$(RAY_DASHBOARD_PORT)" --serve-port "$(SERVE_PORT)")
+	@$(verb)$(place) dashboard $(its) $(if $(filter remote,$(place)),--dashboard-port "$(RAY_DASHBOARD_PORT)" --serve-port "$(SERVE_PORT)")
 
 address: ## Print what plain ray, serve and curl need: eval "$(make -s address)"
 	@$(MAKE) $(needs) >&2
-	@$(ops)$(place) address $(its)
+	@$(verb)$(place) address $(its)
 
 logs: $(needs) ## Show the replicas' last LINES=30 log lines, and with FOLLOW=1 what comes
-	@$(ops)logs $(at) $(where) --lines $(LINES) $(if $(FOLLOW),--follow)
+	@$(verb)logs $(at) $(where) --lines $(LINES) $(if $(FOLLOW),--follow)
 
 preempt: runtime ## Have a node of the twin taken away, NODE= or the youngest: notice at once, the end 30 s later
-	@$(ops)local preempt $(at) --node "$(NODE)"
+	@$(verb)local preempt $(at) --node "$(NODE)"
 
 undeploy: $(needs) ## Take everything off the cluster, which stays up
-	@$(ops)deploy undeploy $(at) $(where)
+	@$(verb)deploy undeploy $(at) $(where)
 
 job: $(needs) ## Run JOB=name ARGS="..." on the cluster and follow it, Ctrl-C stops it; ID=... follows one that runs
-	@$(ops)job run $(at) $(where) --job "$(JOB)" --arguments="$$ARGS" --resources '$(RESOURCES)' --id "$(ID)"
+	@$(verb)job run $(at) $(where) --job "$(JOB)" --arguments="$$ARGS" --resources '$(RESOURCES)' --id "$(ID)"
 
 jobs: $(needs) ## List the jobs that run on the cluster or have run there, with their states
-	@$(ops)job list $(at) $(where)
+	@$(verb)job list $(at) $(where)
 
 stop-job: $(needs) ## Stop the job ID=
-	@$(ops)job stop $(at) $(where) --id "$(ID)"
+	@$(verb)job stop $(at) $(where) --id "$(ID)"
 
 down: $(needs) ## End what `make up` started with the same CLUSTER=, and nothing else
-	@$(ops)$(place) down $(its)
+	@$(verb)$(place) down $(its)
 
 # Nothing up: to see nodes go again within minutes, a scale-up gets a cluster with short delays.
 watching := $(if $(filter scale-up,$(SCENARIO)),IDLE_MINUTES=$(or $(IDLE_MINUTES),0.2) CONFIG=$(if \
@@ -121,10 +121,10 @@ test: dev ## Run the tests; TESTS="tests/test_x.py -k name" for some
 	@$(py) -m pytest $(TESTS)
 
 test-cluster: dev ## Run the tests in which nodes of a local cluster come, go and die
-	@$(py) -m pytest -m twin tests/test_cluster_scaling.py
+	@$(py) -m pytest -m twin tests/on_cluster/test_scaling.py
 
 test-faults: dev ## Have parts of a real deployment fail under load, and tell what clients saw and for how long (4 minutes)
-	@$(py) -m pytest -m faults tests/test_faults.py -rP
+	@$(py) -m pytest -m faults tests/on_cluster/test_faults.py -rP
 
 fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster
 	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy
@@ -140,16 +140,16 @@ check: dev ## Check format, lint and types
 	@$(py) -m mypy
 
 check-config: runtime ## Lint FILES= (all configs here) against Ray's own models, the app's Args and one another
-	@$(ops)lint $(or $(FILES),serve_config.yaml cluster.yaml $(sort $(wildcard configs/*.yaml)))
+	@$(verb)config.lint $(or $(FILES),serve_config.yaml cluster.yaml $(sort $(wildcard configs/*.yaml)))
 
 tpu-check: libtpu ## Compile CONFIG= for a TPU that is not there: does it fit, how fast, how dear (TPU=v5litepod-4,... MODEL= DOLLARS=)
-	@$(py) -m tpu.check --config "$(CONFIG)" --cluster "$(or $(filter-out local,$(CLUSTER)),cluster.yaml)" --model "$(MODEL)" --tpu "$(TPU)" --dollars "$(DOLLARS)"
+	@$(py) -m capacity.check --config "$(CONFIG)" --cluster "$(or $(filter-out local,$(CLUSTER)),cluster.yaml)" --model "$(MODEL)" --tpu "$(TPU)" --dollars "$(DOLLARS)"
 
 tpu-plan: libtpu ## Say which TPU, and how many hosts, serve RATE= pictures a second within SLO= seconds (CONFIG= MODEL= SIZE= TPU=)
-	@$(py) -m tpu.plan --config "$(CONFIG)" --model "$(MODEL)" --size "$(SIZE)" --tpu "$(TPU)" --dollars "$(DOLLARS)" --rate "$(RATE)" --slo "$(SLO)"
+	@$(py) -m capacity.plan --config "$(CONFIG)" --model "$(MODEL)" --size "$(SIZE)" --tpu "$(TPU)" --dollars "$(DOLLARS)" --rate "$(RATE)" --slo "$(SLO)"
 
 api-key: runtime ## Make an API key: NAME=alice [FILE=api_keys.yaml] [RPM=60] [CONCURRENT=4]
-	@$(ops)api_key --name "$(NAME)" --file "$(or $(FILE),api_keys.yaml)" --rpm "$(RPM)" --concurrent "$(CONCURRENT)"
+	@$(verb)api_key --name "$(NAME)" --file "$(or $(FILE),api_keys.yaml)" --rpm "$(RPM)" --concurrent "$(CONCURRENT)"
 
 format: dev ## Rewrite the code in the house format
 	@$(py) -m ruff check --fix --select I
@@ -159,10 +159,10 @@ golden: parity ## Make the golden arrays again with diffusers in PyTorch (severa
 	@$(py) tests/make_golden.py
 
 demo-quality: runtime ## Measure how often the demo model draws what was asked for
-	@$(py) -m jobs.demo_quality
+	@$(py) -m demo.quality
 
 train-demo: dev ## Train the demo model (hours; goes on where it was interrupted)
-	@$(py) -m jobs.train_demo
+	@$(py) -m demo.train
 
 bench-engine: runtime ## Measure the engine against whole batches: latency, slowdown, throughput (about 12 minutes)
 	@$(py) -m benchmarks.engine
@@ -205,12 +205,12 @@ lock: ## Pin requirements/*.txt again from pyproject.toml
 
 clean: ## Remove caches; .venv, outputs/ and what is up stay
 	@rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@find app jobs loadtest ops tests tpu benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find app benchmarks capacity cluster demo jobs loadtest tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 libtpu: runtime
-	@$(py) -m tpu.libtpu
+	@$(py) -m capacity.libtpu
 
 # The environments, each by the requirement file of its name.
 runtime dev parity gcp:
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or newer, or name another one: make PYTHON=..."; exit 1; }
-	@$(PYTHON) ops/install.py $@ --venv $(VENV) $(named)
+	@$(PYTHON) cluster/install.py $@ --venv $(VENV) $(named)

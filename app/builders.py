@@ -12,13 +12,13 @@ from pydantic import AfterValidator, Field, model_validator
 from ray import serve
 from ray.serve import Application
 
-from app.admission import SLOTS_PER_IMAGE
-from app.ingress import APIIngress
-from app.keys import Keys
-from app.protocol import Defaults, Encoding, Limits, Service, Settings, width_height
-from app.samplers import SAMPLERS
-from app.server import StableDiffusion
-from app.stall import STALL_S
+from app.api.api_keys import Keys
+from app.api.ingress import APIIngress
+from app.api.protocol import Defaults, Encoding, Limits, Service, Settings, width_height
+from app.diffusion.samplers import SAMPLERS
+from app.engine.scheduler import SLOTS_PER_IMAGE
+from app.engine.stall import STALL_S
+from app.serving.replica import StableDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
 Values = TypeVar("Values", list[str], list[int])

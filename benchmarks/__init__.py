@@ -1,3 +1,3 @@
 """What measured figures come from."""
 
-import ops as ops  # which forgets what PYTHONPATH names beside our code
+import cluster as cluster  # which forgets what PYTHONPATH names beside our code

@@ -41,7 +41,7 @@ class Case:
 
 CASES = {
     "demo": Case(ROOT / "assets/demo-model/unet/config.json", 16, 1.0, 20),
-    "stable-diffusion-v1-4": Case(ROOT / "tpu/presets/stable-diffusion-v1-4.json", 64, 1.5, 1),
+    "stable-diffusion-v1-4": Case(ROOT / "capacity/presets/stable-diffusion-v1-4.json", 64, 1.5, 1),
 }
 
 
@@ -142,9 +142,9 @@ def in_jax(
     import jax.numpy as jnp
     from flax import nnx
 
-    from app.models.config import UNetConfig
-    from app.models.loading import OneKey, load_module
-    from app.models.unet import UNet
+    from app.diffusion.models.config import UNetConfig
+    from app.diffusion.models.loading import OneKey, load_module
+    from app.diffusion.models.unet import UNet
 
     problems: list[str] = []
     rngs: Any = OneKey()

@@ -19,12 +19,12 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.report import OUTPUTS, machine, spread, write
+from cluster.job import follow, submit
+from cluster.local.state import RUN_DIR
+from cluster.places import LOCAL, dashboard_of, isolate
+from cluster.terminal import Stop, run
 from jobs.prompts import Row, read
 from jobs.settings import Settings
-from ops.cluster import RUN_DIR
-from ops.job import follow, submit
-from ops.places import LOCAL, dashboard_of, isolate
-from ops.terminal import Stop, run
 
 BAR = 0.95
 CONFIG = Path("serve_config.yaml")
@@ -74,8 +74,8 @@ def in_a_process(prompts: Path) -> float:
 
 def engine_alone(prompts: Path) -> float:
     """All rows are submitted at once, so the engine is saturated from the first to the last."""
-    from app.engine import Engine
-    from app.pipeline import Pipeline
+    from app.diffusion.pipeline import Pipeline
+    from app.engine.engine import Engine
 
     settings = Settings.read(CONFIG)
     rows = [row for row in read(prompts, settings) if isinstance(row, Row)]

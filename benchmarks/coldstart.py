@@ -131,8 +131,8 @@ def start(model: Path, programs: Path) -> None:
     """What a replica does until it is ready, in a process of its own."""
     import jax
 
-    from app import programs as compiling
-    from app.pipeline import Pipeline
+    from app.aot import program as compiling
+    from app.diffusion.pipeline import Pipeline
 
     how: list[str] = []
     compiles: list[str] = []

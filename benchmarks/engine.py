@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from app.engine import Engine, Verbs
-from app.protocol import Generation
+from app.api.protocol import Generation
+from app.engine.engine import Engine, Verbs
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import (
     GUIDANCE_SCALE,
@@ -253,7 +253,7 @@ def quantile(values: Seconds, share: float) -> float:
 
 def demo_pipeline(batch_buckets: Sequence[int] = (1, 2, 4), max_steps: int = 100) -> Verbs:
     """The bundled model, by default as serve_config.yaml has it, on whatever JAX finds here."""
-    from app.pipeline import Pipeline
+    from app.diffusion.pipeline import Pipeline
 
     tell(f"demo model: loading, buckets {', '.join(map(str, batch_buckets))}")
     pipeline = Pipeline.load(

@@ -33,7 +33,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.report import machine, write
-from ops.cluster import ROOT
+from cluster.local.state import ROOT
 
 RATE_BAR = 1000.0  # requests a second
 SHARE_BAR, FLOOR_BAR_S = 0.02, 0.001

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ops import processes
-from ops.cluster import ROOT
+from cluster import processes
+from cluster.local.state import ROOT
 
 PORTS = range(19000, 20000)  # apart from what `make up` and the tests choose
 TIMEOUT_S = 1800.0
@@ -35,7 +35,7 @@ def local_cluster(run_dir: Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def verb(run_dir: Path, module: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", f"ops.{module}", *arguments, "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", f"cluster.{module}", *arguments, "--run-dir", str(run_dir)]
     if code := subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S, stdout=sys.stderr).returncode:
         sys.exit(code)  # it has said why
 

@@ -25,10 +25,10 @@ import numpy as np
 import psutil
 import yaml
 
+from app.api.protocol import Generation
 from app.builders import Args
-from app.engine import Verbs
-from app.protocol import Generation
-from app.samplers import SAMPLERS
+from app.diffusion.samplers import SAMPLERS
+from app.engine.engine import Verbs
 from benchmarks.engine import ROOT, demo_pipeline, ours, tell
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import GUIDANCE_SCALE, equal_requests, offer_all, request
@@ -36,7 +36,7 @@ from benchmarks.local_cluster import TIMEOUT_S, leave, local_cluster
 from benchmarks.paced import Pace, PacedPipeline
 from benchmarks.report import machine
 from benchmarks.whole_batch import Images, Picture, draw
-from ops.cluster import running
+from cluster.local.state import running
 
 RUN_DIR = ROOT / ".run" / "bench"
 REPLICA = ":StableDiffusion"  # in its process's title

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.admission import Lane
-from app.samplers import SamplerTable
-from tpu.simulate import smallest, table_of
+from app.diffusion.samplers import SamplerTable
+from app.engine.scheduler import Lane
+from capacity.simulate import smallest, table_of
 
 Size = tuple[int, int]
 
@@ -70,7 +70,7 @@ class Pixels:
 
 
 class PacedPipeline:
-    """The verbs of app/engine.py. Owns the device's timeline, which is one number: when it will be idle."""
+    """The verbs of app/engine/engine.py. Owns the device's timeline, which is one number: when it will be idle."""
 
     def __init__(
         self,

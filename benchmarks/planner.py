@@ -1,4 +1,4 @@
-"""Whether the planner's simulation (tpu/simulate.py) tells what the engine does.
+"""Whether the planner's simulation (capacity/simulate.py) tells what the engine does.
 
     python -m benchmarks.planner           # about 3 minutes; exit 1 where a bar is missed
 
@@ -18,15 +18,15 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from app.engine import Engine
-from app.pipeline import Pipeline
-from app.protocol import Generation
+from app.api.protocol import Generation
+from app.diffusion.pipeline import Pipeline
+from app.engine.engine import Engine
 from benchmarks.engine import demo_pipeline, tell
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import equal_requests, offer, poisson
 from benchmarks.paced import Size
 from benchmarks.report import machine
-from tpu.simulate import Load, Timings, simulate
+from capacity.simulate import Load, Timings, simulate
 
 SHARES = (0.3, 0.6, 0.8)  # of what the engine makes at most
 STEPS, GUIDANCE_SCALE, GAIN, MAX_WAITING = 20, 4.0, 0.05, 10_000

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from app.admission import Lane
-from app.engine import Verbs
-from app.protocol import SEEDS, Generation
+from app.api.protocol import SEEDS, Generation
+from app.engine.engine import Verbs
+from app.engine.scheduler import Lane
 
 Seconds = npt.NDArray[np.float64]
 Images = npt.NDArray[np.uint8]  # [n, H, W, 3]

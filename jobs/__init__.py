@@ -1,3 +1,3 @@
 """What `make job` runs on a cluster."""
 
-import ops as ops  # which forgets what PYTHONPATH names beside our code
+import cluster as cluster  # which forgets what PYTHONPATH names beside our code

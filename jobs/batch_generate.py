@@ -16,13 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.drafts import drafts, write
+from cluster.ray_client import connect
+from cluster.terminal import Stop, say, span
+from jobs.batch_worker import Painter, folders, text_of
 from jobs.entry import Invalid, Parser, path, run, whole
-from jobs.painter import Painter, folders, text_of
 from jobs.prompts import Bad, Row, read
 from jobs.settings import Settings, config, resources, waiting
-from ops.ray_client import connect
-from ops.terminal import Stop, say, span
+from jobs.unfinished import drafts, write
 
 CALLS = 2  # of an actor at once: while one block's last pictures are made, the next block's are under way
 BLOCKS = 2000  # most blocks; beyond them they grow

@@ -8,7 +8,7 @@ the hash of all that it depends on, with a checksum, and is never changed; what 
 From then on this job alone adds to the folder: replicas load from it and write nothing.
 Afterwards each is loaded from there and run once. A replica whose versions, flags, devices or sources differ compiles
 its own, and its log says what differed. Loading a program runs what its author wrote: whoever may write to that folder
-can run code on every replica (app/program_files.py says what is trusted).
+can run code on every replica (app/aot/store.py says what is trusted).
 """
 
 import argparse
@@ -22,16 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capacity import libtpu
+from capacity.chips import Host, host_of
+from capacity.configs import of_args
+from cluster.ray_client import connect
+from cluster.terminal import Stop, say
 from jobs.entry import Invalid, Parser, path, run
 from jobs.settings import Settings, config, resources, waiting
-from ops.ray_client import connect
-from ops.terminal import Stop, say
-from tpu import libtpu
-from tpu.chips import Host, host_of
-from tpu.configs import of_args
 
 if TYPE_CHECKING:
-    from app.programs import Program
+    from app.aot.program import Program
 
 DRAFT = ".draft"  # kept when the job is killed, so that the next goes on
 
@@ -77,8 +77,8 @@ def on_the_cluster(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def build(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    from app.pipeline import Pipeline
-    from app.program_keys import fingerprint
+    from app.aot.cache_key import fingerprint
+    from app.diffusion.pipeline import Pipeline
 
     pipeline = Pipeline.load(**{**options, "programs": folder})
     told = publish_all(pipeline.programs, fingerprint(pipeline.mesh.devices.flat), folder)
@@ -94,8 +94,8 @@ def ahead(settings: Settings, host: Host, folder: Path) -> dict[str, Any]:
         raise Invalid(f"{has}, and the config's replicas ask for {settings.chips}.")
     libtpu.install()
     libtpu.compile_only()
-    from app.program_keys import fingerprint
-    from tpu.programs import pipeline_of
+    from app.aot.cache_key import fingerprint
+    from capacity.programs import pipeline_of
 
     try:
         pipeline = pipeline_of(replace(of_args(settings.args).served, model=settings.model), host)
@@ -109,9 +109,9 @@ def ahead(settings: Settings, host: Host, folder: Path) -> dict[str, Any]:
 
 
 def publish_all(programs: Sequence["Program"], facts: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    from app.program_files import PUBLISHED, Place, prepare, publish
-    from app.program_keys import key_of
-    from app.programs import compiled
+    from app.aot.cache_key import key_of
+    from app.aot.program import compiled
+    from app.aot.store import PUBLISHED, Place, prepare, publish
 
     if refusal := prepare(folder):
         raise Stop(refusal)
@@ -142,7 +142,7 @@ def publish_all(programs: Sequence["Program"], facts: Mapping[str, str], folder:
 
 def usable(place: Any) -> bool:
     """Whether this very program lies there, whole, and written by nobody but us."""
-    from app.program_files import Unusable, read
+    from app.aot.store import Unusable, read
 
     try:
         return bool(read(place.path).header["key"] == place.key)

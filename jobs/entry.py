@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ops import terminal
+from cluster import terminal
 
 
 class Parser(argparse.ArgumentParser):

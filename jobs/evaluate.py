@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from app.images import encode
-from app.protocol import NUMERIC_FIELDS, ApiError, Encoding, Generation, literal, resolve
+from app.api.protocol import NUMERIC_FIELDS, ApiError, Encoding, Generation, literal, resolve
+from app.diffusion.images import encode
+from cluster.terminal import Stop, say
+from demo.scenes import Scene, check
 from jobs import batch_generate
-from jobs.drafts import write
 from jobs.entry import Invalid, Parser, path, run, whole
 from jobs.prompts import FIELDS, Row, read
-from jobs.scenes import Scene, check
 from jobs.settings import Settings, config
-from ops.terminal import Stop, say
+from jobs.unfinished import write
 
 REQUEST = ("sampler", "num_inference_steps", "guidance_scale", "size")
 MODEL = ("model", "revision", "dtype")
@@ -180,9 +180,9 @@ def prompts_of(file: Path, count: int, base: Settings) -> list[Generation]:
 
 def captions(count: int, base: Settings) -> tuple[list[Scene], list[Generation]]:
     """Of scenes that the demo model's training never saw, half of them with two objects."""
-    from jobs import demo_quality
+    from demo import quality
 
-    chosen = demo_quality.captions("held_out", (count + 1) // 2, seed=0)
+    chosen = quality.captions("held_out", (count + 1) // 2, seed=0)
     chosen = [*chosen[: (count + 1) // 2], *chosen[(count + 1) // 2 :][: count // 2]]
     asked = [{"prompt": caption, "seed": seed} for seed, (_, caption) in enumerate(chosen)]
     return [scene for scene, _ in chosen], [resolve(one, base.service, FIELDS).generation for one in asked]
@@ -190,13 +190,13 @@ def captions(count: int, base: Settings) -> tuple[list[Scene], list[Generation]]
 
 def claims(drawn: Sequence[Drawn], scenes: Sequence[Scene]) -> list[tuple[str, ...]]:
     """The demo model's caption table: of how many captions each claim holds."""
-    from jobs import demo_quality  # which imports JAX
+    from demo import quality  # which imports JAX
 
     judged = [
         [(scene, check(pixels_of(file), scene)) for file, scene in zip(one.files, scenes, strict=True)] for one in drawn
     ]
     rows = []
-    for bar in demo_quality.BARS:
+    for bar in quality.BARS:
         counts = [bar.of(one) for one in judged]
         if counts[0][1]:
             rows.append((f"{bar.captions}, {bar.name}", *(f"{right}/{total}" for right, total in counts)))

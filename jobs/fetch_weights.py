@@ -25,9 +25,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from app.models.config import STEMS
-from app.models.errors import one_line
-from app.models.loading import (
+from app.diffusion.models.config import STEMS
+from app.diffusion.models.errors import one_line
+from app.diffusion.models.loading import (
     COMPONENTS,
     DOWNLOADED,
     Checkpoint,
@@ -36,10 +36,10 @@ from app.models.loading import (
     load_checkpoint,
     to_tensors,
 )
+from cluster.terminal import Stop, say
 from jobs import hub
 from jobs.entry import Invalid, Parser, path, run
 from jobs.settings import fingerprint
-from ops.terminal import Stop, say
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 INDEX, MANIFEST = "model_index.json", "manifest.json"

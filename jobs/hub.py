@@ -13,8 +13,8 @@ from typing import Any
 
 import huggingface_hub
 
-from app.models.errors import one_line
-from ops.terminal import Stop, say
+from app.diffusion.models.errors import one_line
+from cluster.terminal import Stop, say
 
 
 @dataclasses.dataclass(frozen=True)

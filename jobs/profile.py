@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cluster.ray_client import connect
+from cluster.terminal import Stop, say
 from jobs.entry import Invalid, Parser, path, run, whole
 from jobs.settings import DEPLOYMENT
-from ops.ray_client import connect
-from ops.terminal import Stop, say
 
 TOP = 15
 

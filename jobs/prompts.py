@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from app import prompt_files
-from app.prompt_files import Fields
-from app.protocol import QUERY_FIELDS, SEEDS, ApiError, Encoding, Generation, resolve
+from app.api import prompt_files
+from app.api.prompt_files import Fields
+from app.api.protocol import QUERY_FIELDS, SEEDS, ApiError, Encoding, Generation, resolve
 from jobs.entry import Invalid
 from jobs.settings import Settings
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from app.api.protocol import Service, width_height
 from app.builders import Args, locate
-from app.models.config import STEMS
-from app.protocol import Service, width_height
+from app.diffusion.models.config import STEMS
+from cluster.config.documents import loaded
+from cluster.terminal import Stop
 from jobs import hub
 from jobs.entry import Invalid, path
-from ops.documents import loaded
-from ops.terminal import Stop
 
 BUILDER = "app.builders:text_to_image"
 DEPLOYMENT = "StableDiffusion"

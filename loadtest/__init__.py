@@ -1,6 +1,6 @@
 """A load test for servers that draw pictures, and for the cluster under them. It imports neither JAX nor the engine."""
 
-import ops as ops  # which forgets what PYTHONPATH names beside our code
+import cluster as cluster  # which forgets what PYTHONPATH names beside our code
 
 
 class Mistake(Exception):

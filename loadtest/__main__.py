@@ -23,6 +23,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster import processes
+from cluster.dashboard import Dashboard, Refused, serve_address
+from cluster.local.state import Cluster
+from cluster.places import authorization
+from cluster.remote.preflight import token_file
+from cluster.terminal import Stop
 from loadtest import Mistake, compare, report
 from loadtest.contact import contact_sheet_of
 from loadtest.options import ARRIVALS, RESUMED, VERBS, parser, refuse, scenario_of
@@ -32,12 +38,6 @@ from loadtest.scenario import parse
 from loadtest.session import Target, begin, carry_out, described, guard
 from loadtest.summary import Summary, counted, seconds, summarize
 from loadtest.sweep import Level, sweep
-from ops import processes
-from ops.cluster import Cluster
-from ops.dashboard import Dashboard, Refused, serve_address
-from ops.places import authorization
-from ops.preflight import token_file
-from ops.terminal import Stop
 
 FALLBACK = "http://127.0.0.1:8000"
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import aiohttp
 
+from cluster.dashboard import Dashboard
+from cluster.nodes import status
+from cluster.terminal import Stop
 from loadtest.records import Journal
-from ops.dashboard import Dashboard
-from ops.nodes import status
-from ops.terminal import Stop
 
 Sample = dict[str, Any]
 Source = Callable[[], Awaitable[Sample]]

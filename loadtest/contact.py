@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from app.images import contact_sheet
+from app.diffusion.images import contact_sheet
 from loadtest.records import Run
 
 SHEET = "diffusion_results.png"

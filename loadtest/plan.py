@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from app import prompt_files
+from app.api import prompt_files
 from loadtest import Mistake
 from loadtest.arrivals import Span, evenly, gamma, through, with_bursts
 from loadtest.scenario import Closed, Endpoint, Open, Replay, Scenario

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from cluster.dashboard import Dashboard
+from cluster.processes import API_KEY, credentials
 from loadtest import Mistake
 from loadtest.checks import EqualSeeds
 from loadtest.client import Client, session
@@ -25,8 +27,6 @@ from loadtest.plan import Planned, fingerprint, plan
 from loadtest.records import Journal, read
 from loadtest.run import Clock, Load, Progress, every, remaining
 from loadtest.scenario import Closed, Scenario
-from ops.dashboard import Dashboard
-from ops.processes import API_KEY, credentials
 
 REACH_S = 10.0
 REFRESH_S = 0.25

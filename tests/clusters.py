@@ -14,9 +14,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from cluster import processes
+from cluster.local.state import ROOT, Cluster
 from jobs import entry
-from ops import processes
-from ops.cluster import ROOT, Cluster
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Verbs:
 
     def __call__(self, module: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         environment = os.environ | surroundings(self.run_dir / "surroundings")
-        command = [sys.executable, "-m", f"ops.{module}", *arguments, "--run-dir", str(self.run_dir)]
+        command = [sys.executable, "-m", f"cluster.{module}", *arguments, "--run-dir", str(self.run_dir)]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
     def up(self, *options: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +64,7 @@ def surroundings(folder: Path) -> dict[str, str]:
 
 def one_node_cluster(run_dir: Path, folder: Path) -> Iterator[Verbs]:
     """A twin that is up while the fixture's tests run. It may have one TPU node and its config one replica, so that
-    load adds no second one; tests/test_cluster_scaling.py has it come and go."""
+    load adds no second one; tests/on_cluster/test_scaling.py has it come and go."""
     twin, config = folder / "cluster.yaml", folder / "serve_config.yaml"
     twin.write_text((ROOT / "cluster.yaml").read_text().replace("max_workers: 4 # of this type", "max_workers: 1"))
     config.write_text((ROOT / "serve_config.yaml").read_text().replace("max_replicas: 4", "max_replicas: 1"))

@@ -14,8 +14,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app import builders, ingress
-from app.server import StableDiffusion
+from app import builders
+from app.api import ingress
+from app.serving.replica import StableDiffusion
 from tests.fake_pipeline import Encoded, FakePipeline
 
 
@@ -63,7 +64,7 @@ class HangingPipeline(FakePipeline):
 
 class Hanging(StableDiffusion):
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        sys.modules["app.pipeline"] = SimpleNamespace(Pipeline=HangingPipeline)  # type: ignore[assignment]
+        sys.modules["app.diffusion.pipeline"] = SimpleNamespace(Pipeline=HangingPipeline)  # type: ignore[assignment]
         super().__init__(*arguments, **named)
 
 

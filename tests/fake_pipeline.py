@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from app.admission import Lane
-from app.engine import Engine
-from app.line import Generated
-from app.protocol import Generation
-from app.samplers import SamplerTable
-from tpu.simulate import smallest, table_of
+from app.api.protocol import Generation
+from app.diffusion.samplers import SamplerTable
+from app.engine.engine import Engine
+from app.engine.request import Generated
+from app.engine.scheduler import Lane
+from capacity.simulate import smallest, table_of
 
 Size = tuple[int, int]  # width and height
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from app.protocol import BODY_FIELDS, NEUTRAL
+from app.api.protocol import BODY_FIELDS, NEUTRAL
 
 WORDS = [
     "a red boat",

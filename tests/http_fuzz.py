@@ -23,9 +23,9 @@ from urllib.request import urlopen
 
 import psutil
 
-from ops.cluster import RUN_DIR, Cluster, running
-from ops.places import LOCAL, dashboard_of
-from ops.terminal import run
+from cluster.local.state import RUN_DIR, Cluster, running
+from cluster.places import LOCAL, dashboard_of
+from cluster.terminal import run
 from tests.fuzz_cases import KINDS, Case
 
 HANG_S = 20.0

@@ -1,4 +1,5 @@
-"""The runs that hold app/samplers.py to diffusers: make_golden.py records them, test_samplers.py replays them."""
+"""The runs that hold app/diffusion/samplers.py to diffusers: make_golden.py records them, test_samplers.py replays
+them."""
 
 from typing import Any
 

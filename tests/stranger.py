@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.cluster import ROOT
+from cluster.local.state import ROOT
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
@@ -77,7 +77,7 @@ print(json.dumps({{path: told(path) for path in sys.argv[1:]}}))
 """
 VERB = f"""
 import importlib, runpy, sys
-from ops import terminal
+from cluster import terminal
 module = importlib.import_module(sys.argv[1])
 {BECOME}
 sys.argv[:] = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""The builder, and what the serve configs must say for it; ops/lint.py checks the rest of them."""
+"""The builder, and what the serve configs must say for it; cluster/config/lint.py checks the rest of them."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ from ray.serve._private import api
 
 from app import builders
 from app.builders import Args, locate, text_to_image
-from app.server import StableDiffusion
+from app.serving.replica import StableDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("sd*.yaml"))]

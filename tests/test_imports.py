@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from app.program_sources import imported_by, module_of, packages_of
+from app.aot.sources import imported_by, module_of, packages_of
 
 ROOT = Path(__file__).resolve().parents[1]
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers"}
@@ -26,43 +26,28 @@ class Rule(NamedTuple):
 
 
 RULES = [
-    Rule("app.ingress", JAX, anywhere=False),
     Rule("app.builders", JAX, anywhere=False),
-    Rule("app.protocol", JAX | HTTP | {"ray"}, anywhere=False),
-    Rule("app.images", JAX | HTTP | {"ray"}, anywhere=False),
-    Rule("app.ingress", JAX | {"app.engine", "app.pipeline", "app.models", "app.server"}),
-    Rule("app.protocol", {"app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
-    Rule("app.engine", HTTP | {"ray", "app.server", "app.ingress", "app.builders", "app.models"}),
-    Rule("app.engine", JAX, anywhere=False),
-    Rule("app.admission", JAX | HTTP | {"ray", "app"}),
-    Rule("app.stall", JAX | HTTP | {"ray", "app", "numpy"}),
-    Rule("app.worker", JAX | HTTP | {"ray", "app", "numpy"}),
-    Rule("app.line", HTTP | {"ray", "app.engine", "app.server", "app.ingress", "app.builders", "app.models"}),
-    Rule("app.line", JAX, anywhere=False),
-    Rule("app.programs", HTTP | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
-    Rule("app.program_files", HTTP | {"ray", "app"}),
-    Rule("app.program_sources", JAX | HTTP | {"ray", "app", "numpy"}),
-    Rule("app.program_keys", HTTP | {"ray", "app.programs", "app.program_files", "app.pipeline"}, anywhere=False),
-    Rule("app.metrics", JAX | HTTP | {"app"}),
-    Rule("app.keys", JAX | HTTP | {"ray", "app", "numpy"}),
-    Rule("app.door", JAX | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
-    Rule("app.proxy", JAX | {"app.engine", "app.pipeline", "app.models", "app.server", "app.ingress", "app.door"}),
-    Rule("app.proxy", JAX | {"PIL", "transformers"}, anywhere=False),
-    Rule("app.proxy_protocol", JAX | {"ray", "starlette", "app.door", "app.ingress", "app.server", "app.engine"}),
-    Rule("app.stats", JAX | HTTP | {"app"}),
-    Rule("app.watch", JAX | HTTP | {"app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
-    Rule("app.retry", JAX | HTTP | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
-    Rule("app.profiling", HTTP | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress"}),
-    Rule("app.profiling", JAX, anywhere=False),
-    Rule("app.streaming", JAX | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress"}),
-    Rule("app.pipeline", HTTP | {"ray", "app.engine", "app.server", "app.ingress", "app.protocol"}),
-    Rule("loadtest.", JAX | {"ray", "app.engine", "app.pipeline", "app.models", "app.server", "app.ingress"}),
-    Rule("loadtest.", JAX | {"ray"}, anywhere=False),
+    Rule("app.api.", JAX | {"app.aot", "app.diffusion.models", "app.diffusion.pipeline", "app.engine", "app.serving"}),
+    Rule("app.api.proxy", {"PIL", "app.api.auth", "app.api.ingress"}, anywhere=False),
     *(
-        Rule(f"app.models.{name}", JAX | {"numpy"})
+        Rule(f"app.api.{name}", HTTP | {"ray"}, anywhere=False)
+        for name in ("api_keys", "prompt_files", "protocol", "retry")
+    ),
+    Rule("app.serving.", {"app.api.auth", "app.api.ingress", "app.api.proxy", "app.builders"}),
+    Rule("app.serving.", JAX, anywhere=False),
+    Rule("app.engine.", HTTP | {"ray", "app.aot", "app.api.ingress", "app.builders", "app.serving"}),
+    Rule("app.engine.", JAX | {"app.diffusion.models", "app.diffusion.pipeline"}, anywhere=False),
+    Rule("app.diffusion.", HTTP | {"ray", "app.api", "app.builders", "app.engine.engine", "app.serving"}),
+    Rule("app.diffusion.images", JAX, anywhere=False),
+    Rule("app.diffusion.models.", {"app.engine", "app.aot"}),
+    *(
+        Rule(f"app.diffusion.models.{name}", JAX | {"numpy"})
         for name in ("config", "errors", "scheduler_config", "tokenizer_files")
     ),
-    Rule("app.models.", HTTP | {"ray", "app.engine", "app.pipeline", "app.server", "app.ingress", "app.protocol"}),
+    Rule("app.aot.", HTTP | {"ray", "app.api", "app.builders", "app.diffusion", "app.engine", "app.serving"}),
+    Rule("app.aot.sources", JAX | {"app", "numpy"}),
+    Rule("loadtest.", JAX | {"ray", "app.aot", "app.diffusion.models", "app.diffusion.pipeline", "app.engine"}),
+    Rule("loadtest.", JAX | {"ray"}, anywhere=False),
 ]
 SAMPLERS_MAY_USE = {"numpy", *sys.stdlib_module_names}
 
@@ -118,9 +103,9 @@ def violations(root: Path) -> list[str]:
             else:
                 ways = chains(root, module)
             found += [way for name, way in ways.items() if within(name, rule.forbidden)]
-    for name in imports(files["app.samplers"], "app.samplers", anywhere=True):
+    for name in imports(files["app.diffusion.samplers"], "app.diffusion.samplers", anywhere=True):
         if not within(name, SAMPLERS_MAY_USE):
-            found.append(f"app.samplers -> {name}")
+            found.append(f"app.diffusion.samplers -> {name}")
     return found
 
 
@@ -135,57 +120,63 @@ def test_every_rule_is_about_a_module_that_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "source", "found"),
+    ("module", "source", "found"),
     [
-        ("ingress", "import jax.numpy as jnp", "app.ingress -> jax.numpy"),
-        ("ingress", "def f():\n    from app import engine", "app.ingress -> app.engine"),
-        ("ingress", "from .images import x", "app.ingress -> app.images -> jax"),
-        ("ingress", "try:\n    import app.images\nexcept ImportError:\n    pass", "app.ingress -> app.images -> jax"),
-        ("protocol", "from ray import serve", "app.protocol -> ray"),
-        ("protocol", "class A:\n    import starlette", "app.protocol -> starlette"),
-        ("builders", "from app.server import S", "app.builders -> app.server -> app.pipeline -> flax"),
-        ("engine", "def f():\n    import ray.serve", "app.engine -> ray.serve"),
-        ("engine", "if x:\n    from starlette.requests import Request", "app.engine -> starlette.requests"),
-        ("pipeline", "from app import engine", "app.pipeline -> app.engine"),
-        ("models/unet", "from ray.util import tpu", "app.models.unet -> ray.util"),
-        ("models/unet", "from ..engine import Engine", "app.models.unet -> app.engine"),
-        ("models/deep/er", "from ...pipeline import x", "app.models.deep.er -> app.pipeline"),
-        ("samplers", "import scipy", "app.samplers -> scipy"),
-        ("samplers", "def f():\n    import app.models", "app.samplers -> app.models"),
+        ("app.api.ingress", "import jax.numpy as jnp", "app.api.ingress -> jax.numpy"),
+        ("app.api.ingress", "def f():\n    from app.engine import engine", "app.api.ingress -> app.engine.engine"),
+        ("app.api.ingress", "from ..serving import x", "app.api.ingress -> app.serving"),
+        (
+            "app.builders",
+            "try:\n    import app.diffusion.images\nexcept ImportError:\n    pass",
+            "app.builders -> app.diffusion.images -> jax",
+        ),
+        ("app.api.protocol", "from ray import serve", "app.api.protocol -> ray"),
+        ("app.api.protocol", "class A:\n    import starlette", "app.api.protocol -> starlette"),
+        (
+            "app.builders",
+            "from app.serving.replica import S",
+            "app.builders -> app.serving.replica -> app.diffusion.pipeline -> flax",
+        ),
+        ("app.engine.engine", "def f():\n    import ray.serve", "app.engine.engine -> ray.serve"),
+        ("app.engine.engine", "if x:\n    from starlette.types import Scope", "app.engine.engine -> starlette.types"),
+        ("app.diffusion.pipeline", "from app.engine import engine", "app.diffusion.pipeline -> app.engine.engine"),
+        ("app.diffusion.models.unet", "from ray.util import tpu", "app.diffusion.models.unet -> ray.util"),
+        ("app.diffusion.models.unet", "from ...engine import x", "app.diffusion.models.unet -> app.engine"),
+        ("app.diffusion.models.deep.er", "from ....api import x", "app.diffusion.models.deep.er -> app.api"),
+        ("app.diffusion.samplers", "import scipy", "app.diffusion.samplers -> scipy"),
+        ("app.diffusion.samplers", "def f():\n    import app.aot", "app.diffusion.samplers -> app.aot"),
     ],
 )
-def test_a_wrong_import_is_found(tmp_path: Path, file: str, source: str, found: str) -> None:
+def test_a_wrong_import_is_found(tmp_path: Path, module: str, source: str, found: str) -> None:
     sound = {
-        "__init__": "",
-        "ingress": "from app.protocol import x",
-        "builders": "import ray\nfrom app.ingress import x",
-        "protocol": "from app.samplers import SAMPLERS",
-        "images": "import jax" if "images" in source else "import PIL",
-        "server": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import app.pipeline",
-        "engine": "from app.protocol import x",
-        "pipeline": "import flax",
-        "samplers": "import numpy as np",
-        "models/__init__": "",
-        "models/unet": "import jax\nfrom app.models import layers",
+        "app.__init__": "",
+        "app.builders": "import ray\nfrom app.api.ingress import x",
+        "app.api.ingress": "from app.api.protocol import x",
+        "app.api.protocol": "from app.diffusion.samplers import SAMPLERS",
+        "app.diffusion.images": "import jax" if "images" in source else "import PIL",
+        "app.diffusion.models.unet": "import jax\nfrom app.diffusion.models import layers",
+        "app.diffusion.pipeline": "import flax",
+        "app.diffusion.samplers": "import numpy as np",
+        "app.engine.engine": "from app.api.protocol import x",
+        "app.serving.replica": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import app.diffusion.pipeline",
     }
-    if file == "builders":
-        sound["server"] = "from app.pipeline import x"
+    if module == "app.builders":
+        sound["app.serving.replica"] = "from app.diffusion.pipeline import x"
     for name, text in sound.items():
-        path = tmp_path / "app" / f"{name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write(tmp_path, name, text)
     before = set(violations(tmp_path))
-    path = tmp_path / "app" / f"{file}.py"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source)
+    write(tmp_path, module, source)
     assert found in set(violations(tmp_path)) - before
 
 
+def write(root: Path, module: str, text: str) -> None:
+    path = root / f"{module.replace('.', '/')}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def test_a_lazy_import_is_not_an_import_time_import(tmp_path: Path) -> None:
-    (tmp_path / "app").mkdir()
-    for name, text in {
-        "ingress": "import app.server",
-        "server": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import jax\ndef f():\n    import jax",
-    }.items():
-        (tmp_path / "app" / f"{name}.py").write_text(text)
-    assert "jax" not in chains(tmp_path, "app.ingress")
+    write(tmp_path, "app.api.ingress", "import app.serving.replica")
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import jax\ndef f():\n    import jax"
+    write(tmp_path, "app.serving.replica", text)
+    assert "jax" not in chains(tmp_path, "app.api.ingress")

@@ -28,11 +28,11 @@ from benchmarks.local_cluster import leave, local_cluster
 from benchmarks.soak.records import Run, read
 from benchmarks.soak.run import soak
 from benchmarks.soak.verdict import Verdict, judge
+from cluster import processes
+from cluster.local.state import ROOT, RUN_DIR, running
+from cluster.terminal import Stop
 from loadtest import Mistake
 from loadtest.session import Target, described
-from ops import processes
-from ops.cluster import ROOT, RUN_DIR, running
-from ops.terminal import Stop
 
 RATE = 1.2  # clients a second, about half of what two cores can draw
 REPLICAS = 2  # at most

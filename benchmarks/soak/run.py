@@ -23,6 +23,7 @@ from benchmarks.soak.load import Load, Planned, equal_requests, plan
 from benchmarks.soak.records import Result, read
 from benchmarks.soak.verdict import RECOVERY_S
 from benchmarks.soak.watch import processes_of, replicas_of, sample, stats_of
+from cluster.local.state import Cluster
 from loadtest import Mistake
 from loadtest import plan as loadtest_plan
 from loadtest.checks import EqualSeeds, identity
@@ -31,7 +32,6 @@ from loadtest.client import session as client_session
 from loadtest.records import Journal
 from loadtest.run import Clock
 from loadtest.session import headers
-from ops.cluster import Cluster
 
 SAMPLE_S = 5.0
 IDLE_S = 15.0  # before the load and after it, for samples of a cluster that does nothing

@@ -1,6 +1,6 @@
 """What a soak test looks at while it runs: every process of the cluster, and what the API says of its replicas.
 
-Reads only. A process is the cluster's if it carries the cluster's mark (ops/processes.py).
+Reads only. A process is the cluster's if it carries the cluster's mark (cluster/processes.py).
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import aiohttp
 import psutil
 
 from benchmarks.soak.records import Process
-from ops.cluster import Cluster
+from cluster.local.state import Cluster
 
 STATS_TIMEOUT_S = 20.0
 # What a process's title begins with or holds, and what it is called here; the first that fits.
@@ -34,7 +34,7 @@ COMMANDS = {  # by the name of the program, script or module
     "log_monitor": "log monitor",
     "dashboard": "dashboard",
     "ray.util.client.server": "client server",
-    "ops.watcher": "node watcher",
+    "cluster.node_watcher": "node watcher",
 }
 
 

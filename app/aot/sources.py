@@ -1,0 +1,75 @@
+"""Which source files a compiled program may depend on: whatever app/diffusion/pipeline.py imports, and what that
+imports in turn.
+
+Read from the sources, so that every process on every machine finds the same files, whatever it has imported so far.
+An import counts wherever it stands, but not under TYPE_CHECKING. A module that is imported under a computed name would
+be missed.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY = "app.diffusion.pipeline"
+# Device code imports these too, but nothing in them is part of a program: they plan on the host, and keep programs.
+# Without this list a change of theirs would have every program compiled again. A new module is never left out.
+HOST_ONLY = {
+    "app.aot",
+    "app.engine",
+    "app.engine.scheduler",
+    "app.aot.libtpu_flags",  # the flags themselves are in the key
+    "app.aot.store",
+    "app.aot.cache_key",
+    "app.aot.sources",
+    "app.aot.program",
+}
+
+
+def sources(root: Path = ROOT) -> list[Path]:
+    """In the order of their names."""
+    files = {module_of(file, root): file for file in sorted((root / ENTRY.partition(".")[0]).rglob("*.py"))}
+    found, pending = {ENTRY}, [ENTRY]
+    while pending:
+        module = pending.pop()
+        for name in (*imports(files[module], module), *packages_of(module)):
+            if name in files and name not in found | HOST_ONLY:
+                found.add(name)
+                pending.append(name)
+    return [files[name] for name in sorted(found)]
+
+
+def module_of(file: Path, root: Path) -> str:
+    parts = file.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def packages_of(module: str) -> Iterator[str]:
+    """Those around it, whose __init__.py runs too."""
+    while module := module.rpartition(".")[0]:
+        yield module
+
+
+def imported_by(node: ast.Import | ast.ImportFrom, file: Path, module: str) -> Iterator[str]:
+    """Dotted names of one statement in `module`; `from a import b` gives a and a.b, as b may be a module."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    parents = package[: len(package) - node.level + 1] if node.level else []
+    source = ".".join([*parents, *([node.module] if node.module else [])])
+    yield source
+    yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def imports(file: Path, module: str) -> Iterator[str]:
+    """Dotted names as imported."""
+    pending: list[ast.AST] = [ast.parse(file.read_bytes())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported_by(node, file, module)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+        else:
+            pending.extend(ast.iter_child_nodes(node))

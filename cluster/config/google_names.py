@@ -1,0 +1,121 @@
+"""The rules that Google Cloud has for names, and where a cluster file has names that Google will see. Ray checks none
+of them: Google refuses the machine, minutes later and in words of its own. Asks no network.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.config.documents import Document, Finding, Key
+
+MOST = 63  # of a machine's name
+# What Ray puts before and after a cluster's name in a machine's (autoscaler/_private/gcp/node.py).
+HEAD, WORKER, UUID = "ray-{}-head", "ray-{}-worker", "-01234567"
+
+
+@dataclass(frozen=True)
+class Rule:
+    pattern: str
+    words: str
+
+    def __call__(self, name: str) -> bool:
+        return re.fullmatch(self.pattern, name) is not None
+
+
+# cloud.google.com/compute/docs/naming-resources, .../vpc/docs/add-remove-network-tags
+NAME = Rule(
+    "[a-z]([-a-z0-9]{0,61}[a-z0-9])?",
+    "1 to 63 lower-case letters, digits and hyphens, beginning with a letter and not ending with a hyphen",
+)
+# cloud.google.com/resource-manager/docs/creating-managing-projects; an old one may belong to a domain: example.com:name
+PROJECT = Rule(
+    r"([a-z0-9.-]+\.[a-z]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]",
+    "the project's id, not its name: 6 to 30 lower-case letters, digits and hyphens, beginning with a letter and not "
+    "ending with a hyphen",
+)
+# cloud.google.com/compute/docs/regions-zones
+REGION = Rule("[a-z]+-[a-z]+[0-9]+", "a region, such as us-central1")
+ZONE = Rule("[a-z]+-[a-z]+[0-9]+-[a-z][a-z0-9]*", "a zone, such as us-central1-a")
+# cloud.google.com/compute/docs/labeling-resources: letters of all alphabets that are not upper-case
+LABEL_KEY = "1 to 63 lower-case letters, digits, hyphens and underscores, beginning with a letter"
+LABEL_VALUE = "at most 63 lower-case letters, digits, hyphens and underscores"
+MOST_LABELS = MOST_TAGS = 64
+
+
+def check_names(document: Document) -> Iterator[Finding]:
+    yield from check_cluster_name(document)
+    for field, rule in (("region", REGION), ("availability_zone", ZONE), ("project_id", PROJECT)):
+        value = document.at(("provider", field))
+        if value is not None and not rule(str(value)):
+            yield wrong(document, ("provider", field), rule.words, value)
+    for name in document.at(("available_node_types",)) or {}:
+        key: Key = ("available_node_types", name)
+        if not label_value(str(name)):
+            yield wrong(
+                document, key, f"a name that can be a label's value, which Ray makes of it: {LABEL_VALUE}", name
+            )
+        yield from check_labels(document, (*key, "node_config", "labels"))
+        yield from check_tags(document, (*key, "node_config", "tags"))
+        yield from check_networks(document, (*key, "node_config"))
+
+
+def check_cluster_name(document: Document) -> Iterator[Finding]:
+    name = str(document.at(("cluster_name",)))
+    types = document.at(("available_node_types",)) or {}
+    machines = [HEAD + UUID + "-compute"]
+    for node_type in types:
+        if node_type != document.at(("head_node_type",)):
+            compute = document.has(("available_node_types", node_type, "node_config", "machineType"))
+            machines.append(WORKER + UUID + ("-compute" if compute else "-tpu"))
+    longest = MOST - max(len(machine.format("")) for machine in machines)
+    if not NAME(name) or len(name) > longest:
+        words = NAME.words.replace("1 to 63", f"1 to {longest}")
+        yield wrong(
+            document, ("cluster_name",), f"{words}, as machines are called by it ({HEAD.format(name)}-...)", name
+        )
+
+
+def check_labels(document: Document, key: Key) -> Iterator[Finding]:
+    labels = document.at(key)
+    if not isinstance(labels, dict):
+        return
+    if len(labels) > MOST_LABELS:
+        yield document.error(key, f"must be at most {MOST_LABELS}, got {len(labels)}.")
+    for name, value in labels.items():
+        if not (str(name)[:1].isalpha() and label_value(str(name))):
+            yield wrong(document, (*key, name), f"called by {LABEL_KEY}", name)
+        if not isinstance(value, str) or not label_value(value):
+            yield wrong(document, (*key, name), f"a text of {LABEL_VALUE}", value)
+
+
+def label_value(text: str) -> bool:
+    return len(text) <= MOST and all(c in "-_" or unicodedata.category(c) in ("Ll", "Lo", "Nd") for c in text)
+
+
+def check_tags(document: Document, key: Key) -> Iterator[Finding]:
+    """Of firewall rules. Compute Engine has them below `items`, Cloud TPU has a list."""
+    if isinstance(document.at(key), dict):
+        key = (*key, "items")
+    tags = document.at(key)
+    if not isinstance(tags, list):
+        return
+    if len(tags) > MOST_TAGS:
+        yield document.error(key, f"must be at most {MOST_TAGS}, got {len(tags)}.")
+    for i, tag in enumerate(tags):
+        if not isinstance(tag, str) or not NAME(tag):
+            yield wrong(document, (*key, i), NAME.words, tag)
+
+
+def check_networks(document: Document, key: Key) -> Iterator[Finding]:
+    interfaces = document.at((*key, "networkInterfaces"))
+    places = [(*key, "networkInterfaces", i) for i in range(len(interfaces))] if isinstance(interfaces, list) else []
+    for place in [*places, (*key, "networkConfig")]:
+        for field in ("network", "subnetwork"):
+            value = document.at((*place, field))
+            if value is not None and not NAME(str(value).rpartition("/")[2]):  # a name, or a path that ends with one
+                yield wrong(document, (*place, field), f"a name, or a path that ends with one: {NAME.words}", value)
+
+
+def wrong(document: Document, key: Key, words: str, value: object) -> Finding:
+    return document.error(key, f"must be {words}, got {value}.")

@@ -1,0 +1,149 @@
+"""Whether the checkpoint that a Serve config names can be loaded, as far as its small files and the headers of its
+weights tell. A replica would find out only after the replicas that run have been stopped for it.
+
+Reads no weights and imports no JAX. What only the weights tell, such as a NaN, the replica says at its start.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from app.api.protocol import width_height
+from app.builders import ROOT, Args
+from app.diffusion.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig, mismatches
+from app.diffusion.models.scheduler_config import corrected
+from app.diffusion.models.shapes import Shape, text_encoder_tensors, unet_tensors, vae_tensors
+from app.diffusion.models.tensor_names import NOT_WEIGHTS, current_name, squeezed
+from app.diffusion.models.tokenizer_files import tokenizer_problems
+from app.diffusion.samplers import Schedule, default_sampler, make_table
+from cluster.config.documents import Document, Finding, Key
+from cluster.config.lint_serve import apps
+from cluster.config.safetensors_header import Tensor, tensors_of
+
+CONFIGS = {
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+LOADED = ("F32", "F16", "BF16")
+MOST = 3  # problems of one kind that are told one by one
+
+Problems = list[str]
+
+
+def check_checkpoints(document: Document) -> Iterator[Finding]:
+    for app in apps(document):
+        if isinstance(app.args, Args):
+            yield from check_checkpoint(document, (*app.key, "args"), app.args)
+
+
+def check_checkpoint(document: Document, key: Key, args: Args) -> Iterator[Finding]:
+    folder = (ROOT / Path(args.model).expanduser()).resolve()
+    if folder.is_dir():
+        say, told = document.error, "cannot be loaded"
+    elif cached := cached_folder(args.model, args.revision):  # the nodes may have another one, or fetch it anew
+        folder, say, told = cached, document.advice, "in this machine's Hub cache cannot be loaded"
+    else:
+        return
+    problems: Problems = []
+    files = {part: read_json(folder / name, problems) for part, name in CONFIGS.items()}
+    if problems:
+        yield from (say((*key, "model"), f"{args.model} {told}: {problem}") for problem in problems)
+        return
+    unet = UNetConfig.from_json(files["unet"], problems)
+    vae = VAEConfig.from_json(files["vae"], problems)
+    text_encoder = CLIPTextConfig.from_json(files["text_encoder"], problems)
+    yield from check_schedule(files["scheduler"], key, args, say, problems)
+    if not problems:  # else the architecture is not known
+        problems += mismatches(unet, vae, text_encoder)
+        problems += tokenizer_problems(folder / "tokenizer", text_encoder)
+        expected = {
+            "unet": unet_tensors(unet),
+            "vae": vae_tensors(vae),
+            "text_encoder": text_encoder_tensors(text_encoder),
+        }
+        for part, tensors in expected.items():
+            problems += weight_problems(folder / part / f"{STEMS[part]}.safetensors", tensors)
+        multiple = vae.scale_factor * unet.scale_factor
+        for size in args.sizes:
+            if any(side % multiple for side in width_height(size)):
+                yield say((*key, "sizes"), f"must be multiples of {multiple} for {args.model}, got {size}.")
+    for problem in problems:
+        yield say((*key, "model"), f"{args.model} {told}: {problem}")
+
+
+def cached_folder(model: str, revision: str | None) -> Path | None:
+    """Where a download from the Hub left a model, if it lies on this machine."""
+    import huggingface_hub  # takes a second
+
+    found = huggingface_hub.try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def read_json(file: Path, problems: Problems) -> Mapping[str, Any]:
+    name = f"{file.parent.name}/{file.name}"
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{name} is missing.")
+    except (OSError, ValueError) as error:
+        problems.append(f"{name} cannot be read: {error}.")
+    else:
+        if isinstance(content, dict):
+            return content
+        problems.append(f"{name} must hold a JSON object, got a {type(content).__name__}.")
+    return {}
+
+
+def check_schedule(
+    content: Mapping[str, Any], key: Key, args: Args, say: Callable[[Key, str], Finding], problems: Problems
+) -> Iterator[Finding]:
+    """Whether requests that name neither sampler nor steps can be drawn with this checkpoint."""
+    try:
+        schedule = Schedule.from_config(corrected(content)[0])
+    except ValueError as error:
+        problems.append(f"{CONFIGS['scheduler']}: {error}")
+        return
+    try:
+        make_table(args.defaults.sampler or default_sampler(schedule), args.defaults.num_inference_steps, schedule)
+    except ValueError as error:
+        yield say((*key, "defaults"), f"do not suit {args.model}: {error}")
+
+
+def weight_problems(file: Path, expected: Mapping[str, Shape]) -> Problems:
+    name = f"{file.parent.name}/{file.name}"
+    try:
+        found = tensors_of(file)
+    except FileNotFoundError:
+        return [f"{name} is missing."]
+    except OSError as error:
+        return [f"{name} cannot be read: {error.strerror}."]
+    except ValueError as error:
+        return [f"{name} {error}"]
+    tensors = {current_name(key): tensor for key, tensor in found.items() if current_name(key) not in NOT_WEIGHTS}
+    return [f"{name}: {problem}" for kind in differences(tensors, expected) for problem in cut(kind)]
+
+
+def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> Iterator[Problems]:
+    """From what the architecture has, by kind."""
+    yield [f"tensor {name} is missing." for name in sorted(expected.keys() - tensors.keys())]
+    surplus = sorted(tensors.keys() - expected.keys())
+    yield [f"tensor {name} is not one that its config.json describes." for name in surplus]
+    both = sorted(expected.keys() & tensors.keys())
+    yield [
+        f"tensor {name} must have shape {[*expected[name]]} by its config.json, got {[*tensors[name].shape]}."
+        for name in both
+        if squeezed(tensors[name].shape) != squeezed(expected[name])
+    ]
+    yield [
+        f"tensor {name} must be {', '.join(LOADED[:-1])} or {LOADED[-1]}, got {tensors[name].dtype}."
+        for name in both
+        if tensors[name].dtype not in LOADED
+    ]
+
+
+def cut(problems: Problems) -> Problems:
+    more = len(problems) - MOST
+    return problems if more <= 1 else [*problems[:MOST], f"and {more} more of that kind."]

@@ -1,0 +1,105 @@
+"""Draws eight pictures through the API that is up, as any client would, and lays them out on one sheet."""
+
+import argparse
+import base64
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from io import BytesIO
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from PIL import Image
+
+from app.diffusion.images import contact_sheet
+from cluster import processes
+from cluster.dashboard import serve_address
+from cluster.local.state import ROOT, RUN_DIR, running
+from cluster.terminal import Progress, Stop, run, say, span
+
+PROMPTS = (  # in the words of the bundled model, which demo/scenes.py lists
+    "a red house under a yellow sun at dusk",
+    "a blue boat by day",
+    "a big green tree in the snow",
+    "a yellow moon above a purple house at night",
+    "a pink flower next to a red mushroom on a cream background",
+    "an orange fish on a white background",
+    "a teal balloon over an orange car by day",
+    "a purple umbrella on a grey background",
+)
+SEED = 1
+AT_ONCE = 4  # so that requests share steps, and the first pictures come soon
+TIMEOUT_S = 300.0
+
+
+def draw(api: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, bytes] = {}
+    with Progress() as progress, ThreadPoolExecutor(AT_ONCE) as pool:
+        progress.show({"pictures": (f"0 of {len(PROMPTS)}", "")})
+        waiting = {pool.submit(generate, api, prompt, SEED + i): (i, prompt) for i, prompt in enumerate(PROMPTS)}
+        try:
+            for done in as_completed(waiting):
+                i, prompt = waiting[done]
+                pictures[prompt] = done.result()
+                (folder / f"{i + 1}-{re.sub('[^a-z0-9]+', '-', prompt)}.png").write_bytes(pictures[prompt])
+                progress.show({"pictures": (f"{len(pictures)} of {len(PROMPTS)}", prompt)})
+        finally:
+            pool.shutdown(cancel_futures=True)
+    sheet = folder / "contact_sheet.png"
+    contact_sheet([Image.open(BytesIO(pictures[prompt])) for prompt in PROMPTS], PROMPTS, columns=4).save(sheet)
+    say(f"Drew {len(pictures)} pictures in {span(progress.elapsed)}: {shown(sheet)}, and each by itself beside it")
+
+
+def generate(api: str, prompt: str, seed: int) -> bytes:
+    body = json.dumps({"prompt": prompt, "seed": seed, "output_format": "png", "response_format": "b64_json"})
+    headers = {"Content-Type": "application/json"} | processes.credentials()
+    request = Request(f"{api}/v1/images/generations", body.encode(), headers)
+    try:
+        with urlopen(request, timeout=TIMEOUT_S) as answer:
+            return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
+    except HTTPError as error:
+        if error.code == 401:
+            raise Stop(f"The API wants a key: put one into the environment, {processes.API_KEY}.") from None
+        raise Stop(f"The API answers {error.code} to '{prompt}': {error.read().decode()[:500]}") from None
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise Stop(f"The API at {api} does not answer: {error}. See: make status") from None
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def invitation(api: str, dashboard: str) -> str:
+    return f"""
+The API        {api}
+The dashboard  {dashboard}
+
+Try:
+  curl -o boat.png '{api}/imagine?prompt=a+red+boat+under+a+yellow+sun+at+dusk&seed=7'
+  curl {api}/v1/images/generations -H 'Content-Type: application/json' \\
+       -d '{{"prompt": "a green tree in the snow", "n": 2, "num_inference_steps": 30, "output_format": "webp"}}'
+  curl {api}/v1/models
+
+Stop it all with: make down"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs")
+    parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
+    arguments = parser.parse_args()
+    os.environ.update(processes.past_proxies())
+    cluster = running(arguments.run_dir.resolve())
+    dashboard = cluster.dashboard
+    details = dashboard.details()
+    if not details["applications"]:
+        raise Stop("Nothing is deployed. Deploy with: make deploy")
+    draw(serve_address(details), arguments.out.resolve())
+    say(invitation(serve_address(details), f"{dashboard.address}  asks once for the token in {cluster.token_file}"))
+
+
+if __name__ == "__main__":
+    run(main)

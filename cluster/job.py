@@ -1,0 +1,247 @@
+"""Runs the modules of jobs/ on the cluster through Ray's Jobs API: submits one and follows it to its end, lists them,
+stops one. Knows nothing of what a job does.
+
+A job's process runs on the head, with the code that is here now; what it asks of the nodes is its own matter. Its
+relative paths start where the cluster has the repository: here for the local one, ~/imagine on a head elsewhere.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import secrets
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from cluster.dashboard import Dashboard, reason
+from cluster.local.state import ROOT, RUN_DIR
+from cluster.places import LOCAL, dashboard_of, isolate
+from cluster.terminal import Progress, Stop, make, run, say, span
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+HOME_ELSEWHERE = "~/imagine"  # where the cluster files' file_mounts put the repository
+DEMO_JOBS = {"train_demo": "demo.train", "demo_quality": "demo.quality"}
+TRAVELS = ("app", "benchmarks", "capacity", "cluster", "configs", "demo", "jobs", "requirements", "serve_config.yaml")
+POLL_S = 0.5
+STOP_S = 20  # what a job has from our Ctrl-C until it is killed
+# Of Ray's, those that tell of each upload and each connection that ends.
+TALKATIVE = (
+    *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
+    *("ray._private.runtime_env.working_dir", "ray._private.runtime_env.packaging"),
+)
+OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def submit(dashboard: Dashboard, name: str, arguments: list[str], resources: dict[str, float]) -> str:
+    """Returns the id by which the cluster knows it."""
+    elsewhere = dashboard.cluster != LOCAL
+    environment = {
+        "IMAGINE_HOME": HOME_ELSEWHERE if elsewhere else str(ROOT),
+        "PYTHONUNBUFFERED": "1",  # so that progress is seen when it is made
+        "RAY_COLOR_PREFIX": "0",  # a log file has no colours
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that there is no PyTorch
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
+    }
+    try:
+        return client(dashboard).submit_job(
+            entrypoint=shlex.join(["python", "-m", modules()[name], *arguments]),
+            submission_id=f"{name}-{secrets.token_hex(3)}",
+            runtime_env={**(packed() if elsewhere else in_place()), "env_vars": environment},
+            metadata={"job": name},
+            entrypoint_resources=resources or None,
+        )
+    except (RuntimeError, ValueError, ConnectionError) as error:
+        raise Stop(f"The {dashboard.name} does not take the job. {reason(str(error))}") from None
+
+
+def packed() -> dict[str, Any]:
+    return {
+        "working_dir": str(ROOT),
+        "excludes": [f"/{one.name}" for one in ROOT.iterdir() if one.name not in TRAVELS],
+    }
+
+
+def in_place() -> dict[str, Any]:
+    """On this machine the code is run where it is. The twin's nodes share a folder for what is packed, and each that
+    comes unpacks it anew there, under the feet of those that run from it."""
+    return {"working_dir": f"local://{ROOT}"}
+
+
+def follow(dashboard: Dashboard, job: str) -> int:
+    """Prints what the job prints until it ends; the exit status is the job's own. Ctrl-C stops the job."""
+    say(f"Following {job}. Ctrl-C stops it. If this terminal goes, the job goes on, and to follow it again:")
+    say(f"  {make(f'job ID={job}', dashboard.cluster)}")
+    try:
+        told = wait_for_start(dashboard, job)
+        asyncio.run(tell(dashboard, job))
+        while (told := details(dashboard, job)).status not in OVER:
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        say(f"Stopping {job}, which has {STOP_S} s to end. Ctrl-C again leaves it to that.")
+        stop(dashboard, job)
+        return 130
+    return outcome(job, told)
+
+
+def wait_for_start(dashboard: Dashboard, job: str) -> "JobDetails":
+    with Progress() as progress:
+        while (told := details(dashboard, job)).status == "PENDING":
+            progress.show({job: ("waiting for its place", (told.message or "").partition("\n")[0])})
+            time.sleep(POLL_S)
+    return told
+
+
+async def tell(dashboard: Dashboard, job: str) -> None:
+    """The job's log as it grows. A connection that breaks is made again while the job runs."""
+    told = 0
+    while True:
+        at = 0
+        try:
+            async for text in client(dashboard).tail_job_logs(job):  # always from the log's beginning
+                if at + len(text) > told:
+                    sys.stdout.write(text[max(0, told - at) :])
+                    sys.stdout.flush()
+                    told = at + len(text)
+                at += len(text)
+            return
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            if details(dashboard, job).status in OVER:
+                return
+            say(f"The connection to its log broke ({reason(str(error))}), and is made again.")
+            await asyncio.sleep(POLL_S)
+
+
+def outcome(job: str, told: "JobDetails") -> int:
+    took = span(((told.end_time or 0) - (told.start_time or 0)) / 1000)
+    if told.status == "SUCCEEDED":
+        say(f"{job} has succeeded after {took}.")
+        return 0
+    status = told.driver_exit_code
+    why = "" if status else f" {reason(told.message or 'It does not say why.')}"  # else its log has said why
+    say(f"{job} {'was stopped' if told.status == 'STOPPED' else 'has failed'} after {took}.{why}")
+    return status or 1
+
+
+def stop(dashboard: Dashboard, job: str) -> None:
+    if details(dashboard, job).status in OVER:
+        say(f"{job} had ended already.")
+        return
+    client(dashboard).stop_job(job)
+    with Progress() as progress:
+        while (told := details(dashboard, job)).status not in OVER:
+            progress.show({job: ("stopping", "")})
+            time.sleep(POLL_S)
+    say(f"{job} {'is stopped' if told.status == 'STOPPED' else 'ended by itself: ' + told.status.lower()}.")
+
+
+def listing(dashboard: Dashboard) -> None:
+    jobs = [job for job in client(dashboard).list_jobs() if job.submission_id]
+    if not jobs:
+        say(f"No job has run here yet. Submit one with: {make('job JOB=...', dashboard.cluster)}")
+    for job in sorted(jobs, key=lambda job: job.start_time or 0):
+        began = (job.start_time or 0) / 1000
+        took = ((job.end_time or 1000 * time.time()) / 1000) - began
+        status = f" (exit {job.driver_exit_code})" if job.driver_exit_code else ""
+        when = time.strftime("%d %b %X", time.localtime(began))
+        say(f"{job.submission_id:<24}  {when}  {span(took):>12}  {job.status.lower()}{status}  {shown(job.entrypoint)}")
+
+
+def shown(entrypoint: str) -> str:
+    """The job's name and arguments."""
+    module, _, arguments = entrypoint.removeprefix("python -m ").partition(" ")
+    names = {module: name for name, module in modules().items()}
+    return f"{names.get(module, module)} {arguments}"
+
+
+def details(dashboard: Dashboard, job: str) -> "JobDetails":
+    if not job:
+        raise Stop(f"ID must name a job. See: {make('jobs', dashboard.cluster)}")
+    try:
+        return client(dashboard).get_job_info(job)
+    except (RuntimeError, OSError) as error:
+        if "status code 404" not in str(error):
+            raise Stop(f"The {dashboard.name} says nothing of {job}. {reason(str(error))}") from None
+    raise Stop(f"There is no job {job}. See: {make('jobs', dashboard.cluster)}")
+
+
+def client(dashboard: Dashboard) -> "JobSubmissionClient":
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient  # takes seconds to import
+
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        return JobSubmissionClient(dashboard.address, headers=dict(dashboard.headers))
+    except AuthenticationError:
+        raise dashboard.refused("401 or 403") from None
+    except (RuntimeError, ConnectionError) as error:
+        raise Stop(f"The {dashboard.name} does not answer: {reason(str(error))}") from None
+
+
+def modules() -> dict[str, str]:
+    """The module of each job by its name: those in jobs/ that have a `main`, and the making of the bundled model."""
+    files = [file for file in (ROOT / "jobs").glob("*.py") if "\ndef main(" in file.read_text()]
+    return {file.stem: f"jobs.{file.stem}" for file in sorted(files)} | DEMO_JOBS
+
+
+def check_name(name: str) -> None:
+    if name not in modules():
+        raise Stop(f"JOB must be one of {', '.join(sorted(modules()))}, got {name or 'nothing'}.")
+
+
+def words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise Stop(f"ARGS must be written as for a shell: {error}, got {text}") from None
+
+
+def amounts(text: str) -> dict[str, float]:
+    """What the job's own process takes of a node, such as {"TPU": 4}; without any it runs on the head."""
+    try:
+        given: Any = json.loads(text or "{}")
+    except ValueError:
+        given = None
+    if not isinstance(given, dict) or not all(type(x) in (int, float) and x > 0 for x in given.values()):
+        raise Stop(f"""RESOURCES must be JSON such as '{{"TPU": 4}}', got {text}.""")
+    return {str(name): float(amount) for name, amount in given.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["run", "list", "stop"])
+    parser.add_argument("--job", default="", help=f"run: one of {', '.join(sorted(modules()))}")
+    parser.add_argument("--arguments", default="", help="run: the job's own, as a shell would read them")
+    parser.add_argument("--resources", default="", help='run: what its process takes of a node, as JSON: {"TPU": 4}')
+    parser.add_argument("--id", default="", help="run: follow this one instead of submitting; stop: this one")
+    parser.add_argument("--cluster", default=LOCAL, help="local, or a file for `ray up`")
+    parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
+    arguments = parser.parse_args()
+    given = words(arguments.arguments)
+    if arguments.verb == "run" and not arguments.id:
+        check_name(arguments.job)
+        if {"-h", "--help"} & set(given):  # needs no cluster
+            os.execv(sys.executable, [sys.executable, "-m", modules()[arguments.job], *given])
+    resources = amounts(arguments.resources)
+    run_dir = arguments.run_dir.resolve()
+    isolate(arguments.cluster, run_dir)
+    with dashboard_of(arguments.cluster, run_dir) as dashboard:
+        match arguments.verb:
+            case "list":
+                listing(dashboard)
+            case "stop":
+                stop(dashboard, arguments.id)
+            case "run":
+                sys.exit(follow(dashboard, arguments.id or submit(dashboard, arguments.job, given, resources)))
+
+
+if __name__ == "__main__":
+    run(main)

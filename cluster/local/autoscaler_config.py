@@ -1,0 +1,130 @@
+"""What the local cluster's autoscaler is told: the node types of a file for `ray up`, as Ray would complete them, with
+a provider that starts nodes on this machine in place of Google's, and how the pretended Google behaves.
+
+Knows nothing of processes; cluster/local/node_provider.py does what is written here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster import ownership
+from cluster.terminal import Stop
+
+PROVIDER = "cluster.local.node_provider.TwinProvider"
+COMMANDS = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands"),
+)
+BOUNDS = {"idle_minutes": (0.05, 1440.0), "launch_s": (0.0, 3600.0), "stock_out": (0.0, 1.0), "preemption": (0.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long things take and how often they fail; each has an option of `make up` by its name in capitals."""
+
+    idle_minutes: float | None = None  # until an idle node beyond min_workers goes; None: as the file says
+    launch_s: float = 0.0  # from the order of a node to its start
+    stock_out: float = 0.0  # how likely an order is refused, as when Google has no TPU left
+    preemption: float = 0.0  # how likely a node is taken away within a minute
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise Stop(f"{name.upper()} must be between {least:g} and {most:g}, got {value:g}.")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name.upper()}={value:g}" for name, value in asdict(self).items() if value)
+
+
+def timings(given: Mapping[str, str], before: Timings) -> Timings:
+    """Those of `before`, but for what is given."""
+    values = asdict(before)
+    for name, text in given.items():
+        try:
+            values[name] = float(text)
+        except ValueError:
+            least, most = BOUNDS[name]
+            raise Stop(f"{name.upper()} must be a number between {least:g} and {most:g}, got {text}.") from None
+    return Timings(**values)
+
+
+@dataclass(frozen=True)
+class NodeTypes:
+    """What a cluster file says of nodes, as far as it can be had on one machine."""
+
+    file: str
+    head: str  # its name
+    types: dict[str, dict[str, Any]]
+    most_workers: int
+    idle_minutes: float
+
+    @property
+    def workers(self) -> dict[str, dict[str, Any]]:
+        return {name: one for name, one in self.types.items() if name != self.head}
+
+
+def read(path: Path) -> NodeTypes:
+    """Raises Stop where the linter finds an error."""
+    from cluster.config import documents, lint_cluster  # with Ray, which takes a second and more to import
+
+    try:
+        document, found = documents.read(path)
+    except OSError as error:
+        raise Stop(f"{path} cannot be read: {error.strerror}. Name the cluster file with: make up TWIN=...") from None
+    sound = False
+    if document and isinstance(document.value, dict) and "available_node_types" in document.value:
+        said, sound = lint_cluster.check_cluster(document)
+        found += said
+    elif document:
+        found.append(document.error((), "it has no available_node_types, so it is no cluster file."))
+    errors = [str(one) for one in found if one.error]
+    if errors or not document or not sound:
+        raise Stop("\n".join(errors))
+    head = document.value["head_node_type"]
+    types = {
+        name: {
+            "resources": {key: amount for key, amount in one["resources"].items() if not key.startswith("node:")},
+            "labels": one["labels"],
+            "min_workers": one["min_workers"],
+            "max_workers": one["max_workers"],
+            "node_config": {},
+        }
+        for name, one in lint_cluster.node_types(document).items()
+    }
+    idle_minutes = float(document.at(("idle_timeout_minutes",)) or 5)  # 5 is Ray's own
+    return NodeTypes(str(path), head, types, lint_cluster.most_workers(document), idle_minutes)
+
+
+def autoscaling(types: NodeTypes, behaviour: Timings, **provider: object) -> dict[str, Any]:
+    """A file for `ray start --autoscaling-config`. Ray reads it anew every second, and so does the provider."""
+    return {
+        "cluster_name": "twin",
+        "max_workers": types.most_workers,
+        "idle_timeout_minutes": types.idle_minutes if behaviour.idle_minutes is None else behaviour.idle_minutes,
+        "provider": {
+            "type": "external",
+            "module": PROVIDER,
+            "disable_node_updaters": True,  # which would log in by SSH
+            "launch_multiple": True,
+            "head_node_id": types.head,
+            "head_node_type": types.head,
+            "timings": asdict(behaviour),
+            **provider,
+        },
+        "auth": {},
+        "head_node_type": types.head,
+        "available_node_types": types.types,
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        **{name: [] for name in COMMANDS},
+    }
+
+
+def write(config: dict[str, Any], path: Path) -> None:
+    """At one go, as it may be read at any moment."""
+    ownership.write(path, yaml.safe_dump(config, sort_keys=False))

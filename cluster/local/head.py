@@ -1,0 +1,167 @@
+"""Starts the head of the local cluster, with Ray's own autoscaler, and waits for the nodes that this adds.
+
+All of it listens on loopback only, in a folder of its own, under the cluster's mark.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import yaml
+
+from cluster import auth_token, nodes, ownership, processes
+from cluster.local import autoscaler_config
+from cluster.local.autoscaler_config import NodeTypes
+from cluster.local.state import METADATA_PORT, PORT_OPTIONS, PORT_VARIABLES, ROOT, Cluster
+from cluster.terminal import Progress, Stop, say
+
+OBJECT_STORE_BYTES = 256 << 20
+START_TIMEOUT_S = 120.0
+NODES_TIMEOUT_S = 120.0
+
+
+def start(cluster: Cluster, types: NodeTypes) -> Cluster:
+    cluster.save()
+    auth_token.create(cluster.token_file)
+    with ownership.private():
+        cluster.temp_dir.mkdir(mode=0o700)  # Ray opens its own folder to all users; this one above it stays ours
+        configure(cluster, types)
+        log = cluster.temp_dir / "start.log"
+        output = log.open("w")
+    with output, Progress() as progress:  # what runs there makes files as the user is used to: a job's output is theirs
+        starting = subprocess.Popen(
+            command(cluster, types),
+            env=environment(cluster) | {"RAY_NODE_TYPE_NAME": types.head, "RAY_CLOUD_INSTANCE_ID": types.head},
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # the terminal's Ctrl-C and hang-up are not for the cluster
+        )
+        while starting.poll() is None:
+            if progress.elapsed > START_TIMEOUT_S:
+                raise Stop(f"Ray did not start within {START_TIMEOUT_S:.0f} s. {last_words(log)}")
+            progress.show({"Ray": ("starting", "")})
+            time.sleep(0.1)
+    if starting.returncode:
+        raise Stop(f"Ray did not start. {last_words(log)}")
+    cluster = replace(cluster, processes=tuple(processes.record(one) for one in of_the_head(cluster)))
+    if cluster.missing:
+        if "dashboard" in cluster.missing:
+            refuse_taken(cluster.dashboard_port)  # somebody may have taken it meanwhile
+        raise Stop(f"Ray did not start: {', '.join(sorted(cluster.missing))} ended at once. {last_words(log)}")
+    cluster.save()
+    say(f"The local Ray is up in {progress.elapsed:.0f} s, a twin of {shown(types)}. Dashboard: {cluster.address}")
+    say('Plain serve, ray and curl reach it after: eval "$(make -s address)"')
+    return cluster
+
+
+def refuse_taken(dashboard_port: int) -> None:
+    if not processes.free(dashboard_port):
+        raise Stop(
+            f"Port {dashboard_port} is taken by {processes.listener(dashboard_port)}. "
+            f"Choose another one: make up RAY_DASHBOARD_PORT={dashboard_port + 1}"
+        )
+
+
+def configure(cluster: Cluster, types: NodeTypes) -> None:
+    provider = {
+        "gcs_address": cluster.gcs_address,
+        "metadata_port": cluster.ports[METADATA_PORT],
+        "config_file": str(cluster.config_file),
+    }
+    autoscaler_config.write(autoscaler_config.autoscaling(types, cluster.timings, **provider), cluster.config_file)
+
+
+def of_the_head(cluster: Cluster) -> list[psutil.Process]:
+    """All but the nodes that the autoscaler may have started already, which are its children."""
+    found = cluster.search()
+    others = {child for one in found if processes.name_of(one) == "monitor" for child in one.children(recursive=True)}
+    return [one for one in found if one not in others]
+
+
+def shown(types: NodeTypes) -> str:
+    workers = [
+        f"{one['min_workers']} to {one['max_workers']} {name} nodes of "
+        + ", ".join(f"{resource} {amount:g}" for resource, amount in one["resources"].items() if "-" not in resource)
+        for name, one in types.workers.items()
+    ]
+    return f"{Path(types.file).name} ({'; '.join(workers)})"
+
+
+def wait_for_nodes(cluster: Cluster) -> None:
+    """Until those are there that always should be; a cloud that has none for now is no failure."""
+    types = yaml.safe_load(cluster.config_file.read_text())["available_node_types"]
+    wanted = {name: one["min_workers"] for name, one in types.items() if one["min_workers"]}
+    dashboard = cluster.dashboard
+    with Progress() as progress:
+        while True:
+            found = nodes.status(dashboard)
+            short = {name: count for name, count in wanted.items() if found.running.get(name, 0) < count}
+            if not short:
+                return
+            told = {f"{name} nodes": f"{found.running.get(name, 0)} of {count}" for name, count in short.items()}
+            if cluster.timings.stock_out == 1 or progress.elapsed > NODES_TIMEOUT_S + cluster.timings.launch_s:
+                counts = ", ".join(f"{count} {name}" for name, count in told.items())
+                say(f"Of the nodes that should be there, there are: {counts}. It goes on trying; see: make monitor")
+                return
+            progress.show({name: (count, "; ".join(found.pending)) for name, count in told.items()})
+            time.sleep(0.5)
+
+
+def command(cluster: Cluster, types: NodeTypes) -> list[str]:
+    head = types.types[types.head]
+    resources = {name: amount for name, amount in head["resources"].items() if name not in ("CPU", "GPU", "memory")}
+    options: dict[str, object] = {name: cluster.ports[name] for name in PORT_OPTIONS} | {
+        "node-ip-address": "127.0.0.1",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": cluster.dashboard_port,
+        "min-worker-port": 0,  # the system gives each worker a free port
+        "max-worker-port": 0,
+        "num-cpus": head["resources"].get("CPU", 0),
+        "resources": json.dumps(resources),
+        "labels": ",".join(f"{name}={value}" for name, value in head["labels"].items()),
+        "object-store-memory": OBJECT_STORE_BYTES,
+        "temp-dir": cluster.temp_dir / "ray",
+        "autoscaling-config": cluster.config_file,
+    }
+    given = [f"--{name}={value}" for name, value in options.items() if value != ""]
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats", *given]
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    bin_dir = Path(sys.executable).parent
+    return processes.environment(
+        **{processes.MARK: cluster.mark},
+        PATH=f"{bin_dir}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # a job's `python` is this one
+        PYTHONPATH=str(ROOT),  # `app.builders` is importable wherever Serve builds or runs it
+        JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", "cpu"),  # the TPU is only said to be there
+        **auth_token.environment(cluster.token_file),  # whoever asks without it could run code as us
+        TMPDIR=str(cluster.temp_dir),  # Ray's dashboard makes sockets there, and a longer path than 75 has no room
+        RAY_USAGE_STATS_ENABLED="0",
+        **{processes.PROXY_CALLBACK: processes.PROXY_GUARDS},
+        # Without this Ray takes 127.0.0.1 for a mistake and binds to the machine's address on the network.
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+        RAY_preload_python_modules="cluster.closed_port",
+        RAY_FAKE_CLUSTER="1",  # without which Ray's local provider refuses to work
+        RAY_enable_autoscaler_v2="1",  # as `ray up` has it on Google Cloud
+        AUTOSCALER_UPDATE_INTERVAL_S="1",  # asking this machine costs little
+        # Serve's own values find a dead proxy after 28 s, and let a frozen replica keep its chips until it has drained.
+        RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S="2",
+        RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="5",
+        RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS="1",
+        # A job's driver on a node would have as many workers started as the node says it has CPUs.
+        RAY_prestart_worker_first_driver="0",
+        **{name: str(cluster.ports[name]) for name in PORT_VARIABLES},
+    )
+
+
+def last_words(log: Path) -> str:
+    """The last line that Ray wrote, which in a traceback is what went wrong."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"It says: {lines[-1]}" if lines else ""

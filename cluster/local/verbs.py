@@ -1,0 +1,178 @@
+"""The local twin of a cluster on Google Cloud: `up` starts a head here and Ray's own autoscaler, which adds and removes
+nodes of the types that a cluster file declares, each a real raylet on this machine; `down` ends exactly those.
+
+All of it listens on loopback only. What it is and where is written to cluster.json in the run directory (`.run`)
+before anything starts, so that `down` and the next `up` can clear away whatever a crash leaves.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from cluster import nodes, ownership, processes, shell
+from cluster.dashboard import Dashboard
+from cluster.local import autoscaler_config, head
+from cluster.local.autoscaler_config import Timings
+from cluster.local.state import (
+    DASHBOARD_PORT,
+    FOLDER_FORM,
+    MARK_FORM,
+    METADATA_PORT,
+    RUN_DIR,
+    TWIN,
+    Cluster,
+    new,
+    running,
+    temp_dir_of,
+    token_file,
+)
+from cluster.terminal import Stop, say
+
+GRACE_S = 3.0  # all end within one second, but for the GCS, which has nothing to save and does not listen
+
+
+def up(
+    run_dir: Path, wanted_port: int | None = None, file: Path | None = None, given: Mapping[str, str] | None = None
+) -> None:
+    """With what is given; what is not stays as it is, or as it is by default."""
+    with locked(run_dir):
+        cluster = Cluster.load(run_dir)
+        if cluster and not cluster.missing:
+            cluster = changed(cluster, wanted_port, file, given or {})
+            say(f"The local Ray is already up: {cluster.address}")
+        else:
+            cluster = anew(
+                run_dir, wanted_port or DASHBOARD_PORT, file or TWIN, autoscaler_config.timings(given or {}, Timings())
+            )
+        head.wait_for_nodes(cluster)
+
+
+def changed(cluster: Cluster, wanted_port: int | None, file: Path | None, given: Mapping[str, str]) -> Cluster:
+    """The cluster that is up, from now on with the timings that are given."""
+    if wanted_port not in (None, cluster.dashboard_port):
+        raise Stop(f"A local Ray is already up at {cluster.address}. To move it, first: make down")
+    if file and str(file.resolve()) != cluster.file:
+        raise Stop(f"The local Ray that is up has the node types of {cluster.file}. For others, first: make down")
+    timings = autoscaler_config.timings(given, cluster.timings)
+    if timings != cluster.timings:
+        cluster = replace(cluster, timings=timings)
+        head.configure(cluster, autoscaler_config.read(Path(cluster.file)))
+        cluster.save()
+        say(f"From now on: {timings or 'no delay, no stock-out, no pre-emption'}")
+    return cluster
+
+
+def anew(run_dir: Path, dashboard_port: int, file: Path, timings: Timings) -> Cluster:
+    types = autoscaler_config.read(file.resolve())
+    if leftovers := clear(run_dir):
+        say(f"Cleared away what a cluster that died had left: {leftovers}.")
+    head.refuse_taken(dashboard_port)
+    try:
+        return head.start(replace(new(run_dir, dashboard_port, file), timings=timings), types)
+    except BaseException:
+        clear(run_dir)
+        raise
+
+
+def down(run_dir: Path) -> None:
+    with locked(run_dir):
+        ended = clear(run_dir)
+        say(f"The local Ray is down: {ended}." if ended else "Nothing is up in this checkout, so nothing to end.")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """One `up` or `down` at a time in one checkout."""
+    ownership.make_folder(run_dir, "RUN_DIR=")
+    with ownership.private():
+        lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(lock, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Stop("Another make up or make down is at work in this checkout. Wait for it to end.") from None
+        yield
+
+
+def clear(run_dir: Path) -> str:
+    """Ends every process and removes every folder of this checkout's clusters; says what, or nothing."""
+    cluster = Cluster.load(run_dir)
+    marks = filter(MARK_FORM.fullmatch, processes.marks(f"{run_dir}#"))
+    found = {mark: temp_dir_of(mark) for mark in marks}  # also if cluster.json was lost
+    if cluster:
+        found[cluster.mark] = cluster.temp_dir
+    recorded = cluster.processes if cluster else ()
+    ended = processes.end(lambda: [one for mark in found for one in processes.belonging(mark, recorded)], GRACE_S)
+    named = [folder for folder in found.values() if FOLDER_FORM.fullmatch(folder.name)]
+    folders = [folder for folder in named if ownership.is_own_folder(folder)]
+    for folder in folders:
+        shutil.rmtree(folder)
+    for folder in named:
+        if folder not in folders and os.path.lexists(folder):
+            say(f"{folder} is not our own folder, and is left alone.")
+    for file in (run_dir / "cluster.json", token_file(run_dir)):
+        file.unlink(missing_ok=True)
+    if not cluster and not found:
+        return ""
+    return f"{ended} process{'' if ended == 1 else 'es'} ended" + "".join(f", {folder} removed" for folder in folders)
+
+
+def port(text: str) -> int:
+    if not text.isdigit() or not 1024 <= int(text) <= 65535:
+        raise Stop(f"A port must be between 1024 and 65535, got {text}.")
+    return int(text)
+
+
+def preempt(cluster: Cluster, node: str) -> None:
+    """Has the twin's Google take a node away: notice first, the end half a minute later."""
+    address = f"http://127.0.0.1:{cluster.ports[METADATA_PORT]}"
+    google = Dashboard(address, headers=cluster.headers, what="twin's Google", token_file=str(cluster.token_file))
+    with google.open("/") as answer:
+        there: list[str] = json.load(answer)
+    if not there:
+        raise Stop("No node is there that could be taken away. See: make status")
+    if node and node not in there:
+        raise Stop(f"NODE must be one of {', '.join(there)}, got {node}.")
+    with google.open(f"/{node or there[-1]}/preempted", method="PUT"):
+        say(f"{node or there[-1]} has its notice and goes in 30 s. Watch it with: make monitor")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["up", "down", "monitor", "attach", "dashboard", "address", "preempt"])
+    parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="where its state is kept (default: .run)")
+    parser.add_argument("--dashboard-port", default="", help=f"up: (default: {DASHBOARD_PORT}, or where it is up)")
+    parser.add_argument("--twin", default="", help="up: the cluster file whose node types it has (cluster.yaml)")
+    for name, (least, most) in autoscaler_config.BOUNDS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default="", help=f"up: {least:g} to {most:g}")
+    parser.add_argument("--once", action="store_true", help="monitor: tell how it is, and do not follow")
+    parser.add_argument("--node", default="", help="preempt: which (the youngest)")
+    arguments = parser.parse_args()
+    run_dir = arguments.run_dir.resolve()
+    os.environ.update(processes.past_proxies())
+    if arguments.verb == "up":
+        given = {name: text for name in autoscaler_config.BOUNDS if (text := getattr(arguments, name))}
+        file = Path(arguments.twin) if arguments.twin else None
+        up(run_dir, port(arguments.dashboard_port) if arguments.dashboard_port else None, file, given)
+        return
+    if arguments.verb == "down":
+        down(run_dir)
+        return
+    cluster = running(run_dir)
+    match arguments.verb:
+        case "monitor":
+            nodes.monitor(cluster.dashboard, follow=not arguments.once)
+        case "attach":
+            shell.attach(cluster)
+        case "address":
+            shell.export(cluster)
+        case "dashboard":
+            say(f"{cluster.address}  asks once for the token in {cluster.token_file}")
+        case "preempt":
+            preempt(cluster, arguments.node)

@@ -1,0 +1,114 @@
+"""What Ray's autoscaler says of the nodes: which there are, which are to come, what failed. It is what `ray status`
+prints and the autoscaler logs, as the dashboard gives it. Knows nothing of where the cluster runs.
+"""
+
+import json
+import queue
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from cluster.dashboard import Dashboard, Details
+from cluster.terminal import say
+
+LINES = 2000  # of the log, some ten minutes
+EVENTS = 20  # of those, that are told
+POLL_S = 1.0
+# A line of monitor.log: when, how grave, where in the source, what. Those from these places tell what is done and why
+# it failed; the rest is the autoscaler's bookkeeping, several lines a second.
+LINE = re.compile(r"\S+ (?P<time>[\d:]+),\d+\s+\w+ (?P<source>\w+)\.py:\d+ -- (?P<text>.*)")
+SOURCES = ("event_logger", "node_provider", "twin_provider")
+INSTANCE = re.compile(r"[0-9a-f-]{36}: (\w+),.*")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    running: Counter[str]  # by type, idle ones included
+    pending: list[str]
+
+    def rows(self) -> Iterator[str]:
+        yield ", ".join(f"{count} {name}" for name, count in sorted(self.running.items())) or "none yet"
+        if self.pending:
+            yield f"pending: {'; '.join(self.pending)}"
+
+
+def status(dashboard: Dashboard) -> Nodes:
+    with dashboard.open("/api/cluster_status", format=1) as answer:
+        return parsed(json.load(answer)["data"]["clusterStatus"])
+
+
+def parsed(text: str) -> Nodes:
+    """`ray status`: under "Node status" stand sections, a word and a colon, and their lines, indented."""
+    sections: dict[str, list[str]] = {}
+    section = ""
+    for line in text.partition("Node status")[2].partition("\n\n")[0].splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            section = line[:-1]
+        elif section and not line.startswith(" ("):  # (no pending nodes)
+            sections.setdefault(section, []).append(line.strip())
+    running: Counter[str] = Counter()
+    for line in sections.get("Active", []) + sections.get("Idle", []):
+        count, _, name = line.partition(" ")
+        running[name] += int(count)
+    pending = [INSTANCE.sub(r"\1, starting", line) for line in sections.get("Pending", [])]
+    return Nodes(running, pending)
+
+
+def past(dashboard: Dashboard) -> list[str]:
+    return [*events(dashboard.log(log_place(dashboard), lines=LINES))]
+
+
+def failure(past: list[str]) -> str:
+    """The last start that failed, unless one has succeeded since. (`ray status` does not say why, and counts each node
+    that has ended among its failures, also one that it ended itself.)"""
+    for event in reversed(past):
+        if "  Launched " in event:
+            break
+        if "  Failed to launch " in event:
+            return event
+    return ""
+
+
+def monitor(dashboard: Dashboard, follow: bool) -> None:
+    """The nodes whenever they change, and what the autoscaler does; until interrupted, or what is known by now."""
+    if not follow:
+        for event in past(dashboard)[-EVENTS:]:
+            say(event)
+        say(time.strftime("%X  ") + ", ".join(status(dashboard).rows()))
+        return
+    news: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=listen, args=(dashboard, news.put), daemon=True).start()
+    before = ""
+    while True:
+        time.sleep(POLL_S)  # first, so that the past comes before the present
+        told = "; ".join(status(dashboard).rows())
+        while not news.empty():
+            say(news.get())
+        if told != before:
+            say(time.strftime("%X  ") + told)
+        before = told
+
+
+def listen(dashboard: Dashboard, tell: Callable[[str], None]) -> None:
+    for event in events(dashboard.log(log_place(dashboard), lines=200, follow=True)):
+        tell(event)
+
+
+def events(lines: Iterator[str]) -> Iterator[str]:
+    """What is worth telling of the autoscaler's log, and once what it says again and again."""
+    before = ""
+    for line in lines:
+        found = LINE.match(line)
+        if found and found["source"] in SOURCES and found["text"] != before:
+            before = found["text"]
+            yield f"{found['time']}  {before}"
+
+
+def log_place(dashboard: Dashboard) -> Details:
+    with dashboard.open("/nodes", view="summary") as answer:
+        raylets: list[Details] = [one["raylet"] for one in json.load(answer)["data"]["summary"]]
+    head = next((one["nodeId"] for one in raylets if one.get("isHeadNode")), "")
+    return {"node_id": head, "filename": "monitor.log"}

@@ -1,0 +1,87 @@
+"""Where a cluster is: on this machine (`CLUSTER=local`), or where a file for `ray up` put it (`CLUSTER=cluster.yaml`).
+
+Gives a Dashboard for either, so that whoever deploys need not know which it is.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster import auth_token, processes
+from cluster.dashboard import Dashboard, Details, serve_address
+from cluster.local.state import running
+from cluster.local.state import token_file as local_token_file
+from cluster.remote.preflight import content, ready, token_file
+from cluster.remote.tunnel import route, tunnel
+from cluster.terminal import Stop, make
+
+LOCAL = "local"
+DASHBOARD_PORT = 8265  # of a head whose start command names none
+
+
+@contextmanager
+def dashboard_of(cluster: str, run_dir: Path) -> Iterator[Dashboard]:
+    """The cluster's dashboard, while the block runs."""
+    if cluster == LOCAL:
+        yield running(run_dir).dashboard
+        return
+    path = Path(cluster)
+    ready(path)
+    there = dashboard_port(content(path))
+    here = processes.free_ports(1)[0]
+    headers = authorization()
+    with tunnel(route(path), {here: there}):
+        yield Dashboard(f"http://127.0.0.1:{here}", cluster, headers)
+
+
+def isolate(cluster: str, run_dir: Path) -> None:
+    """Takes from the environment what would lead Ray elsewhere. To be called before Ray is imported: it reads it once.
+
+    A token that the environment names is taken out too: the local cluster has one of its own, and those elsewhere get
+    the one in the home.
+    """
+    token = auth_token.environment(local_token_file(run_dir)) if cluster == LOCAL else {"RAY_AUTH_MODE": "token"}
+    ours = processes.environment(**token, RAY_USAGE_STATS_ENABLED="0")
+    os.environ.clear()
+    os.environ.update(ours)
+
+
+def reach(dashboard: Dashboard) -> str:
+    """Where the API is, in words for the user."""
+    address = serve_address(dashboard.details())
+    if dashboard.cluster == LOCAL:
+        return address
+    return f"{address} on the head, and here at the end of: {make('dashboard', dashboard.cluster)}"
+
+
+def dashboard_port(cluster: dict[str, Any]) -> int:
+    commands = " ".join(map(str, cluster.get("head_start_ray_commands") or ()))
+    named = re.search(r"--dashboard-port[= ](\d+)", commands)
+    return int(named[1]) if named else DASHBOARD_PORT
+
+
+def authorization() -> dict[str, str]:
+    """The header by which Ray's dashboard knows us, from the file that the cluster got too."""
+    try:
+        token = token_file().read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        token = ""
+    if not auth_token.plausible(token):
+        raise Stop(
+            f"{token_file()} holds no token. Put the cluster's there, or make one: ray get-auth-token --generate"
+        )
+    return auth_token.bearer(token)
+
+
+@contextmanager
+def api_of(dashboard: Dashboard, details: Details) -> Iterator[str]:
+    """Where this machine reaches the API, while the block runs."""
+    if dashboard.cluster == LOCAL:
+        yield serve_address(details)
+        return
+    here = processes.free_ports(1)[0]
+    with tunnel(route(Path(dashboard.cluster)), {here: details["http_options"]["port"]}):
+        yield f"http://127.0.0.1:{here}"

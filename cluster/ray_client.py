@@ -1,0 +1,57 @@
+"""Makes this process a client of a Ray cluster, as jobs are. Ray waits 20 s for a cluster that does not take its token,
+and then names no cause; here it is asked first, and the cause is one sentence.
+"""
+
+import logging
+import os
+
+from cluster import auth_token
+from cluster.terminal import Stop
+
+TIMEOUT_S = 10.0
+HOW = 'Run it with `make job JOB=...`, or after: eval "$(make -s address)"'
+
+
+def connect() -> None:
+    """`ray.init()`, or Stop."""
+    if os.environ.get("RAY_ADDRESS", "").startswith("127."):  # else Ray takes another address for 127.0.0.1
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray  # takes a second and more
+
+    if ray.is_initialized():
+        return
+    check(address())
+    ray.init(logging_level=logging.WARNING)
+
+
+def address() -> str:
+    """Of the cluster that `ray.init()` would take. Without one Ray would start its own, and write into ~/.ray."""
+    from ray._private.services import find_bootstrap_address
+
+    named = os.environ.get("RAY_ADDRESS", "")
+    found = find_bootstrap_address(None) if named in ("", "auto") else named
+    if not found:
+        raise Stop(f"No Ray cluster is named here. {HOW}")
+    if "://" in found:
+        raise Stop(f"RAY_ADDRESS must be the host and port of Ray itself, got {found}. {HOW}")
+    return str(found)
+
+
+def check(address: str) -> None:
+    """Raises Stop where no cluster answers, or one that does not take our token."""
+    import grpc  # type: ignore[import-untyped]
+
+    sent, where = auth_token.of_this_process()
+    metadata = [(name.lower(), value) for name, value in auth_token.bearer(sent).items()] if sent else []
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")  # an empty request is no bytes
+        try:
+            ask(b"", metadata=metadata, timeout=TIMEOUT_S)
+        except grpc.RpcError as error:
+            match error.code():
+                case grpc.StatusCode.UNAUTHENTICATED if sent:
+                    raise Stop(f"The cluster at {address} has another token than the one in {where}. {HOW}") from None
+                case grpc.StatusCode.UNAUTHENTICATED:
+                    raise Stop(f"The cluster at {address} asks for a token, and {where}. {HOW}") from None
+                case code:
+                    raise Stop(f"No Ray cluster answers at {address}: {code.name.lower()}. {HOW}") from None

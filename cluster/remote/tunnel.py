@@ -1,0 +1,113 @@
+"""SSH tunnels to a cluster's head: ports of its loopback appear on this machine's, for as long as one is held open.
+
+Ray's launcher says how the head is reached (address, user, key, proxy); ssh does the rest. `ray dashboard` is not used,
+because it leaves its connection behind for 10 s, with the ports that it holds. Knows nothing of Serve.
+"""
+
+import io
+import logging
+import os
+import select
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import IO
+
+import yaml
+
+from cluster.terminal import Stop, make
+
+CONNECT_S = 20  # for the connection, and again for the key and the ports
+GRACE_S = 5.0
+READY = b"open\n"
+# Ray shares one connection among all its commands, which outlives them; a tunnel is to end with who opened it.
+OURS = ("-T", "-oControlMaster=no", "-oControlPath=none", "-oBatchMode=yes", "-oLogLevel=ERROR")
+
+
+class NoHead(Stop):
+    """Nothing is up that a tunnel could lead to."""
+
+
+def route(path: Path) -> list[str]:
+    """The ssh command that reaches the head of a cluster file's cluster, but for what it is to do there."""
+    from ray.autoscaler._private import commands  # takes seconds to import
+    from ray.autoscaler._private.providers import _get_node_provider
+    from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
+
+    logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)  # else it tells how it keeps its books
+    said = io.StringIO()  # as it does on stdout
+    with redirect_stdout(said), redirect_stderr(said):
+        try:
+            config = commands._bootstrap_config(yaml.safe_load(path.read_text()))
+            provider = _get_node_provider(config["provider"], config["cluster_name"])
+            if not provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD}):
+                raise NoHead(f"No cluster is up by {path}. Start it with: {make('up', str(path))}")
+            head = commands._get_running_head_node(
+                config, str(path), None, _provider=provider, _allow_uninitialized_state=True
+            )
+            internal = bool(config["provider"].get("use_internal_ips"))
+            runner = provider.get_command_runner("", head, config["auth"], config["cluster_name"], subprocess, internal)
+            target = f"{runner.ssh_user}@{runner._get_ssh_target()}"
+            return ["ssh", *OURS, *runner.ssh_options.to_ssh_options_list(timeout=CONNECT_S), target]
+        except Stop:
+            raise
+        except Exception as error:  # of Ray, of Google's client, of the network: whatever `ray up` would show
+            words = str(error).strip() or said.getvalue().strip() or type(error).__name__
+            raise Stop(f"The head of {path} cannot be looked up: {words.splitlines()[-1]}") from None
+
+
+@contextmanager
+def tunnel(route: list[str], ports: Mapping[int, int]) -> Iterator[subprocess.Popen[bytes]]:
+    """From ports of our loopback to those of the head's. It breaks when the process that is given ends.
+
+    What runs on the head reads from us until we are gone, so even our being killed ends the connection.
+    """
+    forwards = [f"-L127.0.0.1:{here}:127.0.0.1:{there}" for here, there in ports.items()]
+    with tempfile.TemporaryFile() as errors:
+        ssh = subprocess.Popen(
+            [*route[:-1], *forwards, route[-1], "echo open; exec cat > /dev/null"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C is for us, and we end it in order
+        )
+        try:
+            if not opened(ssh):
+                raise Stop(f"SSH does not get through to {route[-1]}{why(errors)}")
+            yield ssh
+        finally:
+            end(ssh)
+
+
+def opened(ssh: subprocess.Popen[bytes]) -> bool:
+    """Waits until the head has answered, which it does once all ports are forwarded (ExitOnForwardFailure)."""
+    assert ssh.stdout
+    heard, until = b"", time.monotonic() + 2 * CONNECT_S
+    while not heard.endswith(READY):  # a head may greet us first
+        if not select.select([ssh.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+            return False
+        if not (news := os.read(ssh.stdout.fileno(), 4096)):
+            return False
+        heard += news
+    return True
+
+
+def why(errors: IO[bytes]) -> str:
+    errors.seek(0)
+    lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
+    return f": {lines[-1]}" if lines else "."
+
+
+def end(ssh: subprocess.Popen[bytes]) -> None:
+    assert ssh.stdin and ssh.stdout
+    ssh.terminate()
+    try:
+        ssh.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        ssh.kill()
+        ssh.wait()
+    ssh.stdin.close()
+    ssh.stdout.close()

@@ -1,0 +1,52 @@
+"""What the states mean that a dashboard tells of Serve's applications: whether they serve, why not, in words."""
+
+from collections.abc import Iterator
+
+from cluster.dashboard import Details, reason
+from cluster.terminal import Stop
+
+
+class Failed(Stop):
+    """An application will not start, and this is why."""
+
+
+def ready(details: Details, names: list[str]) -> bool:
+    """Whether all of them serve. An application that has failed ends the wait, with the reason."""
+    apps = {name: details["applications"].get(name) for name in names}
+    for name, app in apps.items():
+        if app and app["status"] == "DEPLOY_FAILED":
+            raise Failed(why(name, app))
+    if not all(app and app["status"] == "RUNNING" for app in apps.values()):
+        return False
+    doors = [proxy["status"] == "HEALTHY" for proxy in details["proxies"].values()]
+    reachable = bool(doors and all(doors)) or details["proxy_location"] == "Disabled"
+    return reachable and all(settled(one) for app in apps.values() if app for one in app["deployments"].values())
+
+
+def settled(deployment: Details) -> bool:
+    """As many replicas as the config says; how many more load has asked for is not what a deployment waits for."""
+    return bool(deployment["status"] == "HEALTHY" or deployment["status_trigger"] == "AUTOSCALING")
+
+
+def why(name: str, app: Details) -> str:
+    failed = {n: one["message"] for n, one in app["deployments"].items() if one["status"] == "DEPLOY_FAILED"}
+    messages = {f"{name}/{n}": message for n, message in failed.items() if message} or {name: app["message"]}
+    return "\n".join(f"{place} did not start: {reason(message)}" for place, message in messages.items())
+
+
+def counts(deployment: Details) -> str:
+    states = [replica["state"] for replica in deployment["replicas"]]
+    others = {state: states.count(state) for state in sorted(set(states) - {"RUNNING"})}
+    told = [f"{states.count('RUNNING')} of {deployment['target_num_replicas']} ready"]
+    return ", ".join(told + [f"{count} {state.lower().replace('_', ' ')}" for state, count in others.items()])
+
+
+def replicas(app: Details, state: str, deployment: str | None = None) -> Iterator[Details]:
+    for name, one in app["deployments"].items():
+        for replica in one["replicas"]:
+            if replica["state"] == state and deployment in (None, name):
+                yield replica
+
+
+def name_of(app: Details) -> str:
+    return str(app.get("name", "default"))

@@ -1,0 +1,87 @@
+"""The fuzzer finds what it is there to find, and what it sent can be sent again."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from tests import http_fuzz
+from tests.api.test_proxy import Application, guarded, say
+from tests.fuzz_cases import KINDS, Case
+
+ERROR = json.dumps({"error": {"message": "no", "type": "server_error", "param": None, "code": "CODE"}})
+
+
+@pytest.fixture
+def application() -> Application:
+    return Application()
+
+
+@pytest.fixture
+def port(application: Application) -> Iterator[int]:
+    with guarded(application) as port:
+        yield port
+
+
+def test_a_seed_and_a_number_make_the_same_bytes() -> None:
+    for kind in KINDS:
+        made = [Case(kind, 3, number).request for number in range(50)]
+        assert made == [Case(kind, 3, number).request for number in range(50)] and len(set(made)) > 30
+        assert made != [Case(kind, 4, number).request for number in range(50)]
+
+
+def test_a_server_without_a_fault_passes(application: Application, port: int) -> None:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        drawn = scope["path"] == "/imagine" and scope["query_string"] == http_fuzz.PICTURE.partition("?")[2].encode()
+        body = ERROR.replace("CODE", "queue_full").encode()
+        await say(
+            send, 200 if drawn else 503, b"picture" if drawn else body, "application/json", (b"retry-after", b"1")
+        )
+
+    application.answer = refuse
+    report = http_fuzz.fuzz(port, 10, 0, {})
+    assert not report.failures and sum(report.statuses.values()) == 10 * len(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "problem"),
+    [
+        (500, ERROR, "status 500"),
+        (502, ERROR, "status 502"),
+        (503, ERROR, "status 503"),
+        (404, "Path not found", "not in OpenAI's shape"),
+        (400, ERROR.replace("no", "Traceback (most recent call last)"), "'Traceback'"),
+        (200, '{"file": "site-packages/ray/serve"}', "'site-packages'"),
+    ],
+)
+def test_a_wrong_answer_is_found_and_told_with_what_was_sent(
+    application: Application, port: int, status: int, body: str, problem: str
+) -> None:
+    async def wrong(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["query_string"] == http_fuzz.PICTURE.partition("?")[2].encode():
+            await say(send, 200, b"picture", "image/png")
+        else:
+            await say(send, status, body.encode(), "application/json")
+
+    application.answer = wrong
+    told = str(http_fuzz.fuzz(port, 5, 0, {}))
+    assert problem in told and "sent b'" in told and ":0:" in told
+
+
+def test_a_hang_and_another_picture_are_found(
+    application: Application, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_fuzz, "HANG_S", 0.5)
+    drawn = iter([b"one picture", b"another one"])
+
+    async def hang(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["query_string"] == http_fuzz.PICTURE.partition("?")[2].encode():
+            await say(send, 200, next(drawn), "image/png")
+        else:
+            await asyncio.sleep(3)
+
+    application.answer = hang
+    told = str(http_fuzz.fuzz(port, 3, 0, {}))
+    assert "no end after" in told and "drew another picture" in told

@@ -1,0 +1,135 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from capacity.chips import CHIPS, Host, host_of
+from capacity.configs import asked_of, hosts_of
+from capacity.hlo import Bill
+from capacity.libtpu import pinned, version
+from capacity.models import configurations, presets, shapes_of
+from capacity.price import KERNEL_SHARE, charged, part_of
+from capacity.work import Work
+from cluster.terminal import Stop
+from tests.published import CHECKPOINTS
+
+V5E = CHIPS["v5e"]
+
+
+@pytest.mark.parametrize(
+    ("sold", "chip", "chips"),
+    [("v4-8", "v4", 4), ("v5litepod-1", "v5e", 1), ("v5litepod-8", "v5e", 8), ("v5p-8", "v5p", 4), ("v6e-4", "v6e", 4)],
+)
+def test_a_host_is_named_as_google_sells_it(sold: str, chip: str, chips: int) -> None:
+    host = host_of(sold)
+    assert host == Host(CHIPS[chip], chips)
+    assert host.accelerator_type == sold
+
+
+@pytest.mark.parametrize("wrong", ["v5litepod-16", "v4-16", "v4-7", "v9-4", "v5e", "", "v6e-2"])
+def test_what_is_no_single_host_is_refused_with_what_there_is(wrong: str) -> None:
+    with pytest.raises(ValueError, match="v4-8, v5litepod-1, v5litepod-4, v5litepod-8, v5p-8, v6e-1, v6e-4, v6e-8"):
+        host_of(wrong)
+
+
+def test_clocks_follow_from_peaks() -> None:
+    assert {name: round(chip.clock / 1e6) for name, chip in CHIPS.items()} == {
+        "v4": 1049,
+        "v5e": 1503,
+        "v5p": 1751,
+        "v6e": 1751,
+    }
+
+
+def test_an_operation_belongs_to_its_innermost_scope() -> None:
+    assert part_of("jit(step)/while/body/closed_call/transformer/self-attention/dot_general") == "self-attention"
+    assert part_of("jit(step)/transformer/add") == "transformer"
+    assert part_of("jit(step)/resnet.1/add") == part_of("") == "other"
+
+
+def test_a_kernel_is_charged_at_its_padded_work_over_70_percent_of_peak() -> None:
+    found = Bill(
+        cycles=Counter({"jit(f)/resnet/add": 1000}),
+        kernels=Counter({"jit(f)/self-attention/pallas_call": 1}),
+        kernel_cycles=Counter({"jit(f)/self-attention/pallas_call": 500}),
+    )
+    total = Work(kernels={"self-attention/x": 7000.0 * V5E.flops_a_cycle})
+    parts, notes = charged(found, total, V5E, shards=1)
+    assert (parts, notes) == ({"resnet": 1000, "self-attention": round(7000 / KERNEL_SHARE)}, [])
+    parts, _ = charged(found, total, V5E, shards=2)
+    assert parts["self-attention"] == round(3500 / KERNEL_SHARE)
+
+
+def test_a_kernel_whose_own_estimate_is_higher_is_charged_that() -> None:
+    found = Bill(
+        kernels=Counter({"jit(f)/self-attention/k": 1}), kernel_cycles=Counter({"jit(f)/self-attention/k": 500})
+    )
+    parts, notes = charged(found, Work(kernels={"self-attention": 7.0 * V5E.flops_a_cycle}), V5E, shards=1)
+    assert (parts, notes) == ({"self-attention": 500}, [])
+
+
+def test_what_the_sum_leaves_out_is_told() -> None:
+    found = Bill(kernels=Counter({"k": 1}), unpriced=Counter({"all-gather": 3}), open_loops=2)
+    _, notes = charged(found, Work(open_loops=1), V5E, shards=1)
+    assert len(notes) == 3
+    assert any("3 x all-gather" in note for note in notes)
+    assert any("1 loops whose turns cannot be read" in note for note in notes)
+    assert any("a kernel in other multiplies nothing that can be seen" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-4", "stable-diffusion-v1-5", "stable-diffusion-2-1"])
+def test_presets_are_the_published_architectures(name: str) -> None:
+    from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+
+    assert name in presets()
+    problems: list[str] = []
+    _, ours = configurations(f"anyone/{name}", problems)
+    published = CHECKPOINTS[name]
+    kinds = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
+    for part, kind in kinds.items():
+        assert kind.from_json(ours[part], problems) == kind.from_json(published[part], problems)  # type: ignore[attr-defined]
+    assert not problems
+
+
+def test_a_model_of_shapes_holds_no_weights() -> None:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    checkpoint = shapes_of("demo", jnp.bfloat16)
+    leaves = jax.tree.leaves(nnx.state(checkpoint.unet))
+    assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def test_a_model_that_is_not_known_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match="one of demo, stable-diffusion-2-1, .*, got stable-difusion"):
+        configurations("stable-difusion", [])
+
+
+def test_libtpu_is_pinned_with_hashes() -> None:
+    assert pinned().startswith(f"libtpu=={version()}")
+    assert "--hash=sha256:" in pinned()
+
+
+def test_buckets_and_steps_come_from_the_config() -> None:
+    asked = asked_of(Path("configs/sd14.yaml"))
+    assert asked.served.model == "CompVis/stable-diffusion-v1-4"
+    assert asked.served.batch_buckets == (1, 2, 4, 8, 16)
+    assert (asked.served.dtype, asked.num_inference_steps, asked.guidance_scale) == ("bfloat16", 50, 7.5)
+    assert [host.accelerator_type for host in hosts_of("", Path("configs/cluster-v6e.yaml"))] == ["v6e-4"]
+    assert [host.accelerator_type for host in hosts_of("v4-8, v6e-1", Path("none"))] == ["v4-8", "v6e-1"]
+    with pytest.raises(Stop, match="TPU must be one host"):
+        hosts_of("v5e", Path("none"))
+    with pytest.raises(Stop, match="SIZE must be WIDTHxHEIGHT"):
+        asked_of(Path("configs/sd14.yaml"), size="512")
+
+
+def test_dollars_override_the_list() -> None:
+    v5e, v6e = hosts_of("v5litepod-4,v6e-4", Path("none"), "v5e=0.5")
+    assert (v5e.dollars_hour, v6e.dollars_hour) == (2.0, 4 * CHIPS["v6e"].dollars_hour)
+
+
+@pytest.mark.parametrize("wrong", ["v5e", "v5e=", "v5e=-1", "v5e=nan", "v9=1", "v6e=1,v5litepod=2"])
+def test_dollars_that_cannot_be_read_are_refused(wrong: str) -> None:
+    with pytest.raises(Stop, match="DOLLARS must be like"):
+        hosts_of("v6e-4", Path("none"), wrong)

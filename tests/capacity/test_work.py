@@ -1,0 +1,95 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from capacity.work import matrix, work
+
+TILE = 128
+
+
+def work_of(function: Any, *shapes: tuple[int, ...]) -> Any:
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return work(jax.make_jaxpr(function)(*arguments).jaxpr, TILE)
+
+
+def test_a_product_counts_two_for_each_multiply_add() -> None:
+    found = work_of(lambda a, b: a @ b, (256, 384), (384, 512))
+    assert found.flops == found.padded_flops == 2 * 256 * 384 * 512
+
+
+def test_a_head_of_40_fills_the_unit_like_one_of_128() -> None:
+    """Of an attention's two products the one has 40 inside, the other outside."""
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.einsum("nqk,nkh->nqh", jnp.einsum("nqh,nkh->nqk", q, k), v)
+
+    found = work_of(attention, (8, 4096, 40), (8, 4096, 40), (8, 4096, 40))
+    assert found.flops == 2 * 2 * 8 * 4096 * 4096 * 40
+    assert found.padded_flops == 2 * 2 * 8 * 4096 * 4096 * 128
+
+
+def test_the_longer_side_streams_whichever_it_is() -> None:
+    assert matrix(1, 4096, 128, 40, TILE) == matrix(1, 40, 128, 4096, TILE)
+
+
+def test_a_convolution_pads_each_tap() -> None:
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    found = work_of(convolve, (2, 16, 16, 4), (3, 3, 4, 320))
+    assert found.flops == 2 * 9 * (2 * 16 * 16) * 4 * 320
+    assert found.padded_flops == 2 * 9 * (2 * 16 * 16) * 128 * 384
+
+
+def test_loops_of_known_length_multiply_and_open_ones_count_once() -> None:
+    once = 2 * 128**3
+
+    def closed(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 5, lambda i, x: x @ x, x)
+
+    def opened(n: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)
+
+    assert work_of(closed, (128, 128)).flops == 5 * once
+    number, square = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((128, 128), jnp.float32)
+    found = work(jax.make_jaxpr(opened)(number, square).jaxpr, TILE)
+    assert (found.flops, found.open_loops) == (once, 1)
+
+
+def test_of_a_branch_the_dearest_side_counts() -> None:
+    def branch(x: jax.Array) -> jax.Array:
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x, x)
+
+    assert work_of(branch, (128, 128)).flops == 2 * 2 * 128**3
+
+
+def test_a_kernel_counts_as_often_as_its_grid_has_cells_under_its_scope() -> None:
+    def kernel(x: Any, y: Any, out: Any) -> None:
+        out[...] = jnp.dot(x[...], y[...], preferred_element_type=jnp.float32)
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        block = pl.BlockSpec((64, 40), lambda i: (i, 0))
+        with jax.named_scope("self-attention"):
+            return pl.pallas_call(
+                kernel,
+                grid=(4,),
+                in_specs=[block, pl.BlockSpec((40, 256), lambda i: (0, 0))],
+                out_specs=pl.BlockSpec((64, 256), lambda i: (i, 0)),
+                out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32),
+            )(x, y)
+
+    found = work_of(product, (256, 40), (40, 256))
+    assert found.flops == 2 * 256 * 40 * 256
+    ((stack, padded),) = found.kernels.items()
+    assert "self-attention" in stack
+    assert padded == pytest.approx(4 * 2 * 128 * 128 * 256)  # of each cell, 64 rows pad to 128 and 40 inside do too
+
+
+def test_what_chips_do_apart_counts_once_for_each_part_that_differs() -> None:
+    mesh = jax.sharding.AbstractMesh((2, 4), ("rows", "same"))
+    rows = jax.sharding.PartitionSpec("rows")
+    each = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    assert work_of(each, (256, 128)).flops == 2 * (2 * 128**3)

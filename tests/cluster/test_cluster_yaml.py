@@ -1,0 +1,299 @@
+"""cluster.yaml and its variants: what Ray makes of them, and what their shell commands do. Google Cloud is not asked,
+so what only it could say (names of images, zones, machine types) is not tested here.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.command_runner import _with_environment_variables, _with_interactive
+from ray.autoscaler._private.providers import _get_default_config
+from ray.autoscaler._private.util import prepare_config, validate_config, with_envs
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.scripts.scripts import start
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "cluster.yaml"
+CLUSTERS = [BASE, *sorted((ROOT / "configs").glob("cluster-*.yaml"))]
+each_cluster = pytest.mark.parametrize("path", CLUSTERS, ids=[path.stem for path in CLUSTERS])
+COMMANDS = ("setup_commands", "head_setup_commands", "worker_setup_commands")
+STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
+
+
+def config(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
+
+
+def the(command: str, path: Path = BASE) -> str:
+    """The one command of a file that holds these words."""
+    (found,) = [one for name in (*COMMANDS, *STARTS) for one in config(path)[name] if command in one]
+    return str(found)
+
+
+# What Ray makes of them
+
+
+@each_cluster
+def test_rays_own_validation_accepts_it(path: Path) -> None:
+    validate_config(prepare_config(config(path)))
+
+
+@each_cluster
+def test_nothing_that_runs_is_left_to_rays_defaults_for_google_cloud(path: Path) -> None:
+    said = config(path)
+    for key, value in _get_default_config({"type": "gcp"}).items():
+        if key.endswith("_commands") or key in ("available_node_types", "head_node_type", "provider"):
+            assert key in said
+            assert not value or said[key] != value
+    text = json.dumps(prepare_config(said))
+    assert "cp37" not in text and "0.0.0.0" not in text
+
+
+@each_cluster
+def test_the_autoscaler_reads_a_head_without_work_and_one_to_four_tpu_nodes(path: Path) -> None:
+    read = AutoscalingConfig(config(path), skip_content_hash=True)
+    types = read.get_node_type_configs()
+    head, tpu = types["head"], types["ray_tpu"]
+    assert set(types) == {"head", "ray_tpu"} and read.get_head_node_type() == "head"
+    assert head.resources == {"CPU": 0}
+    assert (tpu.min_worker_nodes, tpu.max_worker_nodes, read.get_max_num_worker_nodes()) == (1, 4, 4)
+    assert tpu.resources == {"CPU": 8, "TPU": 4}
+    assert read.get_idle_timeout_s() == 600
+
+
+def leaves(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: leaf for part, inner in items for name, leaf in leaves(inner, f"{key}.{part}").items()}
+    return {key.lstrip("."): value}
+
+
+NODE = "available_node_types.ray_tpu"
+DIFFERENT = {"cluster_name", "provider.region", "provider.availability_zone", f"{NODE}.labels.ray.io/accelerator-type"}
+DIFFERENT |= {f"{NODE}.node_config.{key}" for key in ("acceleratorType", "runtimeVersion", "schedulingConfig.spot")}
+
+
+@pytest.mark.parametrize("path", CLUSTERS[1:], ids=[path.stem for path in CLUSTERS[1:]])
+def test_a_variant_differs_in_name_place_and_tpu_alone(path: Path) -> None:
+    base, variant = leaves(config(BASE)), leaves(config(path))
+    assert set(base) == set(variant)
+    different = {key for key in base if base[key] != variant[key]}
+    assert "cluster_name" in different and different <= DIFFERENT
+
+
+def test_the_variants_are_the_predecessors_tpu_the_newer_one_and_a_spot_one() -> None:
+    found = {path.stem: config(path)["available_node_types"]["ray_tpu"]["node_config"] for path in CLUSTERS[1:]}
+    assert {name: (one["acceleratorType"], one["schedulingConfig"]["spot"]) for name, one in found.items()} == {
+        "cluster-spot": ("v5litepod-4", True),
+        "cluster-v4-8": ("v4-8", False),
+        "cluster-v6e": ("v6e-4", False),
+    }
+
+
+@each_cluster
+def test_head_and_tpu_nodes_stand_in_one_network_under_one_tag(path: Path) -> None:
+    types = config(path)["available_node_types"]
+    head, tpu = (types[name]["node_config"] for name in ("head", "ray_tpu"))
+    assert head["networkInterfaces"][0]["network"].rpartition("/")[2] == tpu["networkConfig"]["network"]
+    assert head["tags"]["items"] == tpu["tags"]
+
+
+@each_cluster
+def test_every_line_fits_and_says_what_must_be_set(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if len(line) > 120 and "https://" not in line] == []
+    assert config(path)["provider"]["project_id"] is None  # Ray stops at once, and says that it must be set
+
+
+# What is installed
+
+
+def test_the_nodes_install_what_this_repository_pins() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (version,) = set(re.findall(r"^UV_VERSION := (\S+)$", makefile, re.MULTILINE))
+    fetch = the("files.pythonhosted.org")
+    assert f"/uv-{version}-py3-none-manylinux" in fetch and f"/tmp/uv/uv-{version}.data/scripts/uv" in fetch
+    assert re.search(r'echo "[0-9a-f]{64}  /tmp/uv.whl" \| sha256sum --check', fetch)
+    (python,) = set(re.findall(r"--python-version (\S+)$", makefile, re.MULTILINE))
+    assert f"venv --managed-python --python {python} " in the("--managed-python")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["mypy"]["python_version"] == python
+
+
+@pytest.mark.parametrize("name", ["gcp", "tpu"])
+def test_each_package_that_a_node_installs_has_hashes_and_is_the_one_tested_here(name: str) -> None:
+    assert f"--require-hashes -r ~/imagine/requirements/{name}.txt" in the(f"-r ~/imagine/requirements/{name}.txt")
+    text = (ROOT / f"requirements/{name}.txt").read_text()
+    pinned = re.findall(r"^([\w.-]+)==(\S+)( ; [^\\]+)? \\$", text, re.MULTILINE)
+    blocks = re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)[1:]
+    assert len(pinned) == len(blocks) and all("--hash=sha256:" in block for block in blocks)
+    runtime = re.findall(r"^[\w.-]+==\S+", (ROOT / "requirements/runtime.txt").read_text(), re.MULTILINE)
+    assert set(runtime) <= {f"{package}=={version}" for package, version, _ in pinned}
+
+
+def test_the_folders_that_are_mounted_are_all_that_the_app_needs(tmp_path: Path) -> None:
+    said = config(BASE)
+    for remote, local in said["file_mounts"].items():
+        if remote.startswith("~/imagine/"):
+            target = tmp_path / remote.removeprefix("~/imagine/")
+            if local == "assets":  # large, and only read
+                target.symlink_to(ROOT / local)
+            else:
+                shutil.copytree(ROOT / local, target, ignore=shutil.ignore_patterns(*said["rsync_exclude"]))
+    args = config(ROOT / "serve_config.yaml")["applications"][0]["args"]
+    program = (
+        "import json, sys, app.builders, app.diffusion.pipeline, cluster.node_watcher;"
+        "app.builders.text_to_image(app.builders.Args.model_validate(json.loads(sys.argv[1])));"
+        "print(app.builders.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, json.dumps(args)],
+        cwd="/",
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "app/builders.py")), done.stderr
+
+
+# What the shell makes of the commands
+
+
+def wrapped(command: str) -> list[str]:
+    """As Ray's updater sends it over SSH, with the variables that it sets (autoscaler/_private/updater.py)."""
+    command = with_envs([command], {"RAY_HEAD_IP": "10.0.0.2", "RAY_CLOUD_INSTANCE_ID": "x"})[0]
+    variables = {"RAY_OVERRIDE_RESOURCES": {"CPU": 8, "TPU": 4}, "RAY_OVERRIDE_LABELS": {"a/b": "c"}}
+    words: list[str] = _with_interactive(_with_environment_variables(command, variables))
+    return words
+
+
+@each_cluster
+def test_every_command_is_one_that_bash_can_parse_as_ray_sends_it(path: Path) -> None:
+    for name in (*COMMANDS, *STARTS):
+        for command in config(path)[name]:
+            done = subprocess.run(["bash", "-n", "-c", " ".join(wrapped(command))], capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, ""), command
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A node's home after copying, with a `ray` that only tells how it was called."""
+    folder = tmp_path / "home"
+    for file in ("app/builders.py", "cluster/node_watcher.py", "requirements/tpu.txt"):
+        (folder / "imagine" / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "imagine" / file).touch()
+    (folder / ".ray").mkdir()
+    (folder / ".ray/auth_token").write_text("secret")
+    (folder / ".ray/auth_token").chmod(0o644)
+    install(folder, "ray", f'{{ echo "$0 $@"; env; }} > {tmp_path}/called')
+    return folder
+
+
+def install(home: Path, name: str, script: str) -> None:
+    program = home / "imagine/.venv/bin" / name
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text(f"#!/bin/bash\n{script}\n")
+    program.chmod(0o755)
+
+
+def shell(home: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Without the login and the terminal of SSH."""
+    text = _with_environment_variables(f"export RAY_HEAD_IP=10.0.0.2; {command}", {"RAY_USAGE_STATS_ENABLED": 1})
+    environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    return subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, cwd=home, timeout=60)
+
+
+def set_up(home: Path) -> None:
+    for words in ("chmod 600", "> ~/imagine/environment", ">> ~/.bashrc"):
+        done = shell(home, the(words))
+        assert done.returncode == 0, done.stderr
+
+
+def called(home: Path) -> tuple[str, dict[str, str]]:
+    """The command line with which `ray` was called last, and its environment."""
+    line, *variables = (home.parent / "called").read_text().splitlines()
+    return line, dict(one.partition("=")[::2] for one in variables)
+
+
+def test_setup_stops_where_the_code_or_the_token_is_missing(home: Path) -> None:
+    check = the("chmod 600")
+    assert shell(home, check).returncode == 0
+    assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+    for file in ("imagine/requirements/tpu.txt", ".ray/auth_token"):
+        (home / file).unlink()
+        done = shell(home, check)
+        assert done.returncode != 0 and Path(file).name in done.stderr
+
+
+def test_setup_can_be_run_again(home: Path) -> None:
+    for _ in range(3):
+        set_up(home)
+    assert (home / ".bashrc").read_text().count("environment") == 1
+
+
+def test_ray_starts_with_the_token_mode_the_code_and_without_telling_usage(home: Path) -> None:
+    set_up(home)
+    for words, platforms in (("ray start --head", "cpu"), ("ray start --address", "tpu,cpu")):
+        done = shell(home, the(words))
+        assert done.returncode == 0, done.stderr
+        line, environment = called(home)
+        assert line.startswith(f"{home}/imagine/.venv/bin/ray start --")
+        assert environment["RAY_AUTH_MODE"] == "token"
+        assert environment["PYTHONPATH"] == f"{home}/imagine"
+        assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+        assert environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] == "2"
+        assert environment["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] == "1"
+        assert environment["RAY_preload_python_modules"] == "cluster.closed_port", "a module that the nodes have"
+        assert environment["JAX_PLATFORMS"] == platforms
+        assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "app.api.proxy:guards"
+
+
+def options(home: Path, words: str) -> dict[str, Any]:
+    """Of a `ray start`, as Ray's own command line reads them."""
+    set_up(home)
+    shell(home, the(words))
+    arguments = called(home)[0].partition(" start ")[2].split()
+    return dict(start.make_context("start", arguments).params)
+
+
+def test_the_head_takes_no_work_and_keeps_its_dashboard_to_itself(home: Path) -> None:
+    head = options(home, "ray start --head")
+    assert head["head"] and head["num_cpus"] == 0 and head["port"] == 6379
+    assert head["autoscaling_config"] == f"{home}/ray_bootstrap_config.yaml"
+    assert (head["dashboard_host"], head["dashboard_port"]) == ("127.0.0.1", 8265)
+
+
+def test_a_tpu_node_joins_the_head_that_ray_names(home: Path) -> None:
+    assert options(home, "ray start --address")["address"] == "10.0.0.2:6379"
+
+
+@pytest.mark.skipif(not shutil.which("setsid"), reason="setsid is Linux's")
+def test_the_watcher_starts_behind_ray_and_lives_on_in_a_session_of_its_own(home: Path) -> None:
+    set_up(home)
+    logs, done = home.parent / "logs", home.parent / "done"
+    logs.mkdir()
+    os.mkfifo(done)
+    install(home, "python", f'echo watching; echo "$@ $RAY_AUTH_MODE $(ps -o sid= $$) $$" > {done}')
+    command = config(BASE)["worker_start_ray_commands"][-1]
+    started = shell(home, command.replace("/tmp/ray/session_latest/logs", str(logs)))
+    assert (started.returncode, started.stdout, started.stderr) == (0, "", "")
+    told = subprocess.run(["cat", done], capture_output=True, text=True, timeout=60).stdout.split()
+    assert told[:3] == ["-m", "cluster.node_watcher", "token"]
+    assert told[3] == told[4]  # the leader of its session
+    assert (logs / "watcher.log").read_text() == "watching\n"
+
+
+@each_cluster
+def test_no_secret_stands_in_the_file(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"RAY_AUTH_TOKEN\s*=|HF_TOKEN|hf_[A-Za-z0-9]{20}|-----BEGIN", text)
+    assert config(path)["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"

@@ -1,0 +1,295 @@
+"""app/diffusion/models/loading.py on checkpoints that are nearly right: each loads as in diffusers, or is refused by
+name."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from app.diffusion.models.loading import finite, load_checkpoint
+from app.diffusion.models.scheduler_config import corrected
+from app.diffusion.samplers import Schedule, make_table
+from cluster import processes
+from tests import tiny
+from tests.hub_server import Hub, serving
+
+ROOT = Path(__file__).resolve().parents[2]
+REPO = "somebody/tiny"
+BETAS = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny.write_checkpoint(tmp_path / "model", "tiny-sd1", tiny.tensor_shapes()["tiny-sd1"])
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_checkpoint(folder)
+    return str(caught.value)
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """None takes the key out."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+# The tokenizer
+
+
+def test_a_tokenizer_without_files_is_refused_and_they_are_named(model: Path) -> None:
+    for file in (model / "tokenizer").iterdir():
+        file.unlink()
+    assert "- tokenizer/vocab.json and tokenizer/merges.txt are missing" in refused(model)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_half_a_tokenizer_is_refused(model: Path, name: str) -> None:
+    (model / "tokenizer" / name).unlink()
+    assert f"- tokenizer/{name} is missing" in refused(model)
+
+
+def added_tokens(folder: Path) -> None:
+    (folder / "added_tokens.json").write_text(json.dumps({"<cat>": 600}))
+
+
+def vocab(folder: Path) -> None:
+    edit(folder / "vocab.json", **{"<cat>": 600})
+
+
+def decoder(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", added_tokens_decoder={"600": {"content": "<cat>", "special": False}})
+
+
+def tokenizer_json(folder: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["added_tokens"].append({**whole["added_tokens"][0], "id": 600, "content": "<cat>"})
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("where", [added_tokens, vocab, decoder, tokenizer_json])
+def test_a_token_that_the_text_encoder_has_no_row_for_is_refused(model: Path, where: Callable[[Path], None]) -> None:
+    where(model / "tokenizer")
+    assert "- tokenizer: '<cat>' has the id 600, and the text encoder has 526 rows, 0 to 525." in refused(model)
+
+
+def test_a_token_that_transformers_itself_would_add_is_refused(model: Path) -> None:
+    edit(model / "tokenizer/special_tokens_map.json", additional_special_tokens=["<dog>"])
+    assert "'<dog>' has the id 526, and the text encoder has 526 rows" in refused(model)
+    edit(model / "tokenizer/special_tokens_map.json", additional_special_tokens=None, pad_token="<pad>")
+    assert "tokenizer/special_tokens_map.json: pad_token '<pad>' is no token of the vocabulary." in refused(model)
+
+
+def test_a_list_of_merges_that_is_cut_short_is_refused(model: Path) -> None:
+    merges = model / "tokenizer/merges.txt"
+    merges.write_text("".join(merges.read_text().splitlines(keepends=True)[:8]))
+    assert "merges.txt has no line that makes 5 of the 12 words in vocab.json, such as 'at</w>'" in refused(model)
+
+
+def test_two_files_that_give_a_token_two_ids_are_refused(model: Path) -> None:
+    tokenizer_json(model / "tokenizer")
+    whole = json.loads((model / "tokenizer/tokenizer.json").read_text())
+    whole["added_tokens"].pop()
+    whole["model"]["vocab"]["house</w>"] = 5
+    (model / "tokenizer/tokenizer.json").write_text(json.dumps(whole))
+    assert "tokenizer/tokenizer.json: 'house</w>' has the id 5, and 519 elsewhere." in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_max_length": 24}, "model_max_length must be the text encoder's max_position_embeddings 77, got 24."),
+        ({"model_max_length": 512}, "got 512."),
+        ({"padding_side": "left"}, "padding_side must be right, got 'left'."),
+        ({"truncation_side": "left"}, "truncation_side must be right, got 'left'."),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_text_encoder_is_refused(
+    model: Path, changes: dict[str, Any], words: str
+) -> None:
+    edit(model / "tokenizer/tokenizer_config.json", **changes)
+    assert f"- tokenizer/tokenizer_config.json: {'' if words[0] == 'g' else words}" in refused(model)
+    assert words in refused(model)
+
+
+def test_a_tokenizer_without_a_length_of_its_own_has_the_text_encoders(model: Path) -> None:
+    edit(model / "tokenizer/tokenizer_config.json", model_max_length=None)
+    assert load_checkpoint(model).folder == model
+    edit(model / "tokenizer/tokenizer_config.json", model_max_length=int(1e30))
+    assert load_checkpoint(model).folder == model
+
+
+def test_an_option_of_the_text_encoder_that_would_change_the_picture_is_refused(model: Path) -> None:
+    edit(model / "text_encoder/config.json", use_attention_mask=True)
+    assert "text_encoder/config.json: use_attention_mask must be False, got True." in refused(model)
+
+
+# The scheduler
+
+
+def pndm_of(model: Path, **changes: Any) -> list[float]:
+    """The timesteps of five steps."""
+    edit(model / "scheduler/scheduler_config.json", **changes)
+    schedule = Schedule.from_config(load_checkpoint(model).scheduler)
+    return make_table("pndm", 5, schedule).timesteps.tolist()
+
+
+@pytest.mark.parametrize("offset", [None, 0, 2])
+def test_timesteps_begin_at_one_whatever_the_file_says(
+    model: Path, offset: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="ray.serve.app.models.loading"):
+        assert pndm_of(model, steps_offset=offset) == [801, 601, 601, 401, 201, 1]
+    said = {None: "0, its default", 0: "0", 2: "2"}[offset]
+    assert f"steps_offset is 1 instead of {said}, as diffusers' pipeline has it." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"],
+)
+def test_that_holds_for_every_class_of_scheduler(name: str) -> None:
+    given = {"_class_name": name, **BETAS, "timestep_spacing": "leading"}
+    schedule = Schedule.from_config(corrected(given)[0])
+    assert schedule.steps_offset == 1
+    assert [make_table(sampler, 5, schedule).timesteps[-1] for sampler in ("ddim", "euler")] == [1, 1]
+
+
+def test_a_file_that_is_right_is_not_remarked_on(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="ray.serve.app.models.loading"):
+        assert pndm_of(model) == [801, 601, 601, 401, 201, 1]
+    assert "instead of" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "remark"),
+    [
+        ({"_class_name": "DDIMScheduler", "clip_sample": True}, "clip_sample is false instead of true"),
+        ({"skip_prk_steps": False}, "skip_prk_steps is true instead of false"),
+        ({"skip_prk_steps": None}, "skip_prk_steps is true instead of false, its default"),
+    ],
+)
+def test_what_the_pipeline_corrects_loads_and_is_logged(
+    model: Path, changes: dict[str, Any], remark: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = {"_class_name": changes.get("_class_name", "PNDMScheduler")}
+    as_published = Schedule.from_config({**load_checkpoint(model).scheduler, **named})
+    edit(model / "scheduler/scheduler_config.json", **changes)
+    with caplog.at_level(logging.INFO, logger="ray.serve.app.models.loading"):
+        assert Schedule.from_config(load_checkpoint(model).scheduler) == as_published
+    assert remark in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{"steps_offset": -1}, {"steps_offset": 0.5}, {"clip_sample": "yes"}])
+def test_what_no_schedule_can_have_is_refused_with_all_other_problems(model: Path, changes: dict[str, Any]) -> None:
+    edit(model / "scheduler/scheduler_config.json", **changes)
+    (model / "tokenizer/vocab.json").unlink()
+    said = refused(model)
+    assert f"- scheduler/scheduler_config.json: The scheduler config cannot be followed: {[*changes][0]} must" in said
+    assert "- tokenizer/vocab.json is missing" in said
+
+
+# The weights
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_is_none_is_refused_and_every_tensor_with_one_is_named(model: Path, value: float) -> None:
+    for part, name in (("unet", "conv_out.bias"), ("unet", "conv_in.weight"), ("vae", "decoder.conv_in.bias")):
+        file = model / part / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors[name].reshape(-1)[-1] = value
+        save_file(tensors, file)
+    said = refused(model)
+    (line,) = [line for line in said.splitlines() if line.startswith("- ")]
+    assert line.startswith("- NaN or infinity stands among the weights, in ")
+    assert all(name in line for name in ("unet conv_out.bias", "unet conv_in.weight", "vae decoder.conv_in.bias"))
+
+
+def test_of_many_such_tensors_a_few_are_named(model: Path) -> None:
+    file = model / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor * np.float32(np.nan) for name, tensor in tensors.items()}, file)
+    said = refused(model)
+    assert f" and {len(tensors) - 5} more." in said and said.count("vae ") == 5
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_every_number_of_every_size_is_finite_or_is_not(dtype: Any) -> None:
+    values = np.array([0, -0.0, 1, ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min, 1e-7], dtype)
+    assert finite(values) and finite(np.zeros(0, dtype))
+    long = np.tile(values, 30_000)
+    assert finite(long)
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        for place in (0, len(long) // 2, -1):
+            one = long.copy()
+            one[place] = value
+            assert not finite(one.reshape(2, -1))
+
+
+def test_a_weight_of_whole_numbers_is_refused(model: Path) -> None:
+    file = model / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"decoder.conv_in.bias": np.zeros(16, np.int64)}, file)
+    assert "tensor decoder.conv_in.bias must be F32, F16 or BF16, got I64." in refused(model)
+
+
+# The Hub
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A Hub's environment, whose cache holds the model, as an older client left it: without a list of its files."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = tiny.write_checkpoint(folder / "model", "tiny-sd1", tiny.tensor_shapes()["tiny-sd1"])
+    with serving(Hub(REPO, model)) as endpoint:
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        assert loaded(environment) == ""
+        (repo,) = (folder / "cache/hub").glob("models--*")
+        for file in (repo / "trees").iterdir():
+            file.unlink()
+        (repo / "trees").rmdir()
+        (missing,) = (repo / "snapshots").glob("*/vae/config.json")
+        missing.unlink()
+    return environment
+
+
+def loaded(environment: dict[str, str], repo: str = REPO) -> str:
+    """What loading says in a process of its own: the Hub's client reads its environment once."""
+    code = (
+        "import sys\nfrom app.diffusion.models.loading import load_checkpoint\n"
+        f"try:\n    load_checkpoint({repo!r})\nexcept ValueError as error:\n    print(error)"
+    )
+    given = processes.environment(**environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=given, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "why"), [({}, "Connection refused"), ({"HF_HUB_OFFLINE": "1"}, "`HF_HUB_OFFLINE` environment variable")]
+)
+def test_a_cache_that_lacks_a_file_and_no_way_to_the_hub(cache: dict[str, str], more: dict[str, str], why: str) -> None:
+    said = loaded(cache | more)
+    assert "- vae/config.json is missing.\n" in said
+    assert "\nThe Hub could not be asked for what is missing: " in said and why in said
+
+
+def test_a_repo_that_the_hub_does_not_have_is_said_in_its_words(model: Path) -> None:
+    with serving(Hub(REPO, model)) as endpoint:
+        said = loaded({"HF_ENDPOINT": endpoint, "HF_HOME": str(model.parent / "cache")}, "somebody/else")
+    assert said.startswith("model somebody/else is no folder here and could not be fetched from Hugging Face: 404 ")
+    assert "Repository Not Found" in said and said.count("\n") == 1

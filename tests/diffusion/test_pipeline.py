@@ -1,0 +1,235 @@
+"""The four verbs on a tiny real model: what a picture depends on, and what is compiled."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+import app.diffusion.pipeline
+from app.aot.program import CompileWatch, compiled
+from app.diffusion.pipeline import Pipeline, row_sharding, rows_of
+from app.engine.scheduler import Lane
+from tests.tiny import tensor_shapes, write_checkpoint
+
+SIZE = (16, 24)
+SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "pndm", "lcm")
+
+
+class Asked(NamedTuple):
+    prompt: str = "a red house"
+    negative_prompt: str = "rain"
+    sampler: str = "ddim"
+    steps: int = 4
+    guidance_scale: float = 5.0
+    seed: int = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), "tiny-sd2", tensor_shapes()["tiny-sd2"])
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> Pipeline:
+    pipeline = Pipeline.load(str(folder), sizes=[SIZE], batch_buckets=[4, 1], max_steps=8)
+    pipeline.warmup()
+    return pipeline
+
+
+def draw(pipeline: Pipeline, asked: Sequence[Asked], stride: int = 1, slots: Sequence[int] = range(8)) -> np.ndarray:
+    """Pictures side by side, in as few dispatches of at most `stride` steps as their tables allow."""
+    state = pipeline.empty_state(SIZE)
+    left = {}
+    for slot, one in zip(slots, asked, strict=False):
+        prompt, negative_prompt = pipeline.encode([one.prompt, one.negative_prompt])
+        table = pipeline.table(one.sampler, one.steps)
+        state = pipeline.insert(state, slot, prompt, negative_prompt, table, one.guidance_scale, one.seed)
+        left[slot] = len(table)
+    while running := {slot: steps for slot, steps in left.items() if steps}:
+        lanes = [Lane(slot, one.guidance_scale > 1) for slot, one in zip(slots, asked, strict=False) if left[slot]]
+        count = min(stride, *running.values())
+        state, _ = pipeline.step(state, lanes, count)
+        left |= {slot: steps - count for slot, steps in running.items()}
+    return np.concatenate([np.asarray(pipeline.decode(state, [slot]))[:1] for slot in left])
+
+
+def far(one: np.ndarray, other: np.ndarray) -> int:
+    """Grey levels."""
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_picture_depends_on_its_seed_and_not_on_slot_or_neighbours(pipeline: Pipeline, sampler: str) -> None:
+    seven, last, zero, five = (Asked(seed=seed, sampler=sampler) for seed in (7, 2**32 - 1, 0, 5))
+    together = draw(pipeline, [seven, last, zero, seven])
+    elsewhere = draw(pipeline, [zero, seven, five], slots=[6, 2, 0])  # other slots and neighbours, the same bucket
+    assert np.array_equal(together[0], together[3])
+    assert np.array_equal(together[0], elsewhere[1])
+    assert np.array_equal(together[2], elsewhere[0])
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_buckets_agree_within_a_grey_level(pipeline: Pipeline) -> None:
+    asked = [Asked(seed=seed) for seed in (1, 3, 2)]
+    assert far(draw(pipeline, asked[1:2])[0], draw(pipeline, asked)[1]) <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_in_one_dispatch_or_in_many_are_the_same_bit_for_bit(pipeline: Pipeline, sampler: str) -> None:
+    asked = [Asked(sampler=sampler, steps=6), Asked(sampler=sampler, steps=8, seed=8)]
+    assert np.array_equal(draw(pipeline, asked, stride=1), draw(pipeline, asked, stride=3))
+
+
+def test_slots_at_different_steps_of_different_samplers_share_a_step(pipeline: Pipeline) -> None:
+    """Each slot's picture is the one that it would have made alone."""
+    asked = [
+        Asked("the sea", "", "pndm", 3, 1.0, 11),
+        Asked("a house", "rain", "euler_ancestral", 8, 7.5, 12),
+        Asked("a sun at night", "", "dpmpp_2m", 5, 3.0, 13),
+    ]
+    together = draw(pipeline, asked)
+    for one, picture in zip(asked, together, strict=True):
+        assert far(draw(pipeline, [one])[0], picture) <= 1
+
+
+def test_a_text_is_encoded_to_the_same_bits_beside_any_other(pipeline: Pipeline) -> None:
+    texts = ["the sea", "a house", "", "rain", "a sun at night"]
+    alone = [np.asarray(pipeline.encode([text])[0].embeds) for text in texts]
+    for order in itertools.islice(itertools.permutations(range(5)), 0, 120, 17):
+        together = pipeline.encode([texts[i] for i in order])
+        assert all(np.array_equal(one.embeds, alone[i]) for i, one in zip(order, together, strict=True))
+
+
+def test_without_guidance_the_negative_prompt_is_nothing(pipeline: Pipeline) -> None:
+    def drawn(negative_prompt: str, guidance_scale: float) -> np.ndarray:
+        return draw(pipeline, [Asked(negative_prompt=negative_prompt, guidance_scale=guidance_scale)])
+
+    assert np.array_equal(drawn("rain", 1.0), drawn("", 1.0))
+    assert far(drawn("rain", 6.0), drawn("", 6.0)) > 1
+
+
+def test_a_guided_lane_costs_two_rows_and_padding_reaches_no_slot() -> None:
+    rows = rows_of([Lane(5, True), Lane(2, False), Lane(0, True)], buckets=(1, 2, 4, 8), nobody=16)
+    assert rows.slots.tolist() == [5, 2, 0, 16, 16, 16, 16, 16]
+    assert rows.lane.tolist() == [0, 0, 1, 2, 2, 0, 0, 0]
+    assert rows.half.tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
+    assert (rows.uncond[:3].tolist(), rows.cond[:3].tolist()) == ([0, 2, 3], [1, 2, 4])
+    assert len(rows_of([Lane(0, False)], buckets=(1, 2), nobody=4).slots) == 1
+
+
+def test_a_step_leaves_all_other_slots_alone(pipeline: Pipeline) -> None:
+    prompt, negative_prompt = pipeline.encode(["a house", ""])
+    state = pipeline.empty_state(SIZE)
+    for slot in range(3):
+        table = pipeline.table("ddim", 4)
+        state = pipeline.insert(state, slot, prompt, negative_prompt, table, 5.0, slot)
+    before = [np.array(x) for x in (state.latents, state.step)]
+    state, done = pipeline.step(state, [Lane(1, True)], 2)
+    pipeline.wait(done)
+    latents, step = np.asarray(state.latents), np.asarray(state.step)
+    assert step.tolist() == [0, 2, 0, 0, 0, 0, 0, 0]
+    assert [np.array_equal(latents[slot], before[0][slot]) for slot in range(3)] == [True, False, True]
+
+
+def test_nothing_is_compiled_after_warmup(pipeline: Pipeline) -> None:
+    watch = CompileWatch()
+    watch.ready()
+    try:
+        for sampler in SAMPLERS:
+            draw(pipeline, [Asked(sampler=sampler, guidance_scale=1.0), Asked(seed=8, steps=8)], stride=2)
+        for count in range(1, 9):
+            pipeline.encode(["a", "", "b", "c", "d", "e", "f", "g"][:count])
+        pipeline.decode(pipeline.empty_state(SIZE), [3], draft=True)
+        assert watch.count == 0
+    finally:
+        watch.close()
+
+
+def test_every_declared_program_has_run_and_been_timed(pipeline: Pipeline) -> None:
+    assert pipeline.row_buckets == (1, 2, 4, 8)
+    assert pipeline.decode_buckets == (1, 4)
+    assert set(pipeline.step_s) == {(SIZE, rows) for rows in pipeline.row_buckets}
+    assert set(pipeline.decode_s) == {(SIZE, images) for images in pipeline.decode_buckets}
+    assert min(*pipeline.step_s.values(), *pipeline.decode_s.values()) > 0
+    assert set(pipeline.run) == {program.name for program in pipeline.programs}
+
+
+def test_a_loaded_program_that_fails_at_its_first_run_is_compiled_instead(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def spoilt(programs: Any, *, folder: Path | None, fingerprint: Any) -> Any:
+        def fail(*arguments: Any) -> None:
+            raise jax.errors.JaxRuntimeError("INTERNAL: no such symbol")
+
+        found = compiled(programs, folder=None, fingerprint=fingerprint)
+        return {name: fail if folder and name.startswith("decode") else one for name, one in found.items()}
+
+    monkeypatch.setattr(app.diffusion.pipeline, "compiled", spoilt)
+    pipeline = Pipeline.load(str(folder), sizes=[SIZE], batch_buckets=[1], max_steps=2, programs=tmp_path)
+    pipeline.warmup()
+    assert draw(pipeline, [Asked(steps=2)]).shape == (1, SIZE[1], SIZE[0], 3)
+    assert "A program failed at its first run, so all are compiled anew: INTERNAL: no such symbol" in caplog.text
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_draft_after_the_last_step_is_the_picture_in_the_rough(pipeline: Pipeline, sampler: str) -> None:
+    """Random weights make pictures that no linear map can follow closely; what counts is what the map is applied to."""
+    prompt, negative_prompt = pipeline.encode(["a house", ""])
+    table = pipeline.table(sampler, 8)
+    state = pipeline.insert(pipeline.empty_state(SIZE), 0, prompt, negative_prompt, table, 2.0, 5)
+    state, _ = pipeline.step(state, [Lane(0, True)], len(table))
+    weights = table.draft[-1]
+    denoised = weights[0] * np.asarray(state.latents)[0] + weights[1] * np.asarray(state.history)[0, 0]
+    # After the last step nothing is left to denoise, but for the share that some schedules keep at timestep 0.
+    assert np.abs(denoised - np.asarray(state.latents)[0]).max() < 0.15 * np.abs(denoised).max()
+    draft = np.asarray(pipeline.decode(state, [0], draft=True))
+    assert draft.shape == (1, SIZE[1], SIZE[0], 3)
+    assert draft.dtype == np.uint8
+
+
+def test_rows_are_divided_among_as_many_devices_as_divide_them(pipeline: Pipeline) -> None:
+    assert [row_sharding(pipeline.mesh, rows).shard_shape((rows,)) for rows in (1, 2, 6)] == [(1,), (2,), (6,)]
+
+
+def test_truncation_is_told_of_each_text(pipeline: Pipeline) -> None:
+    assert [one.truncated for one in pipeline.encode(["a house", "the sea " * 60])] == [False, True]
+
+
+def test_a_size_that_the_checkpoint_cannot_draw_is_refused_at_load(folder: Path) -> None:
+    with pytest.raises(ValueError, match="sizes must have a width and a height that are multiples of 4.*got 16x18"):
+        Pipeline.load(str(folder), sizes=[(16, 18)], batch_buckets=[1], max_steps=4)
+
+
+def test_more_steps_than_declared_or_an_unknown_sampler_is_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps must be between 1 and 8, got 9"):
+        pipeline.table("ddim", 9)
+    with pytest.raises(ValueError, match="sampler must be one of ddim, .*, got ddpm"):
+        pipeline.table("ddpm", 4)
+
+
+def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None:
+    pipeline = Pipeline.load(str(folder), dtype="bfloat16", sizes=[SIZE], batch_buckets=[1], max_steps=4)
+    pipeline.warmup()
+    (text,) = pipeline.encode(["a house"])
+    state = pipeline.insert(pipeline.empty_state(SIZE), 0, text, text, pipeline.table("dpmpp_2m", 2), 5.0, 3)
+    state, _ = pipeline.step(state, [Lane(0, True)], 2)
+    dtypes = [str(x.dtype) for x in (state.latents, state.history, state.prompt_embeds)]
+    assert dtypes == ["float32", "float32", "bfloat16"]
+    assert np.isfinite(np.asarray(state.latents)).all()
+
+
+def test_a_decode_bucket_that_nothing_can_fill_is_refused_before_anything_is_loaded(folder: Path) -> None:
+    """Both are named. Any other pair of buckets works."""
+    sentence = r"^decode_buckets must be at most 2, .* batch_buckets \[1\], .* got \[1, 4\]\.$"
+    for model in ("/no/such/model", str(folder)):
+        with pytest.raises(ValueError, match=sentence):
+            Pipeline.load(model, sizes=[SIZE], batch_buckets=[1], decode_buckets=[1, 4], max_steps=8)
+    pipeline = Pipeline.load(str(folder), sizes=[SIZE], batch_buckets=[1], decode_buckets=[2], max_steps=8)
+    with pytest.raises(ValueError, match="decode_buckets must be at most 2"):
+        Pipeline.load(str(folder), sizes=[SIZE], batch_buckets=[1], decode_buckets=[3], max_steps=8)
+    pipeline.warmup()
+    assert draw(pipeline, [Asked()]).shape == (1, SIZE[1], SIZE[0], 3)

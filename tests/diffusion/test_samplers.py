@@ -1,0 +1,244 @@
+"""Every sampler against diffusers' own schedulers, as recorded by tests/make_golden.py."""
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from app.diffusion.samplers import (
+    HISTORY,
+    SAMPLERS,
+    Coefficients,
+    SamplerTable,
+    Schedule,
+    default_sampler,
+    make_table,
+    samplers_for,
+    update,
+)
+from tests import sampler_cases
+from tests.sampler_cases import CONFIGS
+
+SD14 = Schedule.from_config(CONFIGS["sd14"])
+ZERO_SNR = Schedule.from_config(CONFIGS["zero-snr"])
+
+
+@lru_cache
+def golden() -> dict[str, Any]:
+    with np.load(Path(__file__).parents[1] / "golden" / "samplers.npz") as archive:
+        return dict(archive)
+
+
+def row(table: SamplerTable, i: int) -> Coefficients:
+    return Coefficients(*(getattr(table, name)[i : i + 1] for name in Coefficients._fields))
+
+
+def trajectory(table: SamplerTable, step: Any = update) -> list[Any]:
+    """The latents before every evaluation, and the result."""
+    noises = golden()["noises"]
+    x = table.initial_scale * noises[0]
+    history = np.zeros((x.shape[0], HISTORY - 1, *x.shape[1:]), np.float32)
+    path = [x]
+    for i in range(len(table)):
+        noise_pred = sampler_cases.fake_unet(np.asarray(x), float(table.timesteps[i]))
+        x, history = step(x, noise_pred, history, noises[i + 1], row(table, i))
+        path.append(x)
+    return path
+
+
+def error(table: SamplerTable, case: str) -> float:
+    """The largest error of any step, relative to the largest value of that step, in diffusers' scaling."""
+    rows = golden()["case"] == golden()["cases"].tolist().index(case)
+    ours = np.stack(trajectory(table)) * golden()["scale"][rows].reshape(-1, 1, 1, 1, 1)
+    theirs = golden()["latents"][rows]
+    axes = tuple(range(1, theirs.ndim))
+    return float((np.abs(ours - theirs).max(axes) / np.abs(theirs).max(axes)).max())
+
+
+@pytest.mark.parametrize("config, sampler, steps", sampler_cases.cases())
+def test_every_step_is_that_of_diffusers(config: str, sampler: str, steps: int) -> None:
+    case = f"{config} {sampler} {steps}"
+    rows = golden()["case"] == golden()["cases"].tolist().index(case)
+    table = make_table(sampler, steps, Schedule.from_config(CONFIGS[config]))
+    np.testing.assert_allclose(table.timesteps, golden()["timestep"][rows][:-1], rtol=1e-6)
+    # diffusers keeps Euler's latents in sigma space in float32, where one rounding at a first sigma of 4096 (zero
+    # terminal SNR) is 5e-4 of the result; everywhere else this term is below 2e-6.
+    assert error(table, case) <= 1e-4 + 2**-23 * golden()["scale"][rows].max()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_wrong_coefficient_anywhere_would_show(sampler: str) -> None:
+    table = make_table(sampler, 5, SD14)
+    for name in Coefficients._fields:
+        for index in np.ndindex(getattr(table, name).shape):
+            if name == "b" and index[1] > index[0]:
+                continue  # weighs a history that does not exist yet
+            wrong = getattr(table, name).copy()
+            wrong[index] += 0.02 * max(1, abs(wrong[index]))
+            assert error(replace(table, **{name: wrong}), f"sd14 {sampler} 5") > 1e-4, f"{name}{index}"
+
+
+def test_one_jitted_batch_mixes_samplers_steps_and_histories() -> None:
+    tables = [make_table(name, steps, SD14) for name in SAMPLERS for steps in (3, 4)]
+    alone = [trajectory(table) for table in tables]
+    steps = min(len(table) for table in tables)
+    rows = [
+        jax.tree.map(lambda *parts: np.concatenate(parts), *(row(table, i) for table in tables)) for i in range(steps)
+    ]
+    noises = golden()["noises"]
+    x = np.concatenate([path[0] for path in alone])
+    history = np.zeros((len(x), HISTORY - 1, *x.shape[1:]), np.float32)
+    step = jax.jit(update)
+    with jax.numpy_rank_promotion("raise"):
+        for i in range(steps):
+            clock = [float(table.timesteps[i]) for table in tables]
+            outs = np.concatenate([sampler_cases.fake_unet(np.asarray(x[k : k + 1]), t) for k, t in enumerate(clock)])
+            noise = np.repeat(noises[i + 1], len(x), axis=0)
+            x, history = step(x, outs, history, noise, rows[i])
+            expected = np.concatenate([path[i + 1] for path in alone])
+            np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_update_is_float32_whatever_the_network_computes_in() -> None:
+    half = np.ones((1, 2, 2, 2), np.float16)
+    history = np.zeros((1, HISTORY - 1, 2, 2, 2), np.float16)
+    x, history = update(half, half, history, half, row(make_table("euler", 4, SD14), 0))
+    assert x.dtype == history.dtype == np.float32
+
+
+def test_tables_are_shared_and_cannot_be_written() -> None:
+    table = make_table("ddim", 5, SD14)
+    assert make_table("ddim", 5, SD14) is table
+    with pytest.raises(ValueError, match="read-only"):
+        table.a[0] = 0
+
+
+def test_only_ancestral_and_consistency_sampling_draw_noise() -> None:
+    assert {name for name in SAMPLERS if make_table(name, 5, SD14).n.any()} == {"euler_ancestral", "lcm"}
+
+
+def test_pndm_evaluates_once_more_than_it_steps() -> None:
+    assert [len(make_table("pndm", steps, SD14)) for steps in (1, 2, 50)] == [1, 3, 51]
+
+
+@pytest.mark.parametrize(
+    "config, sampler",
+    [
+        ("sd14", "pndm"),
+        ("sd21", "ddim"),
+        ("silent", "euler"),
+        ("linear", "euler_ancestral"),
+        ("dpm", "dpmpp_2m_karras"),
+        ("lcm", "lcm"),
+    ],
+)
+def test_the_default_sampler_is_the_one_that_the_checkpoint_names(config: str, sampler: str) -> None:
+    assert default_sampler(Schedule.from_config(CONFIGS[config])) == sampler
+
+
+def test_karras_sigmas_are_a_choice_of_sampler_not_of_the_checkpoint() -> None:
+    karras = Schedule.from_config(CONFIGS["dpm"])
+    plain = Schedule.from_config(CONFIGS["dpm"] | {"use_karras_sigmas": False})
+    assert default_sampler(plain) == "dpmpp_2m"
+    for name in ("dpmpp_2m", "dpmpp_2m_karras"):
+        assert np.array_equal(make_table(name, 5, karras).b, make_table(name, 5, plain).b)
+
+
+def test_all_problems_of_a_scheduler_config_are_named_at_once() -> None:
+    config = CONFIGS["sd14"] | {
+        "_class_name": "UniPCMultistepScheduler",
+        "beta_schedule": "sigmoid",
+        "clip_sample": True,
+        "num_train_timesteps": 0,
+        "solver_p": None,
+    }
+    with pytest.raises(ValueError) as caught:
+        Schedule.from_config(config)
+    said = str(caught.value)
+    assert "_class_name must be one of DDIMScheduler, " in said and "got 'UniPCMultistepScheduler'" in said
+    assert "beta_schedule must be 'linear' or 'scaled_linear' or 'squaredcos_cap_v2', got 'sigmoid'" in said
+    assert "clip_sample must be False, got True" in said
+    assert "num_train_timesteps must be a whole number of 2 or more, got 0" in said
+    assert "solver_p is not an option that is known here, got None" in said
+
+
+@pytest.mark.parametrize(
+    "config, change",
+    [
+        ("sd14", {"clip_sample": True}),
+        ("sd14", {"skip_prk_steps": False}),
+        ("sd14", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+        ("sd14", {"set_alpha_to_one": 1}),
+        ("sd14", {"trained_betas": [0.1, 0.2]}),
+        ("sd21", {"prediction_type": "sample"}),
+        ("sd21", {"thresholding": True}),
+        ("sd21", {"timestep_spacing": "log"}),
+        ("sd21", {"steps_offset": 0.5}),
+        ("zero-snr", {"prediction_type": "epsilon"}),
+        ("silent", {"use_karras_sigmas": True}),
+        ("silent", {"interpolation_type": "log_linear"}),
+        ("silent", {"timestep_type": "continuous"}),
+        ("silent", {"sigma_max": 80.0}),
+        ("dpm", {"algorithm_type": "sde-dpmsolver++"}),
+        ("dpm", {"final_sigmas_type": "sigma_min"}),
+        ("dpm", {"lambda_min_clipped": -5.1}),
+        ("dpm", {"solver_order": 3}),
+        ("dpm", {"solver_type": "heun"}),
+        ("dpm", {"beta_schedule": "squaredcos_cap_v2"}),
+        ("dpm", {"use_lu_lambdas": True}),
+        ("lcm", {"original_inference_steps": 2000}),
+    ],
+)
+def test_an_unsupported_option_is_refused_by_name(config: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=list(change)[0]):
+        Schedule.from_config(CONFIGS[config] | change)
+
+
+def test_plms_needs_the_config_to_skip_the_runge_kutta_start() -> None:
+    silent = {name: value for name, value in CONFIGS["sd14"].items() if name != "skip_prk_steps"}
+    with pytest.raises(ValueError, match="skip_prk_steps must be True for PNDMScheduler"):
+        Schedule.from_config(silent)
+
+
+@pytest.mark.parametrize(
+    "sampler, steps, said",
+    [
+        ("ddim", 0, "num_inference_steps must be between 1 and 1000 for sampler ddim, got 0."),
+        ("euler", 1001, "num_inference_steps must be between 1 and 1000 for sampler euler, got 1001."),
+        ("lcm", 51, "num_inference_steps must be between 1 and 50 for sampler lcm, got 51."),
+        ("heun", 20, "sampler must be one of ddim, euler, .*, got heun."),
+        # With an offset of 1, the thousandth step back from 0 would start at timestep 1000.
+        (
+            "ddim",
+            1000,
+            "distinct timesteps between 0 and 999, but 1000 with timestep_spacing leading and steps_offset 1",
+        ),
+        ("dpmpp_2m", 1000, "distinct timesteps between 0 and 999"),
+    ],
+)
+def test_impossible_steps_are_refused_with_the_range(sampler: str, steps: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_table(sampler, steps, SD14)
+
+
+def test_a_schedule_offers_only_the_samplers_that_can_follow_it() -> None:
+    assert samplers_for(SD14) == SAMPLERS
+    assert samplers_for(ZERO_SNR) == tuple(name for name in SAMPLERS if name != "pndm")
+    with pytest.raises(ValueError, match="sampler must be one of ddim, .*, got pndm"):
+        make_table("pndm", 5, ZERO_SNR)
+
+
+def test_every_step_count_that_is_not_refused_gives_a_finite_table() -> None:
+    for config in ("sd14", "trailing-v_prediction", "linspace-epsilon", "zero-snr"):
+        schedule = Schedule.from_config(CONFIGS[config])
+        for sampler in samplers_for(schedule):
+            for steps in (1, 2, 3, 49, 61, 103, 333, 500, 999):
+                if sampler == "lcm" and steps > 50:
+                    continue
+                table = make_table(sampler, steps, schedule)
+                assert len(table) == steps + (sampler == "pndm" and steps > 1)
+                assert 0 <= table.timesteps.min() and table.timesteps.max() <= 999

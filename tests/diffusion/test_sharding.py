@@ -1,0 +1,80 @@
+"""The same pictures from one, four and eight devices, in many passes of the UNet or in one, whole or cut into strips:
+virtual devices, in a process of their own, as JAX counts them once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tensor_shapes, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = """
+import sys
+import jax, numpy as np
+from app.engine.scheduler import Lane
+from app.diffusion.pipeline import ROWS_TOGETHER, Pipeline, passes_of, row_sharding, strips_of
+from app.aot.program import CompileWatch
+
+SIZE = (16, 24)
+ASKED = [("ddim", 4, 5.0), ("euler_ancestral", 3, 1.0), ("dpmpp_2m", 5, 7.5), ("lcm", 2, 1.0), ("pndm", 4, 2.0)]
+
+def draw(pipeline, count):
+    state = pipeline.empty_state(SIZE)
+    prompt, negative_prompt = pipeline.encode(["a red house", "rain"])
+    left = {}
+    for slot, (sampler, steps, scale) in enumerate(ASKED[:count]):
+        table = pipeline.table(sampler, steps)
+        state = pipeline.insert(state, slot, prompt, negative_prompt, table, scale, slot)
+        left[slot] = len(table)
+    drafts = []
+    while running := [slot for slot, steps in left.items() if steps]:
+        state, done = pipeline.step(state, [Lane(slot, ASKED[slot][2] > 1) for slot in running], 1)
+        pipeline.wait(done)
+        left = {slot: steps - (slot in running) for slot, steps in left.items()}
+        drafts.append(np.asarray(pipeline.decode(state, [0], draft=True))[0])
+    pixels = [np.asarray(pipeline.decode(state, [slot]))[0] for slot in left]
+    return np.stack(pixels + [np.asarray(pipeline.decode(state, range(count)))[0], *drafts]).astype(int)
+
+ROWS_TOGETHER["cpu"] = 2  # as on TPUs, and few enough that fewer devices need more passes, and more devices strips
+expected = {}
+for devices in (1, 4, 8):
+    pipeline = Pipeline.load(
+        sys.argv[1], sizes=[SIZE], batch_buckets=[1, 8], decode_buckets=[1, 8], max_steps=8,
+        devices=jax.devices()[:devices],
+    )
+    pipeline.warmup()
+    assert pipeline.mesh.size == devices, pipeline.mesh
+    shares = [rows // row_sharding(pipeline.mesh, rows).shard_shape((rows,))[0] for rows in pipeline.row_buckets]
+    assert shares == [min(rows, devices) for rows in pipeline.row_buckets], shares
+    mine = [rows // share for rows, share in zip(pipeline.row_buckets, shares)]
+    passes = [passes_of(rows, 2) for rows in mine]
+    assert passes == {1: [1, 1, 4, 8], 4: [1, 1, 1, 2], 8: [1, 1, 1, 1]}[devices], passes
+    strips = [strips_of(rows // parts, 6, 2) for rows, parts in zip(mine, passes)]
+    assert strips == {1: [2, 1, 1, 1], 4: [2, 2, 1, 1], 8: [2, 2, 2, 1]}[devices], strips
+    state = pipeline.empty_state(SIZE)
+    assert all(len(x.sharding.device_set) == devices and x.is_fully_replicated for x in jax.tree.leaves(state))
+    watch = CompileWatch()
+    watch.ready()
+    for count in (1, 2, 5):
+        pictures = draw(pipeline, count)
+        apart = np.abs(pictures - expected.setdefault(count, pictures)).max()
+        print(devices, count, apart)
+        assert apart <= 1, (devices, count, apart)
+    assert watch.count == 0
+    watch.close()
+"""
+
+
+def test_one_four_and_eight_devices_draw_the_same(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, "tiny-sd2", tensor_shapes()["tiny-sd2"])
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    if child.returncode:
+        pytest.fail(child.stdout + child.stderr[-3000:])
+    assert len(child.stdout.splitlines()) == 9

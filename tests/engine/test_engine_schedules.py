@@ -1,0 +1,375 @@
+"""Random schedules: whatever clients, the device and the clock do and in whatever order, every picture is right, every
+request ends exactly once, and an engine with nothing left to do is empty.
+
+The default run is the same each time. For a long one, of other schedules each time:
+`SCHEDULES=5000 pytest tests/engine/test_engine_schedules.py`; what fails is printed as the calls that lead to it.
+"""
+
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from app.api.protocol import Generation
+from app.engine.engine import CLOSED_DISPATCH_S, DISPATCH_S, FAILURES, DeadlineUnmeetable, EngineStopped, QueueFull
+from app.engine.request import AGEING, Generated
+from tests.fake_pipeline import (
+    LARGE,
+    SMALL,
+    WAIT_S,
+    Call,
+    FakePipeline,
+    Fault,
+    Hand,
+    Size,
+    flat,
+    number,
+    numbers,
+    request,
+    serial,
+)
+
+SCHEDULES = int(os.environ.get("SCHEDULES", 0))
+
+
+def knee(size: Size, rows: int) -> float:
+    return 0.01 * max(1, rows / 4) * size[0] / SMALL[0]
+
+
+def fast(size: Size, rows: int) -> float:
+    """So that many steps fit into a dispatch."""
+    return 0.001 * rows**0.8
+
+
+@dataclass(eq=False)
+class Asked:
+    """What was submitted and what became of it so far."""
+
+    generation: Generation
+    since: float
+    due: list[int]  # steps after which a preview is
+    future: "Future[Generated]" = field(default_factory=Future)
+    cancelled: bool = False
+    ended: int = 0
+    shown: list[tuple[int, int]] = field(default_factory=list)  # index and number of each preview
+
+    @property
+    def size(self) -> Size:
+        return self.generation.width, self.generation.height
+
+    @property
+    def rows(self) -> int:
+        return 1 + (self.generation.guidance_scale > 1)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.generation.seed + i for i in range(self.generation.n)]
+
+    @property
+    def steps(self) -> int:
+        return self.generation.num_inference_steps + (self.generation.sampler == "pndm")
+
+    def show(self, index: int, pixels: np.ndarray) -> None:
+        assert not self.future.done()
+        self.shown.append((index, number(pixels)))
+
+    def end(self, future: "Future[Generated]") -> None:
+        self.ended += 1
+
+
+WISHES = st.fixed_dictionaries(
+    {
+        "prompt": st.sampled_from(["", "a", "b", "c"]),
+        "negative_prompt": st.sampled_from(["", "a"]),
+        "size": st.sampled_from([SMALL, LARGE]),
+        "steps": st.integers(1, 12),
+        "n": st.sampled_from([1, 1, 1, 2, 3, 5]),
+        "guidance_scale": st.sampled_from([1.0, 7.5]),
+        "sampler": st.sampled_from([None, "pndm"]),
+        "previews": st.integers(0, 3),
+        "timeout_s": st.sampled_from([math.inf] * 5 + [1.0]),
+    }
+)
+
+
+class Schedules(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Asked] = []
+        self.owners: dict[int, Asked] = {}  # by seed
+        self.taken: dict[int, int] = {}  # steps, by seed
+        self.seeds = itertools.count(0, 1000)
+        self.refused = {"queue_full": 0, "deadline": 0}
+        self.stopped = False
+
+    @initialize(
+        profile=st.sampled_from([serial, flat, knee, fast]),
+        images_at_once=st.sampled_from([None, None, 1, 3]),
+        num_slots=st.sampled_from([3, 4, 8]),
+        decode_buckets=st.sampled_from([(1,), (1, 2), (2, 4)]),
+        decode_s=st.sampled_from([(0.004, 0.0), (0.001, 0.03)]),
+        prompt_cache=st.sampled_from([0, 2, 256]),
+        max_waiting=st.sampled_from([4, 50]),
+    )
+    def begin(
+        self,
+        profile: Callable[[Size, int], float],
+        images_at_once: int | None,
+        num_slots: int,
+        decode_buckets: tuple[int, ...],
+        decode_s: tuple[float, float],  # for each image, and in any case
+        prompt_cache: int,
+        max_waiting: int,
+    ) -> None:
+        self.fake = FakePipeline(
+            profile=profile,
+            row_buckets=(1, 2, 4, 8),
+            num_slots=num_slots,
+            decode_buckets=decode_buckets,
+            decoding=lambda size, images: decode_s[0] * images + decode_s[1],
+            before_step=self.check_step,
+        )
+        self.max_waiting = max_waiting
+        self.hand = Hand(self.fake, max_waiting=max_waiting, images_at_once=images_at_once, prompt_cache=prompt_cache)
+        self.clock, self.engine = self.hand.clock, self.hand.engine
+
+    # What clients do
+
+    @rule(wishes=st.lists(WISHES, min_size=1, max_size=4))
+    def submit(self, wishes: list[dict[str, Any]]) -> None:
+        for wish in wishes:
+            self.submit_one(**wish)
+
+    def submit_one(self, n: int, previews: int, timeout_s: float, **wish: Any) -> None:
+        generation = request(n=n, seed=next(self.seeds), **wish)
+        previews = previews if n == 1 else 0
+        asked = Asked(generation, self.clock(), [])
+        asked.due = sorted({round(asked.steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, asked.steps})
+        full = self.engine.stats()["waiting"] >= self.max_waiting
+        try:
+            asked.future = self.hand.submit(
+                generation, timeout_s=timeout_s, previews=previews, on_preview=asked.show if previews else None
+            )
+        except EngineStopped:
+            assert self.stopped
+        except QueueFull as refusal:
+            assert full and 0 < refusal.retry_after_s < math.inf
+            self.refused["queue_full"] += 1
+        except DeadlineUnmeetable as refusal:
+            assert refusal.estimate_s > timeout_s and 0 < refusal.retry_after_s < math.inf
+            self.refused["deadline"] += 1
+        else:
+            assert not full and not self.stopped
+            asked.future.add_done_callback(asked.end)
+            self.asked.append(asked)
+            self.owners.update(dict.fromkeys(asked.seeds, asked))
+
+    @precondition(lambda self: self.asked)
+    @rule(which=st.integers(0, 10))
+    def cancel(self, which: int) -> None:
+        """One of the unfinished, or the last of all."""
+        unfinished = [asked for asked in self.asked if not asked.future.done()]
+        asked = unfinished[which % len(unfinished)] if unfinished else self.asked[-1]
+        done = asked.future.done()
+        cancelled = asked.future.cancel()
+        assert cancelled or asked.future.done()
+        asked.cancelled |= cancelled and not done
+
+    # What the device and the clock do
+
+    @rule(seconds=st.sampled_from([0.001, 0.03, 2.0]), pace=st.sampled_from([0.3, 1.0, 1.0, 3.0]))
+    def pass_time(self, seconds: float, pace: float) -> None:
+        self.clock.reach(self.clock() + seconds)
+        self.fake.pace = pace
+
+    @precondition(lambda self: len(self.asked) > 2 and len(self.fake.faults) < 4)
+    @rule(
+        verb=st.sampled_from(["encode", "insert", "step", "decode", "draft"]),
+        after=st.integers(0, 3),
+        later=st.booleans(),
+    )
+    def fail(self, verb: str, after: int, later: bool) -> None:
+        self.fake.fail(verb, after=after, later=later)
+
+    # What the two threads do
+
+    @precondition(lambda self: not self.stopped)
+    @rule()
+    def tick(self) -> None:
+        self.ticks(1)
+
+    @precondition(lambda self: not self.stopped)
+    @rule(times=st.integers(2, 30))
+    def ticks(self, times: int) -> None:
+        for _ in range(times):
+            try:
+                self.engine.tick()
+            except RuntimeError:  # what ends the thread, which then closes the engine
+                assert self.may_give_up()
+                self.engine.close()
+                self.stopped = True
+                return
+            inserted = {seed for call in self.fake.of("insert") for seed in call.seeds}
+            decoded = {seed for call in self.fake.of("decode") for seed in call.seeds}
+            seated = [seed for seed in inserted - decoded if not self.owners[seed].future.done()]
+            assert self.engine.stats()["active_slots"] == len(seated)
+
+    @precondition(lambda self: self.hand.fetcher.pending)
+    @rule(all_of_them=st.booleans())
+    def fetch(self, all_of_them: bool) -> None:
+        while self.hand.fetcher.pending:
+            self.clock.reach(self.hand.fetcher.next_at())
+            self.hand.fetcher.run()
+            if not all_of_them:
+                break
+
+    @precondition(lambda self: not self.stopped and len(self.asked) > 8)
+    @rule(now=st.sampled_from([False] * 5 + [True]))  # or most runs would be over soon
+    def drain(self, now: bool) -> None:
+        if not now:
+            return
+        begun = {asked for asked in self.asked if any(seed in self.taken for seed in asked.seeds)}
+        inserted = {self.owners[seed] for call in self.fake.of("insert") for seed in call.seeds}
+        waiting = [asked for asked in self.asked if not asked.future.done() and asked not in begun | inserted]
+        draining = threading.Thread(target=self.engine.drain, args=(1e9,))
+        draining.start()
+        for asked in waiting:
+            assert isinstance(asked.future.exception(WAIT_S), EngineStopped)
+        self.stopped = True
+        while draining.is_alive():
+            try:
+                busy = self.hand.tick()
+            except RuntimeError:
+                self.engine.close()
+                break
+            if not busy:
+                draining.join(WAIT_S)
+                assert not draining.is_alive()
+        draining.join(WAIT_S)
+        for asked in inserted:
+            if not asked.cancelled and asked.future.exception(0) and not self.spoilt(asked):
+                assert self.may_give_up()
+
+    # What must hold
+
+    def may_give_up(self) -> bool:
+        """What was encoded badly spoils a dispatch of each size."""
+        spoilt = [len(self.fake.sizes) if fault.verb == "encode" else 1 for fault in self.fake.faults]
+        return sum(spoilt) >= FAILURES
+
+    def check_step(self, call: Call) -> None:
+        """Before each dispatch: who shares it, and how many steps of it."""
+        assert call.size is not None
+        stats = self.engine.stats()["sizes"][f"{call.size[0]}x{call.size[1]}"]
+        step_s = {int(rows): seconds for rows, seconds in stats["step_s"].items()}
+        row_s = min(seconds / rows for rows, seconds in step_s.items())
+
+        def rank(asked: Asked) -> float:
+            left = sum(asked.steps - self.taken.get(seed, 0) for seed in asked.seeds)
+            return left * asked.rows * row_s + AGEING * asked.since
+
+        chosen = {self.owners[seed] for seed in call.seeds}
+        assert not any(asked.future.done() for asked in chosen), "a step of what was cancelled"
+        inserted = {seed for other in self.fake.of("insert") for seed in other.seeds}
+        seated = stats["active"] < self.fake.num_slots
+        last = max(rank(asked) for asked in chosen)
+        for asked in self.asked:
+            if asked.size == call.size and not asked.future.done() and rank(asked) < last - 1e-9:
+                before = sum(self.owners[seed].rows for seed in call.seeds if rank(self.owners[seed]) <= rank(asked))
+                for seed in asked.seeds:
+                    left_out = seed not in call.seeds and self.taken.get(seed, 0) < asked.steps
+                    fits = before + asked.rows <= call.bucket and (seated or seed in inserted)
+                    assert not (left_out and fits), "a step past those whose turn it is"
+
+        assert call.count == 1 or call.count * step_s[call.bucket] <= CLOSED_DISPATCH_S + 1e-9
+        stops = []
+        for seed in call.seeds:
+            taken = self.taken.get(seed, 0)
+            after = taken + call.count
+            marks = [*self.owners[seed].due, self.owners[seed].steps]
+            assert not any(taken < mark < after for mark in marks), "steps past an end or a preview"
+            stops += [mark == after for mark in marks]
+            self.taken[seed] = after
+        if not any(stops):  # else as many as fit
+            assert (call.count + 1) * step_s[call.bucket] > DISPATCH_S
+
+    def spoilt(self, asked: Asked) -> set[Fault]:
+        texts = {asked.generation.prompt, asked.generation.negative_prompt}
+        return {fault for fault in self.fake.faults if fault.touched & {*asked.seeds} or fault.texts & texts}
+
+    def check_previews(self, asked: Asked) -> None:
+        indices = [index for index, _ in asked.shown]
+        shown = [shown - asked.generation.seed for _, shown in asked.shown]
+        assert indices == sorted(set(indices)) and shown == sorted(shown)
+        assert all(asked.due[index] == taken for index, taken in zip(indices, shown, strict=True))
+        if not any(fault.verb == "draft" for fault in self.fake.faults):
+            assert indices == list(range(len(indices)))
+            assert asked.future.cancelled() or asked.future.exception(0) or len(indices) == len(asked.due)
+
+    @invariant()
+    def nothing_is_broken(self) -> None:
+        if not hasattr(self, "hand"):
+            return
+        assert not self.fake.broken, self.fake.broken
+        self.hand.check()
+        stats = self.engine.stats()
+        outcomes = stats["requests"]
+        assert {key: outcomes[key] for key in self.refused} == self.refused
+        for asked in self.asked:
+            future = asked.future
+            assert asked.ended == future.done()
+            assert asked.cancelled == future.cancelled()
+            if not future.done() or asked.cancelled:
+                continue
+            error = future.exception(0)
+            if isinstance(error, EngineStopped):
+                assert self.stopped
+            elif error is not None:
+                assert error in self.spoilt(asked), error
+            else:
+                generated = future.result(0)
+                assert numbers(generated) == [seed + asked.steps for seed in asked.seeds]
+                assert generated.seeds == tuple(asked.seeds)
+                assert not any(fault.touched & {*asked.seeds} for fault in self.fake.faults if fault.verb != "draft")
+                assert min(generated.queue_s, generated.denoise_s, generated.decode_s, generated.device_s) >= 0
+                self.check_previews(asked)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "hand"):
+            return
+        self.fake._plans.clear()
+        while not self.stopped:
+            try:
+                if not self.hand.tick():
+                    break
+            except RuntimeError:
+                self.engine.close()
+                self.stopped = True
+        self.nothing_is_broken()
+        assert all(asked.future.done() for asked in self.asked)
+        stats = self.engine.stats()
+        assert (stats["unfinished"], stats["waiting"]) == (0, 0)
+        if not self.stopped:
+            assert self.engine.healthy
+            assert (stats["active_slots"], stats["backlog_s"]) == (0, 0)
+        self.engine.close()
+
+
+Schedules.TestCase.settings = settings(
+    max_examples=SCHEDULES or 100,
+    stateful_step_count=40,
+    derandomize=not SCHEDULES,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
+TestSchedules = Schedules.TestCase

@@ -1,0 +1,123 @@
+"""jobs/batch_worker.py over a fake device, and what jobs/batch_generate.py writes of it: what is finished, what is
+not."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from app.api.protocol import Encoding
+from app.diffusion.pipeline import Pipeline
+from jobs.batch_generate import SCHEMA, progress, write_manifest
+from jobs.batch_worker import Painter, folders, row_of, text_of
+from jobs.prompts import Bad, Row
+from tests.fake_pipeline import FakePipeline, request
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    fake = FakePipeline()
+    fake.warmup = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(Pipeline, "load", lambda **options: fake)
+    return fake
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folders(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def painter(fake: FakePipeline, out: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Painter]:
+    painter = Painter(out, tmp_path_factory.mktemp("drafts"), "fake", {}, 0.05)
+    yield painter
+    painter.engine.close()
+
+
+def row(number: int, **other: Any) -> Row:
+    return Row(number, f"key{number}", request(f"a boat, {number}", seed=number, **other), Encoding())
+
+
+def drawn(painter: Painter, *rows: Row) -> dict[str, str]:
+    told = painter({"row": np.array([text_of(one) for one in rows])})
+    assert len({len(values) for values in told.values()}) == 1
+    return dict(zip(told["key"], told["error"], strict=True))
+
+
+def files(out: Path) -> set[str]:
+    return {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+
+
+def test_a_row_travels_as_text_and_comes_back_the_same() -> None:
+    one = row(7, n=2)
+    assert row_of(text_of(one)) == one
+
+
+def test_a_row_leaves_its_pictures_and_a_record_and_nothing_else(painter: Painter, out: Path) -> None:
+    rows = [row(1), row(2, n=2)]
+    assert drawn(painter, *rows) == {"key1": "", "key2": ""}
+    assert files(out) == {name for one in rows for name in one.made}
+    record = json.loads((out / rows[1].record).read_text())
+    assert set(record) == set(SCHEMA) - {"row", "error"}
+    assert (record["seed"], record["files"]) == (2, ["images/key2-0.png", "images/key2-1.png"])
+    with Image.open(out / "images" / "key2-1.png") as picture:
+        assert picture.text["seed"] == "3"  # type: ignore[attr-defined]
+
+
+def test_a_row_that_is_given_out_twice_at_once_is_told_once(painter: Painter, out: Path) -> None:
+    assert drawn(painter, row(1), row(1), row(2)) == {"key1": "", "key2": ""}
+    assert files(out) == {name for one in (row(1), row(2)) for name in one.made}
+
+
+def test_what_is_finished_is_not_drawn_again_and_what_lost_a_picture_is(
+    painter: Painter, fake: FakePipeline, out: Path
+) -> None:
+    rows = [row(1), row(2), row(3)]
+    drawn(painter, *rows)
+    before = {name: (out / name).stat().st_mtime_ns for name in files(out)}
+    fake.calls.clear()
+    (out / rows[1].files[0]).unlink()
+    assert drawn(painter, *rows) == {"key1": "", "key2": "", "key3": ""}
+    assert {call.seeds for call in fake.of("insert")} == {(2,)}
+    assert files(out) == set(before)
+    assert all((out / name).stat().st_mtime_ns == before[name] for one in (rows[0], rows[2]) for name in one.made)
+
+
+def test_a_row_that_fails_is_told_and_the_others_are_drawn(painter: Painter, fake: FakePipeline, out: Path) -> None:
+    fake.fail("encode")
+    first = drawn(painter, row(1))
+    assert "encode failed" in first["key1"] and files(out) == set()
+    refused = dataclasses.replace(row(2), generation=dataclasses.replace(row(2).generation, width=24))
+    told = drawn(painter, refused, row(3))
+    assert told["key2"].startswith("size must be one of ") and told["key3"] == ""
+
+
+def test_a_disk_that_takes_nothing_ends_the_job(painter: Painter, out: Path) -> None:
+    painter.drafts.rmdir()
+    with pytest.raises(FileNotFoundError):
+        drawn(painter, row(1))
+
+
+def test_the_manifest_has_each_row_of_the_file_once_and_in_order(painter: Painter, out: Path) -> None:
+    rows = [row(3), row(1)]
+    drawn(painter, *rows)
+    failed = row(4)
+    records = write_manifest(out, [*rows, failed], [Bad(2, "x", "prompt must not be empty.")], {"key4": "it broke"})
+    assert [record["row"] for record in records] == [1, 2, 3, 4]
+    assert [record["error"] for record in records] == [None, "prompt must not be empty.", None, "it broke"]
+    assert [len(record["files"]) for record in records] == [1, 0, 1, 0]
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records == pq.read_table(out / "manifest.parquet").to_pylist()
+
+
+def test_progress_counts_pictures_by_when_they_were_made(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [{"host": f"host {i % 2}", "ended": 100.0 + i / 4} for i in range(9)]
+    assert list(progress(results, 9, 0.0)) == results
+    assert capsys.readouterr().out.splitlines()[-1] == "9 of 9 rows, 4.00 a second on 2 hosts"

@@ -1,0 +1,185 @@
+"""When requests are to be sent, and which: the plan that a scenario draws."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.local.state import ROOT
+from loadtest import Mistake
+from loadtest.arrivals import Span, evenly, gamma, through, with_bursts
+from loadtest.plan import Planned, plan
+from loadtest.scenario import load, names, parse
+
+QUICK = "configs/quick-scaling.yaml"
+
+
+def planned(arrivals: dict[str, Any], **scenario: Any) -> list[Planned]:
+    return plan(parse({"arrivals": arrivals, **scenario}, "test", {}))
+
+
+def times(arrivals: dict[str, Any], **scenario: Any) -> list[float]:
+    return [one.at for one in planned(arrivals, **scenario)]
+
+
+def test_a_constant_rate_is_evenly_spaced() -> None:
+    assert times({"process": "constant", "stages": [{"rate": 4, "duration_s": 2}]}) == [i / 4 for i in range(8)]
+
+
+def test_steps_and_rests_come_one_after_the_other() -> None:
+    stages = [{"rate": 2, "duration_s": 2}, {"rate": 0, "duration_s": 3}, {"rate": 1, "duration_s": 2}]
+    assert times({"process": "constant", "stages": stages}) == [0, 0.5, 1, 1.5, 5, 6]
+
+
+def test_a_ramp_sends_as_many_as_its_mean_rate_and_ever_faster() -> None:
+    found = np.array(times({"process": "constant", "stages": [{"rate": 0, "to": 10, "duration_s": 10}]}))
+    assert len(found) == 50
+    assert np.allclose(found**2 / 2, np.arange(50)), "the integral of a rate of t"
+
+
+def test_a_burst_comes_at_once_on_top_of_the_stages() -> None:
+    stages = [{"rate": 1, "duration_s": 3}]
+    found = times({"process": "constant", "stages": stages, "bursts": [{"at_s": 1.5, "requests": 3}]})
+    assert found == [0, 1, 1.5, 1.5, 1.5, 2]
+
+
+@pytest.mark.parametrize(("process", "cv"), [("poisson", 1.0), ("gamma", 3.0), ("gamma", 0.3)])
+def test_gaps_vary_as_much_as_asked_for(process: str, cv: float) -> None:
+    shape = {} if process == "poisson" else {"cv": cv}
+    found = times({"process": process, "stages": [{"rate": 50, "duration_s": 400}], **shape}, max_requests=50_000)
+    gaps = np.diff(found)
+    assert gaps.mean() == pytest.approx(1 / 50, rel=0.1) and gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.1)
+
+
+spans = st.builds(Span, st.floats(0, 50), st.floats(0.5, 50), st.floats(0.1, 5))
+
+
+@settings(deadline=None)
+@given(st.lists(spans, min_size=1, max_size=5), st.floats(0.2, 4), st.integers(0, 2**32 - 1))
+def test_arrivals_are_in_order_and_within_their_spans(spans: list[Span], cv: float, seed: int) -> None:
+    count = sum(span.count for span in spans)
+    for arrived in (evenly(count, 10_000), gamma(count, 10_000, cv, np.random.default_rng(seed))):
+        found = through(spans, arrived)
+        assert len(found) == len(arrived)
+        assert np.all(np.diff(found) >= -1e-9) and np.all(found >= 0)
+        assert np.all(found <= sum(span.duration_s for span in spans) + 1e-6)
+
+
+def test_bursts_alone_need_no_stage_with_a_rate() -> None:
+    assert list(with_bursts(np.empty(0), [(2.0, 2), (1.0, 1)])) == [1.0, 2.0, 2.0]
+
+
+def test_the_same_seed_plans_the_same_run_and_another_another() -> None:
+    arrivals = {"process": "poisson", "stages": [{"rate": 5, "duration_s": 10}]}
+    assert planned(arrivals, seed=3) == planned(arrivals, seed=3) != planned(arrivals, seed=4)
+
+
+def test_weights_decide_how_often_a_kind_is_asked_for() -> None:
+    mix = [{"weight": 3, "size": "16x16"}, {"weight": 1, "kind": "big", "size": "32x32", "n": 2}]
+    found = planned({"process": "closed", "concurrency": 1, "requests": 4000}, mix=mix, checks={"repeat": 0})
+    big = [one for one in found if one.kind == "big"]
+    assert len(big) / len(found) == pytest.approx(0.25, abs=0.03)
+    assert all(one.request["n"] == 2 for one in big) and {one.kind for one in found} == {"size=16x16", "big"}
+
+
+def test_some_requests_repeat_an_earlier_one_seed_and_all() -> None:
+    found = planned({"process": "closed", "concurrency": 1, "requests": 2000}, checks={"repeat": 0.2})
+    different = {json.dumps(one.request, sort_keys=True) for one in found}
+    assert 1 - len(different) / len(found) == pytest.approx(0.2, abs=0.04)
+
+
+def test_prompts_come_from_a_file_of_text_or_of_fields(tmp_path: Path) -> None:
+    text, fields = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("a fox\n\n")
+    fields.write_text('{"prompt": "a hen", "seed": 7, "num_inference_steps": 3}\n')
+    closed = {"process": "closed", "concurrency": 1, "requests": 3}
+    assert {one.request["prompt"] for one in planned(closed, prompts=str(text))} == {"a fox"}
+    mix = [{"num_inference_steps": 9}]
+    assert planned(closed, prompts=str(fields), mix=mix)[0].request == {
+        **{"prompt": "a hen", "seed": 7, "num_inference_steps": 3}
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.jsonl", '{"seed": 7}', 'p.jsonl:1 must have a "prompt" that is a string.'),
+        ("p.jsonl", '{"prompt": "a"}\nno', "p.jsonl:2: it is not JSON"),
+        ("p.jsonl", "[1]", "p.jsonl:1: it must be a JSON object."),
+        ("p.txt", "\n", "holds no prompt."),
+    ],
+)
+def test_what_is_wrong_with_a_prompt_file_is_told_with_its_line(
+    tmp_path: Path, name: str, content: str, words: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(Mistake) as told:
+        planned({"process": "closed", "concurrency": 1, "requests": 1}, prompts=str(tmp_path / name))
+    assert words in str(told.value)
+
+
+def test_a_trace_is_replayed_at_its_times_from_its_first(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    later = {"timestamp": 12.0, "body": {"prompt": "b"}, "endpoint": "imagine"}
+    trace.write_text("\n".join(map(json.dumps, [later, {"at": 10, "request": {"prompt": "a", "seed": 1}}])))
+    found = planned({"process": "replay", "trace": str(trace), "speed": 4})
+    assert [(one.at, one.endpoint, one.request["prompt"]) for one in found] == [
+        (0.0, "generations", "a"),
+        (0.5, "imagine", "b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"request": {"prompt": "a"}}', ':1 must have a time, "at", in seconds, got None.'),
+        ('{"at": 1, "request": {}}', ':1 must have a "request", fields of the API with a prompt, got {}.'),
+        ('{"at": 1, "request": {"prompt": "a"}, "endpoint": "x"}', "must be generations or imagine, got 'x'."),
+        ("", "holds no request."),
+    ],
+)
+def test_what_is_wrong_with_a_trace_is_told_with_its_line(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "t.jsonl").write_text(line)
+    with pytest.raises(Mistake) as told:
+        planned({"process": "replay", "trace": str(tmp_path / "t.jsonl")})
+    assert words in str(told.value)
+
+
+def test_a_run_has_a_cap_on_its_requests(tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match="more than max_requests = 10 requests"):
+        planned({"process": "constant", "stages": [{"rate": 1000, "duration_s": 80_000}]}, max_requests=10)
+    assert len(planned({"process": "closed", "concurrency": 2, "duration_s": 60}, max_requests=50)) == 50
+    (tmp_path / "t.jsonl").write_text('{"at": 1, "request": {"prompt": "a"}}\n' * 11)
+    with pytest.raises(Mistake, match="holds 11 requests, more than max_requests = 10"):
+        planned({"process": "replay", "trace": str(tmp_path / "t.jsonl")}, max_requests=10)
+
+
+def test_the_shipped_scenarios_can_be_planned_and_say_what_they_are() -> None:
+    assert names() == ["burst", "scale-up", "smoke", "soak", "steady"]
+    for name in names():
+        scenario = load(name, {})
+        assert scenario.description and 0 < len(plan(scenario)) <= scenario.max_requests
+
+
+def test_a_burst_in_a_scenario_keeps_its_requests_at_one_moment() -> None:
+    at_once = [one for one in plan(load("burst", {})) if one.at == 30]
+    assert len(at_once) == 40
+
+
+def test_the_quick_config_is_the_shipped_one_with_shorter_delays() -> None:
+    """One file cannot include another, so they are held to each other here."""
+    shipped, quick = (yaml.safe_load((ROOT / name).read_text()) for name in ("serve_config.yaml", QUICK))
+    different: dict[str, tuple[float, float]] = {}
+    for one, other in zip(*(config["applications"][0]["deployments"] for config in (shipped, quick)), strict=True):
+        before, after = (scaled.get("autoscaling_config", {}) for scaled in (one, other))
+        different |= {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+        other["autoscaling_config"] = one.get("autoscaling_config")
+        one.setdefault("autoscaling_config", None)
+    assert shipped == quick
+    delays = {"metrics_interval_s", "look_back_period_s", "upscale_delay_s", "downscale_delay_s"}
+    assert set(different) == delays and all(after < before for before, after in different.values())

@@ -1,0 +1,250 @@
+"""The timeline: what is read of Serve, Ray and our statistics, and where the time of a scale-up went."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.dashboard import Dashboard
+from loadtest.client import session
+from loadtest.cluster import Sample, Watcher, queues, replicas
+from loadtest.records import Journal, entries
+from loadtest.scaling import backdated, chip_seconds, scale_ups
+
+NODES = """Node status
+----
+Active:
+ 1 head
+ 2 ray_tpu
+Idle:
+ (no idle nodes)
+Pending:
+ ray_tpu, 1 launching
+
+Resources
+"""
+
+
+def replica(name: str, state: str, node: str | None = "n1") -> dict[str, Any]:
+    return {"replica_id": name, "state": state, "node_id": node, "start_time_s": 100.0}
+
+
+DETAILS: dict[str, Any] = {
+    "applications": {
+        "app": {
+            "deployments": {
+                "Door": {"deployment_config": {}, "target_num_replicas": 1, "replicas": [replica("d", "RUNNING")]},
+                "Model": {
+                    "deployment_config": {
+                        "autoscaling_config": {"target_ongoing_requests": 8},
+                        "ray_actor_options": {"resources": {"TPU": 4}},
+                    },
+                    "target_num_replicas": 3,
+                    "replicas": [
+                        *(replica("a", "RUNNING"), replica("b", "STARTING", "n2"), replica("c", "STOPPING")),
+                        replica("e", "UPDATING"),
+                    ],
+                },
+            }
+        }
+    }
+}
+STATISTICS = {
+    "replicas": {
+        "a": {
+            **{"waiting": 3, "unfinished": 5, "active_slots": 2, "num_slots": 8, "bucket_fill": 0.5},
+            **{"device": "TPU v5 lite x4", "milestones": {"warm": 9.0}},
+        },
+        "b": {"error": "It does not answer."},
+    }
+}
+RAYLETS = [
+    {"nodeId": "h", "nodeTypeName": "head", "isHeadNode": True, "startTimeMs": "1000", "state": "ALIVE"},
+    {"nodeId": "n2", "nodeTypeName": "ray_tpu", "isHeadNode": False, "startTimeMs": "90000", "state": "ALIVE"},
+    {"nodeId": "gone", "nodeTypeName": "ray_tpu", "isHeadNode": False, "startTimeMs": "2000", "state": "DEAD"},
+]
+ANSWERS: dict[str, Any] = {
+    "/v1/stats": STATISTICS,
+    "/api/serve/applications/": DETAILS,
+    "/api/cluster_status": {"data": {"clusterStatus": NODES}},
+    "/nodes": {"data": {"summary": [{"raylet": one} for one in RAYLETS]}},
+}
+
+
+@contextmanager
+def cluster(answers: dict[str, Any]) -> Iterator[str]:
+    """An API and a dashboard that answer from a table."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = answers.get(self.path.partition("?")[0])
+            body = json.dumps(known).encode()
+            self.send_response(200 if known is not None else 500)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def looked(url: str, folder: Path, dashboard: bool = True) -> list[Sample]:
+    async def work() -> list[Sample]:
+        with Journal(folder / "timeline.jsonl") as journal:
+            async with session({}) as opened:
+                watcher = Watcher(url, opened, Dashboard(url) if dashboard else None, journal)
+                await watcher.look()
+                return watcher.samples
+
+    return asyncio.run(work())
+
+
+def test_a_look_tells_replicas_nodes_and_queues_and_is_kept(tmp_path: Path) -> None:
+    with cluster(ANSWERS) as url:
+        samples = looked(url, tmp_path)
+    assert [*entries(tmp_path / "timeline.jsonl")] == samples
+    serve = next(one for one in samples if "target" in one)
+    assert {name: serve[name] for name in ("deployment", "target", "running", "starting", "stopping")} == {
+        **{"deployment": "app/Model", "target": 3, "running": 1, "starting": 2, "stopping": 1}
+    }
+    assert (serve["chips"], serve["target_ongoing"]) == (4.0, 8)
+    nodes = next(one for one in samples if "nodes" in one)
+    assert (nodes["nodes"], nodes["pending"]) == ({"ray_tpu": 2}, 1)
+    assert nodes["node_starts"]["n2"] == {"type": "ray_tpu", "since": 90.0} and "gone" not in nodes["node_starts"]
+    told = next(one for one in samples if "waiting" in one)
+    assert (told["waiting"], told["unfinished"], told["bucket_fill"]) == (3, 5, 0.5)
+    assert told["milestones"] == {"a": {"warm": 9.0}}
+
+
+@pytest.mark.parametrize("broken", ["/v1/stats", "/api/serve/applications/", "/api/cluster_status", "/nodes"])
+def test_what_cannot_be_read_is_noted_and_the_rest_is_told(tmp_path: Path, broken: str) -> None:
+    with cluster(ANSWERS | {broken: None}) as url:
+        samples = looked(url, tmp_path)
+    assert len([one for one in samples if "errors" in one]) == 1
+    assert len([one for one in samples if {"target", "waiting", "nodes"} & set(one)]) == 2
+
+
+def test_where_nobody_answers_that_is_what_is_told(tmp_path: Path) -> None:
+    samples = looked("http://127.0.0.1:9", tmp_path)
+    assert len(samples) == 3 and all(one["errors"] for one in samples)
+
+
+def test_without_a_dashboard_only_the_server_is_asked(tmp_path: Path) -> None:
+    with cluster({"/v1/stats": STATISTICS}) as url:
+        (sample,) = looked(url, tmp_path, dashboard=False)
+    assert sample["waiting"] == 3
+
+
+def test_without_autoscaling_the_deployment_with_the_chips_counts() -> None:
+    details = json.loads(json.dumps(DETAILS))
+    del details["applications"]["app"]["deployments"]["Model"]["deployment_config"]["autoscaling_config"]
+    assert replicas(details)["deployment"] == "app/Model" and replicas(details)["target_ongoing"] is None
+    assert replicas({"applications": {}}) == {"errors": ["Serve has no deployment"]}
+
+
+def test_nobody_tells_statistics_while_all_replicas_start() -> None:
+    assert queues({"replicas": {"a": {"error": "x"}}})["bucket_fill"] is None
+
+
+def watcher(tmp_path: Path, samples: list[Sample]) -> Any:
+    made: Any = Watcher.__new__(Watcher)
+    made.samples = samples
+    return made
+
+
+def state(unix: float, running: int, nodes: int, **more: int) -> Sample:
+    quiet = {"starting": 0, "stopping": 0, "pending": 0}
+    return {"unix": unix, "target": running, "running": running, "nodes": {"ray_tpu": nodes}, **quiet, **more}
+
+
+def test_it_has_settled_once_all_is_as_before_for_a_moment(tmp_path: Path) -> None:
+    before = state(0, 1, 1)
+    assert not watcher(tmp_path, [before, state(50, 1, 2)]).settled(before)
+    assert not watcher(tmp_path, [before, state(50, 1, 1, stopping=1)]).settled(before)
+    assert not watcher(tmp_path, [before, state(49, 1, 2), state(50, 1, 1)]).settled(before), "only just"
+    assert watcher(tmp_path, [before, state(40, 1, 2), state(45, 1, 1), state(50, 1, 1)]).settled(before)
+    assert watcher(tmp_path, []).settled(None), "where nothing can be seen, nothing is waited for"
+
+
+# Scale-ups
+
+
+def seen(t: float, target: int, in_flight: int, states: dict[str, str], **more: Any) -> Sample:
+    told = {
+        name: {"state": one, "node": "n2" if name == "b" else "n1", "since": 1012.0} for name, one in states.items()
+    }
+    counts = {"running": [*states.values()].count("RUNNING"), "starting": [*states.values()].count("STARTING")}
+    return {"t": t, "target": target, "target_ongoing": 8, "in_flight": in_flight, "replicas": told, **counts, **more}
+
+
+NODE = {"node_starts": {"n1": {"type": "ray_tpu", "since": 1000.0}, "n2": {"type": "ray_tpu", "since": 1018.0}}}
+MILESTONES = {"process": 1019.0, "constructor": 1021.0, "weights": 1024.0, "warm": 1034.0, "first_image": 1036.5}
+STORY = [
+    seen(0, 1, 3, {"a": "RUNNING"}, stopping=0, chips=4),
+    seen(5, 1, 20, {"a": "RUNNING"}, stopping=0, chips=4),
+    seen(10, 1, 20, {"a": "RUNNING"}, stopping=0, chips=4),
+    seen(15, 2, 20, {"a": "RUNNING", "b": "STARTING"}, stopping=0, chips=4, **NODE),
+    {"t": 30.0, "milestones": {"b": {"constructor": 1021.0}}},
+    seen(35, 2, 20, {"a": "RUNNING", "b": "RUNNING"}, stopping=0, chips=4, **NODE),
+    {"t": 40.0, "milestones": {"b": MILESTONES}},
+]
+
+
+def test_a_scale_up_is_broken_down_from_overload_to_the_first_image() -> None:
+    """The decision is when Serve began the replica, at 12, and not when that was seen, at 15."""
+    (one,) = scale_ups(STORY, lambda unix: unix - 1000)
+    assert (one.replica, one.node_type, one.new_node, one.began) == ("b", "ray_tpu", True, 5)
+    assert one.phases == {
+        **{"decision": 7, "node": 6, "process": 3, "weights": 3, "compile": 10, "ready": 1, "first image": 1.5}
+    }
+    assert one.began + one.total == 36.5
+
+
+def test_a_replica_on_a_node_that_was_there_waits_for_none() -> None:
+    story = json.loads(json.dumps(STORY))
+    for sample in story:
+        if "node_starts" in sample:
+            sample["node_starts"]["n2"]["since"] = 1001.0
+    (one,) = scale_ups(story, lambda unix: unix - 1000)
+    assert not one.new_node and one.phases["node"] == 0 and one.phases["process"] == 9
+
+
+def test_a_replica_that_replaces_another_is_no_scale_up() -> None:
+    story = [seen(0, 1, 3, {"a": "RUNNING"}), seen(5, 1, 3, {"b": "STARTING"}), seen(9, 1, 3, {"b": "RUNNING"})]
+    assert scale_ups(story, lambda unix: unix - 1000) == []
+    assert scale_ups([], lambda unix: unix) == []
+
+
+def test_what_was_not_seen_is_told_as_unknown() -> None:
+    story = [one for one in STORY if "milestones" not in one]
+    (one,) = scale_ups(story, lambda unix: unix - 1000)
+    assert one.phases["weights"] is None and one.phases["ready"] == 35 - 18 and one.phases["first image"] is None
+
+
+def test_chips_are_paid_for_while_a_replica_is_there_in_any_state() -> None:
+    assert chip_seconds(STORY, 4, 0, 35) == 4 * (15 * 1 + 20 * 2)
+    assert chip_seconds(STORY, 4, 10, 50) == 4 * (5 * 1 + 35 * 2)
+
+
+def test_a_replica_counts_from_when_serve_says_that_it_starts() -> None:
+    told = backdated(STORY, lambda unix: unix - 1000)
+    counts = [(one["t"], one["target"], one["starting"]) for one in told if "target" in one]
+    assert counts == [(0, 1, 0), (5, 1, 0), (10, 1, 0), (12.0, 2, 1), (15, 2, 1), (35, 2, 0)]
+    assert scale_ups(told, lambda unix: unix - 1000) == scale_ups(STORY, lambda unix: unix - 1000)

@@ -1,0 +1,346 @@
+"""Whole runs by the command line, in a process of their own, against a server on loopback."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.local.state import ROOT
+from loadtest import Mistake
+from loadtest.records import read
+from loadtest.scaling import PHASES
+from loadtest.summary import summarize
+from tests.picture_server import Server, picture_server
+
+LIMIT_S = 60
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with picture_server() as server:
+        yield server
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "loadtest", *arguments, "--out", str(folder), "--run-dir", str(folder / "none")]
+
+
+def loadtest(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    whole = command(folder, *arguments)
+    return subprocess.run(
+        whole, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
+
+
+def prompts(folder: Path, *lines: str) -> str:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def only_run(folder: Path) -> Path:
+    (found,) = [path.parent for path in folder.glob("*/run.json")]
+    return found
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((only_run(folder) / "summary.json").read_text())
+    return found
+
+
+def ran(done: subprocess.CompletedProcess[str]) -> str:
+    """Without a failed request. On a busy machine a run may send late and say that it is invalid: status 3."""
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    return done.stdout
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1, "one line"
+    return done.stderr.strip()
+
+
+# What a run is worth
+
+
+def test_a_stall_of_five_seconds_shows_in_the_percentiles(server: Server, tmp_path: Path) -> None:
+    """Coordinated omission: 20 requests a second for 8 s of which 5 s stand still, so half of them wait, 2.5 s on
+    average. A client that waited for its answers would count one slow request."""
+    server.stall = (20, 5.0)
+    flags = ("--process", "constant", "--rate", "20", "--duration", "8", "--repeat", "0")
+    ran(loadtest(tmp_path, "--url", server.url, *flags))
+    summary = summary_of(tmp_path)
+    assert summary["latency"]["p50"] > 0.8 and 4.0 < summary["latency"]["p95"] < 5.3
+    assert summary["latency"]["max"] == pytest.approx(5, abs=0.4)
+    slow = [one for one in read(only_run(tmp_path)).records if one.latency > 0.5]
+    assert len(slow) == pytest.approx(90, abs=8), "those of the 4.5 s that the stall has left at half a second or more"
+
+
+def test_whoever_sends_late_is_told_that_the_run_is_invalid(server: Server, tmp_path: Path) -> None:
+    slow = prompts(tmp_path, "delay 0.5")
+    ran(loadtest(tmp_path, "--url", server.url, "--rate", "20", "--duration", "2", "--prompts", slow))
+    folder = only_run(tmp_path)
+    lines = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    for lag, reasons in ((0.004, 0), (0.05, 1)):
+        for one in lines:
+            if "sent" in one:
+                one["sent"] = one["intended"] + lag
+        (folder / "requests.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        assert len(summarize(read(folder))["invalid"]) == reasons
+    (reason,) = summarize(read(folder))["invalid"]
+    assert re.match(r"requests were sent late: p95 of the send lag is 50 ms, and 5\.\d* ms is allowed", reason)
+    again = subprocess.run([sys.executable, "-m", "loadtest", "report", str(folder)], capture_output=True, text=True)
+    assert f"INVALID     {reason}" in again.stdout and reason in (folder / "report.html").read_text()
+
+
+def test_failures_are_counted_by_class_and_the_exit_status_is_1(server: Server, tmp_path: Path) -> None:
+    kinds = prompts(tmp_path, "a", "status 503", "status 500", "blank", "reset")
+    done = loadtest(
+        tmp_path, "--url", server.url, "--requests", "40", "--concurrency", "40", "--prompts", kinds, "--repeat", "0"
+    )
+    assert done.returncode == 1
+    outcomes = summary_of(tmp_path)["outcomes"]
+    assert set(outcomes) == {"ok", "shed", "server_error", "bad_image", "reset"} and sum(outcomes.values()) == 40
+    assert f"40 of 40, {40 - outcomes['ok']} failed" in done.stdout
+    assert f"{outcomes['shed']} shed: 503 because: in words" in done.stdout
+
+
+def test_no_more_requests_are_open_than_allowed_and_the_rest_is_the_clients_failure(
+    server: Server, tmp_path: Path
+) -> None:
+    slow = prompts(tmp_path, "delay 3")
+    done = loadtest(
+        tmp_path,
+        *("--url", server.url, "--rate", "20", "--duration", "1", "--process", "constant", "--repeat", "0"),
+        *("--prompts", slow, "--max-in-flight", "5"),
+    )
+    summary = summary_of(tmp_path)
+    assert done.returncode == 1 and summary["outcomes"] == {"ok": 5, "client_overload": 15}
+    assert "INVALID" in done.stdout and "15 requests were never sent" in done.stdout and len(server.seen) == 5
+
+
+def test_the_warm_up_is_sent_and_not_counted(server: Server, tmp_path: Path) -> None:
+    flags = ("--rate", "10", "--duration", "3", "--process", "constant", "--warmup", "1")
+    ran(loadtest(tmp_path, "--url", server.url, *flags))
+    summary = summary_of(tmp_path)
+    assert (summary["requests"], summary["counted"], summary["latency"]["count"]) == (30, 20, 20)
+    assert summary["offered_per_s"] == pytest.approx(10)
+
+
+# The predecessor's command line
+
+
+def test_the_predecessors_flags_mean_what_they_meant(server: Server, tmp_path: Path) -> None:
+    told = ran(loadtest(tmp_path, "--url", server.url, "--num_requests", "12", "--batch_size", "3", "--save_pictures"))
+    run = json.loads((only_run(tmp_path) / "run.json").read_text())
+    assert run["scenario"]["arrivals"] == {"process": "closed", "concurrency": 3, "requests": 12}
+    assert len(server.seen) == 12
+    sheet = only_run(tmp_path) / "diffusion_results.png"
+    assert str(sheet) in told and sheet.read_bytes().startswith(b"\x89PNG")
+    assert not (only_run(tmp_path) / "pictures").exists(), "single pictures only on request"
+
+
+def test_without_flags_it_is_8_requests_by_8_clients(server: Server, tmp_path: Path) -> None:
+    ran(loadtest(tmp_path, "--url", server.url, "--save-each"))
+    run = json.loads((only_run(tmp_path) / "run.json").read_text())
+    assert run["scenario"]["arrivals"] == {"process": "closed", "concurrency": 8, "requests": 8}
+    assert len([*(only_run(tmp_path) / "pictures").iterdir()]) == 8
+
+
+def test_an_ip_alone_means_port_8000(tmp_path: Path) -> None:
+    assert "127.0.0.2:8000" in refused(loadtest(tmp_path, "--ip", "127.0.0.2"))
+
+
+# Killed, resumed, replayed
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+    flags = ("--url", server.url, "--rate", "20", "--duration", "4", "--process", "constant", "--repeat", "0")
+    process = subprocess.Popen(command(tmp_path, *flags), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + LIMIT_S
+    while len(server.seen) < 30 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    folder = only_run(tmp_path)
+    with (folder / "requests.jsonl").open("a") as file:
+        file.write('{"id": 79, "kin')  # a torn line
+    killed = read(folder)
+    before = {one.id for one in killed.records}
+    assert killed.ended is None and 20 <= len(before) < 80
+    ran(loadtest(tmp_path, "run", "--resume", str(folder)))
+    run = read(folder)
+    assert sorted(one.id for one in run.records) == [*range(80)] and run.ended == "complete"
+    assert len(run.sessions) == 2 and run.sessions[1].offset == pytest.approx(min({*range(80)} - before) / 20)
+    assert max(one.latency for one in run.records) < 1, "the pause is no latency"
+    assert summary_of(tmp_path)["sessions"] == 2
+    assert len(server.seen) <= 80 + 5, "only what was under way is sent again"
+    assert "nothing is left to send" in refused(loadtest(tmp_path, "run", "--resume", str(folder)))
+
+
+def test_a_run_whose_prompts_have_changed_does_not_go_on(server: Server, tmp_path: Path) -> None:
+    flags = ("--url", server.url, "--requests", "4", "--prompts", prompts(tmp_path, "a fox"))
+    ran(loadtest(tmp_path, *flags))
+    folder = only_run(tmp_path)
+    lines = (folder / "requests.jsonl").read_text().splitlines()
+    (folder / "requests.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    prompts(tmp_path, "a hen")
+    told = refused(loadtest(tmp_path, "run", "--resume", str(folder)))
+    assert "its scenario makes other requests now" in told
+
+
+def test_an_interrupted_run_writes_its_report_and_can_be_resumed(server: Server, tmp_path: Path) -> None:
+    flags = ("--url", server.url, "--rate", "10", "--duration", "30", "--repeat", "0")
+    process = subprocess.Popen(command(tmp_path, *flags), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + LIMIT_S
+    while len(server.seen) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=LIMIT_S)[0]
+    assert process.returncode == 130 and "report.html" in told
+    assert summary_of(tmp_path)["ended"] == "interrupted" and summary_of(tmp_path)["failed"] == 0
+
+
+def test_the_record_of_a_run_is_a_trace_that_can_be_replayed(server: Server, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    ran(loadtest(first, "--url", server.url, "--rate", "10", "--duration", "2"))
+    seen = [{**one} for one in server.seen]
+    trace = str(only_run(first) / "requests.jsonl")
+    ran(loadtest(second, "--url", server.url, "--replay", trace, "--speed", "2"))
+    again = server.seen[len(seen) :]
+    assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, seen))
+    times = [sorted(one.intended for one in read(only_run(folder)).records) for folder in (first, second)]
+    assert times[1] == pytest.approx([(at - times[0][0]) / 2 for at in times[0]])
+
+
+# Reports
+
+
+class Addresses(HTMLParser):
+    """Whatever a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [f"{tag} {name}={value}" for name, value in attrs if name in ("src", "href", "data", "action")]
+
+
+def test_the_report_is_one_file_that_fetches_nothing_and_quotes_what_it_shows(server: Server, tmp_path: Path) -> None:
+    evil = prompts(tmp_path, "status 500</script><script>alert(1)</script>", "a <b>bold</b> fox")
+    loadtest(tmp_path, "--url", server.url, "--requests", "30", "--prompts", evil, "--field", "user=<i>me</i>")
+    folder = only_run(tmp_path)
+    page = (folder / "report.html").read_text()
+    parser = Addresses()
+    parser.feed(page)
+    assert parser.found == [] and "@import" not in page and "url(http" not in page
+    assert "<script>alert" not in page and "<i>me" not in page
+    for words in ("Over time", "Latency by percentile", "from the intended time", "The scenario, as it was run"):
+        assert words in page
+    rows = [*csv.DictReader((folder / "requests.csv").read_text().splitlines())]
+    assert len(rows) == 30 and float(rows[0]["latency"]) == pytest.approx(
+        float(rows[0]["done"]) - float(rows[0]["intended"])
+    )
+
+
+def test_two_runs_are_compared_with_ratios(server: Server, tmp_path: Path) -> None:
+    for name, delay in (("quick", "delay 0.1"), ("slow", "delay 0.3")):
+        flags = ("--requests", "16", "--prompts", prompts(tmp_path, delay))
+        ran(loadtest(tmp_path / name, "--url", server.url, *flags))
+    folders = [str(only_run(tmp_path / name)) for name in ("quick", "slow")]
+    done = subprocess.run(
+        [sys.executable, "-m", "loadtest", "compare", *folders],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "env": os.environ | {"COLUMNS": "150"}},  # type: ignore[call-overload]
+    )
+    (row,) = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("latency p50")]
+    assert done.returncode == 0 and float(row[-1]) == pytest.approx(3, rel=0.3), done.stdout
+
+
+def test_a_sweep_finds_the_rate_at_which_a_server_no_longer_keeps_up(server: Server, tmp_path: Path) -> None:
+    """One at a time, 40 ms each: 25 a second."""
+    turns = prompts(tmp_path, "turn 0.04")
+    done = loadtest(
+        tmp_path,
+        *("sweep", "--url", server.url, "--prompts", turns, "--repeat", "0", "--process", "constant"),
+        *("--from", "8", "--duration", "3", "--objective", "0.4"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(next(tmp_path.glob("sweep-*/sweep.json")).read_text())
+    assert 16 <= found["knee"] <= 30, done.stdout
+    assert "The knee is at" in next(tmp_path.glob("sweep-*/sweep.html")).read_text()
+    assert f"Knee        {found['knee']:.3g} requests a second" in done.stdout and "does not hold: only" in done.stdout
+
+
+# Mistakes
+
+
+def test_a_machine_elsewhere_is_refused_without_the_flag(tmp_path: Path) -> None:
+    for address in ("--url=http://192.0.2.1:8000", "--ip=192.0.2.1"):
+        said = refused(loadtest(tmp_path, address))
+        assert said.startswith("192.0.2.1 is another machine. A load test can bring a server down: ")
+        assert said.endswith(" add --allow-remote.")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nowhere",), "There is no scenario nowhere; there are burst, scale-up, smoke, soak, steady, or name a"),
+        (
+            ("smoke", "--rate", "-1"),
+            "smoke.yaml: arrivals.poisson.stages.0.rate: Input should be greater than or equal",
+        ),
+        (("--requests", "x"), "Argument --requests/--num_requests: must be a whole number, got 'x'."),
+        (("--rate", "nan"), "must be a number, got 'nan'"),
+        (("--rate", "1", "--concurrency", "2"), "exclude one another"),
+        (("--field", "n"), "must be NAME=VALUE"),
+        (("--speed", "2"), "--speed needs --replay."),
+        (("--replay", "gone.jsonl"), "gone.jsonl cannot be read"),
+        (("--endpoint", "imagine", "--stream"), "need endpoint generations"),
+        (("--url", "ftp://127.0.0.1"), "The URL must be like http://127.0.0.1:8000, got ftp://127.0.0.1."),
+        (("--url", "http://127.0.0.1:9"), "Nothing answers at http://127.0.0.1:9"),
+        (("run", "--resume", "gone"), "gone is not the folder of a load test"),
+        (("--concurrency", "0"), "arrivals.closed.concurrency: Input should be greater than or equal to 1, got 0."),
+        (("--requests", "0"), "arrivals.closed.requests: Input should be greater than or equal to 1, got 0."),
+        (("--concurrency", "0", "--rate", "1"), "exclude one another"),
+        (("--duration", "0"), "arrivals.closed.duration_s: Input should be greater than 0, got 0.0."),
+        (("--url", ""), "Argument --url: must not be empty."),
+        (("--ip", ""), "Argument --ip: must not be empty."),
+        (("--scenario", ""), "Argument --scenario: must not be empty."),
+        (("--save_pictures=maybe",), "must be true or false, got 'maybe'"),
+        (("--resume", "x", "--repeat", "0"), "--resume goes on with a run as it was begun: --repeat cannot be given."),
+        (("sweep", "--concurrency", "0"), "A sweep sends at rates of its own: --concurrency cannot be given."),
+        (("sweep", "--factor", "1"), "A sweep needs --from above 0, --factor above 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    assert words in refused(loadtest(tmp_path, *arguments))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("entry", ["{}", '{"session": 1}', "[1]", "7"])
+def test_a_folder_of_something_else_is_told(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "requests.jsonl").write_text(entry + "\n")
+    with pytest.raises(Mistake, match="is not the folder of a load test: .* is no record\\.$"):
+        read(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_told(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "The folder of the run cannot be made" in refused(loadtest(tmp_path / "file", "--url", server.url))
+
+
+def test_every_phase_of_a_scale_up_is_explained_in_the_report() -> None:
+    assert list(PHASES) == ["decision", "node", "process", "weights", "compile", "ready", "first image"]

@@ -1,0 +1,102 @@
+"""Which server a run is put on, and which dashboard it watches."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest import Mistake
+from loadtest.__main__ import local, target_of
+from loadtest.options import parser
+from loadtest.session import guard
+from tests.loadtest.test_cluster import ANSWERS, cluster
+
+
+def asked(tmp_path: Path, *arguments: str) -> Any:
+    return parser(None).parse_args(["run", *arguments, "--run-dir", str(tmp_path)])
+
+
+def test_without_a_cluster_it_is_port_8000_of_this_machine(tmp_path: Path) -> None:
+    found = target_of(asked(tmp_path))
+    assert (found.url, found.dashboard) == ("http://127.0.0.1:8000", None)
+    assert local(tmp_path / "nowhere") == (None, None)
+
+
+def test_a_dashboard_that_is_named_is_asked_with_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tmp_path / "auth_token"
+    token.write_text("abc\n")
+    for module in ("loadtest.__main__", "cluster.places"):
+        monkeypatch.setattr(f"{module}.token_file", lambda: token)
+    with cluster(ANSWERS) as url:
+        found = target_of(asked(tmp_path, "--dashboard", url)).dashboard
+        assert found and found.headers == {"Authorization": "Bearer abc"}
+        assert found.details() == json.loads(json.dumps(ANSWERS["/api/serve/applications/"]))
+    with pytest.raises(Mistake, match="is another machine"):
+        target_of(asked(tmp_path, "--dashboard", "http://192.0.2.1:8265"))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://localhost:8000/", "http://[::1]:8000"])
+def test_every_name_of_this_machine_may_be_loaded(url: str) -> None:
+    assert guard(url, allow_remote=False) == url.rstrip("/")
+
+
+def test_this_machine_by_its_own_address_may_be_loaded() -> None:
+    """Whichever that is: the kernel names it as the source of what would go out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no address beyond loopback")
+        own = probe.getsockname()[0]
+    assert guard(f"http://{own}:8000", allow_remote=False) == f"http://{own}:8000"
+
+
+def test_a_name_is_told_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(*_: object, **__: object) -> list[object]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 80))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    with pytest.raises(Mistake, match=r"^api\.example, which is 192\.0\.2\.7, is another machine\."):
+        guard("http://api.example", allow_remote=False)
+
+
+FLAGS = ("--save_pictures", "--save-pictures")
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ([], True),
+        (["True"], True),
+        (["true"], True),
+        (["1"], True),
+        (["False"], False),
+        (["false"], False),
+        (["0"], False),
+    ],
+)
+def test_a_switch_is_understood_as_the_predecessor_took_it(flag: str, value: list[str], wanted: bool) -> None:
+    joined = [f"{flag}={one}" for one in value] or [flag]
+    for words in ([flag, *value], joined):
+        options = parser(None).parse_args(["run", *words])
+        assert options.save_pictures is wanted and options.scenario is None
+        options = parser(None).parse_args(["run", *words, "smoke", "--stream"])
+        assert options.save_pictures is wanted and options.scenario == "smoke" and options.stream is True
+
+
+@pytest.mark.parametrize("url", ["http://192.0.2.1", "http://[2001:db8::1]:80", "http://0.0.0.1"])
+def test_any_other_needs_the_flag(url: str) -> None:
+    with pytest.raises(Mistake, match="is another machine"):
+        guard(url, allow_remote=False)
+    assert guard(url, allow_remote=True) == url
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "http://", "http://a:b:c", "http://u@127.0.0.1", "http://127.0.0.1/?a"]
+)
+def test_what_is_no_address_of_a_server_is_told(url: str) -> None:
+    with pytest.raises(Mistake, match="The URL must be like http://127.0.0.1:8000"):
+        guard(url, allow_remote=True)

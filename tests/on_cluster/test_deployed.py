@@ -1,0 +1,739 @@
+"""A real local Ray, a real Serve, real HTTP: the Makefile's verbs as a user would run them, then the API itself.
+
+One cluster serves all tests here, on ports of its own, with its state in .run/test, so that a cluster which is up in
+this checkout is neither used nor disturbed.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+import numpy as np
+import psutil
+import pytest
+from openai import AsyncOpenAI, AuthenticationError, NotFoundError, OpenAI, RateLimitError
+from PIL import Image
+from ray.serve.metrics import Counter, Histogram
+from ray.util.metrics import Metric
+
+from app.serving.metrics import Metrics
+from cluster import auth_token, first_pictures, ownership, processes
+from cluster.local.state import ROOT, Cluster
+from tests import crowd, stranger
+from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
+
+pytestmark = pytest.mark.cluster
+
+RUN_DIR = ROOT / ".run" / "test"
+GREETER = """
+proxy_location: HeadOnly
+http_options: {host: 127.0.0.1, port: PORT}
+applications:
+  - name: greeting
+    route_prefix: /
+    import_path: tests.serve_apps:greeter
+    args: {text: hello}
+    deployments:
+      - name: Greeter
+        ray_actor_options: {num_cpus: 0.1, resources: {TPU: 4}}
+"""
+HANGING = """
+proxy_location: HeadOnly
+http_options: {host: 127.0.0.1, port: PORT}
+applications:
+  - name: hanging
+    route_prefix: /
+    import_path: tests.failing_apps:hanging
+    args: {model: assets/demo-model, sizes: [32x32], stall_s: 1}
+    deployments:
+      - name: Hanging
+        num_replicas: 1
+        health_check_period_s: 1
+        ray_actor_options: {num_cpus: 0.1, resources: {TPU: 4}}
+"""
+PROMPT = "a red house under a yellow sun at dusk"
+
+
+@pytest.fixture(scope="module")
+def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
+    yield from one_node_cluster(RUN_DIR, tmp_path_factory.mktemp("twin"))
+
+
+@pytest.fixture
+def greeter(verbs: Verbs, tmp_path: Path) -> Path:
+    path = tmp_path / "greeter.yaml"
+    path.write_text(GREETER.replace("PORT", str(verbs.serve_port)))
+    return path
+
+
+def listening(cluster: Cluster) -> set[tuple[str, int]]:
+    return listening_of(cluster.search())
+
+
+def listening_of(processes: list[psutil.Process]) -> set[tuple[str, int]]:
+    found = set()
+    for process in processes:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
+# The verbs, with an application that needs no model.
+
+
+def test_up_again_is_quick_and_says_so(verbs: Verbs) -> None:
+    before = verbs.cluster
+    began = time.monotonic()
+    assert succeeds(verbs.up()) == f"The local Ray is already up: {before.address}\n"
+    assert time.monotonic() - began < 10
+    assert verbs.cluster == before
+    elsewhere = verbs("local", "up", "--dashboard-port", str(verbs.dashboard_port + 1))
+    assert refuses(elsewhere).startswith(f"A local Ray is already up at {before.address}.")
+
+
+def test_deploy_waits_until_it_serves_and_all_is_on_loopback(verbs: Verbs, greeter: Path) -> None:
+    said = succeeds(verbs.deploy(greeter))
+    assert f": http://127.0.0.1:{verbs.serve_port}" in said.splitlines()[-1] and "greeting is ready" in said
+    status, body, _ = fetch(f"http://127.0.0.1:{verbs.serve_port}/")
+    assert (status, json.loads(body)) == (200, {"text": "hello", "chips": "0,1,2,3"})
+    listeners = listening(verbs.cluster)
+    assert {("127.0.0.1", verbs.dashboard_port), ("127.0.0.1", verbs.serve_port)} <= listeners
+    assert {host for host, _ in listeners} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_status_and_logs_tell_of_it(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    assert "greeting runs this config already." in succeeds(verbs.deploy(greeter))
+    status = succeeds(verbs("deploy", "status"))
+    assert re.search(r"greeting  RUNNING, answers after \d.\d\d s\n  Greeter  HEALTHY  1 of 1 ready\n", status)
+    assert "\nProxy  HEALTHY on " in status
+    assert "Greeter " in succeeds(verbs("logs", "--lines", "5"))
+
+
+def deployed(verbs: Verbs) -> list[str]:
+    """What status says of Serve, without times."""
+    return re.sub(r"after [\d.]+ s", "", verbs("deploy", "status").stdout).splitlines()[2:]
+
+
+def test_serve_deploy_by_hand_gives_the_same(verbs: Verbs, greeter: Path, tmp_path: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    before = deployed(verbs)
+    serve = [str(Path(sys.executable).parent / "serve"), "deploy", str(greeter), "--address", verbs.cluster.address]
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
+    token = auth_token.environment(verbs.cluster.token_file)
+    subprocess.run(serve, cwd=tmp_path, env=bare | token, capture_output=True, check=True, timeout=120)
+    assert deployed(verbs) == before, "the same config is nothing new to Serve"
+
+
+def test_what_address_says_is_all_that_plain_commands_need(verbs: Verbs, greeter: Path, tmp_path: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    program = f"""
+        eval "$({sys.executable} -m cluster.local address --run-dir {verbs.run_dir})" && cd {tmp_path} || exit 1
+        serve deploy {greeter} 2>&1; ray status | head -1
+        ray job submit -- python -c 'import ray; ray.init(); print("nodes", len(ray.nodes()))' 2>&1
+        curl -s -o /dev/null -w '%{{http_code}}\n' -H "Authorization: Bearer $(cat $RAY_AUTH_TOKEN_PATH)" \
+            "$RAY_DASHBOARD_ADDRESS/api/version"; curl -s "$IMAGINE_URL"
+        """
+    strays = os.environ | {"RAY_AUTH_TOKEN": "somebody-elses", "RAY_AUTH_MODE": "disabled"}
+    said = subprocess.run(["bash", "-c", program], cwd=ROOT, env=strays, capture_output=True, text=True, timeout=120)
+    assert "Sent deploy request successfully" in said.stdout and "Autoscaler status" in said.stdout, said
+    assert "nodes 2" in said.stdout and "succeeded" in said.stdout, said
+    assert '200\n{"text":"hello"' in said.stdout, said
+
+
+@stranger.as_root
+def test_another_user_can_read_and_do_nothing(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    cluster = verbs.cluster
+    kept = (cluster.token_file, verbs.run_dir / "cluster.json", cluster.temp_dir / "autoscaling.yaml")
+    assert set(stranger.read(*kept).values()) == {"PermissionError"}
+    jobs, google = (cluster.dashboard_port, "POST", "/api/jobs/"), cluster.ports["metadata"]
+    agent = (cluster.ports["runtime-env-agent-port"], "POST", "/get_or_create_runtime_env")
+    assert {*stranger.ask((*jobs, {}), (*agent, {}), (google, "GET", "/", {})).values()} == {401}
+    assert {*stranger.ask((google, "PUT", "/ray_tpu-1/preempted", {})).values()} == {401}
+    guess = {"Authorization": f"Bearer {'0' * 64}"}
+    assert {*stranger.ask((*jobs, guess), (*agent, guess), (google, "GET", "/", guess)).values()} == {403}
+
+
+@stranger.as_root
+def test_no_port_does_what_another_user_asks_for(verbs: Verbs, greeter: Path) -> None:
+    """Each replica's gRPC port unpickled what it was sent. None is opened, and Ray's others ask for the token."""
+    succeeds(verbs.deploy(greeter))
+    replicas = [one for one in verbs.cluster.search() if "ServeReplica" in "".join(one.cmdline())]
+    actors = [one for one in verbs.cluster.search() if "ServeController" in "".join(one.cmdline())]
+    opened = [len(listening_of([one])) for one in replicas + actors]
+    assert len(replicas) == 1 and opened == [1, 1], "Ray's own, which each of its actors has"
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        answers = stranger.attack({port for _, port in listening(verbs.cluster)}, Path(folder) / "unpickled")
+        assert not (Path(folder) / "unpickled").exists()
+    assert {*answers.values()} == {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}, answers
+    for call in stranger.CALLS:
+        assert any(code == "UNAUTHENTICATED" for name, code in answers.items() if name.endswith(call)), call
+    assert fetch(f"http://127.0.0.1:{verbs.serve_port}/")[0] == 200
+
+
+def test_a_client_without_the_token_is_told_so_at_once(verbs: Verbs, tmp_path: Path) -> None:
+    """Ray itself waits 20 s, and names no cause."""
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    bare |= {"RAY_ADDRESS": verbs.cluster.gcs_address}
+    for token, reason in (
+        ({}, "asks for a token, and RAY_AUTH_MODE is not token."),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}, "has another token than the one in RAY_AUTH_TOKEN."),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "asks for a token, and /nowhere cannot be"),
+    ):
+        program = "import time; from ops import ray_client; from cluster.terminal import run; run(ray_client.connect)"
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=bare | token, capture_output=True, text=True
+        )
+        assert f"The cluster at {verbs.cluster.gcs_address} {reason}" in refuses(done)
+        assert time.monotonic() - began < 15
+
+
+def test_a_token_that_is_gone_or_another_is_told_by_every_verb(verbs: Verbs) -> None:
+    file = verbs.cluster.token_file
+    token = file.read_text()
+    asked = (("deploy", "status"), ("job", "list"), ("local", "monitor", "--once"), ("local", "address"), ("demo",))
+    try:
+        file.write_text("0" * 64)
+        for words in asked:
+            assert f"403: it was started with another token than the one that is in {file} here." in refuses(
+                verbs(*words)
+            )
+        loadtest = [sys.executable, "-m", "loadtest", "run", "smoke", "--run-dir", str(verbs.run_dir)]
+        done = subprocess.run(loadtest, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert "answers 403" in refuses(done)
+        file.unlink()
+        for words in (*asked, ("logs",), ("local", "preempt")):
+            assert refuses(verbs(*words)).startswith(f"{file} is missing")
+    finally:
+        ownership.write(file, token)
+
+
+def test_a_failed_deploy_says_why_and_puts_back_what_ran_and_works_once_the_cause_is_gone(
+    verbs: Verbs, greeter: Path
+) -> None:
+    succeeds(verbs.deploy(greeter))
+    folder = greeter.parent / "model"
+    greeter.write_text(greeter.read_text().replace("text: hello", f"model: {folder}, text: new"))
+    failure = refuses(verbs.deploy(greeter))
+    assert failure.startswith(
+        f"greeting/Greeter did not start: model must be a folder in diffusers layout, got {folder}.\n"
+        f"It has no model_index.json.\n{greeter} is not deployed. greeting serves as before, since "
+    )
+    succeeds(verbs("deploy", "status"))
+    assert json.loads(fetch(f"http://127.0.0.1:{verbs.serve_port}/")[1])["text"] == "hello"
+    folder.mkdir()
+    succeeds(verbs.deploy(greeter))
+    assert json.loads(fetch(f"http://127.0.0.1:{verbs.serve_port}/")[1])["text"] == "new"
+
+
+def test_a_first_deploy_that_fails_says_why_and_so_does_status(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs("deploy", "undeploy"))
+    folder = greeter.parent / "model"
+    greeter.write_text(greeter.read_text().replace("text: hello", f"model: {folder}"))
+    reason = f"model must be a folder in diffusers layout, got {folder}."
+    assert refuses(verbs.deploy(greeter)) == f"greeting/Greeter did not start: {reason}\nIt has no model_index.json."
+    status = verbs("deploy", "status")
+    assert refuses(status).startswith("greeting is DEPLOY_FAILED.\n") and reason in status.stdout
+    folder.mkdir()
+    succeeds(verbs.deploy(greeter))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("serve_apps:greeter", "serve_apps:nobody", "module 'tests.serve_apps' has no attribute 'nobody'"),
+        ("serve_apps:greeter", "nowhere:greeter", "No module named 'tests.nowhere'"),
+        ("text: hello", "text: [1]", "Input should be a valid string"),
+        ("applications:", "applications: [", "is not valid YAML"),
+        ("import_path:", "path:", "applications.0.import_path: Field required"),
+        ("127.0.0.1", "127.0.0.2", "http_options.host is 127.0.0.1 while Serve runs"),
+    ],
+)
+def test_a_mistake_in_the_config_is_told_without_a_traceback(
+    verbs: Verbs, greeter: Path, old: str, new: str, reason: str
+) -> None:
+    greeter.write_text(greeter.read_text().replace(old, new, 1))
+    assert reason in refuses(verbs.deploy(greeter))
+
+
+def test_undeploy_leaves_the_cluster_and_frees_the_port(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    assert succeeds(verbs("deploy", "undeploy")).endswith("Removed greeting; the cluster is still up.\n")
+    assert processes.free(verbs.serve_port)
+    assert succeeds(verbs("deploy", "undeploy")) == "Nothing is deployed, so nothing to remove.\n"
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # Serve's last connections are in TIME_WAIT
+        listener.bind(("127.0.0.1", verbs.serve_port))
+        listener.listen()
+        assert f"is taken by process {os.getpid()}" in refuses(verbs.deploy(greeter))
+
+
+def test_a_replica_whose_device_hangs_says_so_at_once_and_is_replaced(verbs: Verbs, tmp_path: Path) -> None:
+    config = tmp_path / "hanging.yaml"
+    config.write_text(HANGING.replace("PORT", str(verbs.serve_port)))
+    succeeds(verbs.deploy(config))
+    api = f"http://127.0.0.1:{verbs.serve_port}"
+    assert imagine(api, prompt=PROMPT)[0] == 200
+    before = the_replica(api)
+    status, error = refusal(imagine(api, prompt="a device that hangs"))
+    assert (status, error["code"]) == (503, "replica_lost")
+    assert error["message"] == "The replica's device does not answer; try again."
+    assert soon(lambda: imagine(api, prompt=PROMPT)[0] == 200)
+    assert the_replica(api)["pid"] != before["pid"]
+
+
+# The API, as serve_config.yaml deploys it, with one replica.
+
+
+@pytest.fixture(scope="module")
+def api(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> str:
+    verbs("deploy", "undeploy")  # a test before this may have left something else
+    succeeds(verbs("deploy", "deploy", "--config", str(verbs.config), "--serve-port", str(verbs.serve_port)))
+    return f"http://127.0.0.1:{verbs.serve_port}"
+
+
+def imagine(api: str, **query: object) -> tuple[int, bytes, dict[str, str]]:
+    return fetch(f"{api}/imagine?{urlencode(query)}")
+
+
+def described(api: str) -> dict[str, Any]:
+    status, body, _ = fetch(f"{api}/v1/models")
+    assert status == 200
+    model: dict[str, Any] = json.loads(body)["data"][0]
+    return model
+
+
+def refusal(answer: tuple[int, bytes, dict[str, str]]) -> tuple[int, dict[str, Any]]:
+    status, body, headers = answer
+    assert headers["content-type"].startswith("application/json")
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert {"message", "type", "param", "code"} <= set(error)
+    return status, error
+
+
+def test_imagine_answers_a_png_that_says_how_it_was_made(api: str) -> None:
+    status, body, headers = imagine(api, prompt=PROMPT, seed=7)
+    headers = {name.lower(): value for name, value in headers.items()}
+    assert (status, headers["content-type"]) == (200, "image/png")
+    image = Image.open(BytesIO(body))
+    assert f"{image.width}x{image.height}" == described(api)["sizes"][0]
+    assert image.text["seed"] == headers["x-seed"] == "7"  # type: ignore[attr-defined]
+    assert image.convert("L").getextrema()[0] != image.convert("L").getextrema()[1], "not a blank page"
+
+
+def test_the_same_seed_gives_the_same_bytes_at_both_doors_and_another_seed_does_not(api: str) -> None:
+    first, second = (imagine(api, prompt=PROMPT, seed=7)[1] for _ in range(2))
+    status, body, _ = fetch(f"{api}/v1/images/generations", {"prompt": PROMPT, "seed": 7})
+    data = json.loads(body)["data"]
+    assert status == 200 and len(data) == 1 and data[0]["seed"] == 7
+    other = imagine(api, prompt=PROMPT, seed=8)[1]
+    pixels = [Image.open(BytesIO(png)).tobytes() for png in (first, base64.b64decode(data[0]["b64_json"]), other)]
+    assert first == second and pixels[0] == pixels[1] != pixels[2]
+
+
+def test_requests_at_the_same_time_each_get_their_own(api: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda seed: imagine(api, prompt=PROMPT, seed=seed), range(6)))
+    assert [status for status, _, _ in together] == [200] * 6
+    assert len({body for _, body, _ in together}) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"size": "33x33"}, "size"),
+        ({"n": 1000}, "n"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_bad_request_is_a_400_that_names_the_field(api: str, change: dict[str, object], param: str) -> None:
+    status, error = refusal(fetch(f"{api}/v1/images/generations", {"prompt": PROMPT} | change))
+    assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
+
+
+def test_other_mistakes_have_their_own_status(api: str) -> None:
+    assert refusal(fetch(f"{api}/v1/images/generations", b"{"))[0] == 400
+    assert refusal(fetch(f"{api}/v1/images/generations"))[0] == 405
+    assert refusal(fetch(f"{api}/nowhere"))[0] == 404
+    assert refusal(fetch(f"{api}/v1/images/generations", {"prompt": "x" * (1 << 20)}))[0] == 413
+
+
+def test_the_model_is_described(api: str) -> None:
+    model = described(api)
+    assert {"id", "sizes", "samplers", "limits"} <= set(model)
+    assert fetch(f"{api}/healthz")[0] == 200
+
+
+# What the engine promises, over real HTTP. LONG is long enough for things to happen to it.
+
+LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "seed": 7}
+
+
+def stats(api: str) -> dict[str, Any]:
+    status, body, _ = fetch(f"{api}/v1/stats")
+    assert status == 200
+    told: dict[str, Any] = json.loads(body)
+    return told
+
+
+def the_replica(api: str) -> dict[str, Any]:
+    """The one that runs; load may have asked for a second one, for which this twin may have no node."""
+    (one,) = [told for told in stats(api)["replicas"].values() if "error" not in told]
+    return dict(one)
+
+
+@contextmanager
+def posted(api: str, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A client that has sent its request, and goes away at the end of the block."""
+    content = json.dumps(body).encode()
+    host, _, port = api.removeprefix("http://").partition(":")
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(f"{head}Connection: close\r\nContent-Type: application/json\r\n\r\n".encode() + content)
+        yield connection
+
+
+@pytest.mark.parametrize(
+    ("streaming", "heard"),
+    [({}, b""), ({"stream": True}, b"200 OK"), ({"stream": True, "partial_images": 3}, b"image_generation.partial")],
+    ids=["plain", "stream", "stream with previews"],
+)
+def test_a_client_that_goes_away_frees_its_slots_and_harms_nobody(
+    api: str, streaming: dict[str, Any], heard: bytes
+) -> None:
+    staying = {"prompt": PROMPT, "num_inference_steps": 50, "seed": 7}
+    alone = fetch(f"{api}/v1/images/generations", staying)[1]
+    before = stats(api)["total"]
+    with ThreadPoolExecutor(1) as pool:
+        with posted(api, LONG | streaming | ({"n": 1} if streaming else {})) as leaver:
+            seen = b""
+            while heard not in seen:
+                seen += leaver.recv(65536)
+            assert soon(lambda: stats(api)["total"]["active_slots"] > 0)
+            stayed = pool.submit(fetch, f"{api}/v1/images/generations", staying)
+            assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
+        assert soon(lambda: stats(api)["total"]["requests"]["cancelled"] == before["requests"]["cancelled"] + 1)
+        status, body, _ = stayed.result()
+    assert status == 200
+    apart = pixels(json.loads(body)["data"][0]) - pixels(json.loads(alone)["data"][0])
+    assert abs(apart).max() <= 1, "a neighbour may change the bucket, and that the last bit of a float"
+    after = stats(api)["total"]
+    assert after["requests"]["completed"] == before["requests"]["completed"] + 1
+    assert (after["active_slots"], after["unfinished"], after["backlog_s"]) == (0, 0, 0)
+
+
+def pixels(image: dict[str, Any]) -> np.ndarray:
+    with Image.open(BytesIO(base64.b64decode(image["b64_json"]))) as picture:
+        return np.asarray(picture).astype(int)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(api: str) -> None:
+    before = stats(api)["total"]["requests"]
+    answer = fetch(f"{api}/v1/images/generations", LONG | {"timeout": 1})
+    status, error = refusal(answer)
+    assert (status, error["code"], error["param"]) == (503, "deadline_unmeetable", "timeout")
+    assert int({name.lower(): value for name, value in answer[2].items()}["retry-after"]) >= 1
+    assert "and timeout is 1 s" in error["message"]
+    assert stats(api)["total"]["requests"] == before | {"deadline": before["deadline"] + 1}
+
+
+def test_under_overload_some_are_refused_and_all_others_answered(api: str) -> None:
+    ask = {"prompt": PROMPT, "num_inference_steps": 10}
+    with ThreadPoolExecutor(80) as pool:
+        asked = [pool.submit(fetch, f"{api}/v1/images/generations", ask | {"seed": seed}) for seed in range(80)]
+        answers = [one.result() for one in asked]
+    refused = [refusal(answer) for answer in answers if answer[0] != 200]
+    assert refused and all((status, error["code"]) == (503, "queue_full") for status, error in refused)
+    answered = {seed: json.loads(body) for seed, (status, body, _) in enumerate(answers) if status == 200}
+    assert len(answered) >= 32 and all(answer["data"][0]["seed"] == seed for seed, answer in answered.items())
+    assert len({answer["data"][0]["b64_json"] for answer in answered.values()}) == len(answered)
+    total = stats(api)["total"]
+    assert (total["active_slots"], total["waiting"], total["unfinished"]) == (0, 0, 0)
+
+
+def test_of_200_clients_those_who_stay_get_what_a_lone_one_gets_and_the_others_leave_nothing(api: str) -> None:
+    crowd.of_200_clients_those_who_stay_get_what_a_lone_one_gets_and_the_others_leave_nothing(api)
+
+
+def test_streams_that_nobody_reads_end_all_the_same_and_hold_up_nobody(api: str) -> None:
+    crowd.streams_that_nobody_reads_end_all_the_same_and_hold_up_nobody(api)
+
+
+def test_openais_client_retrieves_the_model_by_its_id(api: str) -> None:
+    with OpenAI(base_url=f"{api}/v1", api_key="none", max_retries=0) as client:
+        listed = client.models.list().data[0]
+        assert client.models.retrieve(listed.id) == listed
+        with pytest.raises(NotFoundError) as unknown:
+            client.models.retrieve("CompVis/stable-diffusion-v1-4")
+        assert unknown.value.code == "model_not_found" and unknown.value.param == "model"
+
+
+def test_a_prompt_of_4000_characters_is_taken_cut_and_told_so(api: str) -> None:
+    prompt = "\U0001f305" * 4000  # four bytes of UTF-8 each, twelve in a query
+    status, body, _ = fetch(f"{api}/v1/images/generations", {"prompt": prompt, "num_inference_steps": 1})
+    assert status == 200 and json.loads(body)["prompt_truncated"] is True
+    status, _, headers = imagine(api, prompt=prompt, negative_prompt="x" * 1000, num_inference_steps=1)
+    assert status == 200
+    assert {name.lower(): value for name, value in headers.items()}["x-prompt-truncated"] == "true"
+    prompt = "a house " * 250  # as long as was allowed once
+    status, body, _ = fetch(f"{api}/v1/images/generations", {"prompt": prompt, "num_inference_steps": 1})
+    assert status == 200 and json.loads(body)["prompt_truncated"] is True
+
+
+def test_openais_own_client_works_against_it(api: str) -> None:
+    with OpenAI(base_url=f"{api}/v1", api_key="none") as client:
+        model = client.models.list().data[0].id
+        answer = client.images.generate(model=model, prompt=PROMPT, extra_body={"seed": 7})
+        stream = client.images.generate(
+            model=model, prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 7}
+        )
+        *partials, last = list(stream)
+    assert answer.data and [event.type for event in partials] == ["image_generation.partial_image"] * 2
+    assert [getattr(event, "partial_image_index", None) for event in partials] == [0, 1]
+    drafts = [pixels(event.to_dict()) for event in partials]
+    assert len({picture.tobytes() for picture in (*drafts, pixels(last.to_dict()))}) == 3, "pictures in the making"
+    assert last.type == "image_generation.completed"
+    assert (pixels(last.to_dict()) == pixels(answer.data[0].to_dict())).all()
+
+
+def test_openais_async_client_works_against_it(api: str) -> None:
+    async def draw() -> tuple[str | None, str | None]:
+        async with AsyncOpenAI(base_url=f"{api}/v1", api_key="none") as client:
+            answer = await client.images.generate(prompt=PROMPT, extra_body={"seed": 8})
+            stream = await client.images.generate(prompt=PROMPT, stream=True, extra_body={"seed": 8})
+            (event,) = [event async for event in stream]
+            assert answer.data and event.type == "image_generation.completed"
+            return answer.data[0].b64_json, event.b64_json
+
+    whole, streamed = asyncio.run(draw())
+    assert whole and whole == streamed
+
+
+def test_every_metric_is_at_the_nodes_metrics_endpoint(api: str, verbs: Verbs) -> None:
+    assert imagine(api, prompt=PROMPT)[0] == 200
+    discovery = verbs.cluster.temp_dir / "ray" / "prom_metrics_service_discovery.json"
+    names = {metric.info["name"]: metric for metric in vars(Metrics()).values() if isinstance(metric, Metric)}
+    suffix = {Counter: "_total", Histogram: "_bucket"}
+    wanted = {f"ray_{name}{suffix.get(type(metric), '')}" for name, metric in names.items()}
+
+    def exported() -> dict[str, str]:
+        (found,) = json.loads(discovery.read_text())  # as Prometheus finds them
+        texts = [fetch(f"http://{target}/metrics")[1].decode() for target in found["targets"]]
+        lines = [line for text in texts for line in text.splitlines()]
+        return {line.partition("{")[0]: line for line in lines if line.startswith("ray_imagine_")}
+
+    assert soon(lambda: wanted <= set(exported())), wanted - set(exported())  # Ray exports every 10 s
+    for line in exported().values():
+        assert 'application="text-to-image"' in line and 'deployment="StableDiffusion"' in line and 'replica="' in line
+
+
+def test_nothing_is_compiled_while_it_serves_whatever_is_mixed(api: str) -> None:
+    samplers, limits = described(api)["samplers"], described(api)["limits"]
+    mix: list[dict[str, Any]] = [
+        {"sampler": sampler, "num_inference_steps": 3 + i, "guidance_scale": 1 + 3 * (i % 2), "n": 1 + i % 4}
+        for i, sampler in enumerate(samplers)
+    ]
+    mix += [{"output_format": "webp", "negative_prompt": "fog", "n": limits["images"], "num_inference_steps": 2}]
+    mix += [{"stream": True, "partial_images": 1 + i, "num_inference_steps": 8} for i in range(3)]
+    mix += [{"prompt": "long " * 200, "num_inference_steps": 1}]
+    with ThreadPoolExecutor(len(mix)) as pool:
+        answers = list(pool.map(lambda one: fetch(f"{api}/v1/images/generations", {"prompt": PROMPT} | one), mix))
+    assert [status for status, _, _ in answers] == [200] * len(mix)
+    assert the_replica(api)["compiles_after_ready"] == 0
+
+
+def test_a_new_config_lets_requests_finish_on_the_old_replica(api: str, verbs: Verbs, tmp_path: Path) -> None:
+    before, config = the_replica(api), tmp_path / "serve_config.yaml"
+    config.write_text(verbs.config.read_text().replace("max_waiting: 32", "max_waiting: 31"))
+    with ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(fetch, f"{api}/v1/images/generations", LONG)
+        with posted(api, LONG | {"n": 1, "stream": True}) as streaming:
+            assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
+            arguments = ("--config", str(config), "--serve-port", str(verbs.serve_port))
+            deploying = pool.submit(verbs, "deploy", "deploy", *arguments)
+            streamed = b"".join(iter(lambda: streaming.recv(65536), b""))
+        status, body, _ = plain.result()
+        assert (status, len(json.loads(body).get("data", []))) == (200, 4)
+        assert b"image_generation.completed" in streamed
+        succeeds(deploying.result())
+    assert the_replica(api)["pid"] != before["pid"]
+
+
+def test_a_replica_that_is_killed_fails_its_requests_cleanly_and_is_replaced(api: str) -> None:
+    before = the_replica(api)
+    with ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(fetch, f"{api}/v1/images/generations", LONG)
+        with posted(api, LONG | {"n": 1, "stream": True}) as streaming:
+            assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
+            os.kill(before["pid"], signal.SIGKILL)
+            streamed = b"".join(iter(lambda: streaming.recv(65536), b""))
+        status, error = refusal(plain.result())
+    assert (status, error["code"]) == (503, "replica_lost")
+    assert b"event: error" in streamed and b'"code": "replica_lost"' in streamed
+    assert soon(lambda: imagine(api, prompt=PROMPT, seed=7)[0] == 200, timeout_s=600)
+    after = the_replica(api)
+    assert after["pid"] != before["pid"] and after["compiles_after_ready"] == 0
+
+
+def test_the_demonstration_draws_a_sheet_and_says_how_to_go_on(api: str, verbs: Verbs, tmp_path: Path) -> None:
+    said = succeeds(verbs("demo", "--out", str(tmp_path)))
+    assert len(list(tmp_path.glob("[1-8]-*.png"))) == 8
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        assert sheet.width > 512
+    assert said.count("curl ") == 3 and "make down" in said and api in said
+
+
+# The door. With X-Forwarded-For uvicorn tells the routes what it would tell of a caller from elsewhere.
+
+
+def test_a_load_test_finds_the_cluster_by_itself_and_tells_how_it_fared(api: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*(sys.executable, "-m", "loadtest", "smoke", "--duration", "5"), "--run-dir", RUN_DIR, "--out", tmp_path],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},  # type: ignore[call-overload]
+    )
+    assert done.returncode in (0, 3), done.stdout + done.stderr  # 3: on a busy machine requests may be sent late
+    (folder,) = tmp_path.iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["url"] == api and summary["outcomes"] == {"ok": summary["requests"]} and summary["images"] > 0
+    assert summary["most"] == {"replicas": 1, "replicas_at_end": 1, "nodes": 1, "nodes_at_end": 1}
+    assert set(summary["server"]) >= {"queue", "denoise"}
+    samples = [json.loads(line) for line in (folder / "timeline.jsonl").read_text().splitlines()]
+    (milestones,) = next(one["milestones"] for one in samples if one.get("milestones")).values()
+    assert {"process", "constructor", "weights", "warm"} <= set(milestones)
+    assert any(one.get("target") == 1 for one in samples) and any(one.get("nodes") == {"ray_tpu": 1} for one in samples)
+
+
+def test_without_keys_whoever_comes_from_elsewhere_is_refused(api: str) -> None:
+    elsewhere = Request(f"{api}/v1/models", headers={"X-Forwarded-For": "192.0.2.7"})
+    with pytest.raises(HTTPError) as caught:
+        urlopen(elsewhere, timeout=60)
+    assert caught.value.code == 403 and "args.api_keys_file" in json.load(caught.value)["error"]["message"]
+
+
+def test_with_keys_only_they_open_the_door_and_a_change_of_the_file_closes_it(
+    api: str, verbs: Verbs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, config = tmp_path / "keys.yaml", tmp_path / "serve_config.yaml"
+    make = [sys.executable, "-m", "cluster.api_key", "--name", "alice", "--file", str(file), "--rpm", "4"]
+    key = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    config.write_text(verbs.config.read_text().replace("api_keys_file: null", f"api_keys_file: {file}"))
+    succeeds(verbs("deploy", "deploy", "--config", str(config), "--serve-port", str(verbs.serve_port)))
+    with OpenAI(base_url=f"{api}/v1", api_key=key, max_retries=0) as client:
+        stranger = client.with_options(api_key="imagine-not-a-key-of-anyone")
+        for ask in (stranger.models.list, lambda: stranger.images.generate(prompt=PROMPT)):
+            with pytest.raises(AuthenticationError) as unknown:
+                ask()
+            assert unknown.value.code == "invalid_api_key"
+        assert refusal(imagine(api, prompt=PROMPT, api_key=key))[0] == 401
+        assert fetch(f"{api}/healthz")[0] == fetch(f"{api}/")[0] == 200
+        stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=1)
+        assert [event.type for event in stream][-1] == "image_generation.completed"
+        assert "IMAGINE_API_KEY" in refuses(verbs("demo", "--out", str(tmp_path)))
+        monkeypatch.setenv("IMAGINE_API_KEY", key)
+        assert first_pictures.generate(api, PROMPT, 7).startswith(b"\x89PNG")
+        answer = client.images.generate(prompt=PROMPT, n=2)
+        assert len(answer.data or []) == 2
+        with pytest.raises(RateLimitError) as full:
+            client.images.generate(prompt=PROMPT)
+        assert full.value.code == "rate_limit_exceeded" and 1 <= int(full.value.response.headers["retry-after"]) <= 20
+        file.write_text("# all are revoked\n[]\n")
+
+        def revoked() -> bool:
+            try:
+                client.models.list()
+            except AuthenticationError:
+                return True
+            except RateLimitError:  # as before
+                return False
+            return False
+
+        assert soon(revoked, timeout_s=20)
+    assert not found_in_logs(verbs.cluster, key), "in a log"
+    arguments = ("--config", str(verbs.config), "--serve-port", str(verbs.serve_port))
+    succeeds(verbs("deploy", "deploy", *arguments))
+
+
+def found_in_logs(cluster: Cluster, words: str) -> list[Path]:
+    logs = [path for path in cluster.temp_dir.rglob("*") if path.is_file() and "logs" in path.parts]
+    return [path for path in logs if words.encode() in path.read_bytes()]
+
+
+def test_no_log_has_a_prompt_whatever_became_of_its_request(api: str, verbs: Verbs) -> None:
+    """Of all that the tests above have sent; in a query string the words are written otherwise."""
+    prompt = "a lighthouse that nobody else may hear of"
+    assert imagine(api, prompt=prompt, num_inference_steps=1)[0] == 200
+    assert imagine(api, prompt=prompt, size=prompt)[0] == 400
+    assert fetch(f"{api}/v1/images/generations", {"prompt": prompt, "num_inference_steps": 1})[0] == 200
+    assert soon(lambda: bool(found_in_logs(verbs.cluster, "GET /imagine 400"))), "Serve's access log"
+    for text in (prompt, PROMPT):
+        for words in (text, text.replace(" ", "+"), text.replace(" ", "%20")):
+            assert found_in_logs(verbs.cluster, words) == []
+
+
+def test_the_token_stands_in_no_log_no_command_line_and_no_environment(api: str, verbs: Verbs) -> None:
+    """After all that the tests above have done with it."""
+    token = verbs.cluster.token_file.read_text()
+    assert len(token) == 64 and found_in_logs(verbs.cluster, token) == []
+    for process in verbs.cluster.search():
+        with contextlib.suppress(psutil.Error):
+            assert token not in " ".join(process.cmdline()) and token not in str(process.environ())
+
+
+# The end, and what comes after a crash. These go last: they end the cluster.
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server", "monitor"])
+def test_after_a_kill_up_clears_away_what_is_left_and_starts_anew(verbs: Verbs, victim: str) -> None:
+    before = verbs.cluster
+    for recorded in before.processes:
+        if recorded.name == victim and (process := processes.find(recorded)):
+            process.send_signal(signal.SIGKILL)
+            process.wait(10)
+    assert f"The cluster died ({victim} gone)" in refuses(verbs("deploy", "status"))
+    said = succeeds(verbs.up())
+    assert said.startswith("Cleared away what a cluster that died had left: ") and "The local Ray is up" in said
+    assert not before.search() and not before.temp_dir.exists()
+
+
+def test_down_leaves_no_process_no_port_and_no_folder(verbs: Verbs, greeter: Path) -> None:
+    succeeds(verbs.deploy(greeter))
+    cluster = verbs.cluster
+    taken = {port for _, port in listening(cluster)}
+    stranger = subprocess.Popen(["tail", "-f", str(cluster.temp_dir / "start.log")], stdout=subprocess.DEVNULL)
+    try:
+        assert succeeds(verbs.down()).startswith("The local Ray is down: ")
+        assert not cluster.token_file.exists()
+        assert not cluster.search() and not cluster.temp_dir.exists()
+        assert len(taken) > 10 and all(processes.free(port) for port in taken)
+        assert stranger.poll() is None, "who looks at our files is not ours"
+    finally:
+        stranger.kill()
+        stranger.wait()
+    assert succeeds(verbs.down()) == "Nothing is up in this checkout, so nothing to end.\n"
+    assert "No cluster is up" in refuses(verbs("deploy", "status"))

@@ -1,3 +1,0 @@
-"""What a TPU would say, without one: programs compiled by libtpu for chips that are not there, and priced."""
-
-import ops as ops  # which forgets what PYTHONPATH names beside our code
