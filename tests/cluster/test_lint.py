@@ -573,7 +573,7 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
         "proxy that cannot import it never starts.",
     ),
     (
-        replace("RAY_preload_python_modules=cluster.closed_port ", ""),
+        replace("RAY_preload_python_modules=cluster.closed_port", ""),
         ("head_start_ray_commands",),
         "advice: {} lack RAY_preload_python_modules=cluster.closed_port: each replica opens a port on all interfaces.",
     ),

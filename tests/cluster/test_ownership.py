@@ -204,7 +204,7 @@ def test_a_checkout_that_cannot_be_written_is_one_sentence(unwritable: Path) -> 
         told = refuses(run_as_another("cluster.local.verbs", verb, "--run-dir", str(unwritable / ".run")))
         assert told.startswith(f"{unwritable}/.run cannot be made: Permission denied. You are ") and "\n" not in told
         assert f", and {unwritable} belongs to " in told and told.endswith("Name a folder of your own: RUN_DIR=")
-    for arguments in (("deploy", "status"), ("job", "list"), ("logs",), ("local", "address")):
+    for arguments in (("deploy", "status"), ("job", "list"), ("logs",), ("local.verbs", "address")):
         module, *rest = arguments
         told = refuses(run_as_another(f"cluster.{module}", *rest, "--run-dir", str(unwritable / ".run")))
         assert told == "No cluster is up in this checkout. Start one with: make up"

@@ -60,7 +60,7 @@ exec bash -c "${{SSH_ORIGINAL_COMMAND//\\/tmp\\/ray\\//{base}/ray/}}"
 """
 RAY = """#!/bin/bash
 [ "$1" != stop ] || exec {python} -c \
-    "import os; from ops import processes as p; p.end(lambda: p.belonging(os.environ[p.MARK]), 1)"
+    "import os; from cluster import processes as p; p.end(lambda: p.belonging(os.environ[p.MARK]), 1)"
 exec {python} -m ray.scripts.scripts "$@"
 """
 # Ray's SSH options know no port.

@@ -201,7 +201,7 @@ def test_a_client_without_the_token_is_told_so_at_once(verbs: Verbs, tmp_path: P
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}, "has another token than the one in RAY_AUTH_TOKEN."),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "asks for a token, and /nowhere cannot be"),
     ):
-        program = "import time; from ops import ray_client; from cluster.terminal import run; run(ray_client.connect)"
+        program = "import time; from cluster import ray_client; from cluster.terminal import run; run(ray_client.connect)"
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, env=bare | token, capture_output=True, text=True
@@ -213,7 +213,7 @@ def test_a_client_without_the_token_is_told_so_at_once(verbs: Verbs, tmp_path: P
 def test_a_token_that_is_gone_or_another_is_told_by_every_verb(verbs: Verbs) -> None:
     file = verbs.cluster.token_file
     token = file.read_text()
-    asked = (("deploy", "status"), ("job", "list"), ("local", "monitor", "--once"), ("local", "address"), ("demo",))
+    asked = (("deploy", "status"), ("job", "list"), ("local", "monitor", "--once"), ("local", "address"), ("first_pictures",))
     try:
         file.write_text("0" * 64)
         for words in asked:
@@ -602,7 +602,7 @@ def test_a_replica_that_is_killed_fails_its_requests_cleanly_and_is_replaced(api
 
 
 def test_the_demonstration_draws_a_sheet_and_says_how_to_go_on(api: str, verbs: Verbs, tmp_path: Path) -> None:
-    said = succeeds(verbs("demo", "--out", str(tmp_path)))
+    said = succeeds(verbs("first_pictures", "--out", str(tmp_path)))
     assert len(list(tmp_path.glob("[1-8]-*.png"))) == 8
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 512
@@ -654,7 +654,7 @@ def test_with_keys_only_they_open_the_door_and_a_change_of_the_file_closes_it(
         assert fetch(f"{api}/healthz")[0] == fetch(f"{api}/")[0] == 200
         stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=1)
         assert [event.type for event in stream][-1] == "image_generation.completed"
-        assert "IMAGINE_API_KEY" in refuses(verbs("demo", "--out", str(tmp_path)))
+        assert "IMAGINE_API_KEY" in refuses(verbs("first_pictures", "--out", str(tmp_path)))
         monkeypatch.setenv("IMAGINE_API_KEY", key)
         assert first_pictures.generate(api, PROMPT, 7).startswith(b"\x89PNG")
         answer = client.images.generate(prompt=PROMPT, n=2)
