@@ -16,9 +16,9 @@ from app.api.api_keys import Keys
 from app.api.ingress import APIIngress
 from app.api.protocol import Defaults, Encoding, Limits, Service, Settings, width_height
 from app.diffusion.samplers import SAMPLERS
-from app.engine.scheduler import SLOTS_PER_IMAGE
 from app.engine.stall import STALL_S
 from app.serving.replica import StableDiffusion
+from app.types import SLOTS_PER_IMAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 Values = TypeVar("Values", list[str], list[int])

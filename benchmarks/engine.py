@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from app.api.protocol import Generation
 from app.engine.engine import Engine, Verbs
+from app.types import Generation
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import (
     GUIDANCE_SCALE,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.api.protocol import Generation
+from app.types import Generation
 from benchmarks.paced import Size, sleep_until
 
 Seconds = npt.NDArray[np.float64]

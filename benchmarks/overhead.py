@@ -25,10 +25,10 @@ import numpy as np
 import psutil
 import yaml
 
-from app.api.protocol import Generation
 from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
 from app.engine.engine import Verbs
+from app.types import Generation
 from benchmarks.engine import ROOT, demo_pipeline, ours, tell
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import GUIDANCE_SCALE, equal_requests, offer_all, request

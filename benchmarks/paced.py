@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.diffusion.samplers import SamplerTable
-from app.engine.scheduler import Lane
+from app.types import ActiveSlot
 from capacity.simulate import smallest, table_of
 
 Size = tuple[int, int]
@@ -114,19 +114,22 @@ class PacedPipeline:
         numbers[slot] = seed
         return State(state.size, numbers)
 
-    def step(self, state: State, lanes: Sequence[Lane], count: int = 1) -> tuple[State, float]:
+    def step(self, state: State, active: Sequence[ActiveSlot], count: int = 1) -> tuple[State, float]:
         numbers = consume(state)
-        bucket = smallest(self.row_buckets, sum(1 + lane.guided for lane in lanes))
-        slots = [lane.slot for lane in lanes]
+        bucket = smallest(self.row_buckets, sum(1 + lane.guided for lane in active))
+        slots = [lane.slot for lane in active]
         assert len(set(slots)) == len(slots), slots
         numbers[slots] += count
         return State(state.size, numbers), self._occupy(count * self.step_s[state.size, bucket])
 
-    def decode(self, state: State, slots: Sequence[int], draft: bool = False) -> Pixels:
+    def decode(self, state: State, slots: Sequence[int]) -> Pixels:
         bucket = smallest(self.decode_buckets, len(slots))
         numbers = np.zeros(bucket, np.int64)
         numbers[: len(slots)] = state.numbers[list(slots)]
-        return Pixels(numbers, state.size, self._occupy(0.0 if draft else self.decode_s[state.size, bucket]))
+        return Pixels(numbers, state.size, self._occupy(self.decode_s[state.size, bucket]))
+
+    def preview(self, state: State, slot: int) -> Pixels:
+        return Pixels(state.numbers[[slot]], state.size, self._occupy(0.0))
 
     def wait(self, done: float) -> None:
         sleep_until(done)

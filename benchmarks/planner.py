@@ -18,9 +18,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from app.api.protocol import Generation
 from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
+from app.types import Generation
 from benchmarks.engine import demo_pipeline, tell
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import equal_requests, offer, poisson

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from app.api.protocol import SEEDS, Generation
 from app.engine.engine import Verbs
-from app.engine.scheduler import Lane
+from app.types import SEEDS, ActiveSlot, Generation
 
 Seconds = npt.NDArray[np.float64]
 Images = npt.NDArray[np.uint8]  # [n, H, W, 3]
@@ -99,8 +98,8 @@ def draw(pipeline: Verbs, state: Any, pictures: Sequence[Picture]) -> tuple[Any,
             one.guidance_scale,
             (one.seed + number) % SEEDS,
         )
-    lanes = [Lane(slot, picture.guided) for slot, picture in enumerate(pictures)]
-    state, _ = pipeline.step(state, lanes, len(pipeline.table(asked[0].sampler, asked[0].num_inference_steps)))
+    active = [ActiveSlot(slot, picture.guided) for slot, picture in enumerate(pictures)]
+    state, _ = pipeline.step(state, active, len(pipeline.table(asked[0].sampler, asked[0].num_inference_steps)))
     parts = list(in_parts(range(len(pictures)), pipeline.decode_buckets[-1]))
     decoded = [pipeline.decode(state, part) for part in parts]
     return state, np.concatenate([np.asarray(pixels)[: len(part)] for pixels, part in zip(decoded, parts, strict=True)])

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.api.protocol import Generation
 from app.diffusion.samplers import HISTORY, SamplerTable
 from app.engine.engine import Engine, QueueFull
 from app.engine.request import Generated
-from app.engine.scheduler import Lane
+from app.types import ActiveSlot, Generation
 
 Size = tuple[int, int]
 GUIDED = 4.0
@@ -107,13 +106,16 @@ class TimedPipeline:
     ) -> None:
         return None
 
-    def step(self, state: None, lanes: Sequence[Lane], count: int) -> tuple[None, float]:
-        rows = smallest(self.row_buckets, sum(lane.rows for lane in lanes))
+    def step(self, state: None, active: Sequence[ActiveSlot], count: int) -> tuple[None, float]:
+        rows = smallest(self.row_buckets, sum(lane.rows for lane in active))
         return None, self.occupy(count * self.timings.step_s[rows])
 
-    def decode(self, state: None, slots: Sequence[int], draft: bool = False) -> "Pixels":
+    def decode(self, state: None, slots: Sequence[int]) -> "Pixels":
         images = smallest(self.decode_buckets, len(slots))
         return Pixels(images, self.occupy(self.timings.decode_s[images]))
+
+    def preview(self, state: None, slot: int) -> "Pixels":
+        return Pixels(1, self.occupy(0.0))
 
     def wait(self, done: float) -> None:
         self.clock.reach(done)
@@ -225,8 +227,8 @@ def request(size: Size, number: int, load: Load) -> Generation:
 def table_of(evaluations: int) -> SamplerTable:
     """Of the right length; nothing here reads what stands in it."""
     columns = {name: np.zeros(evaluations, np.float32) for name in ("timesteps", "p", "q", "a", "n")}
-    b, draft = np.zeros((evaluations, HISTORY), np.float32), np.zeros((evaluations, 2), np.float32)
-    return SamplerTable(**columns, b=b, draft=draft, initial_scale=1.0)
+    b, preview = np.zeros((evaluations, HISTORY), np.float32), np.zeros((evaluations, 2), np.float32)
+    return SamplerTable(**columns, b=b, preview=preview, initial_scale=1.0)
 
 
 def smallest(buckets: Sequence[int], wanted: int) -> int:

@@ -14,10 +14,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from app.api.protocol import Generation
 from app.diffusion.images import contact_sheet
 from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
+from app.types import Generation
 from cluster.terminal import Progress, Stop, say
 from demo import scenes
 from jobs.entry import Invalid, Parser, path, run, whole

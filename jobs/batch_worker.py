@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from app.api.protocol import Encoding, Generation, written
+from app.api.protocol import Encoding, written
 from app.diffusion.images import encode
 from app.engine.engine import Engine, EngineStopped
 from app.engine.request import Generated
 from app.serving.replica import facts_of
+from app.types import Generation
 from jobs.prompts import Row
 from jobs.unfinished import write
 

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from app.api.protocol import NUMERIC_FIELDS, ApiError, Encoding, Generation, literal, resolve
+from app.api.protocol import NUMERIC_FIELDS, ApiError, Encoding, literal, resolve
 from app.diffusion.images import encode
+from app.types import Generation
 from cluster.terminal import Stop, say
 from demo.scenes import Scene, check
 from jobs import batch_generate

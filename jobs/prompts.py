@@ -14,7 +14,8 @@ from pathlib import Path
 
 from app.api import prompt_files
 from app.api.prompt_files import Fields
-from app.api.protocol import QUERY_FIELDS, SEEDS, ApiError, Encoding, Generation, resolve
+from app.api.protocol import QUERY_FIELDS, ApiError, Encoding, resolve
+from app.types import SEEDS, Generation
 from jobs.entry import Invalid
 from jobs.settings import Settings
 

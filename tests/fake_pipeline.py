@@ -16,17 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from app.api.protocol import Generation
 from app.diffusion.samplers import SamplerTable
 from app.engine.engine import Engine
 from app.engine.request import Generated
-from app.engine.scheduler import Lane
+from app.types import ActiveSlot, Generation
 from capacity.simulate import smallest, table_of
 
 Size = tuple[int, int]  # width and height
 
 SMALL, LARGE = (8, 8), (16, 8)
-VERBS = ("encode", "insert", "step", "decode", "draft", "wait", "read")  # "read": of decoded pixels
+VERBS = ("encode", "insert", "step", "decode", "preview", "wait", "read")  # "read": of decoded pixels
 LONG_TEXT = 40  # characters; longer texts are reported as truncated
 WAIT_S = 20.0  # no test waits so long unless it fails
 
@@ -240,14 +239,14 @@ class FakePipeline:
         fault = self.enter(Call("insert", state.size, (seed,), (slot,), texts), spoils=remain)
         return self._spoilt(replace(remain, fault=remain.fault or fault))
 
-    def step(self, state: State, lanes: Sequence[Lane], count: int) -> tuple[State, Done]:
+    def step(self, state: State, active: Sequence[ActiveSlot], count: int) -> tuple[State, Done]:
         seats = self._consume(state)
-        slots = [lane.slot for lane in lanes]
-        rows = sum(1 + lane.guided for lane in lanes)
-        self.check(bool(lanes) and len(set(slots)) == len(slots), f"step of {lanes}")
+        slots = [lane.slot for lane in active]
+        rows = sum(1 + lane.guided for lane in active)
+        self.check(bool(active) and len(set(slots)) == len(slots), f"step of {active}")
         self.check(rows <= self.row_buckets[-1] and count >= 1, f"step of {rows} rows, {count} times")
         seeds = []
-        for lane in lanes:
+        for lane in active:
             seat = seats[lane.slot]
             assert seat is not None, f"step of the empty slot {lane.slot}"
             self.check(seat.guided == lane.guided and lane.slot not in state.decoded, f"step of {lane}: {seat}")
@@ -262,26 +261,21 @@ class FakePipeline:
         fault = self.enter(call, spoils=remain) or remain.fault
         return self._spoilt(replace(remain, fault=fault)), Done(self._occupy(seconds), fault)
 
-    def decode(self, state: State, slots: Sequence[int], draft: bool = False) -> Pixels:
-        self.check(not state.consumed, "decode of a state that was consumed")
-        self.check(bool(slots) and len(set(slots)) == len(slots), f"decode of slots {slots}")
-        self.check(len(slots) <= (1 if draft else self.decode_buckets[-1]), f"decode of {len(slots)} slots")
-        seats = [seat for slot in slots if (seat := state.seats[slot])]
-        self.check(len(seats) == len(slots), f"decode of an empty slot of {slots}")
-        self.check(draft or all(seat.taken == seat.steps for seat in seats), f"decode of {seats}")
-        self.check(not state.decoded & set(slots), f"decode of {slots} once more")
-        bucket = 1 if draft else smallest(self.decode_buckets, len(slots))
+    def decode(self, state: State, slots: Sequence[int]) -> Pixels:
+        seats = self._seats(state, slots)
+        self.check(len(slots) <= self.decode_buckets[-1], f"decode of {len(slots)} slots")
+        self.check(all(seat.taken == seat.steps for seat in seats), f"decode of {seats}")
+        bucket = smallest(self.decode_buckets, len(slots))
         seeds = tuple(seat.seed for seat in seats)
-        seconds = 0.0 if draft else self.decoding(state.size, bucket) * self.pace
-        verb = "draft" if draft else "decode"
-        call = Call(verb, state.size, seeds, tuple(slots), (), 0, bucket, self.clock(), seconds)
-        if draft:
-            fault = self.enter(call)
-        else:
-            state.decoded.update(slots)
-            fault = self.enter(call, touches=seeds)
-        shown = tuple(seat.seed + seat.taken for seat in seats)
-        return Pixels(self, state.size, seeds, shown, bucket, self._occupy(seconds), state.fault or fault)
+        seconds = self.decoding(state.size, bucket) * self.pace
+        call = Call("decode", state.size, seeds, tuple(slots), (), 0, bucket, self.clock(), seconds)
+        state.decoded.update(slots)
+        return self._pixels(state, seats, call, self.enter(call, touches=seeds))
+
+    def preview(self, state: State, slot: int) -> Pixels:
+        seats = self._seats(state, [slot])
+        call = Call("preview", state.size, (seats[0].seed,), (slot,), (), 0, 1, self.clock(), 0.0)
+        return self._pixels(state, seats, call, self.enter(call))
 
     def wait(self, done: Done) -> None:
         self.enter(Call("wait"))
@@ -290,6 +284,20 @@ class FakePipeline:
             raise done.fault
 
     # --- how they do it
+
+    def _seats(self, state: State, slots: Sequence[int]) -> list[Seat]:
+        """Those of slots that may be looked at."""
+        self.check(not state.consumed, "decode of a state that was consumed")
+        self.check(bool(slots) and len(set(slots)) == len(slots), f"decode of slots {slots}")
+        seats = [seat for slot in slots if (seat := state.seats[slot])]
+        self.check(len(seats) == len(slots), f"decode of an empty slot of {slots}")
+        self.check(not state.decoded & set(slots), f"decode of {slots} once more")
+        return seats
+
+    def _pixels(self, state: State, seats: Sequence[Seat], call: Call, fault: Fault | None) -> Pixels:
+        shown = tuple(seat.seed + seat.taken for seat in seats)
+        ready_at = self._occupy(call.seconds)
+        return Pixels(self, state.size, call.seeds, shown, call.bucket, ready_at, state.fault or fault)
 
     def enter(
         self, call: Call, *, spoils: State | None = None, touches: Sequence[int] = (), texts: Sequence[str] = ()

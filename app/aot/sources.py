@@ -16,8 +16,6 @@ ENTRY = "app.diffusion.pipeline"
 # Without this list a change of theirs would have every program compiled again. A new module is never left out.
 HOST_ONLY = {
     "app.aot",
-    "app.engine",
-    "app.engine.scheduler",
     "app.aot.libtpu_flags",  # the flags themselves are in the key
     "app.aot.store",
     "app.aot.cache_key",

@@ -16,8 +16,8 @@ from urllib.parse import parse_qsl
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from app.diffusion.samplers import SAMPLERS
+from app.types import SEEDS, Generation
 
-SEEDS = 2**32  # seeds are 32-bit: image i of a request uses (seed + i) % SEEDS
 FORMATS = ("png", "webp", "jpeg")
 
 # GET /imagine takes the first; POST /v1/images/generations takes both and NEUTRAL.
@@ -120,21 +120,6 @@ class Description:
     default_sampler: str
     model: str = ""  # empty: a replica of a version that did not say it, and it is the config's
     sizes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One request, resolved: every field within its limits and nothing left to default but the sampler."""
-
-    prompt: str
-    negative_prompt: str
-    width: int
-    height: int
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int  # of the first image; image i uses (seed + i) % SEEDS
-    sampler: str | None  # None: the checkpoint's own, known only to the replica
-    n: int
 
 
 @dataclass(frozen=True)

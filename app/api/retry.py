@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from app.api.protocol import Generation
+from app.types import Generation
 
 REMEMBERED = 64  # finished requests, from which the speed of the device is taken
 JITTER = 0.25  # of the wait: clients that were refused in one instant do not come back in one

@@ -36,7 +36,7 @@ from app.diffusion.samplers import (
     samplers_for,
     update,
 )
-from app.engine.scheduler import SLOTS_PER_IMAGE, Lane
+from app.types import SLOTS_PER_IMAGE, ActiveSlot, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -47,9 +47,7 @@ ENCODE_TEXTS = 4  # most texts in one dispatch of the text encoder
 # their images are cut into strips until they are as many.
 ROWS_TOGETHER = {"tpu": 8}
 TIMED_RUNS, TIMED_S = 3, 2.0  # at warm-up each program runs so often, or for about so long
-DRAFT_STEPS, DRAFT_S = 10, 2.0  # most steps of the pictures that drafts learn their colours from, and their time
-
-Size = tuple[int, int]  # width and height, in pixels
+PREVIEW_STEPS, PREVIEW_S = 10, 2.0  # most steps of the pictures that previews learn their colours from, and their time
 
 
 class DenoiseState(NamedTuple):
@@ -62,12 +60,12 @@ class DenoiseState(NamedTuple):
     seed: jax.Array  # uint32 [S]
     step: jax.Array  # int32 [S], the next row of the slot's table
     timesteps: jax.Array  # float32 [S, N]
-    draft: jax.Array  # float32 [S, N, 2]
+    preview: jax.Array  # float32 [S, N, 2]
     table: Coefficients  # p, q, a, n float32 [S, N]; b float32 [S, N, HISTORY]
 
 
 class Rows(NamedTuple):
-    """Which slots share a step, and which rows the UNet sees for them. R rows hold at most R lanes."""
+    """Which slots share a step, and which rows the UNet sees for them. R rows hold at most R active."""
 
     slots: np.ndarray  # int32 [R], a lane's slot; padded with a number that no slot has
     lane: np.ndarray  # int32 [R], a row's lane
@@ -133,7 +131,7 @@ class Pipeline:
             params[name], tree = jax.tree.flatten(variables)
             graphs[name] = partial(network_of, graph, tree)
         self.params = placed(params, self.everywhere)
-        self.draft_maps = {size: np.zeros((self.latent_channels + 1, 3), np.float32) for size in self.sizes}
+        self.preview_maps = {size: np.zeros((self.latent_channels + 1, 3), np.float32) for size in self.sizes}
         self.programs = self.declare(graphs)
         self.folder = programs
         self.run: Mapping[str, Callable[..., Any]] = {}
@@ -206,31 +204,29 @@ class Pipeline:
             np.uint32(seed),
             np.float32(table.initial_scale),
             self._padded(table.timesteps),
-            self._padded(table.draft),
+            self._padded(table.preview),
             Coefficients(*(self._padded(getattr(table, name)) for name in Coefficients._fields)),
         )
 
-    def step(self, state: DenoiseState, lanes: Sequence[Lane], count: int = 1) -> tuple[DenoiseState, jax.Array]:
+    def step(self, state: DenoiseState, active: Sequence[ActiveSlot], count: int = 1) -> tuple[DenoiseState, jax.Array]:
         """Denoises these slots by `count` steps, none beyond the end of its table, in the smallest bucket that holds
         their rows. The given state is consumed; `wait` takes the second result."""
-        rows = rows_of(lanes, self.row_buckets, self.num_slots)
+        rows = rows_of(active, self.row_buckets, self.num_slots)
         program = self.run[f"step {self.size_of(state)} rows {len(rows.slots)}"]
         return program(self.params["unet"], state, rows, np.int32(count))
 
-    def decode(self, state: DenoiseState, slots: Sequence[int], draft: bool = False) -> jax.Array:
-        """The slots' pictures: uint8 [bucket, H, W, 3], in the order of `slots`; rows past `len(slots)` are anything.
-
-        A draft shows a picture in the making, as its last step saw it, through a linear map instead of the VAE. It
-        takes one slot.
-        """
+    def decode(self, state: DenoiseState, slots: Sequence[int]) -> jax.Array:
+        """The slots' images: uint8 [bucket, H, W, 3], in the order of `slots`; rows past `len(slots)` are anything."""
         size = self.size_of(state)
-        if draft:
-            (slot,) = slots
-            at = (state.latents, state.history, state.draft, state.step)
-            return self.run[f"draft {size}"](self.draft_maps[self._pixels(state)], *at, np.int32(slot))
         bucket = next(bucket for bucket in self.decode_buckets if bucket >= len(slots))
         padded = np.array([*slots, *[self.num_slots] * (bucket - len(slots))], np.int32)
         return self.run[f"decode {size} images {bucket}"](self.params["vae"], state.latents, padded)
+
+    def preview(self, state: DenoiseState, slot: int) -> jax.Array:
+        """An unfinished image as its last step saw it, by a linear map instead of the VAE: uint8 [1, H, W, 3]."""
+        program = self.run[f"preview {self.size_of(state)}"]
+        at = (state.latents, state.history, state.preview, state.step)
+        return program(self.preview_maps[self._pixels(state)], *at, np.int32(slot))
 
     def wait(self, done: jax.Array) -> None:
         """Blocks until the step that returned `done` has run. Raises what it failed with."""
@@ -285,8 +281,8 @@ class Pipeline:
                 decode = partial(decode_program, graphs["vae"], row_sharding(self.mesh, bucket))
                 slots = shape(bucket, dtype=jnp.int32)
                 programs.append(program(f"decode {label} images {bucket}", decode, params["vae"], state.latents, slots))
-            seen = (shape(self.latent_channels + 1, 3), state.latents, state.history, state.draft, state.step, number)
-            programs.append(program(f"draft {label}", partial(draft_program, size), *seen))
+            seen = (shape(self.latent_channels + 1, 3), state.latents, state.history, state.preview, state.step, number)
+            programs.append(program(f"preview {label}", partial(preview_program, size), *seen))
         return tuple(programs)
 
     def warmup(self) -> None:
@@ -317,8 +313,8 @@ class Pipeline:
 
         def one_step(rows: int) -> jax.Array:
             nonlocal state
-            lanes = [Lane(slot, True) for slot in range(rows // 2)] + [Lane(rows // 2, False)] * (rows % 2)
-            state, done = self.step(state, lanes)
+            active = [ActiveSlot(slot, True) for slot in range(rows // 2)] + [ActiveSlot(rows // 2, False)] * (rows % 2)
+            state, done = self.step(state, active)
             return done
 
         def one_decode(images: int) -> jax.Array:
@@ -326,20 +322,20 @@ class Pipeline:
 
         self.step_s |= {(size, rows): seconds for rows, seconds in timed(one_step, self.row_buckets).items()}
         self.decode_s |= {(size, images): seconds for images, seconds in timed(one_decode, self.decode_buckets).items()}
-        self.draft_maps[size] = self.fit_draft_map(size, text)
-        jax.block_until_ready(self.decode(state, [0], draft=True))
+        self.preview_maps[size] = self.fit_preview_map(size, text)
+        jax.block_until_ready(self.preview(state, 0))
 
-    def fit_draft_map(self, size: Size, text: Encoded) -> np.ndarray:
+    def fit_preview_map(self, size: Size, text: Encoded) -> np.ndarray:
         """[C + 1, 3]: the linear map from scaled latents, and a one, to colours in [-1, 1] that comes closest to what
         this VAE makes of a few pictures."""
         count = self.decode_buckets[-1]
-        lanes = [Lane(slot, False) for slot in range(count)]
+        active = [ActiveSlot(slot, False) for slot in range(count)]
         step_s = self.step_s[size, next(rows for rows in self.row_buckets if rows >= count)]
-        table = self.table(None, max(1, min(DRAFT_STEPS, self.max_steps, int(DRAFT_S / step_s))))
+        table = self.table(None, max(1, min(PREVIEW_STEPS, self.max_steps, int(PREVIEW_S / step_s))))
         state = self.empty_state(size)
         for slot in range(count):
             state = self.insert(state, slot, text, text, table, 1.0, slot)
-        state, _ = self.step(state, lanes, len(table))
+        state, _ = self.step(state, active, len(table))
         pixels = np.asarray(self.decode(state, range(count))).astype(np.float32) / 127.5 - 1
         latents = np.asarray(state.latents)[:count]
         h, w, channels = latents.shape[1:]
@@ -372,7 +368,7 @@ class Pipeline:
             seed=shape(dtype=jnp.uint32),
             step=shape(dtype=jnp.int32),
             timesteps=shape(rows),
-            draft=shape(rows, 2),
+            preview=shape(rows, 2),
             table=Coefficients(**{name: shape(rows) for name in "pqan"}, b=shape(rows, HISTORY)),
         )
 
@@ -408,7 +404,7 @@ def insert_program(
     seed: jax.Array,
     initial_scale: jax.Array,
     timesteps: jax.Array,
-    draft: jax.Array,
+    preview: jax.Array,
     table: Coefficients,
 ) -> DenoiseState:
     noise = slot_noise(seed, jnp.int32(0), state.latents.shape[1:])
@@ -421,7 +417,7 @@ def insert_program(
         seed=seed,
         step=jnp.int32(0),
         timesteps=timesteps,
-        draft=draft,
+        preview=preview,
         table=table,
     )
     return jax.tree.map(lambda slots, value: slots.at[slot].set(value.astype(slots.dtype)), state, filled)
@@ -430,25 +426,25 @@ def insert_program(
 def step_program(
     unet: Any, sharding: NamedSharding, params: Any, state: DenoiseState, rows: Rows, count: jax.Array
 ) -> tuple[DenoiseState, jax.Array]:
-    """Gathers the lanes, runs the UNet over their rows and applies the tables, `count` times; then scatters."""
-    lanes: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
+    """Gathers the active, runs the UNet over their rows and applies the tables, `count` times; then scatters."""
+    active: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
     numbers = jnp.arange(len(rows.slots))
-    embeds = lanes.prompt_embeds[rows.lane, rows.half]
+    embeds = active.prompt_embeds[rows.lane, rows.half]
     predict = divided(partial(predict_noise, unet, together_on(sharding)), sharding)
     whole = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(sharding.mesh, PartitionSpec()))
 
     def step(_: jax.Array, moving: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         latents, history, at = moving
-        timesteps = lanes.timesteps[numbers, at]
+        timesteps = active.timesteps[numbers, at]
         noise_pred = whole(predict(params, latents[rows.lane], timesteps[rows.lane], embeds))
         uncond, cond = noise_pred[rows.uncond], noise_pred[rows.cond]
-        noise_pred = uncond + lanes.guidance_scale[:, None, None, None] * (cond - uncond)
-        fresh = jax.vmap(partial(slot_noise, shape=latents.shape[1:]))(lanes.seed, at + 1)
-        coefficients = jax.tree.map(lambda x: x[numbers, at], lanes.table)
+        noise_pred = uncond + active.guidance_scale[:, None, None, None] * (cond - uncond)
+        fresh = jax.vmap(partial(slot_noise, shape=latents.shape[1:]))(active.seed, at + 1)
+        coefficients = jax.tree.map(lambda x: x[numbers, at], active.table)
         latents, history = update(latents, noise_pred, history, fresh, coefficients)
         return latents, history, at + 1
 
-    latents, history, at = jax.lax.fori_loop(0, count, step, (lanes.latents, lanes.history, lanes.step))
+    latents, history, at = jax.lax.fori_loop(0, count, step, (active.latents, active.history, active.step))
     moved = state._replace(
         latents=state.latents.at[rows.slots].set(latents, mode="drop"),
         history=state.history.at[rows.slots].set(history, mode="drop"),
@@ -517,18 +513,18 @@ def decode_rows(vae: Any, together: int | None, params: Any, latents: jax.Array)
     return jax.lax.map(lambda one: as_pixels(decode(one[None])[0]), latents)
 
 
-def draft_program(
+def preview_program(
     size: Size,
-    draft_map: jax.Array,
+    preview_map: jax.Array,
     latents: jax.Array,
     history: jax.Array,
-    draft: jax.Array,
+    preview: jax.Array,
     step: jax.Array,
     slot: jax.Array,
 ) -> jax.Array:
-    weights = draft[slot, jnp.maximum(step[slot] - 1, 0)]
+    weights = preview[slot, jnp.maximum(step[slot] - 1, 0)]
     denoised = weights[0] * latents[slot] + weights[1] * history[slot, 0]  # [h, w, C]
-    colours = denoised @ draft_map[:-1] + draft_map[None, None, -1]
+    colours = denoised @ preview_map[:-1] + preview_map[None, None, -1]
     return as_pixels(jax.image.resize(colours, (size[1], size[0], 3), "linear"))[None]
 
 
@@ -542,13 +538,13 @@ def slot_noise(seed: jax.Array, number: jax.Array, shape: tuple[int, ...]) -> ja
     return jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), shape)
 
 
-def rows_of(lanes: Sequence[Lane], buckets: Sequence[int], nobody: int) -> Rows:
-    """The rows of these lanes in the smallest bucket that holds them; a lane's two rows stand side by side."""
-    used = sum(lane.rows for lane in lanes)
+def rows_of(active: Sequence[ActiveSlot], buckets: Sequence[int], nobody: int) -> Rows:
+    """The rows of these active in the smallest bucket that holds them; a lane's two rows stand side by side."""
+    used = sum(lane.rows for lane in active)
     bucket = next(bucket for bucket in buckets if bucket >= used)
     rows = Rows(np.full(bucket, nobody, np.int32), *(np.zeros(bucket, np.int32) for _ in range(4)))
     row = 0
-    for number, lane in enumerate(lanes):
+    for number, lane in enumerate(active):
         rows.slots[number] = lane.slot
         rows.uncond[number], rows.cond[number] = row, row + lane.guided
         rows.lane[row : row + lane.rows] = number

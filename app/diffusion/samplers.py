@@ -80,7 +80,9 @@ class SamplerTable:
     a: Float32  # [N]
     n: Float32  # [N]
     b: Float32  # [N, HISTORY]
-    draft: Float32  # [N, 2], the picture as seen after each step: x_0 = draft[i, 0] x_{i+1} + draft[i, 1] m_i, roughly
+    preview: (
+        Float32  # [N, 2], the picture as seen after each step: x_0 = preview[i, 0] x_{i+1} + preview[i, 1] m_i, roughly
+    )
     initial_scale: float  # initial latents = initial_scale * noise
 
     def __len__(self) -> int:
@@ -348,8 +350,8 @@ def pndm(steps: int, schedule: Schedule) -> SamplerTable:
     if steps > 1:
         b[1, 1] -= a[1] * e[0] / a[0]
         a[1] /= a[0]
-    to_draft = _to_denoised(target_bar, schedule)  # m_i is an output, and belongs to a timestep just before
-    return _table(t.astype(float), np.zeros(len(t)), np.ones(len(t)), a, np.zeros(len(t)), b.T, draft=to_draft)
+    to_preview = _to_denoised(target_bar, schedule)  # m_i is an output, and belongs to a timestep just before
+    return _table(t.astype(float), np.zeros(len(t)), np.ones(len(t)), a, np.zeros(len(t)), b.T, preview=to_preview)
 
 
 def lcm(steps: int, schedule: Schedule) -> SamplerTable:
@@ -487,13 +489,13 @@ def _table(
     n: Float64,
     b: list[Float64] | Float64,
     initial_scale: float = 1.0,
-    draft: tuple[Float64, Float64] | None = None,
+    preview: tuple[Float64, Float64] | None = None,
 ) -> SamplerTable:
     columns = np.zeros((len(t), HISTORY))
     for j, column in enumerate(b):
         columns[:, j] = column
-    if draft is None:  # m is x_0
-        draft = np.zeros(len(t)), np.ones(len(t))
+    if preview is None:  # m is x_0
+        preview = np.zeros(len(t)), np.ones(len(t))
 
     def frozen(array: Float64) -> Float32:
         assert np.isfinite(array).all()
@@ -501,7 +503,7 @@ def _table(
         single.setflags(write=False)  # cached and handed to every caller
         return single
 
-    drafts = np.stack(draft, axis=-1)
+    previews = np.stack(preview, axis=-1)
     return SamplerTable(
-        frozen(t), frozen(p), frozen(q), frozen(a), frozen(n), frozen(columns), frozen(drafts), initial_scale
+        frozen(t), frozen(p), frozen(q), frozen(a), frozen(n), frozen(columns), frozen(previews), initial_scale
     )

@@ -24,12 +24,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from app.api.protocol import Generation
 from app.diffusion.samplers import SamplerTable
-from app.engine.request import Generated, Group, Lines, Picture, Preview, Request, Size, answer_s, backlog_s, place_s
-from app.engine.scheduler import Arrivals, Decoding, Lane, Profile, Work
+from app.engine.request import Generated, Group, Lines, Picture, Preview, Request, answer_s, backlog_s, place_s
+from app.engine.scheduler import Arrivals, Decoding, Profile, Work
 from app.engine.stall import STALL_S, StallWatch
 from app.engine.worker import Worker
+from app.types import ActiveSlot, Generation, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -73,8 +73,9 @@ class Verbs(Protocol):
         guidance_scale: float,
         seed: int,
     ) -> Any: ...
-    def step(self, state: Any, lanes: Sequence[Lane], count: int) -> tuple[Any, Any]: ...
-    def decode(self, state: Any, slots: Sequence[int], draft: bool = False) -> Any: ...
+    def step(self, state: Any, active: Sequence[ActiveSlot], count: int) -> tuple[Any, Any]: ...
+    def decode(self, state: Any, slots: Sequence[int]) -> Any: ...
+    def preview(self, state: Any, slot: int) -> Any: ...
     def wait(self, done: Any) -> None: ...
 
 
@@ -443,14 +444,16 @@ class Engine:
 
     def _advance(self, group: Group, pictures: Sequence[Picture]) -> None:
         """One dispatch: steps up to DISPATCH_S, and up to the first that somebody ends or shows."""
-        lanes = [Lane(picture.slot, picture.request.rows == 2) for picture in pictures if picture.slot is not None]
-        rows = sum(lane.rows for lane in lanes)
+        active = [
+            ActiveSlot(picture.slot, picture.request.rows == 2) for picture in pictures if picture.slot is not None
+        ]
+        rows = sum(slot.rows for slot in active)
         bucket, step_s = group.profile.bucket(rows), group.profile.step_s(rows)
         until = (picture.steps_left - (picture.previews[-1] if picture.previews else 0) for picture in pictures)
         count = min(min(until), max(1, int((DISPATCH_S if group.open else CLOSED_DISPATCH_S) / step_s)))
         self._stepping_s += count * step_s
         with self._call("step"):
-            group.state, done = self.pipeline.step(group.state, lanes, count)
+            group.state, done = self.pipeline.step(group.state, active, count)
         dispatch = _Dispatch(group, done, bucket, count, count * step_s, self.clock(), self._only_steps)
         self._flight.append(dispatch)
         self._only_steps = True
@@ -459,7 +462,7 @@ class Engine:
         group.rows_asked = group.rows_asked * 0.99 + rows
         group.rows_run = group.rows_run * 0.99 + bucket
         with self._changed:
-            for picture, lane in zip(pictures, lanes, strict=True):
+            for picture, lane in zip(pictures, active, strict=True):
                 picture.steps_left -= count
                 if not picture.steps_left:
                     picture.last_dispatch = dispatch
@@ -477,8 +480,8 @@ class Engine:
         assert picture.slot is not None and request.on_preview is not None
         self._only_steps = False
         try:
-            with self._call("decode"):
-                pixels = self.pipeline.decode(group.state, [picture.slot], draft=True)
+            with self._call("preview"):
+                pixels = self.pipeline.preview(group.state, picture.slot)
         except Exception as error:
             self._log("A preview failed", error)
             return

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from app.api.protocol import SEEDS, Generation
 from app.diffusion.samplers import SamplerTable
 from app.engine.scheduler import Decoding, Profile, Work, at_once, device_s, schedule
+from app.types import SEEDS, Generation, Size
 
-Size = tuple[int, int]  # width and height, in pixels
 Preview = Callable[[int, np.ndarray], None]
 
 # Less left goes first, but not for ever: a request with t seconds of work more than another is overtaken by it only if

@@ -18,20 +18,8 @@ from typing import NamedTuple
 # first step in another bucket than before can tell.
 PACE = 0.2
 SHAPE = 0.1
-SLOTS_PER_IMAGE = 2  # of the largest batch, for each size: who is overtaken by shorter work stays in its slot
 LATELY = 32  # requests that tell how fast others will come
 FULL = 0.95  # a higher load is taken for this one: what an endless queue would be worth, nobody knows
-
-
-class Lane(NamedTuple):
-    """A slot in a step; a guided one costs two UNet rows, the unconditional and the conditional."""
-
-    slot: int
-    guided: bool
-
-    @property
-    def rows(self) -> int:
-        return 1 + self.guided
 
 
 class Work(NamedTuple):

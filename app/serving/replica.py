@@ -26,7 +26,6 @@ from app.api.protocol import (
     ApiError,
     Description,
     Encoding,
-    Generation,
     ImageRequest,
     Images,
     Preview,
@@ -37,6 +36,7 @@ from app.engine.engine import DeadlineUnmeetable, Engine, EngineStalled, EngineS
 from app.engine.request import Generated
 from app.serving.metrics import Metrics
 from app.serving.profiling import Profiler, Trace
+from app.types import Generation
 
 # Serve's handlers serve this tree only, and prefix each line with the request id that clients see as X-Request-ID.
 logger = logging.getLogger(f"ray.serve.{__name__}")

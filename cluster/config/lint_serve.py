@@ -18,8 +18,8 @@ from app.api.auth import is_loopback
 from app.api.ingress import APIIngress
 from app.api.protocol import LONGEST_QUERY
 from app.builders import Args
-from app.engine.scheduler import SLOTS_PER_IMAGE
 from app.serving.replica import StableDiffusion
+from app.types import SLOTS_PER_IMAGE
 from cluster.config.documents import Document, Finding, Key
 from cluster.config.lint_models import applications, args_model, items, known_args, load, quietly
 

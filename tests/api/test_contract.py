@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from app.aot.program import CompileWatch
-from app.api.protocol import SEEDS, Generation
 from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
 from app.engine.request import Generated
+from app.types import SEEDS, Generation
 from tests.tiny import tensor_shapes, write_checkpoint
 
 SIZES = ((16, 24), (16, 16))

@@ -19,20 +19,10 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from app.api.ingress import DRAINED_BYTES, APIIngress, answer_of
-from app.api.protocol import (
-    Accepted,
-    ApiError,
-    Defaults,
-    Description,
-    Generation,
-    ImageRequest,
-    Images,
-    Limits,
-    Preview,
-    Service,
-)
+from app.api.protocol import Accepted, ApiError, Defaults, Description, ImageRequest, Images, Limits, Preview, Service
 from app.api.retry import RetryTimes
 from app.api.stats import SUMMED
+from app.types import Generation
 
 SERVICE = Service(
     "tiny",

@@ -13,10 +13,8 @@ from app.api.protocol import (
     BODY_FIELDS,
     NEUTRAL,
     QUERY_FIELDS,
-    SEEDS,
     ApiError,
     Encoding,
-    Generation,
     ImageRequest,
     Limits,
     Service,
@@ -24,6 +22,7 @@ from app.api.protocol import (
     parse_query,
 )
 from app.diffusion.samplers import SAMPLERS
+from app.types import SEEDS, Generation
 
 SERVICE = Service(
     "tiny",

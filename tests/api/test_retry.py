@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from app.api.protocol import Generation
 from app.api.retry import JITTER, LONGEST_S, RetryTimes
+from app.types import Generation
 
 PLAIN = Generation("a", "", 64, 64, 10, 1.0, 0, None, 1)
 

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from app.api.protocol import Generation
 from app.builders import Args
 from app.diffusion.models.config import UNetConfig
 from app.engine.engine import Engine
-from app.engine.scheduler import Lane
+from app.types import ActiveSlot, Generation
 from benchmarks.against_torch import CASES, read
 from benchmarks.figures import Figure, missed, table_of
 from benchmarks.load import MIXED_KINDS, equal_requests, mixed_requests, offer, poisson, request
@@ -45,19 +44,19 @@ def paced() -> PacedPipeline:
 
 
 class Recorded(PacedPipeline):
-    """Remembers the lanes and the count of every step; `fail` makes the next one raise."""
+    """Remembers the active and the count of every step; `fail` makes the next one raise."""
 
     def __init__(self) -> None:
         super().__init__(FAST, batch_buckets=[1, 2, 4], size=SIZE)
         self.steps: list[tuple[int, int]] = []
         self.fail = False
 
-    def step(self, state: Any, lanes: Sequence[Lane], count: int = 1) -> tuple[Any, float]:
+    def step(self, state: Any, active: Sequence[ActiveSlot], count: int = 1) -> tuple[Any, float]:
         if self.fail:
             self.fail = False
             raise RuntimeError("step failed")
-        self.steps.append((sum(lane.rows for lane in lanes), count))
-        return super().step(state, lanes, count)
+        self.steps.append((sum(lane.rows for lane in active), count))
+        return super().step(state, active, count)
 
 
 def ask(seed: int, *, steps: int = 3, **other: Any) -> Generation:
@@ -88,9 +87,9 @@ def test_paced_steps_are_flat_up_to_the_chips_and_then_in_proportion() -> None:
 
 def test_verbs_queue_on_the_device_and_waiting_takes_until_it_has_come_so_far(paced: PacedPipeline) -> None:
     began = time.monotonic()
-    lanes = [Lane(0, True), Lane(1, True)]  # four rows on two chips
-    state, first = paced.step(paced.empty_state(SIZE), lanes, 50)
-    _, second = paced.step(state, lanes, 50)
+    active = [ActiveSlot(0, True), ActiveSlot(1, True)]  # four rows on two chips
+    state, first = paced.step(paced.empty_state(SIZE), active, 50)
+    _, second = paced.step(state, active, 50)
     assert second - first == pytest.approx(50 * 2e-4)
     assert first >= began + 50 * 2e-4
     paced.wait(second)
@@ -99,9 +98,9 @@ def test_verbs_queue_on_the_device_and_waiting_takes_until_it_has_come_so_far(pa
 
 def test_a_consumed_state_cannot_be_used_again(paced: PacedPipeline) -> None:
     state = paced.empty_state(SIZE)
-    paced.step(state, [Lane(0, False)], 1)
+    paced.step(state, [ActiveSlot(0, False)], 1)
     with pytest.raises(AssertionError, match="used again"):
-        paced.step(state, [Lane(0, False)], 1)
+        paced.step(state, [ActiveSlot(0, False)], 1)
 
 
 # The baseline

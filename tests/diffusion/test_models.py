@@ -23,7 +23,7 @@ from app.diffusion.models.unet import UNet
 from app.diffusion.models.vae import VAE
 from app.diffusion.pipeline import Pipeline
 from app.diffusion.samplers import Schedule
-from app.engine.scheduler import Lane
+from app.types import ActiveSlot
 from tests import tiny
 from tests.published import CHECKPOINTS
 
@@ -136,7 +136,7 @@ def test_whole_pictures_are_within_a_grey_level_of_diffusers(load: Load, model: 
         latents = np.array(state.latents)
         latents[:2] = table.initial_scale * tiny.latents(model)
         state = state._replace(latents=jax.device_put(latents, pipeline.everywhere))
-        state, _ = pipeline.step(state, [Lane(slot, guided=True) for slot in (0, 1)], len(table))
+        state, _ = pipeline.step(state, [ActiveSlot(slot, guided=True) for slot in (0, 1)], len(table))
         ours = np.asarray(pipeline.decode(state, [0, 1])).astype(int)
         apart = np.abs(ours - golden(model)[f"{sampler} {steps} {guidance_scale}"])
         assert (apart <= 1).all(axis=-1).mean() >= 0.999, f"{sampler}: {apart.max()} grey levels apart"

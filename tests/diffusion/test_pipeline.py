@@ -12,7 +12,7 @@ import pytest
 import app.diffusion.pipeline
 from app.aot.program import CompileWatch, compiled
 from app.diffusion.pipeline import Pipeline, row_sharding, rows_of
-from app.engine.scheduler import Lane
+from app.types import ActiveSlot
 from tests.tiny import tensor_shapes, write_checkpoint
 
 SIZE = (16, 24)
@@ -50,9 +50,11 @@ def draw(pipeline: Pipeline, asked: Sequence[Asked], stride: int = 1, slots: Seq
         state = pipeline.insert(state, slot, prompt, negative_prompt, table, one.guidance_scale, one.seed)
         left[slot] = len(table)
     while running := {slot: steps for slot, steps in left.items() if steps}:
-        lanes = [Lane(slot, one.guidance_scale > 1) for slot, one in zip(slots, asked, strict=False) if left[slot]]
+        active = [
+            ActiveSlot(slot, one.guidance_scale > 1) for slot, one in zip(slots, asked, strict=False) if left[slot]
+        ]
         count = min(stride, *running.values())
-        state, _ = pipeline.step(state, lanes, count)
+        state, _ = pipeline.step(state, active, count)
         left |= {slot: steps - count for slot, steps in running.items()}
     return np.concatenate([np.asarray(pipeline.decode(state, [slot]))[:1] for slot in left])
 
@@ -113,12 +115,12 @@ def test_without_guidance_the_negative_prompt_is_nothing(pipeline: Pipeline) -> 
 
 
 def test_a_guided_lane_costs_two_rows_and_padding_reaches_no_slot() -> None:
-    rows = rows_of([Lane(5, True), Lane(2, False), Lane(0, True)], buckets=(1, 2, 4, 8), nobody=16)
+    rows = rows_of([ActiveSlot(5, True), ActiveSlot(2, False), ActiveSlot(0, True)], buckets=(1, 2, 4, 8), nobody=16)
     assert rows.slots.tolist() == [5, 2, 0, 16, 16, 16, 16, 16]
     assert rows.lane.tolist() == [0, 0, 1, 2, 2, 0, 0, 0]
     assert rows.half.tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
     assert (rows.uncond[:3].tolist(), rows.cond[:3].tolist()) == ([0, 2, 3], [1, 2, 4])
-    assert len(rows_of([Lane(0, False)], buckets=(1, 2), nobody=4).slots) == 1
+    assert len(rows_of([ActiveSlot(0, False)], buckets=(1, 2), nobody=4).slots) == 1
 
 
 def test_a_step_leaves_all_other_slots_alone(pipeline: Pipeline) -> None:
@@ -128,7 +130,7 @@ def test_a_step_leaves_all_other_slots_alone(pipeline: Pipeline) -> None:
         table = pipeline.table("ddim", 4)
         state = pipeline.insert(state, slot, prompt, negative_prompt, table, 5.0, slot)
     before = [np.array(x) for x in (state.latents, state.step)]
-    state, done = pipeline.step(state, [Lane(1, True)], 2)
+    state, done = pipeline.step(state, [ActiveSlot(1, True)], 2)
     pipeline.wait(done)
     latents, step = np.asarray(state.latents), np.asarray(state.step)
     assert step.tolist() == [0, 2, 0, 0, 0, 0, 0, 0]
@@ -143,7 +145,7 @@ def test_nothing_is_compiled_after_warmup(pipeline: Pipeline) -> None:
             draw(pipeline, [Asked(sampler=sampler, guidance_scale=1.0), Asked(seed=8, steps=8)], stride=2)
         for count in range(1, 9):
             pipeline.encode(["a", "", "b", "c", "d", "e", "f", "g"][:count])
-        pipeline.decode(pipeline.empty_state(SIZE), [3], draft=True)
+        pipeline.preview(pipeline.empty_state(SIZE), 3)
         assert watch.count == 0
     finally:
         watch.close()
@@ -176,19 +178,19 @@ def test_a_loaded_program_that_fails_at_its_first_run_is_compiled_instead(
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_draft_after_the_last_step_is_the_picture_in_the_rough(pipeline: Pipeline, sampler: str) -> None:
+def test_the_preview_after_the_last_step_is_the_picture_in_the_rough(pipeline: Pipeline, sampler: str) -> None:
     """Random weights make pictures that no linear map can follow closely; what counts is what the map is applied to."""
     prompt, negative_prompt = pipeline.encode(["a house", ""])
     table = pipeline.table(sampler, 8)
     state = pipeline.insert(pipeline.empty_state(SIZE), 0, prompt, negative_prompt, table, 2.0, 5)
-    state, _ = pipeline.step(state, [Lane(0, True)], len(table))
-    weights = table.draft[-1]
+    state, _ = pipeline.step(state, [ActiveSlot(0, True)], len(table))
+    weights = table.preview[-1]
     denoised = weights[0] * np.asarray(state.latents)[0] + weights[1] * np.asarray(state.history)[0, 0]
     # After the last step nothing is left to denoise, but for the share that some schedules keep at timestep 0.
     assert np.abs(denoised - np.asarray(state.latents)[0]).max() < 0.15 * np.abs(denoised).max()
-    draft = np.asarray(pipeline.decode(state, [0], draft=True))
-    assert draft.shape == (1, SIZE[1], SIZE[0], 3)
-    assert draft.dtype == np.uint8
+    preview = np.asarray(pipeline.preview(state, 0))
+    assert preview.shape == (1, SIZE[1], SIZE[0], 3)
+    assert preview.dtype == np.uint8
 
 
 def test_rows_are_divided_among_as_many_devices_as_divide_them(pipeline: Pipeline) -> None:
@@ -216,7 +218,7 @@ def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None
     pipeline.warmup()
     (text,) = pipeline.encode(["a house"])
     state = pipeline.insert(pipeline.empty_state(SIZE), 0, text, text, pipeline.table("dpmpp_2m", 2), 5.0, 3)
-    state, _ = pipeline.step(state, [Lane(0, True)], 2)
+    state, _ = pipeline.step(state, [ActiveSlot(0, True)], 2)
     dtypes = [str(x.dtype) for x in (state.latents, state.history, state.prompt_embeds)]
     assert dtypes == ["float32", "float32", "bfloat16"]
     assert np.isfinite(np.asarray(state.latents)).all()

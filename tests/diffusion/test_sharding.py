@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import sys
 import jax, numpy as np
-from app.engine.scheduler import Lane
 from app.diffusion.pipeline import ROWS_TOGETHER, Pipeline, passes_of, row_sharding, strips_of
 from app.aot.program import CompileWatch
+from app.types import ActiveSlot
 
 SIZE = (16, 24)
 ASKED = [("ddim", 4, 5.0), ("euler_ancestral", 3, 1.0), ("dpmpp_2m", 5, 7.5), ("lcm", 2, 1.0), ("pndm", 4, 2.0)]
@@ -29,14 +29,14 @@ def draw(pipeline, count):
         table = pipeline.table(sampler, steps)
         state = pipeline.insert(state, slot, prompt, negative_prompt, table, scale, slot)
         left[slot] = len(table)
-    drafts = []
+    previews = []
     while running := [slot for slot, steps in left.items() if steps]:
-        state, done = pipeline.step(state, [Lane(slot, ASKED[slot][2] > 1) for slot in running], 1)
+        state, done = pipeline.step(state, [ActiveSlot(slot, ASKED[slot][2] > 1) for slot in running], 1)
         pipeline.wait(done)
         left = {slot: steps - (slot in running) for slot, steps in left.items()}
-        drafts.append(np.asarray(pipeline.decode(state, [0], draft=True))[0])
+        previews.append(np.asarray(pipeline.preview(state, 0))[0])
     pixels = [np.asarray(pipeline.decode(state, [slot]))[0] for slot in left]
-    return np.stack(pixels + [np.asarray(pipeline.decode(state, range(count)))[0], *drafts]).astype(int)
+    return np.stack(pixels + [np.asarray(pipeline.decode(state, range(count)))[0], *previews]).astype(int)
 
 ROWS_TOGETHER["cpu"] = 2  # as on TPUs, and few enough that fewer devices need more passes, and more devices strips
 expected = {}

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.api.protocol import Generation
 from app.engine.engine import (
     CLOSED_DISPATCH_S,
     DISPATCH_S,
@@ -26,6 +25,7 @@ from app.engine.engine import (
     QueueFull,
 )
 from app.engine.request import AGEING, Generated
+from app.types import Generation
 from tests.fake_pipeline import (
     LARGE,
     LONG_TEXT,
@@ -550,7 +550,7 @@ def test_previews_slow_nobody() -> None:
 @pytest.mark.parametrize("later", [False, True])
 def test_a_preview_that_fails_costs_nobody_a_picture(later: bool) -> None:
     hand = Hand(wide(flat))
-    hand.fake.fail("draft", later=later)
+    hand.fake.fail("preview", later=later)
     shown: list[int] = []
     future = hand.submit(
         request(steps=8, seed=100), previews=3, on_preview=lambda index, pixels: shown.append(number(pixels))
@@ -574,7 +574,7 @@ def test_nobody_is_shown_a_picture_that_was_cancelled() -> None:
     hand.fake.abandoned = lambda seed: True
     shown: list[int] = []
     future = hand.submit(request(steps=8), previews=1, on_preview=lambda index, pixels: shown.append(index))
-    while not hand.fake.of("draft"):
+    while not hand.fake.of("preview"):
         hand.engine.tick()
     assert future.cancel()
     hand.idle()
@@ -822,8 +822,8 @@ def test_pixels_that_are_not_pictures_end_their_request_and_no_other(
     hand = Hand(FakePipeline(decode_buckets=(1,)))
     decode = hand.fake.decode
 
-    def wrong(state: Any, slots: Sequence[int], draft: bool = False) -> Pixels:
-        made = decode(state, slots, draft)
+    def wrong(state: Any, slots: Sequence[int]) -> Pixels:
+        made = decode(state, slots)
         return Wrong(**vars(made)) if made.numbers == (seed + 1,) else made
 
     hand.fake.decode = wrong  # type: ignore[method-assign]
@@ -837,13 +837,13 @@ def test_pixels_that_are_not_pictures_end_their_request_and_no_other(
 
 
 @pytest.mark.parametrize("later", [False, True])
-@pytest.mark.parametrize("verb", ["encode", "insert", "step", "decode", "draft", "wait", "read"])
+@pytest.mark.parametrize("verb", ["encode", "insert", "step", "decode", "preview", "wait", "read"])
 def test_every_failure_is_logged_once_with_its_traceback(
     verb: str, later: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     hand = Hand(wide(flat))
     hand.fake.fail(verb, later=later and verb not in ("wait", "read"))
-    previews = int(verb == "draft")
+    previews = int(verb == "preview")
     for i in range(3):
         hand.submit(request(f"{i}", steps=4, seed=100 * i), previews=previews, on_preview=lambda *_: None)
     hand.idle()

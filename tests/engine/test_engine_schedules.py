@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.api.protocol import Generation
 from app.engine.engine import CLOSED_DISPATCH_S, DISPATCH_S, FAILURES, DeadlineUnmeetable, EngineStopped, QueueFull
 from app.engine.request import AGEING, Generated
+from app.types import Generation
 from tests.fake_pipeline import (
     LARGE,
     SMALL,
@@ -193,7 +193,7 @@ class Schedules(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.asked) > 2 and len(self.fake.faults) < 4)
     @rule(
-        verb=st.sampled_from(["encode", "insert", "step", "decode", "draft"]),
+        verb=st.sampled_from(["encode", "insert", "step", "decode", "preview"]),
         after=st.integers(0, 3),
         later=st.booleans(),
     )
@@ -311,7 +311,7 @@ class Schedules(RuleBasedStateMachine):
         shown = [shown - asked.generation.seed for _, shown in asked.shown]
         assert indices == sorted(set(indices)) and shown == sorted(shown)
         assert all(asked.due[index] == taken for index, taken in zip(indices, shown, strict=True))
-        if not any(fault.verb == "draft" for fault in self.fake.faults):
+        if not any(fault.verb == "preview" for fault in self.fake.faults):
             assert indices == list(range(len(indices)))
             assert asked.future.cancelled() or asked.future.exception(0) or len(indices) == len(asked.due)
 
@@ -339,7 +339,7 @@ class Schedules(RuleBasedStateMachine):
                 generated = future.result(0)
                 assert numbers(generated) == [seed + asked.steps for seed in asked.seeds]
                 assert generated.seeds == tuple(asked.seeds)
-                assert not any(fault.touched & {*asked.seeds} for fault in self.fake.faults if fault.verb != "draft")
+                assert not any(fault.touched & {*asked.seeds} for fault in self.fake.faults if fault.verb != "preview")
                 assert min(generated.queue_s, generated.denoise_s, generated.decode_s, generated.device_s) >= 0
                 self.check_previews(asked)
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.engine.scheduler import Arrivals, Decoding, Lane, Profile, Work, at_once, device_s, schedule
+from app.engine.scheduler import Arrivals, Decoding, Profile, Work, at_once, device_s, schedule
+from app.types import ActiveSlot
 
 BUCKETS = (1, 2, 4, 8, 16)
 SERIAL = {rows: 0.01 * rows for rows in BUCKETS}
@@ -35,7 +36,7 @@ def rate(profile: Profile, line: list[int], count: int) -> float:
 
 
 def test_a_guided_lane_is_two_rows() -> None:
-    assert (Lane(3, guided=True).rows, Lane(3, guided=False).rows) == (2, 1)
+    assert (ActiveSlot(3, guided=True).rows, ActiveSlot(3, guided=False).rows) == (2, 1)
 
 
 # How many at once

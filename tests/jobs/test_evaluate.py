@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.api.protocol import Generation
+from app.types import Generation
 from demo import scenes
 from jobs.entry import Invalid
 from jobs.evaluate import Distances, Drawn, claims, figures, page, setting_of

@@ -201,7 +201,7 @@ def test_a_client_without_the_token_is_told_so_at_once(verbs: Verbs, tmp_path: P
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}, "has another token than the one in RAY_AUTH_TOKEN."),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "asks for a token, and /nowhere cannot be"),
     ):
-        program = "import time; from cluster import ray_client; from cluster.terminal import run; run(ray_client.connect)"
+        program = "from cluster import ray_client; from cluster.terminal import run; run(ray_client.connect)"
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, env=bare | token, capture_output=True, text=True
@@ -213,7 +213,13 @@ def test_a_client_without_the_token_is_told_so_at_once(verbs: Verbs, tmp_path: P
 def test_a_token_that_is_gone_or_another_is_told_by_every_verb(verbs: Verbs) -> None:
     file = verbs.cluster.token_file
     token = file.read_text()
-    asked = (("deploy", "status"), ("job", "list"), ("local", "monitor", "--once"), ("local", "address"), ("first_pictures",))
+    asked = (
+        ("deploy", "status"),
+        ("job", "list"),
+        ("local", "monitor", "--once"),
+        ("local", "address"),
+        ("first_pictures",),
+    )
     try:
         file.write_text("0" * 64)
         for words in asked:

@@ -22,9 +22,10 @@ from ray.serve._private.common import DeploymentID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.replica import UserCallableWrapper
 
-from app.api.protocol import Accepted, ApiError, Description, Encoding, Generation, ImageRequest, Images, Preview
+from app.api.protocol import Accepted, ApiError, Description, Encoding, ImageRequest, Images, Preview
 from app.engine.engine import DeadlineUnmeetable, Engine, EngineStopped, QueueFull
 from app.serving.replica import StableDiffusion, refusal
+from app.types import Generation
 from tests.clusters import soon as soon_true
 from tests.fake_pipeline import SMALL, FakePipeline, number
 from tests.serving.test_metrics import Recorded, recorded
