@@ -134,9 +134,10 @@ test-parity: parity ## Run what needs diffusers in PyTorch: golden arrays again,
 	@$(py) tests/make_golden.py --check
 	@$(py) -m pytest -m parity
 
-check: dev ## Check format, lint and types
+check: dev ## Check format, lint, names and types
 	@$(py) -m ruff format --check
 	@$(py) -m ruff check
+	@$(py) tests/check_names.py
 	@$(py) -m mypy
 
 check-config: runtime ## Lint FILES= (all configs here) against Ray's own models, the app's Args and one another
