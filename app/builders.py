@@ -18,7 +18,7 @@ from app.api.protocol import Defaults, Encoding, Limits, Service, Settings, widt
 from app.diffusion.samplers import SAMPLERS
 from app.engine.stall import STALL_S
 from app.serving.replica import StableDiffusion
-from app.types import SLOTS_PER_IMAGE
+from app.types import SLOTS_PER_IMAGE, InvalidField
 
 ROOT = Path(__file__).resolve().parents[1]
 Values = TypeVar("Values", list[str], list[int])
@@ -138,7 +138,7 @@ def keys_file(name: str) -> Path:
     try:
         Keys(path)
     except ValueError as error:
-        raise ValueError(f"api_keys_file {error}") from None
+        raise InvalidField("api_keys_file", f"api_keys_file {error}") from None
     return path
 
 
@@ -150,4 +150,5 @@ def locate(model: str) -> tuple[str, str]:
     # A slip in a path must not turn into a download: assets/demo-modle looks like a repo id, but assets is a folder.
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not (ROOT / model).parent.is_dir():
         return model, model
-    raise ValueError(f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model} ({folder}).")
+    message = f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model} ({folder})."
+    raise InvalidField("model", message)

@@ -24,6 +24,22 @@ class Generation:
     n: int
 
 
+class InvalidField(ValueError):
+    """A field of a request, or an argument of the config, has a value that is not allowed.
+
+    `message` is a sentence for the user and `code` one of OpenAI's error codes. It pickles: no argument has a name.
+    """
+
+    def __init__(self, field: str, message: str, code: str = "invalid_value") -> None:
+        super().__init__(field, message, code)
+        self.field = field
+        self.message = message
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class ActiveSlot(NamedTuple):
     """A slot that takes part in a step. A guided one costs two rows of the denoiser: unconditional and conditional."""
 

@@ -21,7 +21,7 @@ from app.diffusion.images import encode
 from app.engine.engine import Engine, EngineStopped
 from app.engine.request import Generated
 from app.serving.replica import facts_of
-from app.types import Generation
+from app.types import Generation, InvalidField
 from jobs.prompts import Row
 from jobs.unfinished import write
 
@@ -53,7 +53,7 @@ class Painter:
     def submit(self, generation: Generation) -> "Future[Generated] | str":
         try:
             return self.engine.submit(generation)
-        except ValueError as error:  # what only the checkpoint can refuse, such as a sampler that does not suit it
+        except InvalidField as error:  # what only the checkpoint can refuse, such as a sampler that does not suit it
             return str(error)
 
     def finish(self, row: Row, future: "Future[Generated] | str") -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from app.diffusion.samplers import SamplerTable
 from app.engine.engine import Engine
 from app.engine.request import Generated
-from app.types import ActiveSlot, Generation
+from app.types import ActiveSlot, Generation, InvalidField
 from capacity.simulate import smallest, table_of
 
 Size = tuple[int, int]  # width and height
@@ -205,7 +205,7 @@ class FakePipeline:
     def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable:
         """Sampler "pndm" evaluates once more than it has steps; "lcm" does not suit."""
         if sampler == "lcm":
-            raise ValueError("sampler must be one of ddim, pndm, got lcm.")
+            raise InvalidField("sampler", "sampler must be one of ddim, pndm, got lcm.")
         return table_of(num_inference_steps + (sampler == "pndm"))
 
     def empty_state(self, size: Size) -> State:

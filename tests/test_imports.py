@@ -49,7 +49,7 @@ RULES = [
     Rule("loadtest.", JAX | {"ray", "app.aot", "app.diffusion.models", "app.diffusion.pipeline", "app.engine"}),
     Rule("loadtest.", JAX | {"ray"}, anywhere=False),
 ]
-SAMPLERS_MAY_USE = {"numpy", *sys.stdlib_module_names}
+SAMPLERS_MAY_USE = {"numpy", "app.types", *sys.stdlib_module_names}
 
 
 def imports(file: Path, module: str, *, anywhere: bool) -> Iterator[str]:

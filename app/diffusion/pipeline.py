@@ -36,7 +36,7 @@ from app.diffusion.samplers import (
     samplers_for,
     update,
 )
-from app.types import SLOTS_PER_IMAGE, ActiveSlot, Size
+from app.types import SLOTS_PER_IMAGE, ActiveSlot, InvalidField, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -240,9 +240,10 @@ class Pipeline:
         return jax.device_put(empty, self.everywhere)
 
     def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable:
-        """Raises ValueError where the sampler, or so many steps of it, does not suit this checkpoint."""
+        """Raises InvalidField where the sampler, or so many steps of it, does not suit this checkpoint."""
         if num_inference_steps > self.max_steps:
-            raise ValueError(f"num_inference_steps must be between 1 and {self.max_steps}, got {num_inference_steps}.")
+            message = f"num_inference_steps must be between 1 and {self.max_steps}, got {num_inference_steps}."
+            raise InvalidField("num_inference_steps", message)
         return make_table(sampler or self.default_sampler, num_inference_steps, self.schedule)
 
     def declare(self, graphs: Mapping[str, Any]) -> tuple[Program, ...]:

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from app.types import InvalidField
+
 Array: TypeAlias = Any  # a numpy or a JAX array; `update` uses only what both have
 Float64: TypeAlias = npt.NDArray[np.float64]
 Float32: TypeAlias = npt.NDArray[np.float32]
@@ -233,14 +235,14 @@ def samplers_for(schedule: Schedule) -> tuple[str, ...]:
 def make_table(name: str, num_inference_steps: int, schedule: Schedule) -> SamplerTable:
     """The table of sampler `name`; N rows for N steps, but N + 1 for pndm with more than one step."""
     if name not in samplers_for(schedule):
-        raise ValueError(f"sampler must be one of {', '.join(samplers_for(schedule))}, got {name}.")
+        message = f"sampler must be one of {', '.join(samplers_for(schedule))}, got {name}."
+        raise InvalidField("sampler", message)
     most = schedule.num_train_timesteps
     if name == "lcm":
         most = min(most, schedule.original_inference_steps)
     if not 1 <= num_inference_steps <= most:
-        raise ValueError(
-            f"num_inference_steps must be between 1 and {most} for sampler {name}, got {num_inference_steps}."
-        )
+        message = f"num_inference_steps must be between 1 and {most} for sampler {name}, got {num_inference_steps}."
+        raise InvalidField("num_inference_steps", message)
     return _BUILDERS[name](num_inference_steps, schedule)
 
 

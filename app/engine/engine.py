@@ -29,7 +29,7 @@ from app.engine.request import Generated, Group, Lines, Picture, Preview, Reques
 from app.engine.scheduler import Arrivals, Decoding, Profile, Work
 from app.engine.stall import STALL_S, StallWatch
 from app.engine.worker import Worker
-from app.types import ActiveSlot, Generation, Size
+from app.types import ActiveSlot, Generation, InvalidField, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -194,7 +194,7 @@ class Engine:
         previews: int = 0,
         on_preview: Preview | None = None,
     ) -> "Future[Generated]":
-        """Raises QueueFull, DeadlineUnmeetable, EngineStopped, or ValueError for what this checkpoint cannot do.
+        """Raises QueueFull, DeadlineUnmeetable, EngineStopped, or InvalidField for what this checkpoint cannot do.
 
         Cancelling the future frees its slots at the next step. `on_preview` is called from another thread, with a
         number from 0 and the picture as it looks by then, uint8 [H, W, 3]; where there are fewer steps than
@@ -203,7 +203,7 @@ class Engine:
         size = (generation.width, generation.height)
         if size not in self._groups:
             declared = ", ".join(f"{width}x{height}" for width, height in self._groups)
-            raise ValueError(f"size must be one of {declared}, got {size[0]}x{size[1]}.")
+            raise InvalidField("size", f"size must be one of {declared}, got {size[0]}x{size[1]}.")
         if previews and on_preview is None:
             raise ValueError(f"previews must be 0 without on_preview, got {previews}.")
         table = self.pipeline.table(generation.sampler, generation.num_inference_steps)

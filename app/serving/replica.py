@@ -21,7 +21,6 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from app.api.protocol import (
-    BODY_FIELDS,
     Accepted,
     ApiError,
     Description,
@@ -36,7 +35,7 @@ from app.engine.engine import DeadlineUnmeetable, Engine, EngineStalled, EngineS
 from app.engine.request import Generated
 from app.serving.metrics import Metrics
 from app.serving.profiling import Profiler, Trace
-from app.types import Generation
+from app.types import Generation, InvalidField
 
 # Serve's handlers serve this tree only, and prefix each line with the request id that clients see as X-Request-ID.
 logger = logging.getLogger(f"ray.serve.{__name__}")
@@ -166,10 +165,9 @@ class StableDiffusion:
         except (QueueFull, DeadlineUnmeetable, EngineStopped) as error:
             self.metrics.requests.inc(tags={"outcome": outcome_of(error)})
             return refusal(error, asked)
-        except ValueError as error:  # what only the checkpoint can refuse, such as a sampler that does not suit it
+        except InvalidField as error:  # what only the checkpoint can refuse, such as a sampler that does not suit it
             self.metrics.requests.inc(tags={"outcome": "invalid"})
-            named = str(error).partition(" ")[0]
-            return ApiError(400, str(error), named if named in BODY_FIELDS else None, "invalid_value")
+            return ApiError(400, error.message, error.field, error.code)
         future.add_done_callback(self.count)
         return future
 

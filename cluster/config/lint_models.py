@@ -23,6 +23,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from app.builders import Args
+from app.types import InvalidField
 from cluster.config.documents import Document, Finding, Key, nearest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,12 +241,14 @@ def check_names(document: Document, key: Key, builder: Any, args: Any) -> Iterat
     """A deployment of the config must be one of those that the builder makes."""
     try:
         app: Application = call_user_app_builder_with_args_if_necessary(builder, args)
-    except Exception as error:  # the builder may do anything; a ValueError's sentence begins with the offender
-        offender, _, rest = str(error).partition(" ")
-        if document.has((*key, "args", offender)):
-            yield document.error((*key, "args", offender), rest)
+    except InvalidField as error:
+        if document.has((*key, "args", error.field)):
+            yield document.error((*key, "args", error.field), error.message.removeprefix(f"{error.field} "))
         else:
             yield document.error((*key, "args"), f"are refused by the builder: {error}")
+        return
+    except Exception as error:  # a user's own builder may raise anything
+        yield document.error((*key, "args"), f"are refused by the builder: {error}")
         return
     names = [one.name for one in build_app(app, name="lint").deployments]
     for deployment in items(document, (*key, "deployments")):
