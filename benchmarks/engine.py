@@ -28,18 +28,17 @@ from benchmarks.figures import Figure, conclude
 from benchmarks.load import (
     GUIDANCE_SCALE,
     Offered,
-    Seconds,
     Submit,
     equal_requests,
     mixed_requests,
     offer,
     offer_all,
-    poisson,
     request,
 )
 from benchmarks.paced import SD1_DECODE_STEPS, Pace, PacedPipeline, Size
 from benchmarks.report import machine
 from benchmarks.whole_batch import PREDECESSOR, Picture, Setting, WholeBatch, batch_seconds, draw, ranked
+from loadtest.arrivals import Seconds, poisson
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXED_LOAD = 0.6  # of the tuned baseline's capacity

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from app.types import Generation
 from benchmarks.paced import Size, sleep_until
+from loadtest.arrivals import Seconds
 
-Seconds = npt.NDArray[np.float64]
 Submit = Callable[[Generation], "Future[Any]"]  # of an array of pixels, or of something with such `pixels`
 
 GUIDANCE_SCALE = 4.0
@@ -59,11 +58,6 @@ def mixed_requests(count: int, size: Size, rng: np.random.Generator) -> list[Gen
     return [
         request(size, seed, steps=kind[0], guidance_scale=kind[1], n=kind[2]) for seed, kind in enumerate(kinds[:count])
     ]
-
-
-def poisson(count: int, rng: np.random.Generator) -> Seconds:
-    """Arrivals at one a second; divide by another rate."""
-    return np.cumsum(rng.exponential(1.0, count))
 
 
 def offer(submit: Submit, requests: Sequence[Generation], arrivals: Seconds) -> Offered:

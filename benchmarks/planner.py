@@ -23,10 +23,11 @@ from app.engine.engine import Engine
 from app.types import Generation
 from benchmarks.engine import demo_pipeline, tell
 from benchmarks.figures import Figure, conclude
-from benchmarks.load import equal_requests, offer, poisson
+from benchmarks.load import equal_requests, offer
 from benchmarks.paced import Size
 from benchmarks.report import machine
 from capacity.simulate import Load, Timings, simulate
+from loadtest.arrivals import poisson
 
 SHARES = (0.3, 0.6, 0.8)  # of what the engine makes at most
 STEPS, GUIDANCE_SCALE, GAIN, MAX_WAITING = 20, 4.0, 0.05, 10_000

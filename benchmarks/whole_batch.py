@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from app.engine.engine import Verbs
 from app.types import SEEDS, ActiveSlot, Generation
+from loadtest.arrivals import Seconds
 
-Seconds = npt.NDArray[np.float64]
 Images = npt.NDArray[np.uint8]  # [n, H, W, 3]
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,13 +28,15 @@ from capacity.configs import Asked, asked_of, hosts_of
 from capacity.hosts import Priced, label
 from capacity.libtpu import missing
 from capacity.served import NAMES
-from capacity.simulate import Load, Simulated, Timings, poisson, simulate
+from capacity.simulate import Load, Simulated, Timings, simulate
 from cluster.config.lint_cluster import ACCELERATOR_LABEL, RUNTIMES, Slice
 from cluster.terminal import Stop, run, say
+from loadtest.arrivals import Seconds, poisson
 
 DEFAULT_TPUS = "v4-8,v5litepod-4,v5p-8,v6e-4"  # a host of four chips of each
 MOST_HOSTS = 64
-LOAD_S = 600.0  # of the simulated load; longer for a slow one, shorter for a fast one
+LOAD_S = 600.0  # length of the simulated load, unless that makes too few or too many requests
+FEWEST_REQUESTS, MOST_REQUESTS = 200, 4000  # of the simulated load
 ROOM = 32  # of max_ongoing_requests, above what the engine holds, for health questions
 SPARE = 1.25  # replicas that the autoscaler may add beyond what the rate needs on average
 
@@ -80,13 +83,19 @@ def plan(priced: Priced, asked: Asked, evaluations: int, rate: float, slo_s: flo
         slots=about.slots,
     )
     for hosts in range(max(1, math.floor(rate * best.image_s)), MOST_HOSTS + 1):
-        load = Load(poisson(rate / hosts, LOAD_S), evaluations, guided)
+        load = Load(arrivals_at(rate / hosts), evaluations, guided)
         args = asked.args
         fixed = None if args.images_at_once == "auto" else args.images_at_once
         found = simulate(timings, load, gain=args.admission_gain, max_waiting=args.max_waiting, images_at_once=fixed)
         if not found.refused and found.percentile(95) <= slo_s:
             return Plan(about.host, buckets, about.images_s, alone_s, hosts, found)
     return failed(about, f"{MOST_HOSTS} hosts are not enough")
+
+
+def arrivals_at(rate: float) -> Seconds:
+    """Random arrivals at one host, `rate` a second. They are the same in each call."""
+    count = min(MOST_REQUESTS, max(FEWEST_REQUESTS, round(rate * LOAD_S)))
+    return poisson(count, np.random.default_rng(0)) / rate
 
 
 def failed(about: Plan, why_not: str) -> Plan:

@@ -233,9 +233,3 @@ def table_of(evaluations: int) -> SamplerTable:
 
 def smallest(buckets: Sequence[int], wanted: int) -> int:
     return next(bucket for bucket in buckets if bucket >= wanted)
-
-
-def poisson(rate: float, seconds: float, seed: int = 0, least: int = 200, most: int = 4000) -> npt.NDArray[np.float64]:
-    """Arrivals at `rate` a second for so many seconds, or for longer until there are `least`; no more than `most`."""
-    count = min(most, max(least, round(rate * seconds)))
-    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))

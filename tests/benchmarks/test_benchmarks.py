@@ -17,7 +17,7 @@ from app.engine.engine import Engine
 from app.types import ActiveSlot, Generation
 from benchmarks.against_torch import CASES, read
 from benchmarks.figures import Figure, missed, table_of
-from benchmarks.load import MIXED_KINDS, equal_requests, mixed_requests, offer, poisson, request
+from benchmarks.load import MIXED_KINDS, equal_requests, mixed_requests, offer, request
 from benchmarks.overhead import ask as ask_over_http
 from benchmarks.overhead import read_config
 from benchmarks.paced import Pace, PacedPipeline
@@ -32,6 +32,7 @@ from benchmarks.whole_batch import (
     ranked,
     simulate,
 )
+from loadtest.arrivals import poisson
 
 SIZE = (16, 8)
 WAIT_S = 20.0

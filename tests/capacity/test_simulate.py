@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from capacity.simulate import Load, Simulated, Timings, poisson, simulate
+from capacity.simulate import Load, Simulated, Timings, simulate
+from loadtest.arrivals import poisson
 
 SIZE = (512, 512)
 # Sharing a step costs nothing, or gains nothing.
@@ -54,7 +55,7 @@ def test_a_full_queue_refuses_and_those_that_were_taken_are_answered() -> None:
 
 def test_a_heavier_load_waits_longer_and_the_same_load_as_long_again() -> None:
     def p95(rate: float) -> float:
-        load = Load(poisson(rate, 200), 10)
+        load = Load(poisson(round(200 * rate), np.random.default_rng(0)) / rate, 10)
         return simulate(SERIAL, load, gain=0.05, max_waiting=1000).percentile(95)
 
     assert p95(0.5) < p95(2.0) < p95(3.0)
@@ -65,7 +66,7 @@ def test_a_queue_of_one_server_is_what_theory_says() -> None:
     """M/D/1 at 60 %: the mean wait is 0.6 / (2 * 0.4) of a service time (Pollaczek and Khinchin)."""
     service_s = 10 * 0.02 + 0.1
     timings = Timings(SIZE, {1: 0.01, 2: 0.02}, {1: 0.1})
-    load = Load(poisson(0.6 / service_s, 0, seed=3, least=4000), 10)
+    load = Load(poisson(4000, np.random.default_rng(3)) * service_s / 0.6, 10)
     found = simulate(timings, load, gain=0.05, max_waiting=1000)
     assert found.latencies.mean() / service_s == pytest.approx(1.75, rel=0.1)
 
