@@ -1,4 +1,4 @@
-"""A figure: ours over theirs, run by run, and the bar that the ratio is held to."""
+"""A figure: our value over the baseline's in each run, and the bar that the median ratio must meet."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,24 +14,24 @@ from benchmarks.report import spread, write
 
 @dataclass
 class Figure:
-    """Each run adds a pair. Bars hold for the median ratio; `bar` None: told, not held to."""
+    """Each run adds a pair of values. A figure without a bar is only reported."""
 
     device: str
     workload: str
     name: str
     bar: float | None
     at_most: bool = True
-    against: str = ""  # what stands behind `theirs`
+    against: str = ""  # what the baseline is
     ours: list[float] = field(default_factory=list)
-    theirs: list[float] = field(default_factory=list)
+    baseline: list[float] = field(default_factory=list)
 
-    def add(self, ours: float, theirs: float) -> None:
+    def add(self, ours: float, baseline: float) -> None:
         self.ours.append(float(ours))
-        self.theirs.append(float(theirs))
+        self.baseline.append(float(baseline))
 
     @property
     def ratios(self) -> list[float]:
-        return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+        return [ours / baseline for ours, baseline in zip(self.ours, self.baseline, strict=True)]
 
     @property
     def met(self) -> bool | None:
@@ -45,20 +45,20 @@ class Figure:
 
 
 def table_of(figures: Sequence[Figure], title: str) -> Table:
-    """One section for each device; medians, and the range of the runs' ratios."""
+    """A section for each device, with medians and the range of the ratios."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=0)
-    for heading in ("workload", "figure", "ours", "theirs", "ratio", "spread", "bar"):
+    for heading in ("workload", "figure", "ours", "baseline", "ratio", "spread", "bar"):
         table.add_column(heading, no_wrap=True)
-    for device, those in groupby(figures, key=lambda figure: figure.device):
+    for device, group in groupby(figures, key=lambda figure: figure.device):
         table.add_section()
         table.add_row(f"[bold]{device}[/bold]")
-        for figure in those:
+        for figure in group:
             ratios, verdict = figure.ratios, "met" if figure.met else "MISSED"
             table.add_row(
                 figure.workload,
                 figure.name,
                 f"{np.median(figure.ours):.3g}",
-                f"{np.median(figure.theirs):.3g}",
+                f"{np.median(figure.baseline):.3g}",
                 f"{np.median(ratios):.3f}",
                 f"{min(ratios):.2f}–{max(ratios):.2f}",
                 "" if figure.bar is None else f"{'≤' if figure.at_most else '≥'} {figure.bar:g} {verdict}",
@@ -71,9 +71,9 @@ def missed(figures: Sequence[Figure]) -> bool:
 
 
 def conclude(
-    name: str, title: str, figures: Sequence[Figure], here: dict[str, Any], arguments: dict[str, Any], complete: bool
+    name: str, title: str, figures: Sequence[Figure], machine: dict[str, Any], arguments: dict[str, Any], complete: bool
 ) -> int:
-    """Shows and writes the figures, those of a run in part beside those of a whole one; the exit status."""
-    result = {"machine": here, "arguments": arguments, "figures": [figure.facts() for figure in figures]}
+    """Prints and writes the figures, and returns the exit status. An incomplete run gets a file of its own."""
+    result = {"machine": machine, "arguments": arguments, "figures": [figure.facts() for figure in figures]}
     write(name if complete else f"{name}-part", result, table_of(figures, title))
     return 1 if missed(figures) else 0

@@ -1,4 +1,4 @@
-"""Requests and when they arrive, drawn from a seed, and an open loop that offers them to whatever makes pictures."""
+"""Draws requests from a seed, and offers them to a server in this process in an open loop."""
 
 import gc
 import itertools
@@ -15,27 +15,27 @@ from app.types import Generation
 from benchmarks.paced import Size, sleep_until
 from loadtest.arrivals import Seconds
 
-Submit = Callable[[Generation], "Future[Any]"]  # of an array of pixels, or of something with such `pixels`
+Submit = Callable[[Generation], "Future[Any]"]  # its result is an array of pixels, or has one as `pixels`
 
 GUIDANCE_SCALE = 4.0
 MIXED_STEPS = (4, 8, 20, 50)
 MIXED_KINDS = tuple(itertools.product(MIXED_STEPS, (1.0, GUIDANCE_SCALE), (1, 2, 3, 4)))
-HEAD_START_S = 0.05  # between the decision to begin and the first arrival
+HEAD_START_S = 0.05  # from the start of `offer` to time 0 of the arrivals
 TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Offered:
-    """What came of a load. `send_lag_s`: how late the latest request was sent, which its latency includes."""
+    """The outcome of a load. `send_lag_s` is the longest delay of a send, which latencies include."""
 
-    latencies: Seconds  # from the intended arrival until all pictures of the request were there
+    latencies: Seconds  # from the intended arrival to the last picture of the request
     makespan_s: float
     send_lag_s: float
 
 
 def request(size: Size, seed: int, *, steps: int, guidance_scale: float = GUIDANCE_SCALE, n: int = 1) -> Generation:
     return Generation(
-        prompt=f"a red house under a yellow sun, number {seed}",  # nobody's prompt is cached
+        prompt=f"a red house under a yellow sun, number {seed}",  # no two requests share a cached prompt
         negative_prompt="",
         width=size[0],
         height=size[1],
@@ -52,7 +52,7 @@ def equal_requests(count: int, size: Size, *, steps: int, guidance_scale: float)
 
 
 def mixed_requests(count: int, size: Size, rng: np.random.Generator) -> list[Generation]:
-    """Dealt like cards: 32 in a row are all combinations of 4 numbers of steps, guided or not, and n of 1 to 4."""
+    """Requests of 32 kinds: 4 numbers of steps, guided or not, 1 to 4 images. Each 32 in a row have every kind once."""
     deals = -(-count // len(MIXED_KINDS))
     kinds = [MIXED_KINDS[card] for _ in range(deals) for card in rng.permutation(len(MIXED_KINDS))]
     return [
@@ -61,32 +61,32 @@ def mixed_requests(count: int, size: Size, rng: np.random.Generator) -> list[Gen
 
 
 def offer(submit: Submit, requests: Sequence[Generation], arrivals: Seconds) -> Offered:
-    """Sends each request at its time, whatever became of those before, and waits for all."""
+    """Sends each request at its time, whether or not earlier ones are done, and waits for all of them."""
     finished = np.zeros(len(requests))
     errors: list[BaseException] = []
-    left = threading.Semaphore(0)
+    done = threading.Semaphore(0)
 
     def note(index: int, future: "Future[Any]") -> None:
         finished[index] = time.monotonic()
         error = future.exception()
         if error is None:
-            made = future.result()
-            if len(getattr(made, "pixels", made)) != requests[index].n:
-                error = AssertionError(f"{requests[index]} got {made}")
+            result = future.result()
+            if len(getattr(result, "pixels", result)) != requests[index].n:
+                error = AssertionError(f"{requests[index]} got {result}")
         if error is not None:
             errors.append(error)
-        left.release()
+        done.release()
 
     gc.collect()
     began = time.monotonic() + HEAD_START_S
     intended = began + arrivals
     lag = 0.0
-    for index, (one, at) in enumerate(zip(requests, intended, strict=True)):
+    for index, (generation, at) in enumerate(zip(requests, intended, strict=True)):
         sleep_until(at)
         lag = max(lag, time.monotonic() - at)
-        submit(one).add_done_callback(lambda future, index=index: note(index, future))  # type: ignore[misc]
+        submit(generation).add_done_callback(lambda future, index=index: note(index, future))  # type: ignore[misc]
     for _ in requests:
-        if not left.acquire(timeout=TIMEOUT_S):
+        if not done.acquire(timeout=TIMEOUT_S):
             raise TimeoutError(f"No request was answered within {TIMEOUT_S:g} s.")
     if errors:
         raise errors[0]
@@ -94,5 +94,5 @@ def offer(submit: Submit, requests: Sequence[Generation], arrivals: Seconds) -> 
 
 
 def offer_all(submit: Submit, requests: Sequence[Generation]) -> Offered:
-    """All at once: how fast does it go when there is always something to do."""
+    """Sends all requests at once, which measures throughput at saturation."""
     return offer(submit, requests, np.zeros(len(requests)))

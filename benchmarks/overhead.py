@@ -29,12 +29,12 @@ from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
 from app.engine.engine import Verbs
 from app.types import Generation
-from benchmarks.engine import ROOT, demo_pipeline, ours, tell
+from benchmarks.devices import ROOT, demo_pipeline, served_by_engine
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import GUIDANCE_SCALE, equal_requests, offer_all, request
 from benchmarks.local_cluster import TIMEOUT_S, leave, local_cluster
 from benchmarks.paced import Pace, PacedPipeline
-from benchmarks.report import machine
+from benchmarks.report import log, machine
 from benchmarks.whole_batch import Images, Picture, draw
 from cluster.local.state import running
 
@@ -81,7 +81,7 @@ def over_http(runs: int, count: int, concurrency: int) -> Figure:
                     loop(pipeline, requests, batch)
                 seconds[way] = time.monotonic() - began
             figure.add(count / seconds["HTTP"], count / seconds["loop"])
-            tell(f"{count} images: {seconds['HTTP']:.1f} s over HTTP, {seconds['loop']:.1f} s in a loop")
+            log(f"{count} images: {seconds['HTTP']:.1f} s over HTTP, {seconds['loop']:.1f} s in a loop")
     return figure
 
 
@@ -98,7 +98,7 @@ def processor_s() -> dict[str, float]:
 
 def tell_processor(spent: Mapping[str, float], images: int) -> None:
     told = ", ".join(f"{name} {1e3 * seconds / images:.0f}" for name, seconds in spent.items())
-    tell(f"ms of the processor an image: {told}")
+    log(f"ms of the processor an image: {told}")
 
 
 def mixed(device: str, pipeline: Verbs, samplers: Sequence[str | None], runs: int, count: int) -> Figure:
@@ -117,11 +117,11 @@ def mixed(device: str, pipeline: Verbs, samplers: Sequence[str | None], runs: in
         }
         row_s = {}
         for name in list(streams) if run % 2 else list(streams)[::-1]:
-            with ours(pipeline) as submit:
+            with served_by_engine(pipeline) as submit:
                 row_s[name] = offer_all(submit, streams[name]).makespan_s / rows(pipeline, streams[name])
         guided = rows(pipeline, [one for one in various if Picture(one, 0).guided]) / rows(pipeline, various)
         figure.add(1 / row_s["mixed"], 1 / (guided * row_s["guided"] + (1 - guided) * row_s["unguided"]))
-        tell(f"{device}: ms a row " + ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in row_s.items()))
+        log(f"{device}: ms a row " + ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in row_s.items()))
     return figure
 
 
@@ -163,7 +163,7 @@ def best_batch(pipeline: Verbs, one: Generation) -> int:
         loop(pipeline, [one] * count, batch)
         rates[batch] = count / (time.monotonic() - began)
     told = ", ".join(f"{batch}: {rate:.3g}" for batch, rate in rates.items())
-    tell(f"images/s of the loop by batch: {told}")
+    log(f"images/s of the loop by batch: {told}")
     return max(rates, key=lambda batch: rates[batch])
 
 
@@ -205,7 +205,7 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=12, help="HTTP clients (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one run of 16 requests, to see that it works")
     args = parser.parse_args()
-    here = machine()  # before it is busy with this
+    before = machine()
     runs, count = (1, 16) if args.quick else (args.runs, args.requests)
     signal.signal(signal.SIGTERM, leave)
 
@@ -218,7 +218,7 @@ def main() -> int:
         figures.append(mixed("demo model", demo_pipeline(), SAMPLERS, runs, count))
     complete = not args.quick and args.part == "all"
     title = "What HTTP and mixing cost: ours over theirs"
-    return conclude("overhead", title, figures, here, vars(args), complete)
+    return conclude("overhead", title, figures, before, vars(args), complete)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ import numpy as np
 from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
 from app.types import Generation
-from benchmarks.engine import demo_pipeline, tell
+from benchmarks.devices import demo_pipeline
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import equal_requests, offer
 from benchmarks.paced import Size
-from benchmarks.report import machine
+from benchmarks.report import log, machine
 from capacity.simulate import Load, Timings, simulate
 from loadtest.arrivals import poisson
 
@@ -72,7 +72,7 @@ def watched(engine: Engine) -> Iterator[list[float]]:
 def paced(timings: Timings, seen: Sequence[float]) -> Timings:
     """At the pace that was seen, on average."""
     pace = float(np.mean(seen)) / min(timings.step_s.values())
-    tell(f"  the machine took {pace:.2f} of warm-up's times")
+    log(f"  the machine took {pace:.2f} of warm-up's times")
     return Timings(
         timings.size,
         {rows: pace * seconds for rows, seconds in timings.step_s.items()},
@@ -103,7 +103,7 @@ def compare(runs: int, count: int) -> list[Figure]:
         image_s = evaluations * min(timings.step_s[2 * images] / images for images in BUCKETS)
         image_s += min(seconds / images for images, seconds in timings.decode_s.items())
         for share in SHARES:
-            tell(f"run {run + 1} of {runs}, {share:.0%} of {1 / image_s:.1f} pictures a second")
+            log(f"run {run + 1} of {runs}, {share:.0%} of {1 / image_s:.1f} pictures a second")
             arrivals = poisson(count, np.random.default_rng([run, round(100 * share)])) * image_s / share
             engine = Engine(pipeline, max_waiting=MAX_WAITING, gain=GAIN)
             engine.start()
@@ -117,7 +117,7 @@ def compare(runs: int, count: int) -> list[Figure]:
                 ours = simulated.percentile(percentile)
                 theirs = float(np.percentile(measured.latencies, percentile))
                 figures[share, percentile].add(max(ours, theirs), min(ours, theirs))
-                tell(f"  p{percentile}: simulated {ours:.3f} s, measured {theirs:.3f} s")
+                log(f"  p{percentile}: simulated {ours:.3f} s, measured {theirs:.3f} s")
     return list(figures.values())
 
 
@@ -126,11 +126,11 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--count", type=int, default=100, help="requests of each load")
     arguments = parser.parse_args()
-    here = machine()
+    before = machine()
     figures = compare(arguments.runs, arguments.count)
     title = "Simulated against measured latency: the larger over the smaller"
     whole = arguments.runs >= 3 and arguments.count >= 100
-    return conclude("planner", title, figures, here, vars(arguments), whole)
+    return conclude("planner", title, figures, before, vars(arguments), whole)
 
 
 if __name__ == "__main__":

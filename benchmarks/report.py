@@ -1,4 +1,4 @@
-"""What every benchmark tells in the same way: medians with their spread, the machine, a table and a JSON file."""
+"""What all benchmarks report alike: medians with their spread, the machine, progress, a table and a JSON file."""
 
 import importlib.metadata
 import json
@@ -16,18 +16,20 @@ from rich.console import Console
 from rich.table import Table
 
 OUTPUTS = Path(__file__).parents[1] / "outputs"
-WIDTH = 120  # of tables where the output is no terminal
+WIDTH = 120  # of tables when the output is not a terminal
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "ray")
+
+progress = Console(stderr=True)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and range over runs, and the runs themselves."""
+    """The median and range over runs, and the value of each run."""
     runs = [float(value) for value in values]
     return {"median": statistics.median(runs), "min": min(runs), "max": max(runs), "runs": runs}
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on beside the code; `load` tells whether something else was running. Starts JAX here."""
+    """What a figure depends on besides the code. `load` shows whether other work was running. Starts JAX."""
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -49,8 +51,13 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def log(text: str) -> None:
+    """Prints a line of progress on stderr."""
+    progress.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}", highlight=False)
+
+
 def write(name: str, result: dict[str, Any], table: Table) -> Path:
-    """Shows the table and writes the result to outputs/bench-NAME.json."""
+    """Prints the table and writes the result to outputs/bench-NAME.json."""
     path = OUTPUTS / f"bench-{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
