@@ -1,11 +1,11 @@
-"""One guided step of the UNet on this machine's processor: ours against diffusers in PyTorch, with the same weights.
+"""Times a guided UNet step on this machine's processor: ours against diffusers in PyTorch, with the same weights.
 
-    python -m benchmarks.against_torch                  # exit 1 where a bar is missed
+    python -m benchmarks.against_torch                  # exit 1 if a bar is missed
     python -m benchmarks.against_torch --models demo
 
-Both compute in float32, in this process, with as many threads as there are cores, and take turns. Weights are random,
-as PyTorch initialises them; the two answers must agree before anything is timed. PyTorch runs eagerly, as diffusers
-does by itself, in whichever of its two memory formats was quicker. Needs the `parity` extra.
+Both compute in float32 in this process, with a thread for each core, and take turns. The weights are random, as PyTorch
+initialises them. The two outputs must agree before anything is timed. PyTorch runs eagerly, which is the default of
+diffusers, in the quicker of its two memory formats. This needs the `parity` extra.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from benchmarks.report import machine
 ROOT = Path(__file__).parents[1]
 GUIDED = 2  # rows of a step
 TEXT_LENGTH = 77
-AGREE = 1e-3  # of the largest value
+AGREE = 1e-3  # largest difference, as a share of the largest value
 
 
 @dataclass(frozen=True)
 class Case:
-    """A UNet, the side of its latents, the bar for ours over theirs, and steps in one timing."""
+    """A UNet, the side of its latents, the bar for our time over PyTorch's, and the steps in a timing."""
 
     config: Path
     side: int
@@ -47,7 +47,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of PyTorch's, as the loader wants one."""
+    """A PyTorch tensor with the interface that our loader needs."""
 
     tensor: Any
 
@@ -73,11 +73,11 @@ def main() -> int:
         return 2
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads)
-    here = machine()
+    before = machine()
     figures = [measure(name, CASES[name], arguments.runs, threads) for name in arguments.models]
     complete = arguments.models == list(CASES) and arguments.runs >= parser.get_default("runs")
     title = "One guided step of the UNet, s: ours over diffusers in PyTorch"
-    return conclude("torch", title, figures, here, vars(arguments), complete)
+    return conclude("torch", title, figures, before, vars(arguments), complete)
 
 
 def measure(name: str, case: Case, runs: int, threads: int) -> Figure:
@@ -86,26 +86,26 @@ def measure(name: str, case: Case, runs: int, threads: int) -> Figure:
     latents = rng.normal(size=(GUIDED, case.side, case.side, config["in_channels"])).astype(np.float32)
     timesteps = np.full(GUIDED, 481.0, np.float32)
     embeds = rng.normal(size=(GUIDED, TEXT_LENGTH, config["cross_attention_dim"])).astype(np.float32)
-    theirs, weights = in_torch(config, latents, timesteps, embeds)
-    ours = in_jax(config, weights, latents, timesteps, embeds)
-    expected, got = theirs(), ours()
+    torch_step, weights = in_torch(config, latents, timesteps, embeds)
+    jax_step = in_jax(config, weights, latents, timesteps, embeds)
+    expected, got = torch_step(), jax_step()
     if not (off := float(np.abs(got - expected).max() / np.abs(expected).max())) <= AGREE:
-        raise SystemExit(f"{name}: ours differs from PyTorch's by {off:.1e} of the largest value.")
+        raise SystemExit(f"{name}: our output differs from PyTorch's by {off:.1e} of the largest value.")
     figure = Figure(f"{threads} threads", name, "guided step, s", case.bar, against="diffusers in PyTorch, eager")
     for _ in range(runs):
-        figure.add(seconds(ours, case.steps), seconds(theirs, case.steps))
+        figure.add(seconds(jax_step, case.steps), seconds(torch_step, case.steps))
     return figure
 
 
 def read(case: Case) -> Mapping[str, Any]:
-    found = json.loads(case.config.read_text("utf-8"))
-    return found.get("unet", found)  # a preset holds the configurations of all networks
+    config = json.loads(case.config.read_text("utf-8"))
+    return config.get("unet", config)  # a preset holds the configurations of all networks
 
 
 def in_torch(
     config: Mapping[str, Any], latents: np.ndarray, timesteps: np.ndarray, embeds: np.ndarray
 ) -> tuple[Callable[[], np.ndarray], Mapping[str, Any]]:
-    """A call of diffusers' UNet, and its weights by name."""
+    """A function that calls diffusers' UNet, and its weights by name."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -125,7 +125,7 @@ def in_torch(
         unet.to(memory_format=memory_format)
         call(memory_format)
         took[memory_format] = seconds(lambda: call(memory_format), 1)  # noqa: B023
-    best = min(formats, key=lambda one: took[one])
+    best = min(formats, key=lambda memory_format: took[memory_format])
     unet.to(memory_format=best)
     return lambda: call(best), weights
 
@@ -137,7 +137,7 @@ def in_jax(
     timesteps: np.ndarray,
     embeds: np.ndarray,
 ) -> Callable[[], np.ndarray]:
-    """A call of our UNet with these weights."""
+    """A function that calls our UNet with these weights."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -154,12 +154,12 @@ def in_jax(
     if problems:
         raise SystemExit("\n".join(problems))
     graph, params = nnx.split(unet)
-    call = jax.jit(lambda params, *given: nnx.merge(graph, params)(*given))
+    call = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
     return lambda: np.asarray(call(params, latents, timesteps, embeds))
 
 
 def seconds(call: Callable[[], object], steps: int) -> float:
-    """Of one step, over so many."""
+    """Mean seconds of a step."""
     began = time.perf_counter()
     for _ in range(steps):
         call()

@@ -1,10 +1,10 @@
-"""Holds batch generation on the local cluster to the saturated throughput of the engine that it is made of.
+"""Measures batch generation on the local cluster against the saturated throughput of the engine alone.
 
-    make bench-batch      # starts the local cluster if need be
+    make bench-batch      # starts the local cluster if it is down; exit 1 if the bar is missed
 
-Both draw the same rows with the same buckets on this machine, one after the other, round after round: the engine alone
-in a process of its own, which throws its pictures away, and the job as `make job JOB=batch_generate` submits it, with
-Ray, PNG and files. Pictures per second are counted from the first picture to the last, so no start counts.
+Both draw the same rows with the same buckets on this machine, and take turns. The engine alone has a process of its own
+and discards its pictures. The job runs as `make job JOB=batch_generate` submits it, with Ray, PNG and files. Pictures
+per second count from the first picture to the last, so start-up is not in them.
 """
 
 import argparse
@@ -16,9 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-
-from benchmarks.report import OUTPUTS, machine, spread, write
+from benchmarks.figures import Figure, conclude
+from benchmarks.report import OUTPUTS, machine
 from cluster.job import follow, submit
 from cluster.local.state import RUN_DIR
 from cluster.places import LOCAL, dashboard_of, isolate
@@ -34,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200, help="of a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)  # the process that has the engine alone
+    parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)  # for the process that runs the engine alone
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     args = parser.parse_args()
     if args.engine:
@@ -46,22 +45,14 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"a red boat under a yellow sun at dusk, number {i}\n" for i in range(args.rows)))
-    alone, batch = [], []
+    figure = Figure(
+        "this machine", f"{args.rows} rows", "pictures/s", BAR, at_most=False, against="the engine alone, saturated"
+    )
     for _ in range(args.rounds):
-        alone.append(in_a_process(prompts))
-        batch.append(by_the_job(prompts, folder / "out", run_dir))
-    ratios = [ours / theirs for ours, theirs in zip(batch, alone, strict=True)]
-    told = {"engine alone, pictures/s": alone, "batch_generate, pictures/s": batch, "ratio": ratios}
-    table = Table(title=f"Batch generation against its engine: {args.rows} rows, {args.rounds} rounds")
-    for heading in ("", "median", "least", "most"):
-        table.add_column(heading)
-    for name, values in told.items():
-        figures = spread(values)
-        table.add_row(name, *(f"{figures[key]:.3f}" for key in ("median", "min", "max")))
-    figures = {name: spread(values) for name, values in told.items()}
-    write("batch", {"machine": machine(), "rows": args.rows, "bar": BAR, **figures}, table)
-    if figures["ratio"]["median"] < BAR:
-        raise Stop(f"The ratio must be at least {BAR:g}, got {figures['ratio']['median']:.3f}.")
+        alone = in_a_process(prompts)
+        figure.add(by_the_job(prompts, folder / "out", run_dir), alone)
+    title = "Batch generation over the saturated engine"
+    sys.exit(conclude("batch", title, [figure], machine(), {"rows": args.rows, "rounds": args.rounds}))
 
 
 def in_a_process(prompts: Path) -> float:
@@ -73,7 +64,7 @@ def in_a_process(prompts: Path) -> float:
 
 
 def engine_alone(prompts: Path) -> float:
-    """All rows are submitted at once, so the engine is saturated from the first to the last."""
+    """Submits all rows at once, so that the engine is always saturated."""
     from app.diffusion.pipeline import Pipeline
     from app.engine.engine import Engine
 

@@ -1,10 +1,10 @@
-"""What saved programs are worth: process start to ready, with an empty folder of programs and with a filled one.
+"""Measures what saved programs save: the time from process start to ready, without saved programs and with them.
 
-    python -m benchmarks.coldstart         # exit 1 where the bar is missed
+    python -m benchmarks.coldstart         # exit 1 if the bar is missed
 
-The model has the layers of Stable Diffusion 1.x at a fortieth of their width, so that compiling dominates as it does
-for a whole one on an accelerator. Each run is a process of its own, cold and warm in turns; a cold one fills the folder
-that the next warm one starts from. Processor seconds stand beside wall time, since they tell less of what else runs.
+The model has the layers of Stable Diffusion 1.x at a fortieth of their width. So compiling dominates, as it does for a
+full model on an accelerator. Each start is a process of its own. Cold and warm starts take turns: a cold start fills
+the folder of programs for the next warm start. Processor seconds are reported too, as other load affects them less.
 """
 
 import argparse
@@ -19,16 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from benchmarks.report import machine, spread, write
+from benchmarks.figures import Figure, conclude
+from benchmarks.report import machine
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 BAR = 0.3
 MODEL = "sd1-narrow"
 
-# Channels over 40 in the UNet, over 16 in the VAE; embeddings 24 wide for 768, and the tests' own vocabulary.
+# Channels are divided by 40 in the UNet and by 16 in the VAE. Embeddings have 24 channels, and the vocabulary is tiny.
 TEXT = {768: 24, 3072: 96, 49408: 526}
 WIDTHS: dict[str, Any] = {
     "unet": {"over": 40, "text": TEXT},
@@ -74,38 +73,23 @@ def main() -> int:
                 f"run {run + 1}: cold {pairs[-1][0]['seconds']:.1f} s, warm {pairs[-1][1]['seconds']:.1f} s", flush=True
             )
         saved = sum(file.stat().st_size for file in programs.iterdir())
-    figures = {
-        name: {
-            "cold": spread([cold[name] for cold, _ in pairs]),
-            "warm": spread([warm[name] for _, warm in pairs]),
-            "ratio": spread([warm[name] / cold[name] for cold, warm in pairs]),
-        }
-        for name in MEASURES
-    }
-    met = figures["seconds"]["ratio"]["median"] <= BAR
+    figures = []
+    for measure, name in MEASURES.items():
+        bar = BAR if measure == "seconds" else None
+        figure = Figure(
+            "this machine", "start of a replica", name, bar, against="the same start without saved programs"
+        )
+        for cold, warm in pairs:
+            figure.add(warm[measure], cold[measure])
+        figures.append(figure)
     facts = {"programs": len(pairs[0][0]["how"]), "megabytes": saved / 1e6, "warm_compiles": pairs[-1][1]["compiles"]}
-    result = {"machine": machine(), "arguments": vars(args), "figures": figures, "bar": BAR, "met": met, **facts}
-    write("coldstart", result, table_of(figures, met, len(pairs)))
-    return 0 if met else 1
-
-
-def table_of(figures: dict[str, Any], met: bool, runs: int) -> Table:
-    table = Table(title=f"Start of a replica, cold and with saved programs: median of {runs} (range)")
-    for heading in ("", "cold", "warm", "warm / cold", "bar", ""):
-        table.add_column(heading)
-    for name, what in MEASURES.items():
-        cells = [
-            "{median:.{digits}f} ({min:.{digits}f} to {max:.{digits}f})".format(**figures[name][kind], digits=digits)
-            for kind, digits in (("cold", 1), ("warm", 1), ("ratio", 3))
-        ]
-        held = [f"≤ {BAR}", "met" if met else "MISSED"] if name == "seconds" else ["", ""]
-        table.add_row(what, *cells, *held)
-    return table
+    title = "Start of a replica with saved programs over a start without"
+    return conclude("coldstart", title, figures, machine(), vars(args), **facts)
 
 
 def timed_start(model: Path, programs: Path, expected: str) -> dict[str, Any]:
-    """Seconds from the start of a process until its pipeline is ready, and what it says of them itself."""
-    # A cache of JAX's own would warm the cold start.
+    """Seconds from the start of a process until its pipeline is ready, with the report that the process prints."""
+    # JAX's own cache would make the cold start a warm one.
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     command = [sys.executable, "-m", "benchmarks.coldstart", "--start", str(model), str(programs)]
     used, began = processor_seconds(), time.perf_counter()
@@ -115,20 +99,20 @@ def timed_start(model: Path, programs: Path, expected: str) -> dict[str, Any]:
         seconds = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"the start failed with exit code {process.returncode}.")
-    told: dict[str, Any] = json.loads(line)
-    if set(told["how"]) != {expected}:
-        raise SystemExit(f"every program must be {expected} in this start, got {told['how']}.")
-    return told | {"seconds": seconds, "processor": processor_seconds() - used}
+    report: dict[str, Any] = json.loads(line)
+    if set(report["how"]) != {expected}:
+        raise SystemExit(f"every program must be {expected} in this start, got {report['how']}.")
+    return report | {"seconds": seconds, "processor": processor_seconds() - used}
 
 
 def processor_seconds() -> float:
-    """Of all processes that this one started and that ended."""
+    """Processor seconds of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def start(model: Path, programs: Path) -> None:
-    """What a replica does until it is ready, in a process of its own."""
+    """Does what a replica does until it is ready. Runs in a process of its own."""
     import jax
 
     from app.aot import program as compiling
@@ -137,17 +121,17 @@ def start(model: Path, programs: Path) -> None:
     how: list[str] = []
     compiles: list[str] = []
 
-    def tell(record: logging.LogRecord) -> bool:
+    def note_program(record: logging.LogRecord) -> bool:
         how.append(record.getMessage().split()[0])
         return True
 
-    def hear(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    def note_compile(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == compiling.BACKEND_COMPILE:
             compiles.append(str(kwargs.get("fun_name")))
 
     compiling.logger.setLevel(logging.INFO)
-    compiling.logger.addFilter(tell)
-    jax.monitoring.register_event_duration_secs_listener(hear)
+    compiling.logger.addFilter(note_program)
+    jax.monitoring.register_event_duration_secs_listener(note_compile)
     pipeline = Pipeline.load(str(model), sizes=SIZES, batch_buckets=BUCKETS, max_steps=MAX_STEPS, programs=programs)
     began = time.perf_counter()
     pipeline.warmup()
@@ -155,7 +139,7 @@ def start(model: Path, programs: Path) -> None:
 
 
 def write_model(folder: Path) -> Path:
-    """All tensors of Stable Diffusion 1.4, narrowed. Never starts JAX, which would take the accelerator for itself."""
+    """Writes all tensors of Stable Diffusion 1.4, narrowed. Does not start JAX, which would claim the accelerator."""
     tiny.MODELS[MODEL] = {part: tiny.MODELS["tiny-sd1"][part] | changes for part, changes in NARROWED.items()}
     full = tiny.tensor_shapes()["stable-diffusion-v1-4"]
     shapes = {

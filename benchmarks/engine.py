@@ -180,7 +180,7 @@ def main() -> int:
         figures += equal(scaled(dataclasses.replace(decoding, equal={0.6: 64})), runs, barred=False)
 
     complete = not args.quick and (args.device, args.workload) == ("both", "all")
-    title = "Step-level batching against whole batches: our engine over the baseline"
+    title = "Step-level batching against whole batches: ours over baseline"
     return conclude("engine", title, figures, before, vars(args), complete)
 
 

@@ -71,9 +71,15 @@ def missed(figures: Sequence[Figure]) -> bool:
 
 
 def conclude(
-    name: str, title: str, figures: Sequence[Figure], machine: dict[str, Any], arguments: dict[str, Any], complete: bool
+    name: str,
+    title: str,
+    figures: Sequence[Figure],
+    machine: dict[str, Any],
+    arguments: dict[str, Any],
+    complete: bool = True,
+    **facts: Any,
 ) -> int:
     """Prints and writes the figures, and returns the exit status. An incomplete run gets a file of its own."""
-    result = {"machine": machine, "arguments": arguments, "figures": [figure.facts() for figure in figures]}
+    result = {"machine": machine, "arguments": arguments, "figures": [figure.facts() for figure in figures], **facts}
     write(name if complete else f"{name}-part", result, table_of(figures, title))
     return 1 if missed(figures) else 0

@@ -1,13 +1,13 @@
-"""What the load test's own generator can do, and whether its percentiles are true.
+"""Measures the load generator of loadtest/: its highest rate, and the error of its percentiles.
 
-    python -m benchmarks.loadgen          # exit 1 where a bar is missed; wrk stands beside it where it is installed
+    python -m benchmarks.loadgen          # exit 1 if a bar is missed; measures wrk as well if it is installed
 
-Rate: the highest at which requests are sent on time and all are answered, by one core, pictures looked at, against a
-server on another core that answers at once. wrk there is a closed loop: as fast as 16 connections go.
+Rate: the highest rate at which all requests are sent on time and answered. The generator has one core and checks the
+pictures; a server that answers immediately has another. wrk is measured in a closed loop with 16 connections.
 
-Percentiles: against a server that delays each answer by a time drawn from a known distribution, with a tail. What the
-generator reports is held to the delays that the server really made, by its own clock. wrk meets other delays of the
-same distribution, so that its figures are told and not held to anything.
+Percentiles: a server delays each answer by a time from a known distribution with a tail. The generator's percentiles
+are compared with the delays that the server measured itself. wrk gets other delays of the same distribution, so its
+figures are only reported.
 """
 
 import argparse
@@ -39,13 +39,13 @@ RATE_BAR = 1000.0  # requests a second
 SHARE_BAR, FLOOR_BAR_S = 0.02, 0.001
 RATES = (500, 1000, 1250, 1500, 1750, 2000, 2500, 3000)
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
-MEDIAN_S, SIGMA = 0.2, 0.4  # log-normal delays, about those of the demo model
-TAIL_S, TAIL = 1.0, 0.03  # and three in a hundred take a second longer
+MEDIAN_S, SIGMA = 0.2, 0.4  # of the log-normal delays, which are about those of the demo model
+TAIL_S, TAIL = 1.0, 0.03  # seconds added to this share of the delays
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 class PictureProtocol(asyncio.Protocol):
-    """As much of HTTP as GET needs, so that the server is not what is measured."""
+    """Only as much of HTTP as GET needs, so that the server is not the bottleneck."""
 
     def __init__(self, server: "PictureServer") -> None:
         self.server = server
@@ -84,7 +84,7 @@ class PictureServer:
             loop.call_later(next(self.delays), self.late, number, came, transport)
 
     def late(self, number: int, came: float, transport: asyncio.Transport) -> None:
-        """A timer may be a millisecond late itself, so the delay is what it was."""
+        """Answers, and records the real delay: a timer may itself be a millisecond late."""
         self.injected[number] = time.perf_counter() - came
         transport.write(self.picture)
 
@@ -103,11 +103,11 @@ async def serve(delayed: bool) -> None:
     server = PictureServer(delayed)
     listening = await asyncio.get_running_loop().create_server(lambda: PictureProtocol(server), "127.0.0.1", 0)
     print(listening.sockets[0].getsockname()[1], flush=True)
-    await asyncio.to_thread(sys.stdin.read)  # until whoever started it has gone
+    await asyncio.to_thread(sys.stdin.read)  # until the parent process closes the pipe
 
 
 def pinned(core: int) -> list[str]:
-    """The generator and the server each on a core of its own, where the system can do that."""
+    """A command prefix that pins a process to a core, if there are two cores and taskset."""
     if len(CORES) < 2 or not shutil.which("taskset"):
         return []
     return ["taskset", "--cpu-list", str(CORES[core])]
@@ -124,8 +124,8 @@ def server(kind: str) -> Iterator[str]:
             process.stdin.close()
 
 
-def ours(url: str, process: str, rate: float, duration_s: float) -> dict[str, Any]:
-    """The summary of a run by the command line that users have."""
+def loadtest(url: str, process: str, rate: float, duration_s: float) -> dict[str, Any]:
+    """The summary of a run of `python -m loadtest`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(*pinned(0), sys.executable, "-m", "loadtest", "--url", url, "--process", process, "--rate", f"{rate:g}"),
@@ -133,39 +133,39 @@ def ours(url: str, process: str, rate: float, duration_s: float) -> dict[str, An
             *("--out", folder, "--run-dir", folder),
         ]
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
-        (found,) = Path(folder).glob("*/summary.json")
-        summary: dict[str, Any] = json.loads(found.read_text())
+        (path,) = Path(folder).glob("*/summary.json")
+        summary: dict[str, Any] = json.loads(path.read_text())
         return summary
 
 
 def wrk(url: str, connections: int, duration_s: float) -> dict[str, float] | None:
-    """Requests a second, and percentiles in seconds."""
+    """wrk's requests per second, and its percentiles in seconds; None if it is not installed."""
     if not shutil.which("wrk"):
         return None
     command = [*pinned(0), "wrk", "-t1", f"-c{connections}", f"-d{duration_s:.0f}s", "--latency", f"{url}/imagine"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     units = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-    found = {
-        f"p{p}": float(value) * units[unit] for p, value, unit in re.findall(r"(\d+)%\s+([\d.]+)(us|ms|s)\b", said)
+    percentiles = {
+        f"p{p}": float(value) * units[unit] for p, value, unit in re.findall(r"(\d+)%\s+([\d.]+)(us|ms|s)\b", output)
     }
-    rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
-    assert rate, said
-    return found | {"rate": float(rate[1])}
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
+    assert rate, output
+    return percentiles | {"rate": float(rate[1])}
 
 
 def highest_rate(duration_s: float, table: Table) -> tuple[float, list[dict[str, Any]]]:
-    highest, told = 0.0, []
+    highest, levels = 0.0, []
     with server("at-once") as url:
         beside = wrk(url, 16, duration_s)
         for rate in RATES:
-            summary = ours(url, "constant", rate, duration_s)
+            summary = loadtest(url, "constant", rate, duration_s)
             good = not summary["invalid"] and not summary["failed"] and summary["completed_per_s"] > 0.99 * rate
             lag, latency = summary["send_lag"], summary["latency"]
             table.add_row(
                 *(f"{rate}/s", f"p50 {1e3 * latency['p50']:.2f}", "", f"send lag p99 {1e3 * lag['p99']:.2f}", ""),
                 "on time" if good else "too late" if summary["invalid"] else f"{summary['failed']} failed",
             )
-            told.append(
+            levels.append(
                 {"rate": rate, "on_time": good, "send_lag": lag["p99"], "completed": summary["completed_per_s"]}
             )
             if not good:
@@ -173,51 +173,49 @@ def highest_rate(duration_s: float, table: Table) -> tuple[float, list[dict[str,
             highest = rate
     if beside:
         table.add_row("as fast as it goes", "", "", "", f"{beside['rate']:.0f}/s", "")
-    return highest, told
+    return highest, levels
 
 
 def errors(rate: float, duration_s: float, table: Table) -> list[dict[str, Any]]:
-    told = []
+    compared: list[dict[str, Any]] = []
     with server("delayed") as url:
-        summary = ours(url, "poisson", rate, duration_s)
-        if summary["invalid"]:  # such as on a machine that is busy with something else
-            table.caption = (
-                f"The run whose percentiles these are says that it is invalid: {'; '.join(summary['invalid'])}."
-            )
+        summary = loadtest(url, "poisson", rate, duration_s)
+        if summary["invalid"]:  # for example because this machine is busy with other work
+            table.caption = f"The run with these percentiles is invalid: {'; '.join(summary['invalid'])}."
         with urlopen(f"{url}/delays") as answer:
             injected = json.load(answer)
     with server("delayed") as url:
         beside = wrk(url, round(rate * MEDIAN_S), duration_s / 2) or {}
-    injected = injected[len(injected) - summary["latency"]["count"] :]  # without those of the warm-up
+    injected = injected[len(injected) - summary["latency"]["count"] :]  # drops those of the warm-up
     for p in PERCENTILES:
-        true, found = float(np.percentile(injected, p, method="inverted_cdf")), summary["latency"][f"p{p:g}"]
-        if found is None:
+        true, reported = float(np.percentile(injected, p, method="inverted_cdf")), summary["latency"][f"p{p:g}"]
+        if reported is None:
             continue
-        error = abs(found - true)
+        error = abs(reported - true)
         met = error <= max(FLOOR_BAR_S, SHARE_BAR * true)
         other = beside.get(f"p{p:g}")
         table.add_row(
             f"p{p:g}",
-            f"{1e3 * found:.2f}",
+            f"{1e3 * reported:.2f}",
             f"{1e3 * true:.2f}",
-            f"{1e3 * (found - true):+.2f}, {(found - true) / true:+.2%}",
+            f"{1e3 * (reported - true):+.2f}, {(reported - true) / true:+.2%}",
             f"{1e3 * other:.1f}" if other else "",
             "met" if met else "MISSED",
         )
-        told.append({"percentile": p, "true": true, "ours": found, "wrk": other, "met": met})
-    return told
+        compared.append({"percentile": p, "true": true, "ours": reported, "wrk": other, "met": met})
+    return compared
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", choices=("at-once", "delayed"), help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=("rate", "percentiles", "all"), default="all", help="(%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="short runs, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="short runs, as a check")
     arguments = parser.parse_args()
     if arguments.serve:
         asyncio.run(serve(arguments.serve == "delayed"))
         return 0
-    here = machine()
+    before = machine()
     title = "The load generator on one core, its server on another"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for heading in ("", "ours, ms", "true, ms", "off by, ms", "wrk", ""):
@@ -229,10 +227,10 @@ def main() -> int:
         table.add_row("highest on time", f"{highest:g}/s", "", "", "", verdict)
         table.add_section()
     percentiles = errors(100, 10 if quick else 60, table) if part != "rate" else []
-    result = {"machine": here, "highest_rate": highest, "levels": levels, "percentiles": percentiles}
+    result = {"machine": before, "highest_rate": highest, "levels": levels, "percentiles": percentiles}
     write("loadgen" if part == "all" and not quick else "loadgen-part", result, table)
-    missed = [one for one in percentiles if not one["met"]]
-    return int(bool(missed) or (highest is not None and highest < RATE_BAR))
+    missed = any(not compared["met"] for compared in percentiles)
+    return int(missed or (highest is not None and highest < RATE_BAR))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What the way to a client costs, and what it costs to mix requests.
+"""Measures what HTTP costs, and what mixing unlike requests costs.
 
-    python -m benchmarks.overhead          # starts a local cluster of its own and ends it; exit 1 where a bar is missed
+    python -m benchmarks.overhead          # starts and ends a local cluster of its own; exit 1 if a bar is missed
 
-HTTP: images per second over HTTP at saturation, the encoding of files included, over the pipeline's own verbs in a loop
-in this process, in whichever batch makes most of them; in turns, the server idle while the loop runs.
+HTTP: images per second over HTTP at saturation, including file encoding. The baseline is a loop over the pipeline's
+verbs in this process, with the batch size of the highest throughput. The two take turns; the server is idle meanwhile.
 
-Mixed: UNet rows per second of the engine under requests with random steps, samplers and guidance, over requests that
-are all alike. A guided row and an unguided one are counted at what each costs in a stream of its own kind, and the
-streams have as many steps an image on average, so what is left is the price of mixing.
+Mixed: UNet rows per second of the engine under requests with random steps, samplers and guidance. The baseline is a
+stream of equal guided requests and a stream of equal unguided ones, with the same mean number of steps. Each row of the
+mix is compared with a row of its own kind, so the ratio is the price of mixing alone.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def over_http(runs: int, count: int, concurrency: int) -> Figure:
             against=f"encode, insert, steps, decode in batches of {batch}",
         )
         url = f"{api}/v1/images/generations"
-        asyncio.run(ask(url, requests[:concurrency], concurrency))  # what is done once, is done
+        asyncio.run(ask(url, requests[:concurrency], concurrency))  # warms the server up
         for run in range(runs):
             seconds = {}
             for way in ("HTTP", "loop") if run % 2 else ("loop", "HTTP"):
@@ -74,9 +74,7 @@ def over_http(runs: int, count: int, concurrency: int) -> Figure:
                 if way == "HTTP":
                     before = processor_s()
                     asyncio.run(ask(url, requests, concurrency))
-                    tell_processor(
-                        {name: spent - before.get(name, 0.0) for name, spent in processor_s().items()}, count
-                    )
+                    log_processor({name: spent - before.get(name, 0.0) for name, spent in processor_s().items()}, count)
                 else:
                     loop(pipeline, requests, batch)
                 seconds[way] = time.monotonic() - began
@@ -86,19 +84,19 @@ def over_http(runs: int, count: int, concurrency: int) -> Figure:
 
 
 def processor_s() -> dict[str, float]:
-    """What the cluster's processes have had of the processor so far: the replica's, and all others together."""
+    """Processor seconds of the cluster's processes so far: the replica's, and those of all others together."""
     spent = {"the replica": 0.0, "proxy, ingress and Ray": 0.0}
     for process in running(RUN_DIR).search():
         with suppress(psutil.Error):
-            who = "the replica" if REPLICA in " ".join(process.cmdline()) else "proxy, ingress and Ray"
+            part = "the replica" if REPLICA in " ".join(process.cmdline()) else "proxy, ingress and Ray"
             times = process.cpu_times()
-            spent[who] += times.user + times.system
+            spent[part] += times.user + times.system
     return spent
 
 
-def tell_processor(spent: Mapping[str, float], images: int) -> None:
-    told = ", ".join(f"{name} {1e3 * seconds / images:.0f}" for name, seconds in spent.items())
-    log(f"ms of the processor an image: {told}")
+def log_processor(spent: Mapping[str, float], images: int) -> None:
+    times = ", ".join(f"{name} {1e3 * seconds / images:.0f}" for name, seconds in spent.items())
+    log(f"processor ms per image: {times}")
 
 
 def mixed(device: str, pipeline: Verbs, samplers: Sequence[str | None], runs: int, count: int) -> Figure:
@@ -108,7 +106,7 @@ def mixed(device: str, pipeline: Verbs, samplers: Sequence[str | None], runs: in
     for run in range(runs):
         rng = np.random.default_rng(run)
         various = [vary(request(pipeline.sizes[0], seed, steps=1), samplers, rng) for seed in range(count)]
-        steps = round(float(np.mean([evaluations(pipeline, one) for one in various])))
+        steps = round(float(np.mean([evaluations(pipeline, generation) for generation in various])))
         size = pipeline.sizes[0]
         streams = {
             "mixed": various,
@@ -119,77 +117,79 @@ def mixed(device: str, pipeline: Verbs, samplers: Sequence[str | None], runs: in
         for name in list(streams) if run % 2 else list(streams)[::-1]:
             with served_by_engine(pipeline) as submit:
                 row_s[name] = offer_all(submit, streams[name]).makespan_s / rows(pipeline, streams[name])
-        guided = rows(pipeline, [one for one in various if Picture(one, 0).guided]) / rows(pipeline, various)
+        guided = rows(pipeline, [generation for generation in various if Picture(generation, 0).guided]) / rows(
+            pipeline, various
+        )
         figure.add(1 / row_s["mixed"], 1 / (guided * row_s["guided"] + (1 - guided) * row_s["unguided"]))
-        log(f"{device}: ms a row " + ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in row_s.items()))
+        log(f"{device}: ms per row " + ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in row_s.items()))
     return figure
 
 
-def vary(one: Generation, samplers: Sequence[str | None], rng: np.random.Generator) -> Generation:
+def vary(generation: Generation, samplers: Sequence[str | None], rng: np.random.Generator) -> Generation:
     guided = rng.random() < 0.5
     return replace(
-        one,
+        generation,
         num_inference_steps=int(rng.integers(*MIXED_STEPS, endpoint=True)),
         guidance_scale=float(rng.uniform(*MIXED_SCALES)) if guided else 1.0,
         sampler=samplers[int(rng.integers(len(samplers)))],
     )
 
 
-def evaluations(pipeline: Verbs, one: Generation) -> int:
-    return len(pipeline.table(one.sampler, one.num_inference_steps))
+def evaluations(pipeline: Verbs, generation: Generation) -> int:
+    return len(pipeline.table(generation.sampler, generation.num_inference_steps))
 
 
 def rows(pipeline: Verbs, requests: Sequence[Generation]) -> int:
-    return sum(evaluations(pipeline, one) * Picture(one, 0).rows for one in requests)
+    return sum(evaluations(pipeline, generation) * Picture(generation, 0).rows for generation in requests)
 
 
 def loop(pipeline: Verbs, requests: Sequence[Generation], batch: int) -> list[Images]:
     state = pipeline.empty_state(pipeline.sizes[0])
-    made = []
+    batches = []
     for first in range(0, len(requests), batch):
-        state, pixels = draw(pipeline, state, [Picture(one, 0) for one in requests[first : first + batch]])
-        made.append(pixels)
-    return made
+        pictures = [Picture(generation, 0) for generation in requests[first : first + batch]]
+        state, pixels = draw(pipeline, state, pictures)
+        batches.append(pixels)
+    return batches
 
 
-def best_batch(pipeline: Verbs, one: Generation) -> int:
-    """The batch that makes most images a second, by really running each."""
+def best_batch(pipeline: Verbs, generation: Generation) -> int:
+    """The batch size with the highest throughput. Each is measured."""
     rates = {}
-    most = pipeline.row_buckets[-1] // Picture(one, 0).rows
+    most = pipeline.row_buckets[-1] // Picture(generation, 0).rows
     for batch in [bucket for bucket in pipeline.row_buckets if bucket <= most]:
-        loop(pipeline, [one] * batch, batch)
+        loop(pipeline, [generation] * batch, batch)
         count = max(8, 2 * batch)
         began = time.monotonic()
-        loop(pipeline, [one] * count, batch)
+        loop(pipeline, [generation] * count, batch)
         rates[batch] = count / (time.monotonic() - began)
-    told = ", ".join(f"{batch}: {rate:.3g}" for batch, rate in rates.items())
-    log(f"images/s of the loop by batch: {told}")
+    log("images/s of the loop by batch: " + ", ".join(f"{batch}: {rate:.3g}" for batch, rate in rates.items()))
     return max(rates, key=lambda batch: rates[batch])
 
 
 async def ask(url: str, requests: Sequence[Generation], concurrency: int) -> None:
-    """Clients that each ask for the next picture once they have one, until there are no more requests."""
+    """Runs a closed loop: each client sends the next request when it has its picture, until none is left."""
     pending = iter(requests)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
 
         async def client() -> None:
-            for one in pending:
+            for generation in pending:
                 body = {
-                    "prompt": one.prompt,
-                    "seed": one.seed,
-                    "num_inference_steps": one.num_inference_steps,
-                    "guidance_scale": one.guidance_scale,
+                    "prompt": generation.prompt,
+                    "seed": generation.seed,
+                    "num_inference_steps": generation.num_inference_steps,
+                    "guidance_scale": generation.guidance_scale,
                 }
                 async with session.post(url, json=body) as answer:
-                    said = await answer.read()
+                    content = await answer.read()
                     if answer.status != 200:
-                        raise RuntimeError(f"The server answers {answer.status}: {said[:300]!r}")
+                        raise RuntimeError(f"The server answers {answer.status}: {content[:300]!r}")
 
         await asyncio.gather(*(client() for _ in range(concurrency)))
 
 
 def read_config() -> dict[str, Any]:
-    """serve_config.yaml with one replica, whatever the load: what is compared is one pipeline with one pipeline."""
+    """serve_config.yaml with a fixed single replica, as the baseline is a single pipeline too."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     for deployment in config["applications"][0]["deployments"]:
         if deployment.pop("autoscaling_config", None):
@@ -200,10 +200,10 @@ def read_config() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("http", "mixed", "all"), default="all", help="(%(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="of both sides (%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="of each side (%(default)s)")
     parser.add_argument("--requests", type=int, default=48, help="in each run (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=12, help="HTTP clients (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one run of 16 requests, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a single run of 16 requests, as a check")
     args = parser.parse_args()
     before = machine()
     runs, count = (1, 16) if args.quick else (args.runs, args.requests)
@@ -217,7 +217,7 @@ def main() -> int:
         figures.append(mixed("paced as a TPU host", paced, [None], runs, 8 * count))
         figures.append(mixed("demo model", demo_pipeline(), SAMPLERS, runs, count))
     complete = not args.quick and args.part == "all"
-    title = "What HTTP and mixing cost: ours over theirs"
+    title = "What HTTP and mixing cost: ours over baseline"
     return conclude("overhead", title, figures, before, vars(args), complete)
 
 

@@ -1,11 +1,10 @@
-"""Whether the planner's simulation (capacity/simulate.py) tells what the engine does.
+"""Compares the planner's simulation (capacity/simulate.py) with the real engine.
 
-    python -m benchmarks.planner           # about 3 minutes; exit 1 where a bar is missed
+    python -m benchmarks.planner           # about 3 minutes; exit 1 if a bar is missed
 
-The demo model on this machine's CPU, by the engine itself, under three loads of random arrivals, against the simulation
-of the very same arrivals. It gets the step times that the engine has seen in that run, as the quickest ones that
-warm-up measures are not what a machine with other things to do keeps up; decodes are scaled alike. The two latencies
-are to be within 20 % of each other.
+The engine draws with the demo model on this machine's CPU, under three loads of random arrivals. The simulation gets
+the same arrivals, and the step times that the engine measured in that run. Warm-up's times are the quickest of several
+and so too short for a busy machine; the decode times are scaled alike. The latencies must agree within 20 %.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from benchmarks.report import log, machine
 from capacity.simulate import Load, Timings, simulate
 from loadtest.arrivals import poisson
 
-SHARES = (0.3, 0.6, 0.8)  # of what the engine makes at most
+SHARES = (0.3, 0.6, 0.8)  # loads, as shares of the engine's highest throughput
 STEPS, GUIDANCE_SCALE, GAIN, MAX_WAITING = 20, 4.0, 0.05, 10_000
 BUCKETS = (1, 2, 4)
 WITHIN = 1.2
@@ -51,28 +50,28 @@ def timings_of(pipeline: Pipeline) -> Timings:
 
 @contextmanager
 def watched(engine: Engine) -> Iterator[list[float]]:
-    """How the engine's idea of its pace goes while the block runs: seconds of its cheapest step, ten times a second."""
-    seen: list[float] = []
+    """Samples the engine's estimate of its cheapest step, in seconds, ten times a second while the block runs."""
+    step_times: list[float] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.1):
             (size,) = engine.stats()["sizes"].values()
-            seen.append(min(size["step_s"].values()))
+            step_times.append(min(size["step_s"].values()))
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield seen
+        yield step_times
     finally:
         over.set()
         thread.join()
 
 
-def paced(timings: Timings, seen: Sequence[float]) -> Timings:
-    """At the pace that was seen, on average."""
-    pace = float(np.mean(seen)) / min(timings.step_s.values())
-    log(f"  the machine took {pace:.2f} of warm-up's times")
+def paced(timings: Timings, step_times: Sequence[float]) -> Timings:
+    """The timings scaled to the mean of the sampled step times."""
+    pace = float(np.mean(step_times)) / min(timings.step_s.values())
+    log(f"  steps took {pace:.2f} times as long as at warm-up")
     return Timings(
         timings.size,
         {rows: pace * seconds for rows, seconds in timings.step_s.items()},
@@ -82,9 +81,9 @@ def paced(timings: Timings, seen: Sequence[float]) -> Timings:
 
 
 def prompts(run: int, share: float, count: int, size: Size) -> list[Generation]:
-    """Equal requests, none of whose prompts is known from another load."""
+    """Equal requests with prompts that no other load uses, so that none is in the prompt cache."""
     requests = equal_requests(count, size, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
-    return [dataclasses.replace(one, prompt=f"run {run} {share} {one.prompt}") for one in requests]
+    return [dataclasses.replace(request, prompt=f"run {run} {share} {request.prompt}") for request in requests]
 
 
 def compare(runs: int, count: int) -> list[Figure]:
@@ -98,7 +97,7 @@ def compare(runs: int, count: int) -> list[Figure]:
     size = pipeline.sizes[0]
     evaluations = len(pipeline.table(None, STEPS))
     for run in range(runs):
-        pipeline.measure()  # so that both are of the same minutes
+        pipeline.measure()  # again in each run, as the machine's pace changes
         timings = timings_of(pipeline)
         image_s = evaluations * min(timings.step_s[2 * images] / images for images in BUCKETS)
         image_s += min(seconds / images for images, seconds in timings.decode_s.items())
@@ -108,16 +107,17 @@ def compare(runs: int, count: int) -> list[Figure]:
             engine = Engine(pipeline, max_waiting=MAX_WAITING, gain=GAIN)
             engine.start()
             try:
-                with watched(engine) as seen:
+                with watched(engine) as step_times:
                     measured = offer(engine.submit, prompts(run, share, count, size), arrivals)
             finally:
                 engine.close()
-            simulated = simulate(paced(timings, seen), Load(arrivals, evaluations), gain=GAIN, max_waiting=MAX_WAITING)
+            simulated = simulate(
+                paced(timings, step_times), Load(arrivals, evaluations), gain=GAIN, max_waiting=MAX_WAITING
+            )
             for percentile in (50, 95):
-                ours = simulated.percentile(percentile)
-                theirs = float(np.percentile(measured.latencies, percentile))
-                figures[share, percentile].add(max(ours, theirs), min(ours, theirs))
-                log(f"  p{percentile}: simulated {ours:.3f} s, measured {theirs:.3f} s")
+                pair = simulated.percentile(percentile), float(np.percentile(measured.latencies, percentile))
+                figures[share, percentile].add(max(pair), min(pair))
+                log(f"  p{percentile}: simulated {pair[0]:.3f} s, measured {pair[1]:.3f} s")
     return list(figures.values())
 
 

@@ -1,12 +1,14 @@
-"""The baseline: a server of whole batches over the same pipeline, the way the predecessor works.
+"""The baseline: a server of whole batches over the same pipeline, which works as the predecessor does.
 
-It waits until a batch is full or its oldest picture has waited long enough, runs all steps in one dispatch, decodes and
-answers; who arrives meanwhile waits for the next batch. Everything that this design allows, it gets here: pictures with
-other samplers, guidance and negative prompts share a batch (one batch per number of steps and size), an unguided one
-costs one row, the pictures of a request need not stand in one batch, the encoder sees each text of a batch once, and
-nothing is padded beyond the smallest compiled bucket unless `padded` asks for the predecessor's way.
+It waits until a batch is full or its oldest picture has waited long enough. Then it runs all steps in one dispatch,
+decodes and answers. Requests that arrive meanwhile wait for the next batch.
 
-`simulate` is the same server on a virtual clock, by which `ranked` finds the settings that are worth a real run.
+The baseline is as good as this design allows. Pictures with unlike samplers, guidance and negative prompts share a
+batch, as long as size and number of steps are equal. An unguided picture costs a single row. The pictures of a request
+may run in several batches. The encoder gets each text of a batch once. A batch is padded to the smallest compiled
+bucket only, unless `padded` asks for the predecessor's way.
+
+`simulate` is the same server on a virtual clock. `ranked` uses it to find the settings that are worth a real run.
 """
 
 import threading
@@ -28,7 +30,7 @@ Images = npt.NDArray[np.uint8]  # [n, H, W, 3]
 
 @dataclass(frozen=True)
 class Setting:
-    """How long to wait for how many pictures; `padded`: each batch costs as much as a full one."""
+    """The batch size, and how long to wait for a full batch. With `padded` each batch costs as much as a full one."""
 
     batch: int
     wait_s: float
@@ -42,7 +44,7 @@ PREDECESSOR = Setting(batch=64, wait_s=10.0, padded=True)
 
 
 class Place(NamedTuple):
-    """A picture in the queue. Those of one `kind` (size and number of steps) can share a batch."""
+    """A picture in the queue. Pictures of the same `kind`, which is size and number of steps, can share a batch."""
 
     since: float
     kind: Hashable
@@ -64,8 +66,10 @@ class Picture(NamedTuple):
 
 
 def next_batch(queue: Sequence[Place], now: float, setting: Setting) -> tuple[list[Place], float]:
-    """The batch to run now, or none and when to look again. Of several kinds the one that has waited longest goes
-    first; `queue` is in the order of arrival."""
+    """The batch to run now, or no batch and the time at which to look again.
+
+    `queue` is in the order of arrival. The kind whose oldest picture has waited longest goes first.
+    """
     kinds: dict[Hashable, list[Place]] = {}
     for place in queue:
         kinds.setdefault(place.kind, []).append(place)
@@ -84,22 +88,24 @@ def kind_of(pipeline: Verbs, generation: Generation) -> Hashable:
 
 
 def draw(pipeline: Verbs, state: Any, pictures: Sequence[Picture]) -> tuple[Any, Images]:
-    """Pictures of one size and number of steps, from text to numpy, by nothing but the pipeline's verbs."""
-    asked = [picture.generation for picture in pictures]
-    texts = list(dict.fromkeys(text for one in asked for text in (one.prompt, one.negative_prompt)))
+    """Draws pictures of the same size and number of steps with nothing but the pipeline's verbs."""
+    generations = [picture.generation for picture in pictures]
+    texts = list(dict.fromkeys(text for each in generations for text in (each.prompt, each.negative_prompt)))
     encoded = dict(zip(texts, pipeline.encode(texts), strict=True))
-    for slot, (one, number) in enumerate(pictures):
+    for slot, (generation, number) in enumerate(pictures):
         state = pipeline.insert(
             state,
             slot,
-            encoded[one.prompt],
-            encoded[one.negative_prompt],
-            pipeline.table(one.sampler, one.num_inference_steps),
-            one.guidance_scale,
-            (one.seed + number) % SEEDS,
+            encoded[generation.prompt],
+            encoded[generation.negative_prompt],
+            pipeline.table(generation.sampler, generation.num_inference_steps),
+            generation.guidance_scale,
+            (generation.seed + number) % SEEDS,
         )
     active = [ActiveSlot(slot, picture.guided) for slot, picture in enumerate(pictures)]
-    state, _ = pipeline.step(state, active, len(pipeline.table(asked[0].sampler, asked[0].num_inference_steps)))
+    state, _ = pipeline.step(
+        state, active, len(pipeline.table(generations[0].sampler, generations[0].num_inference_steps))
+    )
     parts = list(in_parts(range(len(pictures)), pipeline.decode_buckets[-1]))
     decoded = [pipeline.decode(state, part) for part in parts]
     return state, np.concatenate([np.asarray(pixels)[: len(part)] for pixels, part in zip(decoded, parts, strict=True)])
@@ -110,8 +116,8 @@ def in_parts(slots: range, most: int) -> Iterable[range]:
 
 
 @dataclass
-class _Asked:
-    """A request; its future is set when the last of its pictures is there."""
+class _Request:
+    """A request. Its future is set when its last picture is done."""
 
     generation: Generation
     future: "Future[Images]" = field(default_factory=Future)
@@ -119,7 +125,7 @@ class _Asked:
 
 
 class WholeBatch:
-    """Owns the queue, the state and one thread. `submit` gives a future of all pixels, as the engine's does."""
+    """Owns the queue, the state and a thread. `submit` returns a future of all pixels, as the engine's does."""
 
     def __init__(self, pipeline: Verbs, setting: Setting):
         self.pipeline = pipeline
@@ -132,16 +138,16 @@ class WholeBatch:
         self._thread.start()
 
     def submit(self, generation: Generation) -> "Future[Images]":
-        asked = _Asked(generation)
+        request = _Request(generation)
         kind = kind_of(self.pipeline, generation)
         with self._changed:
             now = time.monotonic()
-            self._queue += [Place(now, kind, asked, number) for number in range(generation.n)]
+            self._queue += [Place(now, kind, request, number) for number in range(generation.n)]
             self._changed.notify()
-        return asked.future
+        return request.future
 
     def close(self) -> None:
-        """Ends the thread after its batch. What is unfinished stays so: a benchmark waits for all that it asks for."""
+        """Ends the thread after its current batch. Requests that still wait are dropped."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -165,7 +171,7 @@ class WholeBatch:
                 answer(place, picture)
 
     def _next(self) -> list[Place]:
-        """Waits for the next batch; none when closing."""
+        """Waits for the next batch. It is empty when the server closes."""
         with self._changed:
             while not self._stopping:
                 batch, look_again = next_batch(self._queue, time.monotonic(), self.setting)
@@ -178,18 +184,18 @@ class WholeBatch:
 
 
 def answer(place: Place, picture: Images) -> None:
-    asked: _Asked = place.request
-    asked.pixels[place.number] = picture
-    if len(asked.pixels) == asked.generation.n and not asked.future.done():
-        asked.future.set_result(np.stack([asked.pixels[number] for number in range(asked.generation.n)]))
+    request: _Request = place.request
+    request.pixels[place.number] = picture
+    if len(request.pixels) == request.generation.n and not request.future.done():
+        request.future.set_result(np.stack([request.pixels[number] for number in range(request.generation.n)]))
 
 
 def simulate(pipeline: Verbs, setting: Setting, requests: Sequence[Generation], arrivals: Seconds) -> Seconds:
-    """Each request's latency from such a server, if a batch takes what the pipeline has measured."""
+    """The latency of each request from this server on a virtual clock, with the pipeline's measured times."""
     places = [
-        Place(float(at), kind_of(pipeline, one), index, number)
-        for index, (one, at) in enumerate(zip(requests, arrivals, strict=True))
-        for number in range(one.n)
+        Place(float(at), kind_of(pipeline, request), index, number)
+        for index, (request, at) in enumerate(zip(requests, arrivals, strict=True))
+        for number in range(request.n)
     ]
     finished = np.zeros(len(requests))
     queue: list[Place] = []
@@ -206,17 +212,17 @@ def simulate(pipeline: Verbs, setting: Setting, requests: Sequence[Generation], 
         taken = set(map(id, batch))
         queue = [place for place in queue if id(place) not in taken]
         for place in batch:
-            finished[place.request] = now  # its later pictures finish later
+            finished[place.request] = now  # a later picture of the request overwrites it
     return finished - arrivals
 
 
 def batch_seconds(pipeline: Verbs, pictures: Sequence[Picture]) -> float:
-    """What `draw` takes by the pipeline's own measurements."""
-    one = pictures[0].generation
-    size = (one.width, one.height)
+    """How long `draw` takes, by the pipeline's own measurements."""
+    first = pictures[0].generation
+    size = (first.width, first.height)
     rows = sum(picture.rows for picture in pictures)
     bucket = next(bucket for bucket in pipeline.row_buckets if bucket >= rows)
-    evaluations = len(pipeline.table(one.sampler, one.num_inference_steps))
+    evaluations = len(pipeline.table(first.sampler, first.num_inference_steps))
     decoding = 0.0
     for part in in_parts(range(len(pictures)), pipeline.decode_buckets[-1]):
         decoding += pipeline.decode_s[size, next(b for b in pipeline.decode_buckets if b >= len(part))]
@@ -230,7 +236,7 @@ def ranked(
     offers: Sequence[tuple[Sequence[Generation], Seconds]],
     score: Callable[[Sequence[Generation], Seconds], float],
 ) -> list[tuple[float, Setting]]:
-    """Each batch size with each wait, simulated on the very arrivals that are to come; the lowest mean score first."""
+    """Simulates each batch size with each wait on the given arrivals; the setting with the lowest mean score first."""
     scored = []
     for batch in batches:
         for wait_s in waits_s if batch > 1 else [0.0]:

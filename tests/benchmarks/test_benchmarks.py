@@ -1,4 +1,4 @@
-"""What benchmarks/ measures with: the baseline, the paced pipeline, the loads. How fast anything is, is not tested."""
+"""The tools of benchmarks/: the baseline, the paced pipeline, the loads and the figures. Speed itself is not tested."""
 
 import asyncio
 import time
@@ -45,7 +45,7 @@ def paced() -> PacedPipeline:
 
 
 class Recorded(PacedPipeline):
-    """Remembers the active and the count of every step; `fail` makes the next one raise."""
+    """Records the active rows and the count of every step. `fail` makes the next step raise."""
 
     def __init__(self) -> None:
         super().__init__(FAST, batch_buckets=[1, 2, 4], size=SIZE)
@@ -86,7 +86,7 @@ def test_paced_steps_are_flat_up_to_the_chips_and_then_in_proportion() -> None:
     assert pipeline.decode_buckets == (1, 4, 8) and set(pipeline.decode_s.values()) == {0.03}
 
 
-def test_verbs_queue_on_the_device_and_waiting_takes_until_it_has_come_so_far(paced: PacedPipeline) -> None:
+def test_verbs_queue_on_the_device_and_wait_returns_when_the_step_is_done(paced: PacedPipeline) -> None:
     began = time.monotonic()
     active = [ActiveSlot(0, True), ActiveSlot(1, True)]  # four rows on two chips
     state, first = paced.step(paced.empty_state(SIZE), active, 50)
@@ -119,7 +119,7 @@ def test_a_batch_goes_when_it_is_full_or_its_oldest_has_waited() -> None:
     assert next_batch([], 3.0, Setting(2, 5.0)) == ([], float("inf"))
 
 
-def test_kinds_do_not_share_and_the_one_that_has_waited_longest_goes_first() -> None:
+def test_kinds_do_not_share_a_batch_and_the_oldest_goes_first() -> None:
     queue = [place(1.0, "a"), place(2.0, "b"), place(3.0, "a"), place(3.5, "b")]
     assert next_batch(queue, 4.0, Setting(2, 0.0))[0] == [queue[0], queue[2]]
     assert next_batch(queue, 4.0, Setting(8, 3.5)) == ([], 4.5)
@@ -131,18 +131,18 @@ def recorded() -> Recorded:
     return Recorded()
 
 
-def served(pipeline: Recorded, setting: Setting, asked: Sequence[Generation]) -> list[Any]:
+def served(pipeline: Recorded, setting: Setting, requests: Sequence[Generation]) -> list[Any]:
     server = WholeBatch(pipeline, setting)
     try:
-        return [future.result(WAIT_S) for future in [server.submit(one) for one in asked]]
+        return [future.result(WAIT_S) for future in [server.submit(generation) for generation in requests]]
     finally:
         server.close()
 
 
 def test_whole_batches_answer_each_request_with_its_own_pictures(recorded: Recorded) -> None:
-    asked = [ask(10), ask(20, n=3), ask(30, steps=5), ask(40, guidance_scale=1.0)]
-    pictures = served(recorded, Setting(4, 0.05), asked)
-    assert [greys(one) for one in pictures] == [[13], [23, 24, 25], [35], [43]]
+    requests = [ask(10), ask(20, n=3), ask(30, steps=5), ask(40, guidance_scale=1.0)]
+    pictures = served(recorded, Setting(4, 0.05), requests)
+    assert [greys(pixels) for pixels in pictures] == [[13], [23, 24, 25], [35], [43]]
 
 
 def test_a_request_may_need_several_batches(recorded: Recorded) -> None:
@@ -152,9 +152,9 @@ def test_a_request_may_need_several_batches(recorded: Recorded) -> None:
 
 
 def test_an_unguided_picture_costs_one_row_and_padding_costs_a_full_batch(recorded: Recorded) -> None:
-    asked = [ask(10, guidance_scale=1.0)]
-    assert served(recorded, Setting(4, 0.0), asked)[0].shape[0] == 1
-    assert served(recorded, Setting(4, 0.0, padded=True), asked)[0].shape[0] == 1
+    requests = [ask(10, guidance_scale=1.0)]
+    assert served(recorded, Setting(4, 0.0), requests)[0].shape[0] == 1
+    assert served(recorded, Setting(4, 0.0, padded=True), requests)[0].shape[0] == 1
     assert recorded.steps == [(1, 3), (4, 3)]
 
 
@@ -171,24 +171,24 @@ def test_a_batch_that_fails_fails_its_requests_and_the_next_one_runs(recorded: R
 
 def test_the_simulation_is_that_server_on_a_virtual_clock() -> None:
     pipeline = PacedPipeline(Pace(chips=4, step_s=1.0), batch_buckets=[1, 2, 4], size=SIZE)
-    asked = [ask(seed, steps=10, guidance_scale=1.0) for seed in range(3)]
+    requests = [ask(seed, steps=10, guidance_scale=1.0) for seed in range(3)]
     arrivals = np.array([0.0, 1.0, 2.0])
-    assert batch_seconds(pipeline, [Picture(one, 0) for one in asked]) == 10.0
-    assert simulate(pipeline, Setting(4, 0.0), asked, arrivals).tolist() == [10.0, 19.0, 18.0]
-    assert simulate(pipeline, Setting(4, 2.0), asked, arrivals).tolist() == [12.0, 11.0, 10.0]
-    assert simulate(pipeline, Setting(1, 0.0), asked, arrivals).tolist() == [10.0, 19.0, 28.0]
-    longer = [asked[0], replace(asked[1], num_inference_steps=5), asked[2]]
+    assert batch_seconds(pipeline, [Picture(generation, 0) for generation in requests]) == 10.0
+    assert simulate(pipeline, Setting(4, 0.0), requests, arrivals).tolist() == [10.0, 19.0, 18.0]
+    assert simulate(pipeline, Setting(4, 2.0), requests, arrivals).tolist() == [12.0, 11.0, 10.0]
+    assert simulate(pipeline, Setting(1, 0.0), requests, arrivals).tolist() == [10.0, 19.0, 28.0]
+    longer = [requests[0], replace(requests[1], num_inference_steps=5), requests[2]]
     assert simulate(pipeline, Setting(4, 2.0), longer, arrivals).tolist() == [12.0, 16.0, 10.0]
-    together = [replace(asked[0], n=3)]  # its last picture counts
+    together = [replace(requests[0], n=3)]  # the last picture counts
     assert simulate(pipeline, Setting(2, 0.0), together, arrivals[:1]).tolist() == [20.0]
 
 
-def test_settings_are_ranked_by_what_they_simulate_to() -> None:
+def test_settings_are_ranked_by_their_simulated_score() -> None:
     pipeline = PacedPipeline(Pace(chips=4, step_s=1.0), batch_buckets=[1, 2, 4], size=SIZE)
     offers = [([ask(seed, steps=10, guidance_scale=1.0) for seed in range(3)], np.array([0.0, 1.0, 2.0]))]
-    found = ranked(pipeline, [1, 4], [0.0, 2.0], offers, lambda _, latencies: float(latencies.mean()))
-    assert [(setting.batch, setting.wait_s) for _, setting in found] == [(4, 2.0), (4, 0.0), (1, 0.0)]
-    assert [score for score, _ in found] == sorted(score for score, _ in found)
+    ranking = ranked(pipeline, [1, 4], [0.0, 2.0], offers, lambda _, latencies: float(latencies.mean()))
+    assert [(setting.batch, setting.wait_s) for _, setting in ranking] == [(4, 2.0), (4, 0.0), (1, 0.0)]
+    assert [score for score, _ in ranking] == sorted(score for score, _ in ranking)
 
 
 # The loads
@@ -197,7 +197,9 @@ def test_settings_are_ranked_by_what_they_simulate_to() -> None:
 def test_mixed_requests_are_dealt_evenly_and_the_same_each_time() -> None:
     first, again = (mixed_requests(40, SIZE, np.random.default_rng(3)) for _ in range(2))
     assert first == again and len(first) == 40
-    assert len({(one.num_inference_steps, one.guidance_scale, one.n) for one in first[:32]}) == len(MIXED_KINDS) == 32
+    assert (
+        len({(each.num_inference_steps, each.guidance_scale, each.n) for each in first[:32]}) == len(MIXED_KINDS) == 32
+    )
 
 
 def test_latency_counts_from_the_intended_arrival_and_an_error_is_raised() -> None:
@@ -209,13 +211,13 @@ def test_latency_counts_from_the_intended_arrival_and_an_error_is_raised() -> No
             future.set_exception(RuntimeError("no picture"))
         return future
 
-    asked = equal_requests(3, SIZE, steps=3, guidance_scale=1.0)
-    offered = offer(submit, asked[:2], poisson(2, np.random.default_rng(0)) / 1000)
+    requests = equal_requests(3, SIZE, steps=3, guidance_scale=1.0)
+    offered = offer(submit, requests[:2], poisson(2, np.random.default_rng(0)) / 1000)
     assert (offered.latencies >= 0).all() and offered.makespan_s > 0
     with pytest.raises(RuntimeError, match="no picture"):
-        offer(submit, asked, np.zeros(3))
+        offer(submit, requests, np.zeros(3))
     with pytest.raises(AssertionError, match="got"):
-        offer(lambda _: submit(asked[0]), [replace(asked[0], n=2)], np.zeros(1))
+        offer(lambda _: submit(requests[0]), [replace(requests[0], n=2)], np.zeros(1))
 
 
 @pytest.fixture
@@ -227,14 +229,14 @@ def engine(paced: PacedPipeline) -> Iterator[Engine]:
 
 
 def test_the_engine_and_the_baseline_make_the_same_pictures(engine: Engine, recorded: Recorded) -> None:
-    asked = mixed_requests(40, SIZE, np.random.default_rng(5))
-    made = [future.result(WAIT_S).pixels for future in [engine.submit(one) for one in asked]]
-    for mine, theirs in zip(made, served(recorded, Setting(4, 0.0), asked), strict=True):
-        assert greys(mine) == greys(theirs)
+    requests = mixed_requests(40, SIZE, np.random.default_rng(5))
+    by_engine = [future.result(WAIT_S).pixels for future in [engine.submit(generation) for generation in requests]]
+    by_baseline = served(recorded, Setting(4, 0.0), requests)
+    assert list(map(greys, by_engine)) == list(map(greys, by_baseline))
 
 
 def test_clients_ask_for_each_picture_once_and_a_refusal_is_an_error() -> None:
-    asked = [ask(seed, guidance_scale=2.0) for seed in range(7)]
+    requests = [ask(seed, guidance_scale=2.0) for seed in range(7)]
     bodies: list[dict[str, Any]] = []
 
     async def answer(incoming: web.Request) -> web.Response:
@@ -250,42 +252,44 @@ def test_clients_ask_for_each_picture_once_and_a_refusal_is_an_error() -> None:
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
             url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
-            await ask_over_http(url, asked, 3)
+            await ask_over_http(url, requests, 3)
             assert sorted(body["seed"] for body in bodies) == list(range(7))
             assert all(body["num_inference_steps"] == 3 and body["guidance_scale"] == 2.0 for body in bodies)
             with pytest.raises(RuntimeError, match="The server answers 503: b'full'"):
-                await ask_over_http(url, asked, 3)
+                await ask_over_http(url, requests, 3)
         finally:
             await runner.cleanup()
 
     asyncio.run(served())
 
 
-def test_the_config_to_compare_with_has_one_replica_and_is_otherwise_the_one_that_is_shipped() -> None:
+def test_the_baselines_config_is_the_shipped_one_with_a_single_replica() -> None:
     config = read_config()
-    (replica,) = [one for one in config["applications"][0]["deployments"] if one["name"] == "StableDiffusion"]
+    (replica,) = [
+        deployment for deployment in config["applications"][0]["deployments"] if deployment["name"] == "StableDiffusion"
+    ]
     assert replica["num_replicas"] == 1 and "autoscaling_config" not in replica
     assert Args(**config["applications"][0]["args"])
 
 
-# What is told of them
+# The figures
 
 
 def test_a_bar_holds_for_the_median_of_the_runs() -> None:
     latency = Figure("device", "workload", "p50", 0.7)
     throughput = Figure("device", "workload", "images/s", 0.95, at_most=False)
-    told = Figure("device", "workload", "p99", None)
-    for figure in (latency, throughput, told):
+    reported = Figure("device", "workload", "p99", None)
+    for figure in (latency, throughput, reported):
         for ours in (6.0, 6.5, 9.0):
             figure.add(ours, 10.0)
-    assert (latency.met, throughput.met, told.met) == (True, False, None)
-    assert missed([latency, throughput]) and not missed([latency, told])
-    assert table_of([latency, throughput, told], "title").row_count == 1 + 3
+    assert (latency.met, throughput.met, reported.met) == (True, False, None)
+    assert missed([latency, throughput]) and not missed([latency, reported])
+    assert table_of([latency, throughput, reported], "title").row_count == 1 + 3
     assert latency.facts()["met"] is True and latency.facts()["ours"] == [6.0, 6.5, 9.0]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_networks_that_are_held_against_pytorch_are_ones_that_we_support(name: str) -> None:
+def test_the_networks_that_are_compared_with_pytorch_are_supported(name: str) -> None:
     problems: list[str] = []
     UNetConfig.from_json(read(CASES[name]), problems)
     assert not problems
