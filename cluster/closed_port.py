@@ -1,20 +1,11 @@
-"""Imported by every Ray worker of our clusters, local or not: Serve's replicas open no gRPC port.
+"""Keeps Serve's replicas from opening a gRPC port. Every Ray worker of our clusters imports this module at its start.
 
-Ray 2.60 has each replica listen on every interface for calls that other deployments may make by gRPC, and what arrives
-there is unpickled (ray/serve/_private/replica.py). Calls go by Ray's actors unless RAY_SERVE_USE_GRPC_BY_DEFAULT=1, so
-nobody calls there, and no option closes it. In a worker nothing else opens a port by this function; Ray's client server
-and the dashboard's agent, which do, are no workers and do not import this. tests/on_cluster/test_deployed.py holds
-that no replica listens, so a Ray that does it in another way is noticed.
+Ray 2.60 has each replica listen on every interface for calls that other deployments may make by gRPC, and unpickles
+what arrives. Calls go by Ray's actors unless RAY_SERVE_USE_GRPC_BY_DEFAULT=1, so nobody needs the port, and no option
+closes it. Nothing else in a worker opens a port by this function: Ray's client server and the dashboard's agent do, but
+they do not import this module. tests/on_cluster/test_deployed.py holds that no replica listens.
 """
 
-from typing import Any
+from app.ray_internals.core import close_replica_port
 
-from ray._common import tls_utils
-
-
-def open_none(server: Any, address: str) -> int:
-    """In place of the function that binds; what it gives is the port, and Serve writes it into the replica's record."""
-    return 0
-
-
-tls_utils.add_port_to_grpc_server = open_none
+close_replica_port()

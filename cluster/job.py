@@ -32,11 +32,7 @@ DEMO_JOBS = {"train_demo": "demo.train", "demo_quality": "demo.quality"}
 TRAVELS = ("app", "benchmarks", "capacity", "cluster", "configs", "demo", "jobs", "requirements", "serve_config.yaml")
 POLL_S = 0.5
 STOP_S = 20  # what a job has from our Ctrl-C until it is killed
-# Of Ray's, those that tell of each upload and each connection that ends.
-TALKATIVE = (
-    *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
-    *("ray._private.runtime_env.working_dir", "ray._private.runtime_env.packaging"),
-)
+CONNECTION_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # a line per connection
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -176,7 +172,9 @@ def client(dashboard: Dashboard) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient  # takes seconds to import
 
-    for name in TALKATIVE:
+    from app.ray_internals.core import UPLOAD_LOGGERS
+
+    for name in (*CONNECTION_LOGGERS, *UPLOAD_LOGGERS):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(dashboard.address, headers=dict(dashboard.headers))

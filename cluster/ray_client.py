@@ -26,7 +26,7 @@ def connect() -> None:
 
 def address() -> str:
     """Of the cluster that `ray.init()` would take. Without one Ray would start its own, and write into ~/.ray."""
-    from ray._private.services import find_bootstrap_address
+    from app.ray_internals.core import find_bootstrap_address
 
     named = os.environ.get("RAY_ADDRESS", "")
     found = find_bootstrap_address(None) if named in ("", "auto") else named

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -41,6 +40,7 @@ from app.api.replica_watch import ReplicaWatch
 from app.api.retry import RetryTimes
 from app.api.sse import EventStream
 from app.api.stats import broadcast, stats_of_all, total
+from app.ray_internals.serve import RAY_SERVE_ENABLE_HA_PROXY
 
 # Read and thrown away of a body that is refused: a client that is still sending when the connection closes sees a
 # broken pipe and not the answer.

@@ -14,18 +14,18 @@ import uuid
 from collections.abc import Iterable
 
 import uvicorn.config
-from ray.serve._private.constants import (
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.protocol import ApiError
+from app.api.proxy_protocol import LINGER_BYTES, LINGER_S, refusal
+from app.ray_internals.serve import (
     SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
     SERVE_HTTP_REQUEST_ID_HEADER,
     SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER,
     SERVE_MULTIPLEXED_MODEL_ID,
     SERVE_SESSION_ID,
 )
-from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from app.api.protocol import ApiError
-from app.api.proxy_protocol import LINGER_BYTES, LINGER_S, refusal
 
 logger = logging.getLogger(f"ray.serve.{__name__}")
 

@@ -7,11 +7,10 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from app.ray_internals.autoscaler import GOOGLE_HEAD_NAME, GOOGLE_NAME_SUFFIX, GOOGLE_WORKER_NAME
 from cluster.config.documents import Document, Finding, Key
 
 MOST = 63  # of a machine's name
-# What Ray puts before and after a cluster's name in a machine's (autoscaler/_private/gcp/node.py).
-HEAD, WORKER, UUID = "ray-{}-head", "ray-{}-worker", "-01234567"
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,19 @@ def check_names(document: Document) -> Iterator[Finding]:
 def check_cluster_name(document: Document) -> Iterator[Finding]:
     name = str(document.at(("cluster_name",)))
     types = document.at(("available_node_types",)) or {}
-    machines = [HEAD + UUID + "-compute"]
+    machines = [GOOGLE_HEAD_NAME + GOOGLE_NAME_SUFFIX + "-compute"]
     for node_type in types:
         if node_type != document.at(("head_node_type",)):
             compute = document.has(("available_node_types", node_type, "node_config", "machineType"))
-            machines.append(WORKER + UUID + ("-compute" if compute else "-tpu"))
+            machines.append(GOOGLE_WORKER_NAME + GOOGLE_NAME_SUFFIX + ("-compute" if compute else "-tpu"))
     longest = MOST - max(len(machine.format("")) for machine in machines)
     if not NAME(name) or len(name) > longest:
         words = NAME.words.replace("1 to 63", f"1 to {longest}")
         yield wrong(
-            document, ("cluster_name",), f"{words}, as machines are called by it ({HEAD.format(name)}-...)", name
+            document,
+            ("cluster_name",),
+            f"{words}, as machines are called by it ({GOOGLE_HEAD_NAME.format(name)}-...)",
+            name,
         )
 
 

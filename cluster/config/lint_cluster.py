@@ -4,21 +4,19 @@ needs a network, by the TPU types that Ray knows, and by what Ray would do on Go
 Knows nothing of what will run there.
 """
 
-import importlib
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import ray.autoscaler
-from ray._private.accelerators import tpu
-from ray.autoscaler._private.util import prepare_config, validate_config
 
+from app.ray_internals.autoscaler import PROVIDER_KEYS, check_google_node_type, prepare_config, validate_config
+from app.ray_internals.core import tpu
 from cluster.config.documents import Document, Finding, Key, nearest
 from cluster.config.google_names import check_names
 from cluster.processes import PROXY_CALLBACK, PROXY_GUARDS
@@ -31,8 +29,6 @@ ACCELERATOR_LABEL = "ray.io/accelerator-type"
 CLOSED_PORT = "RAY_preload_python_modules=cluster.closed_port"
 # Left out, Ray takes its own, which install an old nightly build and open the dashboard (autoscaler/gcp/defaults.yaml).
 COMMANDS = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
-# What Ray reads of a provider beside what its schema lists (autoscaler/_private/updater.py, constants.py).
-PROVIDER = ("use_external_head_ip", "disable_launch_config_check", "foreground_node_launch", "worker_liveness_check")
 # What Google's documents call a generation, and Ray's launcher calls otherwise.
 GENERATIONS = {"v5e": "v5litepod", "v5lite": "v5litepod", "v5": "v5p", "tpu7x": "v7x"}
 RUNTIMES = {  # cloud.google.com/tpu/docs/runtimes
@@ -97,8 +93,8 @@ def unknown_keys(document: Document, key: Key, schema: Mapping[str, Any]) -> Ite
             yield from unknown_keys(document, (*key, name), inner)
         elif schema.get("additionalProperties") is False:
             yield document.error((*key, name), f"is not known here, and Ray would refuse it.{nearest(name, known)}")
-        elif key == ("provider",) and google(document) and name not in PROVIDER:
-            text = f"is not known here, and Ray would ignore it in silence.{nearest(name, [*known, *PROVIDER])}"
+        elif key == ("provider",) and google(document) and name not in PROVIDER_KEYS:
+            text = f"is not known here, and Ray would ignore it in silence.{nearest(name, [*known, *PROVIDER_KEYS])}"
             yield document.error((*key, name), text)
 
 
@@ -244,8 +240,7 @@ def wrong_slice(node_config: Mapping[str, Any]) -> str:
     """By Ray's launcher itself where Google's client is installed, and else by the functions that it calls."""
     given = str(node_config.get("acceleratorType") or node_config.get("acceleratorConfig"))
     try:
-        if find_spec("googleapiclient"):
-            importlib.import_module("ray.autoscaler._private.gcp.config").get_node_type(dict(node_config))
+        check_google_node_type(dict(node_config))
         tpus = slice_of(node_config)
         if not tpus or not tpu.TPUAcceleratorManager.is_valid_tpu_accelerator_type(tpus.name):
             raise ValueError

@@ -16,13 +16,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from ray.runtime_env import RuntimeEnv
-from ray.serve import Application
-from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
-from ray.serve._private.build_app import build_app
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from app.builders import Args
+from app.ray_internals.serve import deployment_names
 from app.types import InvalidField
 from cluster.config.documents import Document, Finding, Key, nearest
 
@@ -240,7 +238,7 @@ def check_builder(document: Document, key: Key) -> Iterator[Finding]:
 def check_names(document: Document, key: Key, builder: Any, args: Any) -> Iterator[Finding]:
     """A deployment of the config must be one of those that the builder makes."""
     try:
-        app: Application = call_user_app_builder_with_args_if_necessary(builder, args)
+        names = deployment_names(builder, args)
     except InvalidField as error:
         if document.has((*key, "args", error.field)):
             yield document.error((*key, "args", error.field), error.message.removeprefix(f"{error.field} "))
@@ -250,7 +248,6 @@ def check_names(document: Document, key: Key, builder: Any, args: Any) -> Iterat
     except Exception as error:  # a user's own builder may raise anything
         yield document.error((*key, "args"), f"are refused by the builder: {error}")
         return
-    names = [one.name for one in build_app(app, name="lint").deployments]
     for deployment in items(document, (*key, "deployments")):
         if (name := document.at((*deployment, "name"))) not in names:
             text = f"must be one that the builder makes, {' or '.join(names)}, got {name}.{nearest(name, names)}"

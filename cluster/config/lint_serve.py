@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from ray._private.accelerators.tpu import TPU_VALID_CHIP_OPTIONS
-from ray.serve._private.config import DeploymentConfig
-from ray.serve._private.constants import DEFAULT_AUTOSCALING_POLICY_NAME
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import HTTPOptionsSchema, RayActorOptionsSchema
 
@@ -18,6 +15,8 @@ from app.api.auth import is_loopback
 from app.api.ingress import APIIngress
 from app.api.protocol import LONGEST_QUERY
 from app.builders import Args
+from app.ray_internals.core import tpu
+from app.ray_internals.serve import DEFAULT_AUTOSCALING_POLICY_NAME, default_option
 from app.serving.replica import StableDiffusion
 from app.types import SLOTS_PER_IMAGE
 from cluster.config.documents import Document, Finding, Key
@@ -36,7 +35,7 @@ class Deployment:
     said: Mapping[str, Any]
 
     def option(self, name: str) -> Any:
-        return self.said.get(name, DeploymentConfig.model_fields[name].default)
+        return self.said.get(name, default_option(name))
 
     @property
     def actor(self) -> RayActorOptionsSchema:
@@ -46,7 +45,7 @@ class Deployment:
     def chips(self) -> int:
         """0 if it asks for none, or for a number that Ray refuses."""
         chips = self.actor.resources.get("TPU", 0)
-        return int(chips) if chips in TPU_VALID_CHIP_OPTIONS else 0
+        return int(chips) if chips in tpu.TPU_VALID_CHIP_OPTIONS else 0
 
     @property
     def autoscaling(self) -> AutoscalingConfig | None:
@@ -131,7 +130,7 @@ def check_app(document: Document, app: App) -> Iterator[Finding]:
 def check_deployment(document: Document, deployment: Deployment) -> Iterator[Finding]:
     key, chips = deployment.key, deployment.actor.resources.get("TPU", 0)
     if chips and chips != deployment.chips:
-        options = ", ".join(map(str, TPU_VALID_CHIP_OPTIONS))
+        options = ", ".join(map(str, tpu.TPU_VALID_CHIP_OPTIONS))
         yield document.error((*key, "ray_actor_options", "resources", "TPU"), f"must be one of {options}, got {chips}.")
     loop_s, timeout_s = (deployment.option(f"graceful_shutdown_{name}_s") for name in ("wait_loop", "timeout"))
     if loop_s >= timeout_s:

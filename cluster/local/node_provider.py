@@ -19,10 +19,6 @@ from typing import Any
 
 import psutil
 import yaml
-from ray._private import ray_constants
-from ray._private.node import Node
-from ray._private.parameter import RayParams
-from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 from ray.autoscaler.tags import (
     NODE_KIND_WORKER,
     STATUS_UP_TO_DATE,
@@ -32,6 +28,8 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
+from app.ray_internals.autoscaler import FakeMultiNodeProvider
+from app.ray_internals.core import PROCESS_TYPE_RAYLET, Node, RayParams
 from cluster import auth_token
 from cluster.local.autoscaler_config import Timings
 from cluster.local.metadata_server import Metadata
@@ -171,7 +169,7 @@ def parameters(
 
 
 def watch(node: Node, metadata: str) -> None:
-    raylet = node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process
+    raylet = node.all_processes[PROCESS_TYPE_RAYLET][0].process
     logs = Path(node.get_logs_dir_path())  # type: ignore[no-untyped-call]
     with (logs / "watcher.log").open("a") as log:
         subprocess.Popen(
@@ -186,7 +184,7 @@ def watch(node: Node, metadata: str) -> None:
 def end(node: Node, grace_s: float) -> None:
     """All that runs on it: with some grace in order, and with none as when a machine is switched off."""
     processes: list[psutil.Process] = []
-    for info in node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET, ()):
+    for info in node.all_processes.get(PROCESS_TYPE_RAYLET, ()):
         try:
             raylet = psutil.Process(info.process.pid)
             processes += [raylet, *raylet.children(recursive=True)]

@@ -33,30 +33,20 @@ class NoHead(Stop):
 
 def route(path: Path) -> list[str]:
     """The ssh command that reaches the head of a cluster file's cluster, but for what it is to do there."""
-    from ray.autoscaler._private import commands  # takes seconds to import
-    from ray.autoscaler._private.providers import _get_node_provider
-    from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
+    from app.ray_internals.autoscaler import ssh_command  # takes half a second to import
 
     logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)  # else it tells how it keeps its books
     said = io.StringIO()  # as it does on stdout
     with redirect_stdout(said), redirect_stderr(said):
         try:
-            config = commands._bootstrap_config(yaml.safe_load(path.read_text()))
-            provider = _get_node_provider(config["provider"], config["cluster_name"])
-            if not provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD}):
-                raise NoHead(f"No cluster is up by {path}. Start it with: {make('up', str(path))}")
-            head = commands._get_running_head_node(
-                config, str(path), None, _provider=provider, _allow_uninitialized_state=True
-            )
-            internal = bool(config["provider"].get("use_internal_ips"))
-            runner = provider.get_command_runner("", head, config["auth"], config["cluster_name"], subprocess, internal)
-            target = f"{runner.ssh_user}@{runner._get_ssh_target()}"
-            return ["ssh", *OURS, *runner.ssh_options.to_ssh_options_list(timeout=CONNECT_S), target]
-        except Stop:
-            raise
+            way = ssh_command(yaml.safe_load(path.read_text()), str(path), CONNECT_S)
         except Exception as error:  # of Ray, of Google's client, of the network: whatever `ray up` would show
             words = str(error).strip() or said.getvalue().strip() or type(error).__name__
             raise Stop(f"The head of {path} cannot be looked up: {words.splitlines()[-1]}") from None
+    if way is None:
+        raise NoHead(f"No cluster is up by {path}. Start it with: {make('up', str(path))}")
+    options, target = way
+    return ["ssh", *OURS, *options, target]
 
 
 @contextmanager

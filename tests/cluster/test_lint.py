@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from app import builders
+from app.ray_internals import autoscaler
 from cluster.config import lint_cluster
 from cluster.config.documents import Document, Key, child, dotted
 from cluster.config.lint import lint, main
@@ -686,7 +687,7 @@ def test_rays_launcher_is_asked_about_tpu_types_where_googles_client_is_installe
 ) -> None:
     launcher: Any = ModuleType("ray.autoscaler._private.gcp.config")
     launcher.get_node_type = {}.__getitem__  # raises
-    monkeypatch.setattr(lint_cluster, "find_spec", lambda name: True)
+    monkeypatch.setattr(autoscaler, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, launcher.__name__, launcher)
     (found,) = said(tmp_path, cluster=CLUSTER)
     assert "must be a TPU that Ray knows" in found

@@ -82,6 +82,7 @@ cluster_name: over-ssh
 provider: {{type: local, head_ip: 127.0.0.1, worker_ips: []}}
 auth: {{ssh_user: {user}, ssh_private_key: {base}/key, ssh_proxy_command: {base}/proxy}}
 file_mounts:
+  ~/imagine/app: app
   ~/imagine/cluster: cluster
   ~/imagine/tests: {base}/code
   ~/.ray/auth_token: ~/.ray/auth_token
