@@ -39,6 +39,7 @@ from cluster import auth_token, first_pictures, ownership, processes
 from cluster.local.state import ROOT, Cluster
 from tests import crowd, stranger
 from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
+from tests.docs_commands import API, commands
 
 pytestmark = pytest.mark.cluster
 
@@ -510,6 +511,18 @@ def test_a_prompt_of_4000_characters_is_taken_cut_and_told_so(api: str) -> None:
     prompt = "a house " * 250  # as long as was allowed once
     status, body, _ = fetch(f"{api}/v1/images/generations", {"prompt": prompt, "num_inference_steps": 1})
     assert status == 200 and json.loads(body)["prompt_truncated"] is True
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_the_curls_of_the_documentation_work(api: str, tmp_path: Path, page: str) -> None:
+    for command in commands(API, ROOT / page):
+        curl = command.replace("http://127.0.0.1:8000", api).replace("curl ", "curl --fail ", 1)
+        done = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, (command, done.stdout[-500:], done.stderr)
+    for file in tmp_path.iterdir():
+        with Image.open(file) as image:
+            assert f"{image.width}x{image.height}" == described(api)["sizes"][0]
+    assert (tmp_path / "boat.png").exists()
 
 
 def test_openais_own_client_works_against_it(api: str) -> None:
