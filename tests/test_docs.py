@@ -358,3 +358,17 @@ def test_a_message_in_troubleshooting_is_one_of_the_code(message: str) -> None:
     fixed = [part.strip() for part in re.split(r"<[^<>]*>", message) if part.strip(" .,:;()")]
     pattern = r"[^\n]*".join(map(re.escape, fixed))
     assert re.search(pattern, sentences()), message
+
+
+# Tooling files
+
+
+def test_the_workflow_and_the_hooks_call_what_is_there() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = workflow["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["bash .ci/run"]
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v[\d.]+", step["uses"]) for step in steps if "uses" in step)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in hooks] == ["local"], "nothing is downloaded"
+    called = [hook["entry"] for hook in hooks[0]["hooks"]]
+    assert all(entry.startswith((".venv/bin/python -m ", "make check")) for entry in called)
