@@ -14,11 +14,11 @@ from ray.serve import Application
 
 from app.api.api_keys import Keys
 from app.api.ingress import APIIngress
-from app.api.protocol import Defaults, Encoding, Limits, Service, Settings, width_height
+from app.api.settings import Defaults, Encoding, Limits, Service, Settings
 from app.diffusion.samplers import SAMPLERS
 from app.engine.stall import STALL_S
 from app.serving.replica import StableDiffusion
-from app.types import SLOTS_PER_IMAGE, InvalidField
+from app.types import SLOTS_PER_IMAGE, InvalidField, parse_size
 
 ROOT = Path(__file__).resolve().parents[1]
 Values = TypeVar("Values", list[str], list[int])
@@ -26,7 +26,7 @@ Values = TypeVar("Values", list[str], list[int])
 
 def sizes_written_well(sizes: list[str]) -> list[str]:
     for size in sizes:
-        if not re.fullmatch(r"[1-9][0-9]{1,3}x[1-9][0-9]{1,3}", size) or any(side % 8 for side in width_height(size)):
+        if not re.fullmatch(r"[1-9][0-9]{1,3}x[1-9][0-9]{1,3}", size) or any(side % 8 for side in parse_size(size)):
             raise ValueError(f"sizes must be WIDTHxHEIGHT in multiples of 8, such as 512x512, got {size}.")
     return no_repeats(sizes)
 
@@ -116,7 +116,7 @@ def text_to_image(args: Args) -> Application:
         name=name,
         revision=args.revision,
         dtype=args.dtype,
-        sizes=[width_height(size) for size in args.sizes],
+        sizes=[parse_size(size) for size in args.sizes],
         batch_buckets=sorted(args.batch_buckets),
         decode_buckets=args.decode_buckets and sorted(args.decode_buckets),
         max_steps=args.limits.num_inference_steps[1],

@@ -49,3 +49,9 @@ class ActiveSlot(NamedTuple):
     @property
     def rows(self) -> int:
         return 1 + self.guided
+
+
+def parse_size(text: str) -> Size:
+    """'512x384' -> (512, 384)."""
+    width, height = text.split("x")
+    return int(width), int(height)

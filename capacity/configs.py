@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from app.api.protocol import width_height
 from app.builders import Args
+from app.types import parse_size
 from capacity.chips import CHIPS, Host, host_of
 from capacity.served import Served
 from cluster.config.documents import Document, read
@@ -39,7 +39,7 @@ def asked_of(config: Path, model: str = "", size: str = "") -> Asked:
 
 def of_args(args: Args, model: str = "", size: str = "") -> Asked:
     try:
-        sizes = tuple(width_height(one) for one in ([size] if size else args.sizes))
+        sizes = tuple(parse_size(one) for one in ([size] if size else args.sizes))
     except ValueError:
         raise Stop(f"SIZE must be WIDTHxHEIGHT, such as 512x512, got {size}.") from None
     served = Served(

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from app.api.protocol import Encoding, written
+from app.api.messages import written
+from app.api.settings import Encoding
 from app.diffusion.images import encode
 from app.engine.engine import Engine, EngineStopped
 from app.engine.request import Generated

@@ -25,9 +25,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from app.api.protocol import NUMERIC_FIELDS, ApiError, Encoding, literal, resolve
+from app.api.fields import literal
+from app.api.protocol import NUMERIC_FIELDS, resolve
+from app.api.settings import Encoding
 from app.diffusion.images import encode
-from app.types import Generation
+from app.types import Generation, InvalidField
 from cluster.terminal import Stop, say
 from demo.scenes import Scene, check
 from jobs import batch_generate
@@ -161,7 +163,7 @@ def setting_of(option: str, text: str, base: Settings) -> Setting:
     }
     try:
         whole_request = resolve({"prompt": "x", "seed": 0, **asked}, settings.service, FIELDS).generation
-    except ApiError as error:
+    except InvalidField as error:
         raise Invalid(f"{option}: {error.message}") from None
     fields = {"size": ("width", "height")}
     names = [field for name in asked for field in fields.get(name, (name,))]

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from app.api import prompt_files
 from app.api.prompt_files import Fields
-from app.api.protocol import QUERY_FIELDS, ApiError, Encoding, resolve
-from app.types import SEEDS, Generation
+from app.api.protocol import QUERY_FIELDS, resolve
+from app.api.settings import Encoding
+from app.types import SEEDS, Generation, InvalidField
 from jobs.entry import Invalid
 from jobs.settings import Settings
 
@@ -74,8 +75,10 @@ def read(file: Path, settings: Settings) -> Iterator[Row | Bad]:
             spelled[text] += 1
             digest = hashlib.sha256(f"{text} {spelled[text]}".encode())
             request = resolve({"seed": int.from_bytes(digest.digest()[:4]) % SEEDS, **given}, settings.service, FIELDS)
-        except (ApiError, TypeError) as error:
-            yield Bad(number, prompt, error.message if isinstance(error, ApiError) else f"not a row of fields: {error}")
+        except (InvalidField, TypeError) as error:
+            yield Bad(
+                number, prompt, error.message if isinstance(error, InvalidField) else f"not a row of fields: {error}"
+            )
             continue
         # Rows may be spelled differently and ask for the same pictures: each is a row, with files of its own.
         meaning = request.generation, request.encoding

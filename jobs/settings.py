@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app.api.protocol import Service, width_height
+from app.api.settings import Service
 from app.builders import Args, locate
 from app.diffusion.models.config import STEMS
+from app.types import parse_size
 from cluster.config.documents import loaded
 from cluster.terminal import Stop
 from jobs import hub
@@ -82,7 +83,7 @@ class Settings:
             "model": self.model,
             "revision": args.revision,
             "dtype": args.dtype,
-            "sizes": [width_height(size) for size in args.sizes],
+            "sizes": [parse_size(size) for size in args.sizes],
             "batch_buckets": sorted(args.batch_buckets),
             "decode_buckets": args.decode_buckets and sorted(args.decode_buckets),
             "max_steps": args.limits.num_inference_steps[1],

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.api_keys import Holder, Keys, LimitReached
-from app.api.protocol import ApiError
+from app.api.errors import ApiError
 
 AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?")
 FORWARDING = (b"x-forwarded-for", b"x-real-ip", b"forwarded")

@@ -23,24 +23,17 @@ from starlette.routing import Route
 
 from app.api.api_keys import Keys
 from app.api.auth import Door, count_images
-from app.api.protocol import (
-    Accepted,
-    ApiError,
-    Description,
-    ImageRequest,
-    Images,
-    Preview,
-    Service,
-    check_model,
-    parse_body,
-    parse_query,
-    written,
-)
+from app.api.errors import ApiError, api_error
+from app.api.fields import model as check_model
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, written
+from app.api.protocol import parse_body, parse_query
 from app.api.replica_watch import ReplicaWatch
 from app.api.retry import RetryTimes
+from app.api.settings import Service
 from app.api.sse import EventStream
 from app.api.stats import broadcast, stats_of_all, total
 from app.ray_internals.serve import RAY_SERVE_ENABLE_HA_PROXY
+from app.types import InvalidField
 
 # Read and thrown away of a body that is refused: a client that is still sending when the connection closes sees a
 # broken pipe and not the answer.
@@ -108,7 +101,7 @@ class APIIngress:
             Route("/v1/stats", self.stats),
             Route("/healthz", self.healthz),
         ]
-        handlers = {ApiError: on_refusal, HTTPException: on_http_error, Exception: on_bug}
+        handlers = {ApiError: on_refusal, InvalidField: on_refusal, HTTPException: on_http_error, Exception: on_bug}
         door = Middleware(Door, keys=self.keys, refused=refused)
         app = Starlette(routes=routes, exception_handlers=handlers, middleware=[door])
         app.router.redirect_slashes = False
@@ -161,7 +154,7 @@ class APIIngress:
         for service, description in served:
             if service.model == asked:
                 return json_response(self.model_object(service, description))
-        check_model(asked, served[0][0])
+        check_model("model", asked, served[0][0])
         raise AssertionError("check_model refuses what no replica is")
 
     def model_object(self, service: Service, description: Description) -> dict[str, object]:
@@ -202,7 +195,7 @@ class APIIngress:
         for service in services.values():
             try:
                 return parse(content, service), service
-            except ApiError as error:
+            except InvalidField as error:
                 if error.code != "model_not_found":
                     raise
                 refusal = error
@@ -353,8 +346,8 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
 
 
 async def on_refusal(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return refused(error)
+    assert isinstance(error, ApiError | InvalidField)
+    return refused(api_error(error))
 
 
 def refused(error: ApiError) -> Response:

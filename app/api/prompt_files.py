@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app.api.protocol import NUMERIC_FIELDS, literal
+from app.api.fields import literal
+from app.api.protocol import NUMERIC_FIELDS
 
-NUMBERS = (*NUMERIC_FIELDS, "n", "partial_images")
 Fields = Mapping[str, Any]
 
 
@@ -77,7 +77,8 @@ def csv_rows(file: Path) -> Iterator[Entry]:
                     continue
                 given = {name: text for name, text in row.items() if text}  # an empty cell is left out
                 yield Entry(
-                    reader.line_num, {name: literal(text) if name in NUMBERS else text for name, text in given.items()}
+                    reader.line_num,
+                    {name: literal(text) if name in NUMERIC_FIELDS else text for name, text in given.items()},
                 )
         except csv.Error as error:
             raise BadFile(f"{file} is no CSV in line {reader.line_num}: {error}.") from None
@@ -93,7 +94,7 @@ def parquet_rows(file: Path) -> Iterator[Entry]:
                 raise BadFile(f"{file} must have a column prompt.")
             rows = (row for batch in opened.iter_batches() for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
-                fields = {name: whole(value) if name in NUMBERS else value for name, value in row.items()}
+                fields = {name: whole(value) if name in NUMERIC_FIELDS else value for name, value in row.items()}
                 yield Entry(number, {name: value for name, value in fields.items() if value is not None})
     except pyarrow.ArrowException as error:
         raise BadFile(f"{file} is no Parquet: {str(error).rstrip('.')}.") from None

@@ -1,40 +1,95 @@
-"""What travels: a request as a client writes it, as a replica receives it, the answer, and every refusal.
+"""Parses a query string or a JSON body into an ImageRequest. Knows nothing of JAX, Ray or HTTP libraries.
 
-Both doors, the query string and the JSON body, meet in `resolve`, so a rule and its sentence are written once.
-Knows nothing of JAX, Ray or HTTP libraries, and nothing of which replica will do the work.
+FIELDS declares every request field. To add one:
+
+1. Add a row to FIELDS: the check of its value, its default, and whether GET /imagine takes it. Checks are in fields.py.
+2. If operators should set its range or its default, add that to `Limits` or `Defaults` in settings.py.
+3. Give the value a place: in `Generation` (app/types.py) if it changes the image, else in `ImageRequest` (messages.py).
+   `resolve` fills it in; a rule about several fields goes to `check_together`.
+4. Use it: the engine reads the Generation, and app/serving/replica.py reads the ImageRequest.
+5. Describe it in docs/, add values to tests/fuzz_cases.py, and run `pytest tests/api tests/serving`.
 """
 
 import json
-import re
 import secrets
-import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, NoReturn, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qsl
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-
+from app.api.errors import ApiError
+from app.api.fields import (
+    Check,
+    choice,
+    flag,
+    integer,
+    invalid,
+    literal,
+    model,
+    nonempty_text,
+    number,
+    seconds,
+    shown,
+    size,
+    text,
+)
+from app.api.messages import ImageRequest
+from app.api.settings import Service
 from app.diffusion.samplers import SAMPLERS
-from app.types import SEEDS, Generation
+from app.types import SEEDS, Generation, InvalidField, parse_size
 
 FORMATS = ("png", "webp", "jpeg")
+LOSSLESS = 100  # the output_compression that a png has anyway
 
-# GET /imagine takes the first; POST /v1/images/generations takes both and NEUTRAL.
-QUERY_FIELDS = (
-    *("prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "seed", "sampler"),
-    *("output_format", "output_compression", "timeout"),
-)
-BODY_FIELDS = (
-    *(*QUERY_FIELDS, "model", "n", "response_format", "user", "safety_identifier", "stream", "partial_images"),
-)
-NUMERIC_FIELDS = ("num_inference_steps", "guidance_scale", "seed", "output_compression", "timeout")
 
-# OpenAI's fields that this service has no means to honour, each with the values that ask for nothing more than
-# what happens anyway. Any other value is refused: a field that is accepted and ignored would be a lie.
+class Field(NamedTuple):
+    check: Check
+    default: Callable[[Service], object] | None  # None: a request must have this field
+    numeric: bool = False  # in a query string and in a CSV file, text that spells a number is one
+    query: bool = True  # GET /imagine takes this field, too
+
+
+FIELDS: Mapping[str, Field] = {
+    "prompt": Field(nonempty_text, None),
+    "negative_prompt": Field(text, lambda service: ""),
+    "size": Field(size, lambda service: parse_size(service.sizes[0])),
+    "num_inference_steps": Field(
+        integer(lambda service: service.limits.num_inference_steps),
+        lambda service: service.defaults.num_inference_steps,
+        numeric=True,
+    ),
+    "guidance_scale": Field(
+        number(lambda service: service.limits.guidance_scale),
+        lambda service: service.defaults.guidance_scale,
+        numeric=True,
+    ),
+    "seed": Field(integer(lambda service: (0, SEEDS - 1)), lambda service: secrets.randbelow(SEEDS), numeric=True),
+    "sampler": Field(choice(lambda service: SAMPLERS), lambda service: service.defaults.sampler),
+    "output_format": Field(choice(lambda service: FORMATS), lambda service: service.encoding.output_format),
+    "output_compression": Field(
+        integer(lambda service: (0, LOSSLESS)), lambda service: service.encoding.quality, numeric=True
+    ),
+    "timeout": Field(seconds, lambda service: service.limits.timeout_s, numeric=True),
+    "model": Field(model, lambda service: service.model, query=False),
+    "n": Field(integer(lambda service: (1, service.limits.images)), lambda service: 1, numeric=True, query=False),
+    # No "url": no image is kept that a link could point to.
+    "response_format": Field(choice(lambda service: ("b64_json",)), lambda service: "b64_json", query=False),
+    # The next two identify an end user and have no effect.
+    "user": Field(text, lambda service: "", query=False),
+    "safety_identifier": Field(text, lambda service: "", query=False),
+    "stream": Field(flag, lambda service: False, query=False),
+    "partial_images": Field(
+        integer(lambda service: (0, service.limits.partial_images)), lambda service: 0, numeric=True, query=False
+    ),
+}
+QUERY_FIELDS = tuple(name for name, field in FIELDS.items() if field.query)  # of GET /imagine
+BODY_FIELDS = tuple(FIELDS)  # of POST /v1/images/generations, which takes NEUTRAL as well
+NUMERIC_FIELDS = tuple(name for name, field in FIELDS.items() if field.numeric)
+
+# Fields of OpenAI's API that this service does not support, each with the values that have no effect. Any other value
+# is refused, because a field that is accepted must not be ignored.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "background": ("auto", "opaque"),
-    "complexity": ("low",),  # no picture is planned
+    "complexity": ("low",),  # no image is planned
     "frame_count": (),
     "frame_duration_ms": (),
     "moderation": ("auto", "low"),  # nothing is filtered
@@ -42,143 +97,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "style": ("vivid", "natural"),  # either leaves the style to the prompt
     "svg": (),
 }
-# Bytes. With 16 KiB of headers that is as much as the head of a request should have, and uvicorn's parser takes 65,535
-# of a URL. It has room for one prompt of 4,000 characters that all take 12 bytes.
-LONGEST_QUERY = 48 << 10
-LOSSLESS = 100  # the output_compression that a png has anyway
-
-
-Bounds = TypeVar("Bounds", tuple[int, int], tuple[float, float])
-
-
-def in_order(bounds: Bounds) -> Bounds:
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise ValueError(f"a range must be [lowest, highest] with lowest at least 1, got {list(bounds)}.")
-    return bounds
-
-
-class Settings(BaseModel):
-    """Base of what serve_config.yaml may set: frozen, and a key that is not declared is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Limits(Settings):
-    """What one request may ask for. A value outside is refused with a sentence that names the range."""
-
-    images: int = Field(default=4, ge=1, le=64, description="most images in one request (n)")
-    num_inference_steps: Annotated[tuple[int, int], AfterValidator(in_order)] = Field(
-        default=(1, 100), description="[lowest, highest]"
-    )
-    guidance_scale: Annotated[tuple[float, float], AfterValidator(in_order)] = Field(
-        default=(1.0, 20.0), description="[lowest, highest]"
-    )
-    prompt_characters: int = Field(default=4000, ge=1, description="longest prompt, and longest negative prompt")
-    query_bytes: int = Field(
-        default=LONGEST_QUERY, ge=1, le=LONGEST_QUERY, description="longest query string of GET /imagine"
-    )
-    body_bytes: int = Field(default=131072, ge=1, description="largest body of POST /v1/images/generations")
-    partial_images: int = Field(default=3, ge=0, le=16, description="most previews in one streamed answer")
-    timeout_s: float = Field(
-        default=120.0, gt=0, description="longest wait for an answer, the wait in the queue included; also the default"
-    )
-
-
-class Defaults(Settings):
-    """What a request gets that does not say."""
-
-    num_inference_steps: int = Field(default=20, description="denoising steps")
-    guidance_scale: float = Field(default=7.5, description="classifier-free guidance; 1 is none")
-    sampler: str | None = Field(default=None, description="null: the one that the checkpoint names")
-
-
-class Encoding(Settings):
-    """How pixels become bytes."""
-
-    output_format: Literal["png", "webp", "jpeg"] = "png"
-    quality: int = Field(default=90, ge=0, le=100, description="of webp and jpeg; a request's output_compression")
-    png_level: int = Field(default=6, ge=0, le=9, description="zlib level: 0 is quick, 9 is small")
-
-
-@dataclass(frozen=True)
-class Service:
-    """What a request may say. serve_config.yaml says all of it; the model and the sizes that run are the replicas'."""
-
-    model: str
-    sizes: tuple[str, ...]  # "WIDTHxHEIGHT", the first is the default
-    limits: Limits = Limits()
-    defaults: Defaults = Defaults()
-    encoding: Encoding = Encoding()
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a replica says of itself. Its checkpoint names the samplers; the model and the sizes are those that it has
-    loaded, which differ from the config's while a deployment rolls, or after it has failed."""
-
-    samplers: tuple[str, ...]
-    default_sampler: str
-    model: str = ""  # empty: a replica of a version that did not say it, and it is the config's
-    sizes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """What travels to a replica."""
-
-    generation: Generation
-    encoding: Encoding
-    timeout_s: float
-    stream: bool = False
-    partial_images: int = 0  # previews, while it streams
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """First item of a replica's stream: the engine has queued the request, so a refusal can no longer come."""
-
-
-@dataclass(frozen=True)
-class Preview:
-    """A picture in the making."""
-
-    index: int
-    encoded: bytes
-
-
-@dataclass(frozen=True)
-class Images:
-    """A replica's answer. The facts are what a client needs in order to make the same picture again."""
-
-    encoded: tuple[bytes, ...]
-    seeds: tuple[int, ...]
-    facts: Mapping[str, str | int | float | bool]
-    timings: Mapping[str, float]  # seconds
-    model: str = ""  # that drew them; empty: a replica of a version that did not say it
-
-
-class ApiError(Exception):
-    """A refusal or a failure, in words that a client may read. All arguments are positional, so it pickles."""
-
-    def __init__(
-        self, status: int, message: str, param: str | None, code: str, retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(status, message, param, code, retry_after_s)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.retry_after_s = retry_after_s
-
-    def body(self) -> dict[str, dict[str, str | None]]:
-        """OpenAI's error shape."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def written(fact: str | int | float | bool) -> str:
-    """A fact as headers and a PNG's text carry it: JSON, but strings without quotes."""
-    return fact if isinstance(fact, str) else json.dumps(fact)
 
 
 def parse_query(query: bytes, service: Service) -> ImageRequest:
@@ -195,190 +113,97 @@ def parse_query(query: bytes, service: Service) -> ImageRequest:
         raise ApiError(400, "The query string must be percent-encoded UTF-8.", None, "invalid_encoding") from None
     except ValueError:
         raise ApiError(400, "The query string has over 100 fields.", None, "unknown_parameter") from None
-    given = unique([(name, literal(value) if name in NUMERIC_FIELDS else value) for name, value in pairs])
-    return resolve(given, service, QUERY_FIELDS)
+    values = unique([(name, literal(value) if name in NUMERIC_FIELDS else value) for name, value in pairs])
+    return resolve(values, service, QUERY_FIELDS)
 
 
 def parse_body(body: bytes, service: Service) -> ImageRequest:
     """The JSON body of POST /v1/images/generations."""
     try:
-        given = json.loads(body.decode(), object_pairs_hook=unique, parse_constant=no_constant)
+        values = json.loads(body.decode(), object_pairs_hook=unique, parse_constant=refuse_constant)
     except UnicodeDecodeError:
         raise ApiError(400, "The body must be JSON in UTF-8.", None, "invalid_encoding") from None
     except json.JSONDecodeError as error:
         message = f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
         raise ApiError(400, message, None, "invalid_json") from None
+    except InvalidField:
+        raise
     except (ValueError, RecursionError):  # an integer of thousands of digits, arrays in arrays in arrays
         raise ApiError(400, "The body is not JSON of a sensible shape.", None, "invalid_json") from None
-    if not isinstance(given, dict):
-        raise ApiError(400, f"The body must be a JSON object, got {shown(given)}.", None, "invalid_json")
-    return resolve(given, service, BODY_FIELDS)
+    if not isinstance(values, dict):
+        raise ApiError(400, f"The body must be a JSON object, got {shown(values)}.", None, "invalid_json")
+    return resolve(values, service, BODY_FIELDS)
 
 
-def resolve(given: Mapping[str, object], service: Service, fields: Sequence[str]) -> ImageRequest:
-    """Check every field against its limits and fill in what was left out; null counts as left out."""
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
+def resolve(values: Mapping[str, object], service: Service, fields: Sequence[str]) -> ImageRequest:
+    """Checks every field and fills in those that were left out; null counts as left out. Raises InvalidField."""
+    values = {name: value for name, value in values.items() if value is not None}
+    for name, value in values.items():
         if name in NEUTRAL and fields is BODY_FIELDS:
-            refuse_unless_neutral(name, value)
+            check_neutral(name, value)
         elif name not in fields:
             message = f"Unknown field {shown(name)}; the fields are {', '.join(fields)}."
-            raise ApiError(400, message, name, "unknown_parameter")
-    if "prompt" not in given:
-        raise ApiError(400, "prompt is required.", "prompt", "missing_required_parameter")
-    check_model(given.get("model", service.model), service)
-    compressed = "output_compression" in given
-
-    limits, defaults, encoding = service.limits, service.defaults, service.encoding
-    given = {
-        "negative_prompt": "",
-        "size": "auto",
-        "num_inference_steps": defaults.num_inference_steps,
-        "guidance_scale": defaults.guidance_scale,
-        "seed": secrets.randbelow(SEEDS),
-        "n": 1,
-        "output_format": encoding.output_format,
-        "output_compression": encoding.quality,
-        "response_format": "b64_json",
-        "user": "",
-        "safety_identifier": "",
-        "timeout": limits.timeout_s,
-        "stream": False,
-        "partial_images": 0,
-        **given,
-    }
-    for name in ("user", "safety_identifier"):  # they name an end user and ask for nothing
-        text(given, name, limits.prompt_characters)
-    choice(given, "response_format", ("b64_json",))  # no "url": nothing is kept that a link could point to
-    prompt = text(given, "prompt", limits.prompt_characters)
-    if not prompt.strip():
-        raise ApiError(400, "prompt must not be empty.", "prompt", "invalid_value")
-    size = choice(given, "size", (*service.sizes, "auto"))
-    width, height = width_height(service.sizes[0] if size == "auto" else size)
+            raise InvalidField(name, message, "unknown_parameter")
+    model("model", values.get("model", service.model), service)  # before the others, whose limits may be the model's
+    resolved: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        if name in values:
+            resolved[name] = field.check(name, values[name], service)
+        elif field.default is None:
+            raise InvalidField(name, f"{name} is required.", "missing_required_parameter")
+        else:
+            resolved[name] = field.default(service)
+    check_together(resolved, values)
+    width, height = resolved["size"]
     generation = Generation(
-        prompt=prompt,
-        negative_prompt=text(given, "negative_prompt", limits.prompt_characters),
+        prompt=resolved["prompt"],
+        negative_prompt=resolved["negative_prompt"],
         width=width,
         height=height,
-        num_inference_steps=whole(given, "num_inference_steps", *limits.num_inference_steps),
-        guidance_scale=number(given, "guidance_scale", *limits.guidance_scale),
-        seed=whole(given, "seed", 0, SEEDS - 1),
-        sampler=choice(given, "sampler", SAMPLERS) if "sampler" in given else defaults.sampler,
-        n=whole(given, "n", 1, limits.images),
+        num_inference_steps=resolved["num_inference_steps"],
+        guidance_scale=resolved["guidance_scale"],
+        seed=resolved["seed"],
+        sampler=resolved["sampler"],
+        n=resolved["n"],
     )
-    chosen = {
-        "output_format": choice(given, "output_format", FORMATS),
-        "quality": whole(given, "output_compression", 0, LOSSLESS),
-    }
-    if compressed and chosen["output_format"] == "png" and chosen["quality"] != LOSSLESS:
+    changes = {"output_format": resolved["output_format"], "quality": resolved["output_compression"]}
+    return ImageRequest(
+        generation=generation,
+        encoding=service.encoding.model_copy(update=changes),
+        timeout_s=resolved["timeout"],
+        stream=resolved["stream"],
+        partial_images=resolved["partial_images"],
+    )
+
+
+def check_together(resolved: Mapping[str, Any], values: Mapping[str, object]) -> None:
+    """The rules about more than one field. `values` are those that the request has."""
+    compression = values.get("output_compression", LOSSLESS)
+    if compression != LOSSLESS and resolved["output_format"] == "png":
         message = f"output_compression below {LOSSLESS} needs output_format webp or jpeg: png loses nothing."
-        raise ApiError(400, message, "output_compression", "invalid_value")
-    stream, partial_images = flag(given, "stream"), whole(given, "partial_images", 0, limits.partial_images)
-    if partial_images and not stream:
-        raise ApiError(400, "partial_images needs stream to be true.", "partial_images", "invalid_value")
-    if stream and generation.n > 1:  # OpenAI's events do not say which of several pictures they belong to
-        raise ApiError(400, f"n must be 1 where stream is true, got {generation.n}.", "n", "invalid_value")
-    timeout_s = seconds(given, "timeout", limits.timeout_s)
-    return ImageRequest(generation, encoding.model_copy(update=chosen), timeout_s, stream, partial_images)
+        raise InvalidField("output_compression", message)
+    if resolved["partial_images"] and not resolved["stream"]:
+        raise InvalidField("partial_images", "partial_images needs stream to be true.")
+    if resolved["stream"] and resolved["n"] > 1:  # OpenAI's events do not say which of several images they belong to
+        raise InvalidField("n", f"n must be 1 where stream is true, got {resolved['n']}.")
 
 
-def check_model(model: object, service: Service) -> None:
-    """Refuses every model but the one that is served."""
-    if model != service.model:
-        raise invalid("model", service.model, model, status=404, code="model_not_found")
-
-
-def width_height(size: str) -> tuple[int, int]:
-    """'512x384' -> (512, 384)."""
-    width, height = size.split("x")
-    return int(width), int(height)
-
-
-def text(given: Mapping[str, object], name: str, longest: int) -> str:
-    value = given[name]
-    if not isinstance(value, str):
-        raise invalid(name, "a string", value)
-    if len(value) > longest:
-        raise ApiError(400, f"{name} must be at most {longest} characters, got {len(value)}.", name, "invalid_value")
-    # Lone surrogates have no UTF-8; a NUL or an escape has no place in a prompt and none in a PNG's text.
-    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in value):
-        raise ApiError(400, f"{name} must be text without control characters.", name, "invalid_value")
-    return value
-
-
-def whole(given: Mapping[str, object], name: str, low: int, high: int) -> int:
-    value = given[name]
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise invalid(name, f"an integer between {low} and {high}", value)
-    return value
-
-
-def number(given: Mapping[str, object], name: str, low: float, high: float) -> float:
-    value = given[name]
-    # Compared before float(), which a huge integer overflows; the comparison also refuses infinity.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise invalid(name, f"a number between {low:g} and {high:g}", value)
-    return float(value)
-
-
-def seconds(given: Mapping[str, object], name: str, longest: float) -> float:
-    value = given[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= longest:
-        raise invalid(name, f"a number of seconds above 0 and at most {longest:g}", value)
-    return float(value)
-
-
-def flag(given: Mapping[str, object], name: str) -> bool:
-    value = given[name]
-    if not isinstance(value, bool):
-        raise invalid(name, "true or false", value)
-    return value
-
-
-def choice(given: Mapping[str, object], name: str, allowed: Sequence[str]) -> str:
-    value = given[name]
-    if not isinstance(value, str) or value not in allowed:
-        raise invalid(name, "one of " * (len(allowed) > 1) + ", ".join(allowed), value)
-    return value
-
-
-def refuse_unless_neutral(name: str, value: object) -> None:
+def check_neutral(name: str, value: object) -> None:
     allowed = NEUTRAL[name]
     if not allowed:
-        raise ApiError(400, f"{name} is not supported here; leave it out.", name, "unsupported_parameter")
+        raise InvalidField(name, f"{name} is not supported here; leave it out.", "unsupported_parameter")
     if not any(type(value) is type(neutral) and value == neutral for neutral in allowed):
-        raise invalid(name, " or ".join(map(shown, allowed)), value, code="unsupported_value")
-
-
-def invalid(name: str, rule: str, value: object, *, status: int = 400, code: str = "invalid_value") -> ApiError:
-    return ApiError(status, f"{name} must be {rule}, got {shown(value)}.", name, code)
-
-
-def shown(value: object) -> str:
-    """A client's own value in its error, on one line and never long."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "an array"
-    written = json.dumps(value)
-    return written if len(written) <= 60 else f"{written[:57]}..."
-
-
-def literal(value: str) -> object:
-    """A query value as the JSON number that it spells; anything else stays text, for the field's check to refuse."""
-    if re.fullmatch(r"-?[0-9]{1,18}", value):
-        return int(value)
-    if re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?", value):
-        return float(value)
-    return value
+        raise invalid(name, " or ".join(map(shown, allowed)), value, "unsupported_value")
 
 
 def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    given: dict[str, object] = {}
+    values: dict[str, object] = {}
     for name, value in pairs:
-        if name in given:
-            raise ApiError(400, f"Field {shown(name)} was given twice.", name, "duplicate_parameter")
-        given[name] = value
-    return given
+        if name in values:
+            raise InvalidField(name, f"Field {shown(name)} was given twice.", "duplicate_parameter")
+        values[name] = value
+    return values
 
 
-def no_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
     raise ApiError(400, f"The body is not JSON: {name} is not a JSON number.", None, "invalid_json")

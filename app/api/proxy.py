@@ -17,7 +17,7 @@ import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.protocol import ApiError
+from app.api.errors import ApiError
 from app.api.proxy_protocol import LINGER_BYTES, LINGER_S, refusal
 from app.ray_internals.serve import (
     SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,

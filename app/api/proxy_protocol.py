@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.api.protocol import ApiError
+from app.api.errors import ApiError
 
 # Room for the longest query string that a config declares (query_bytes, 49152) and 16 KiB of headers, which is what
 # Node.js and Apache Tomcat allow or more. The parser keeps a head in memory, and appends to an unfinished header in

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from app.api.protocol import Description
+from app.api.messages import Description
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 

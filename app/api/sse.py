@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.api.protocol import ApiError, ImageRequest, Images, Preview
+from app.api.errors import ApiError
+from app.api.messages import ImageRequest, Images, Preview
 
 KEEP_ALIVE_S = 10.0  # proxies cut a connection on which nothing comes, commonly after 60 s
 KEEP_ALIVE = b": still at work\n\n"  # a comment, which clients skip

@@ -20,16 +20,9 @@ import psutil
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from app.api.protocol import (
-    Accepted,
-    ApiError,
-    Description,
-    Encoding,
-    ImageRequest,
-    Images,
-    Preview,
-    written,
-)
+from app.api.errors import ApiError, api_error
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, written
+from app.api.settings import Encoding
 from app.diffusion.images import encode
 from app.engine.engine import DeadlineUnmeetable, Engine, EngineStalled, EngineStopped, QueueFull
 from app.engine.request import Generated
@@ -167,7 +160,7 @@ class StableDiffusion:
             return refusal(error, asked)
         except InvalidField as error:  # what only the checkpoint can refuse, such as a sampler that does not suit it
             self.metrics.requests.inc(tags={"outcome": "invalid"})
-            return ApiError(400, error.message, error.field, error.code)
+            return api_error(error)
         future.add_done_callback(self.count)
         return future
 

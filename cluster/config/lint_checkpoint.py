@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from app.api.protocol import width_height
 from app.builders import ROOT, Args
 from app.diffusion.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig, mismatches
 from app.diffusion.models.scheduler_config import corrected
@@ -17,6 +16,7 @@ from app.diffusion.models.shapes import Shape, text_encoder_tensors, unet_tensor
 from app.diffusion.models.tensor_names import NOT_WEIGHTS, current_name, squeezed
 from app.diffusion.models.tokenizer_files import tokenizer_problems
 from app.diffusion.samplers import Schedule, default_sampler, make_table
+from app.types import parse_size
 from cluster.config.documents import Document, Finding, Key
 from cluster.config.lint_serve import apps
 from cluster.config.safetensors_header import Tensor, tensors_of
@@ -68,7 +68,7 @@ def check_checkpoint(document: Document, key: Key, args: Args) -> Iterator[Findi
             problems += weight_problems(folder / part / f"{STEMS[part]}.safetensors", tensors)
         multiple = vae.scale_factor * unet.scale_factor
         for size in args.sizes:
-            if any(side % multiple for side in width_height(size)):
+            if any(side % multiple for side in parse_size(size)):
                 yield say((*key, "sizes"), f"must be multiples of {multiple} for {args.model}, got {size}.")
     for problem in problems:
         yield say((*key, "model"), f"{args.model} {told}: {problem}")

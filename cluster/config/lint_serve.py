@@ -13,7 +13,7 @@ from ray.serve.schema import HTTPOptionsSchema, RayActorOptionsSchema
 
 from app.api.auth import is_loopback
 from app.api.ingress import APIIngress
-from app.api.protocol import LONGEST_QUERY
+from app.api.settings import LONGEST_QUERY
 from app.builders import Args
 from app.ray_internals.core import tpu
 from app.ray_internals.serve import DEFAULT_AUTOSCALING_POLICY_NAME, default_option

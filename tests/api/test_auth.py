@@ -17,7 +17,7 @@ from starlette.types import Message
 
 from app.api.auth import over_loopback
 from app.api.ingress import APIIngress
-from app.api.protocol import Accepted, Preview
+from app.api.messages import Accepted, Preview
 from tests.api.test_api_keys import entry, write
 from tests.api.test_ingress import FAILURES, SERVICE, Replicas, local_client, post, raw_post
 from tests.api.test_sse import PATIENT, serving, soon

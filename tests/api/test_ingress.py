@@ -18,9 +18,11 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.testclient import TestClient
 from starlette.types import Message
 
+from app.api.errors import ApiError
 from app.api.ingress import DRAINED_BYTES, APIIngress, answer_of
-from app.api.protocol import Accepted, ApiError, Defaults, Description, ImageRequest, Images, Limits, Preview, Service
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
 from app.api.retry import RetryTimes
+from app.api.settings import Defaults, Limits, Service
 from app.api.stats import SUMMED
 from app.types import Generation
 

@@ -1,5 +1,6 @@
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlencode
@@ -9,20 +10,12 @@ import pytest
 from openai import OpenAI
 from openai.types.image_generate_params import ImageGenerateParamsStreaming
 
-from app.api.protocol import (
-    BODY_FIELDS,
-    NEUTRAL,
-    QUERY_FIELDS,
-    ApiError,
-    Encoding,
-    ImageRequest,
-    Limits,
-    Service,
-    parse_body,
-    parse_query,
-)
+from app.api.errors import ApiError, api_error
+from app.api.messages import ImageRequest
+from app.api.protocol import BODY_FIELDS, NEUTRAL, QUERY_FIELDS, parse_body, parse_query
+from app.api.settings import Encoding, Limits, Service
 from app.diffusion.samplers import SAMPLERS
-from app.types import SEEDS, Generation
+from app.types import SEEDS, Generation, InvalidField
 
 SERVICE = Service(
     "tiny",
@@ -44,15 +37,18 @@ def body(**fields: Any) -> ImageRequest:
 
 
 def refusal_of_body(raw: str | bytes) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        parse_body(raw.encode() if isinstance(raw, str) else raw, SERVICE)
-    return caught.value
+    return refusal(parse_body, raw)
 
 
 def refusal_of_query(query: str | bytes) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        parse_query(query.encode() if isinstance(query, str) else query, SERVICE)
-    return caught.value
+    return refusal(parse_query, query)
+
+
+def refusal(parse: Callable[[bytes, Service], object], content: str | bytes) -> ApiError:
+    with pytest.raises((ApiError, InvalidField)) as caught:
+        parse(content.encode() if isinstance(content, str) else content, SERVICE)
+    assert isinstance(caught.value, ApiError | InvalidField)
+    return api_error(caught.value)
 
 
 def test_a_bare_prompt_gets_every_default() -> None:
@@ -191,7 +187,7 @@ def test_a_prompt_of_the_default_limits_fits_however_it_is_written() -> None:
     assert len(escaped) <= service.limits.body_bytes
     assert parse_body(escaped, service).generation.negative_prompt == longest
     assert parse_query(urlencode({"prompt": longest}).encode(), service).generation.prompt == longest
-    with pytest.raises(ApiError, match="prompt must be at most 4000 characters, got 4001"):
+    with pytest.raises(InvalidField, match="prompt must be at most 4000 characters, got 4001"):
         parse_body(json.dumps({"prompt": longest + "a"}).encode(), service)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from app.api.protocol import Description
+from app.api.messages import Description
 from app.api.replica_watch import FRESH_S, STALE_S, ReplicaWatch
 
 ONE, OTHER = Description(("euler",), "euler", "one"), Description(("ddim",), "ddim", "other")

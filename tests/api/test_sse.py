@@ -19,8 +19,10 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from ray.exceptions import ActorDiedError
 
 from app.api import sse
+from app.api.errors import ApiError
 from app.api.ingress import APIIngress
-from app.api.protocol import Accepted, ApiError, Images, Preview, parse_body
+from app.api.messages import Accepted, Images, Preview
+from app.api.protocol import parse_body
 from app.api.sse import events
 from tests.api.test_ingress import SERVICE, Replicas, local_client, pictures, stream_of
 

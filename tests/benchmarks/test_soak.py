@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.api.protocol import Limits, Service, parse_body, parse_query
+from app.api.errors import ApiError, api_error
+from app.api.protocol import parse_body, parse_query
+from app.api.settings import Limits, Service
+from app.types import InvalidField
 from benchmarks.soak.clients import code_of, refusal_of
 from benchmarks.soak.load import (
     BAD_REQUESTS,
@@ -83,9 +86,10 @@ def test_a_bad_request_is_one_to_this_api(name: str) -> None:
     if bad.status in (413, 415):  # what the ingress refuses before it is read
         assert len(bad.body or b"") > SERVICE.limits.body_bytes or bad.headers != {"Content-Type": "application/json"}
         return
-    with pytest.raises(Exception) as caught:
+    with pytest.raises((ApiError, InvalidField)) as caught:
         parse_body(bad.body or b"", SERVICE)
-    assert getattr(caught.value, "status", None) == bad.status
+    assert isinstance(caught.value, ApiError | InvalidField)
+    assert api_error(caught.value).status == bad.status
 
 
 # Clients and processes

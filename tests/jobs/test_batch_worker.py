@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from app.api.protocol import Encoding
+from app.api.settings import Encoding
 from app.diffusion.pipeline import Pipeline
 from jobs.batch_generate import SCHEMA, progress, write_manifest
 from jobs.batch_worker import Painter, folders, row_of, text_of

@@ -16,7 +16,7 @@ import pytest
 
 from app.aot import program
 from app.aot.program import compiled
-from app.api.protocol import Images
+from app.api.messages import Images
 from app.serving.replica import StableDiffusion
 from tests.aot.test_program import FACTS, add
 from tests.serving.test_replica import SETTINGS, Pipeline, asking

@@ -22,7 +22,9 @@ from ray.serve._private.common import DeploymentID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.replica import UserCallableWrapper
 
-from app.api.protocol import Accepted, ApiError, Description, Encoding, ImageRequest, Images, Preview
+from app.api.errors import ApiError
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
+from app.api.settings import Encoding
 from app.engine.engine import DeadlineUnmeetable, Engine, EngineStopped, QueueFull
 from app.serving.replica import StableDiffusion, refusal
 from app.types import Generation

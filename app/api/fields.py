@@ -1,0 +1,109 @@
+"""Checks of the values of request fields. A check returns the value or raises InvalidField.
+
+Each takes the field's name, its value from the request, and the service, whose limits are the ranges.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from app.api.settings import Service
+from app.types import InvalidField, Size, parse_size
+
+Check = Callable[[str, object, Service], Any]
+
+
+def text(name: str, value: object, service: Service) -> str:
+    longest = service.limits.prompt_characters
+    if not isinstance(value, str):
+        raise invalid(name, "a string", value)
+    if len(value) > longest:
+        raise InvalidField(name, f"{name} must be at most {longest} characters, got {len(value)}.")
+    # Lone surrogates have no UTF-8. A NUL or an escape has no place in a prompt and cannot stand in a PNG's text.
+    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in value):
+        raise InvalidField(name, f"{name} must be text without control characters.")
+    return value
+
+
+def nonempty_text(name: str, value: object, service: Service) -> str:
+    if not text(name, value, service).strip():
+        raise InvalidField(name, f"{name} must not be empty.")
+    return text(name, value, service)
+
+
+def size(name: str, value: object, service: Service) -> Size:
+    chosen = choice(lambda service: (*service.sizes, "auto"))(name, value, service)
+    return parse_size(service.sizes[0] if chosen == "auto" else chosen)
+
+
+def model(name: str, value: object, service: Service) -> str:
+    if value != service.model:
+        raise invalid(name, service.model, value, "model_not_found")
+    return service.model
+
+
+def seconds(name: str, value: object, service: Service) -> float:
+    longest = service.limits.timeout_s
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= longest:
+        raise invalid(name, f"a number of seconds above 0 and at most {longest:g}", value)
+    return float(value)
+
+
+def flag(name: str, value: object, service: Service) -> bool:
+    if not isinstance(value, bool):
+        raise invalid(name, "true or false", value)
+    return value
+
+
+def integer(bounds: Callable[[Service], tuple[int, int]]) -> Check:
+    def check(name: str, value: object, service: Service) -> int:
+        low, high = bounds(service)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise invalid(name, f"an integer between {low} and {high}", value)
+        return value
+
+    return check
+
+
+def number(bounds: Callable[[Service], tuple[float, float]]) -> Check:
+    def check(name: str, value: object, service: Service) -> float:
+        low, high = bounds(service)
+        # Compared before float(), which a huge integer overflows; the comparison also refuses infinity.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise invalid(name, f"a number between {low:g} and {high:g}", value)
+        return float(value)
+
+    return check
+
+
+def choice(choices: Callable[[Service], Sequence[str]]) -> Callable[[str, object, Service], str]:
+    def check(name: str, value: object, service: Service) -> str:
+        allowed = choices(service)
+        if not isinstance(value, str) or value not in allowed:
+            raise invalid(name, "one of " * (len(allowed) > 1) + ", ".join(allowed), value)
+        return value
+
+    return check
+
+
+def invalid(name: str, rule: str, value: object, code: str = "invalid_value") -> InvalidField:
+    return InvalidField(name, f"{name} must be {rule}, got {shown(value)}.", code)
+
+
+def shown(value: object) -> str:
+    """A client's value as its error quotes it: on one line and never long."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    quoted = json.dumps(value)
+    return quoted if len(quoted) <= 60 else f"{quoted[:57]}..."
+
+
+def literal(value: str) -> object:
+    """A query value as the JSON number that it spells. Other text stays text, and the field's check refuses it."""
+    if re.fullmatch(r"-?[0-9]{1,18}", value):
+        return int(value)
+    if re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?", value):
+        return float(value)
+    return value

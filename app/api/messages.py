@@ -1,0 +1,61 @@
+"""The messages between ingress and replica. They are pickled, so each is plain data.
+
+During a rollout the two sides may run different versions of the code: a field that is added needs a default.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from app.api.settings import Encoding
+from app.types import Generation
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a replica serves. It differs from the config while a deployment rolls out, and after a failed one."""
+
+    samplers: tuple[str, ...]
+    default_sampler: str
+    model: str = ""  # empty: an older replica did not send it, and the config's applies
+    sizes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """A request from the ingress to a replica."""
+
+    generation: Generation
+    encoding: Encoding
+    timeout_s: float
+    stream: bool = False
+    partial_images: int = 0  # previews to stream
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """First item of a replica's stream: the engine has queued the request and will not refuse it any more."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A look at an unfinished image."""
+
+    index: int
+    encoded: bytes
+
+
+@dataclass(frozen=True)
+class Images:
+    """A replica's answer. The facts are what a client needs to make the same image again."""
+
+    encoded: tuple[bytes, ...]
+    seeds: tuple[int, ...]
+    facts: Mapping[str, str | int | float | bool]
+    timings: Mapping[str, float]  # seconds
+    model: str = ""  # empty: an older replica did not send it
+
+
+def written(fact: str | int | float | bool) -> str:
+    """A fact as text for HTTP headers and PNG metadata: JSON, but strings without quotes."""
+    return fact if isinstance(fact, str) else json.dumps(fact)

@@ -1,0 +1,75 @@
+"""The part of serve_config.yaml that concerns the API: limits, defaults and encoding.
+
+Every key has a type, a range and a description, which `make lint` and the docs read. Knows nothing of requests.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+# Bytes. A request's head should hold no more than this and 16 KiB of headers, and uvicorn's parser takes 65,535 bytes
+# of a URL. A prompt of 4,000 characters fits in if every character takes 12 bytes.
+LONGEST_QUERY = 48 << 10
+
+Bounds = TypeVar("Bounds", tuple[int, int], tuple[float, float])
+
+
+def in_order(bounds: Bounds) -> Bounds:
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise ValueError(f"a range must be [lowest, highest] with lowest at least 1, got {list(bounds)}.")
+    return bounds
+
+
+class Settings(BaseModel):
+    """Base class of what serve_config.yaml may set: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Limits(Settings):
+    """The range of each request field. The error for a value outside names the range."""
+
+    images: int = Field(default=4, ge=1, le=64, description="most images in one request (n)")
+    num_inference_steps: Annotated[tuple[int, int], AfterValidator(in_order)] = Field(
+        default=(1, 100), description="[lowest, highest]"
+    )
+    guidance_scale: Annotated[tuple[float, float], AfterValidator(in_order)] = Field(
+        default=(1.0, 20.0), description="[lowest, highest]"
+    )
+    prompt_characters: int = Field(default=4000, ge=1, description="longest prompt, and longest negative prompt")
+    query_bytes: int = Field(
+        default=LONGEST_QUERY, ge=1, le=LONGEST_QUERY, description="longest query string of GET /imagine"
+    )
+    body_bytes: int = Field(default=131072, ge=1, description="largest body of POST /v1/images/generations")
+    partial_images: int = Field(default=3, ge=0, le=16, description="most previews in one streamed answer")
+    timeout_s: float = Field(
+        default=120.0, gt=0, description="longest wait for an answer, including the queue; also the default"
+    )
+
+
+class Defaults(Settings):
+    """The values of request fields that a request leaves out."""
+
+    num_inference_steps: int = Field(default=20, description="denoising steps")
+    guidance_scale: float = Field(default=7.5, description="classifier-free guidance; 1 is none")
+    sampler: str | None = Field(default=None, description="null: the one that the checkpoint names")
+
+
+class Encoding(Settings):
+    """The file format of the images."""
+
+    output_format: Literal["png", "webp", "jpeg"] = "png"
+    quality: int = Field(default=90, ge=0, le=100, description="of webp and jpeg; a request's output_compression")
+    png_level: int = Field(default=6, ge=0, le=9, description="zlib level: 0 is quick, 9 is small")
+
+
+@dataclass(frozen=True)
+class Service:
+    """The rules for requests to one model: its name, its sizes and the settings above."""
+
+    model: str
+    sizes: tuple[str, ...]  # "WIDTHxHEIGHT", the first is the default
+    limits: Limits = Limits()
+    defaults: Defaults = Defaults()
+    encoding: Encoding = Encoding()
