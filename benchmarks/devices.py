@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.engine.engine import Engine, Verbs
+from app.engine.engine import Engine
+from app.engine.verbs import Verbs
 from benchmarks.load import GUIDANCE_SCALE, Submit
 from benchmarks.paced import Pace, PacedPipeline, Size
 from benchmarks.report import log

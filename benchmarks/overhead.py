@@ -27,7 +27,7 @@ import yaml
 
 from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
-from app.engine.engine import Verbs
+from app.engine.verbs import Verbs
 from app.types import Generation
 from benchmarks.devices import ROOT, demo_pipeline, served_by_engine
 from benchmarks.figures import Figure, conclude

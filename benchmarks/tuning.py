@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.engine.engine import Verbs
+from app.engine.verbs import Verbs
 from app.types import Generation
 from benchmarks.devices import Device
 from benchmarks.load import Submit, offer, offer_all

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from app.engine.engine import Verbs
+from app.engine.verbs import Verbs
 from app.types import SEEDS, ActiveSlot, Generation
 from loadtest.arrivals import Seconds
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from app.engine.scheduler import Decoding
+from app.engine.cost_model import DecodeCost
 from capacity.chips import Host
 from capacity.price import GIB, Price
 from capacity.pricing import Outcome, Task
@@ -61,7 +61,7 @@ class Priced:
         steps, decodes = self.steps(size), self.decodes(size)
         if not decodes:
             return []
-        decoding = Decoding({images: price.seconds for images, price in decodes.items()})
+        decode_cost = DecodeCost({images: price.seconds for images, price in decodes.items()})
         encode = self.price("encode")
         text_s = encode.seconds if encode else 0.0  # its loop counts as one text; the negative one is known already
         chip, chips = self.host.chip, self.host.chips
@@ -70,11 +70,11 @@ class Priced:
             step = steps.get(images * rows)
             if step is None:
                 continue
-            best = decodes[decoding.bucket(images)]
-            image_s = evaluations * step.seconds / images + decoding.image_s() + text_s
+            best = decodes[decode_cost.bucket(images)]
+            image_s = evaluations * step.seconds / images + decode_cost.image_s() + text_s
             # Divided among all chips, be it so or not: a bucket that leaves chips idle is the further from its bound.
             cycles = evaluations * step.padded_cycles * step.shards / images
-            cycles += best.padded_cycles * best.shards / decoding.bucket(images)
+            cycles += best.padded_cycles * best.shards / decode_cost.bucket(images)
             found.append(Rate(images, image_s, cycles / chips / chip.clock))
         return found
 

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from app.diffusion.samplers import HISTORY, SamplerTable
-from app.engine.engine import Engine, QueueFull
+from app.engine.engine import Engine
+from app.engine.errors import QueueFull
 from app.engine.request import Generated
 from app.types import ActiveSlot, Generation
 

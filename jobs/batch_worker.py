@@ -19,7 +19,8 @@ import numpy as np
 from app.api.messages import written
 from app.api.settings import Encoding
 from app.diffusion.images import encode
-from app.engine.engine import Engine, EngineStopped
+from app.engine.engine import Engine
+from app.engine.errors import EngineStopped
 from app.engine.request import Generated
 from app.serving.replica import facts_of
 from app.types import Generation, InvalidField

@@ -1,165 +1,227 @@
-"""Who shares the next step, in which order, and when one that waits would be done. Measured step times decide.
+"""Decides who shares the next step, in which order, when to decode, and estimates when a request would be answered.
 
-Sharing a step is free only while the device would otherwise idle. Where two images in one step take twice as long as
-one, running both makes both slow, and one after the other is better for everybody. In between it depends on the load:
-what a shared step gains helps those who wait, and slows those who run. So the engine asks `at_once` how many of the
-pictures in line should share the next step, and runs the first that many. Knows nothing of threads or devices.
+Sharing a step is free only while the device would otherwise idle. If a step for two images takes as long as two steps
+for one, sharing makes both slow, and one after the other is better for everybody. In between it depends on the load:
+sharing helps those who wait, and slows those who run. The batch size follows from measured step times and the queue.
+
+Pure functions. Knows nothing of threads, clocks or devices.
 """
 
 import heapq
 import math
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-# How far a measured time moves what was known. The machine's pace changes for all buckets together, and any step tells
-# it: without that, a bucket that has not run lately would look better than those that have. Their proportions only the
-# first step in another bucket than before can tell.
-PACE = 0.2
-SHAPE = 0.1
-LATELY = 32  # requests that tell how fast others will come
-FULL = 0.95  # a higher load is taken for this one: what an endless queue would be worth, nobody knows
+from app.engine.cost_model import DecodeCost, StepCost
+from app.engine.request import Image, Request, Status
+from app.engine.size_queue import Queued, SizeQueue
+
+# Less remaining work goes first, but not for ever: a request with t seconds of work more than another is overtaken by
+# it only if the other came no later than t / AGEING seconds after it.
+AGEING = 0.2
+# Several steps share a dispatch up to this: while a newcomer would join the next step, and while it would not. A
+# request that is cancelled, or would overtake, waits no longer for the dispatch to end.
+DISPATCH_S, CLOSED_DISPATCH_S = 0.01, 0.05
+NEWCOMER_ROWS = 2  # of a guided image
 
 
 class Work(NamedTuple):
-    """What is left of a picture. `last`: with it, its request is answered."""
+    """The remaining work of an image. `last`: it completes its request."""
 
     steps: int
     rows: int
     last: bool = True
 
 
-class Profile:
-    """Seconds of one step of one size by row bucket: measured at warm-up, corrected while serving."""
+class Batch(NamedTuple):
+    """The decision about the next step of one size."""
 
-    def __init__(self, step_s: Mapping[int, float]):
-        self._step_s = {rows: max(step_s[rows], 1e-6) for rows in sorted(step_s)}
-        self._pace = 1.0
-        self._latest: int | None = None  # bucket that told the pace
-
-    @property
-    def largest(self) -> int:
-        return max(self._step_s)
-
-    def bucket(self, rows: int) -> int:
-        """The smallest bucket that holds so many rows."""
-        return next(bucket for bucket in self._step_s if bucket >= rows)
-
-    def step_s(self, rows: int) -> float:
-        return self._step_s[self.bucket(rows)] * self._pace
-
-    def row_s(self) -> float:
-        """What a row of a step costs where buckets are full: device-seconds."""
-        return min(seconds / rows for rows, seconds in self._step_s.items()) * self._pace
-
-    def observe(self, bucket: int, seconds: float) -> None:
-        ratio = min(max(seconds / self.step_s(bucket), 0.1), 10.0)  # one hiccup must not turn the order upside down
-        if self._latest not in (bucket, None):
-            self._step_s[bucket] *= ratio**SHAPE
-        self._pace *= ratio**PACE
-        self._latest = bucket
-
-    def table(self) -> dict[int, float]:
-        return {rows: seconds * self._pace for rows, seconds in self._step_s.items()}
+    images: list[Image]
+    batch_size: int  # before backfill
+    expected_arrivals: float
+    newcomer_joins: bool
 
 
-def at_once(line: Sequence[Work], profile: Profile, gain: float, coming: float, fixed: int | None = None) -> int:
-    """How many of a line of pictures should share the next step.
+def next_queue(queues: Iterable[SizeQueue]) -> SizeQueue | None:
+    """Sizes share device time in proportion to the images that each has in its queue."""
+    busy = (queue for queue in queues if queue.requests)
+    return min(busy, key=lambda queue: queue.virtual_time, default=None)
 
-    Within a bucket one more costs nothing. A larger bucket must raise rows per second by the share `gain` over the best
-    smaller one, and lower by as much what latencies add up to if the line goes through in groups like it: those of the
-    requests in line, and of the `coming` who will arrive before the device is idle. `fixed` overrides all this, never
-    the largest bucket.
+
+def virtual_time_after_idling(queue: SizeQueue, queues: Iterable[SizeQueue]) -> float:
+    """A size that returns has no claim to the time that it did not use, and owes none that nobody else wanted."""
+    queues = list(queues)
+    busy = [other.virtual_time for other in queues if other.requests]
+    return max(queue.virtual_time, min(busy or [max(other.virtual_time for other in queues)]))
+
+
+def choose_batch(queue: SizeQueue, others_expected: float) -> Batch:
+    """The images that share the next step. Beyond its own queue, `others_expected` requests wait or will arrive."""
+    images = in_order(queue)
+    admissible, free = [], len(queue.free_slots)
+    for image in images:
+        if image.status is Status.RUNNING or free > 0:
+            admissible.append(image)
+            free -= image.status is Status.WAITING
+    without_slot = {image.request for image in images} - {image.request for image in admissible}
+    expected = others_expected + len(without_slot)
+    work = [work_of(image) for image in admissible]
+    count = _batch_size(queue, work, expected)
+    chosen = admissible[:count]
+    if queue.fixed_batch_size is None:
+        chosen += backfill(chosen, admissible[count:], queue.step_cost)
+    with_newcomer = _batch_size(queue, [*work, Work(steps=1, rows=NEWCOMER_ROWS)], expected)
+    return Batch(chosen, count, expected, newcomer_joins=free > 0 and with_newcomer > len(images))
+
+
+def in_order(queue: SizeQueue) -> list[Image]:
+    """Requests by remaining work, with ageing; within a request, the images that have begun first."""
+    return [
+        image
+        for request in sorted(queue.requests, key=lambda request: rank(request, queue.step_cost))
+        for image in sorted(request.images, key=lambda image: (image.steps_left, image.number))
+        if image.steps_left
+    ]
+
+
+def rank(request: Request, cost: StepCost) -> float:
+    """The lower, the sooner: remaining device-seconds, and the time of arrival weighted by ageing."""
+    return device_s(map(work_of, request.images), cost) + AGEING * request.since
+
+
+def work_of(image: Image) -> Work:
+    return Work(image.steps_left, image.request.rows, image is image.request.images[-1])
+
+
+def batch_size(
+    queue: Sequence[Work], cost: StepCost, gain: float, expected_arrivals: float, fixed: int | None = None
+) -> int:
+    """How many images of a queue should share the next step.
+
+    Within a bucket one more image costs nothing. A larger bucket must pass two tests, both by the margin `gain`. It
+    raises rows per second over the best smaller bucket. It also lowers the summed latency of a queue that goes through
+    in batches of this size: of its own requests, and of those that arrive before the device is idle.
+    `fixed` overrides all this, but never the largest bucket.
     """
-    sums = list(accumulate(work.rows for work in line))
-    filled: dict[int, int] = {}  # bucket -> pictures that it holds of the line
+    sums = list(accumulate(work.rows for work in queue))
+    counts: dict[int, int] = {}  # by bucket: how many images of the queue it holds
     for count, rows in enumerate(sums, 1):
-        if rows > profile.largest or (fixed is not None and count > fixed):
+        if rows > cost.largest_bucket or (fixed is not None and count > fixed):
             break
-        filled[profile.bucket(rows)] = count
+        counts[cost.bucket(rows)] = count
     if fixed is not None:
-        return max(filled.values(), default=0)
+        return max(counts.values(), default=0)
 
     best, least_s, best_rate = 0, math.inf, 0.0
-    for bucket, count in filled.items():  # ascending, as rows only grow
-        rows, step_s = sums[count - 1], profile.step_s(bucket)
+    for bucket, count in counts.items():  # ascending, as rows only grow
+        rows, step_s = sums[count - 1], cost.step_s(bucket)
         if rows / step_s <= best_rate * (1 + gain):
             continue
         best_rate = rows / step_s
-        groups = sum(math.ceil(until / rows) for until, work in zip(sums, line, strict=True) if work.last)
-        latencies_s = step_s * (groups + coming * sums[-1] / rows)
+        batches = sum(math.ceil(until / rows) for until, work in zip(sums, queue, strict=True) if work.last)
+        latencies_s = step_s * (batches + expected_arrivals * sums[-1] / rows)
         if latencies_s * (1 + gain) < least_s:
             best, least_s = count, latencies_s
     return best
 
 
+def _batch_size(queue: SizeQueue, work: Sequence[Work], expected_arrivals: float) -> int:
+    return batch_size(work, queue.step_cost, queue.gain, expected_arrivals, queue.fixed_batch_size)
+
+
+def backfill(chosen: Sequence[Image], others: Sequence[Image], cost: StepCost) -> list[Image]:
+    """The first of the others that fit into rows which the bucket of the chosen has left: they cost nothing."""
+    if not chosen:
+        return []
+    rows = sum(image.request.rows for image in chosen)
+    left = cost.bucket(rows) - rows
+    fitting = []
+    for image in others:
+        if image.request.rows <= left:
+            fitting.append(image)
+            left -= image.request.rows
+    return fitting
+
+
+def steps_in_dispatch(images: Sequence[Image], step_s: float, newcomer_joins: bool) -> int:
+    """As many steps as fit into the time of a dispatch, up to the first at which an image ends or is shown."""
+    until = min(image.steps_left - (image.previews_due[-1] if image.previews_due else 0) for image in images)
+    return min(until, max(1, int((DISPATCH_S if newcomer_joins else CLOSED_DISPATCH_S) / step_s)))
+
+
+def decode_due(cost: DecodeCost, images: int, next_s: float, others: int) -> bool:
+    """Whether to decode the denoised images now, rather than together with the next one, which takes `next_s`.
+
+    A decode holds up all `others` that run or wait. It is put off if the denoised images lose less by waiting, in sum,
+    than the others gain by a shared decode.
+    """
+    return images >= cost.largest_bucket or next_s * images >= cost.saved_s(images) * others
+
+
 def schedule(
-    line: Sequence[Work], profile: Profile, gain: float, coming: float, fixed: int | None = None
+    queue: Sequence[Work], cost: StepCost, gain: float, expected_arrivals: float, fixed: int | None = None
 ) -> list[tuple[float, float]]:
-    """When each picture of a line begins and is denoised, in seconds from now, if nothing joins: a list schedule in
-    which each takes the place of the first of those before it that ends."""
-    places = at_once(line, profile, gain, coming, fixed)
-    free = [0.0] * places
+    """The seconds from now at which each image begins and ends denoising, if no requests arrive.
+
+    A list schedule: each image takes the place of the first that ends among those before it.
+    """
+    places = batch_size(queue, cost, gain, expected_arrivals, fixed)
+    free_at = [0.0] * places
     spans = []
-    for work in line:  # as if those who share its steps were like it
-        begins = heapq.heappop(free)
-        ends = begins + work.steps * profile.step_s(min(work.rows * places, profile.largest))
-        heapq.heappush(free, ends)
+    for work in queue:  # as if those who share its steps had as many rows
+        begins = heapq.heappop(free_at)
+        ends = begins + work.steps * cost.step_s(min(work.rows * places, cost.largest_bucket))
+        heapq.heappush(free_at, ends)
         spans.append((begins, ends))
     return spans
 
 
-def device_s(line: Iterable[Work], profile: Profile) -> float:
-    """Device-seconds that are left in a line of pictures, at the best that buckets can do."""
-    return sum(work.steps * work.rows for work in line) * profile.row_s()
+def _schedule(queue: SizeQueue, work: Sequence[Work]) -> list[tuple[float, float]]:
+    return schedule(work, queue.step_cost, queue.gain, queue.expected_arrivals, queue.fixed_batch_size)
 
 
-class Arrivals:
-    """When the latest requests came, and how much they asked for."""
-
-    def __init__(self) -> None:
-        self._latest: deque[tuple[float, float]] = deque(maxlen=LATELY)
-
-    def note(self, at: float, device_s: float) -> None:
-        self._latest.append((at, device_s))
-
-    def coming(self, now: float, backlog_s: float) -> float:
-        """How many requests should arrive before a device with so much to do is idle, if they come as they came.
-
-        Those who arrive meanwhile keep it busy longer, as in any M/G/1 queue: for backlog / (1 - load) in all.
-        """
-        if len(self._latest) < 2:
-            return 0.0
-        seconds = max(now - self._latest[0][0], 1e-6)
-        load = sum(device_s for _, device_s in self._latest) / seconds
-        return len(self._latest) / seconds * backlog_s / (1 - min(load, FULL))
+def device_s(queue: Iterable[Work], cost: StepCost) -> float:
+    """Device-seconds of the steps that are left, where buckets are full."""
+    return sum(work.steps * work.rows for work in queue) * cost.row_s()
 
 
-class Decoding:
-    """Seconds of a decode of one size by bucket, measured at warm-up."""
+def backlog_s(queue: SizeQueue, images: Sequence[Image]) -> float:
+    """Device-seconds of the steps and decodes that are left."""
+    return device_s(map(work_of, images), queue.step_cost) + len(images) * queue.decode_cost.image_s()
 
-    def __init__(self, decode_s: Mapping[int, float]):
-        self.decode_s = dict(sorted(decode_s.items()))
-        self._costs = [0.0]
-        for images in range(1, max(self.decode_s) + 2):
-            self._costs.append(min(seconds + self._costs[max(0, images - b)] for b, seconds in self.decode_s.items()))
 
-    def bucket(self, images: int) -> int:
-        """The bucket to decode so many with, or the first of them: the one that costs least for each."""
-        return min(self.decode_s, key=lambda bucket: (self.decode_s[bucket] / min(bucket, images), bucket))
+def answer_s(request: Request, queue: SizeQueue, queued: Queued, last: bool = False) -> float:
+    """Seconds from now until a new request is answered, if no others arrive; `last`: if it overtakes nobody."""
+    own = [work_of(image) for image in request.images]
+    images = queued[queue]
+    own_rank = rank(request, queue.step_cost)
+    requests = dict.fromkeys(image.request for image in images)
+    before = {other for other in requests if last or rank(other, queue.step_cost) <= own_rank}
+    ahead = [work_of(image) for image in images if image.request in before]
+    ends = [end for _, end in _schedule(queue, [*ahead, *own])]
+    denoised_s = max(ends[-len(own) :])
+    decodes = sum(end <= denoised_s for end in ends)
+    # Other sizes have device time in proportion to their images until their steps are done, and decode in between.
+    others = {other: waiting for other, waiting in queued.items() if other is not queue}
+    others_s = sum(backlog_s(other, waiting) for other, waiting in others.items())
+    steps_s = sum(device_s(map(work_of, waiting), other.step_cost) for other, waiting in others.items())
+    shared_s = denoised_s * sum(map(len, others.values())) / (len(images) + len(own))
+    fraction = 1.0 if last or shared_s >= steps_s else shared_s / steps_s
+    return denoised_s + fraction * others_s + decodes * queue.decode_cost.image_s()
 
-    def due(self, images: int, next_s: float, others: int) -> bool:
-        """Whether to decode so many finished pictures now, or with the next one, which is finished in `next_s`.
 
-        A decode holds up all `others` that run or wait. It is put off if those that are finished wait less for the
-        next one, all together, than sharing a decode with it saves the others.
-        """
-        if images >= max(self.decode_s):
-            return True
-        saved_s = self._costs[images] + self._costs[1] - self._costs[images + 1]
-        return next_s * images >= saved_s * others
-
-    def image_s(self) -> float:
-        """What a picture costs where buckets are full: device-seconds."""
-        return min(seconds / images for images, seconds in self.decode_s.items())
+def place_s(queued: Queued) -> float:
+    """Seconds from now until the queue should have room: when the next waiting request begins."""
+    total = sum(map(len, queued.values()))
+    places_s = []
+    for queue, images in queued.items():
+        spans = _schedule(queue, [work_of(image) for image in images])
+        begins = [
+            start for (start, _), image in zip(spans, images, strict=True) if image.request.status is Status.WAITING
+        ]
+        if begins:
+            decodes = sum(end <= min(begins) for _, end in spans)
+            own_s = min(begins) + decodes * queue.decode_cost.image_s()
+            places_s.append(own_s * total / len(images))  # sizes share the device
+    return max(0.1, min(places_s, default=0.0))

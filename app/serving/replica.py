@@ -24,7 +24,8 @@ from app.api.errors import ApiError, api_error
 from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, written
 from app.api.settings import Encoding
 from app.diffusion.images import encode
-from app.engine.engine import DeadlineUnmeetable, Engine, EngineStalled, EngineStopped, QueueFull
+from app.engine.engine import Engine
+from app.engine.errors import DeadlineUnmeetable, EngineStalled, EngineStopped, QueueFull
 from app.engine.request import Generated
 from app.serving.metrics import Metrics
 from app.serving.profiling import Profiler, Trace

@@ -15,16 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.engine.engine import (
-    CLOSED_DISPATCH_S,
-    DISPATCH_S,
-    FAILURES,
-    DeadlineUnmeetable,
-    Engine,
-    EngineStopped,
-    QueueFull,
-)
-from app.engine.request import AGEING, Generated
+from app.engine.engine import Engine
+from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
+from app.engine.failures import MOST_FAILURES
+from app.engine.request import Generated
+from app.engine.scheduler import AGEING, CLOSED_DISPATCH_S, DISPATCH_S
 from app.types import Generation
 from tests.fake_pipeline import (
     LARGE,
@@ -869,7 +864,7 @@ def test_a_drain_refuses_nobody_who_has_begun() -> None:
 
 def test_failures_that_are_not_in_a_row_are_forgiven() -> None:
     hand = Hand()
-    for i in range(4 * FAILURES):
+    for i in range(4 * MOST_FAILURES):
         hand.fake.fail("step", after=3 * (i % 2), later=i % 3 == 0)
         with pytest.raises(Fault):
             hand.finish(hand.submit(request(steps=9, seed=100 * i)))
@@ -1155,7 +1150,7 @@ def test_an_engine_whose_dispatches_all_fail_gives_up_and_leaves_nobody_waiting(
     fake.open()
     errors = [future.exception(WAIT_S) for future in futures]
     assert {type(error) for error in errors} == {Fault, EngineStopped}
-    assert len(fake.faults) >= FAILURES
+    assert len(fake.faults) >= MOST_FAILURES
     with pytest.raises(EngineStopped):
         engine.submit(request())
     assert not engine.healthy
@@ -1167,19 +1162,19 @@ def test_a_verb_that_always_fails_stops_the_engine(fake: FakePipeline, engine: E
     """Steps in between, which succeed, are no excuse."""
     fake.fail(verb, times=100, later=later)
     errors = []
-    for i in range(2 * FAILURES):
+    for i in range(2 * MOST_FAILURES):
         try:
             errors.append(engine.submit(request(f"prompt {i}", seed=100 * i)).exception(WAIT_S))
         except EngineStopped as stopped:
             errors.append(stopped)
             break
-    assert [type(error) for error in errors[: FAILURES - 1]] == [Fault] * (FAILURES - 1)
-    assert type(errors[-1]) is EngineStopped and len(errors) <= FAILURES + 2
+    assert [type(error) for error in errors[: MOST_FAILURES - 1]] == [Fault] * (MOST_FAILURES - 1)
+    assert type(errors[-1]) is EngineStopped and len(errors) <= MOST_FAILURES + 2
     assert not engine.healthy
 
 
 def test_a_verb_that_fails_now_and_then_stops_nothing(fake: FakePipeline, engine: Engine) -> None:
-    for i in range(3 * FAILURES):
+    for i in range(3 * MOST_FAILURES):
         fake.fail("decode", times=1)
         assert isinstance(engine.submit(request(seed=1000 * i)).exception(WAIT_S), Fault)
         assert numbers(engine.submit(request(seed=1000 * i + 500)).result(WAIT_S)) == [1000 * i + 503]

@@ -19,8 +19,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.engine.engine import CLOSED_DISPATCH_S, DISPATCH_S, FAILURES, DeadlineUnmeetable, EngineStopped, QueueFull
-from app.engine.request import AGEING, Generated
+from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
+from app.engine.failures import MOST_FAILURES
+from app.engine.request import Generated
+from app.engine.scheduler import AGEING, CLOSED_DISPATCH_S, DISPATCH_S
 from app.types import Generation
 from tests.fake_pipeline import (
     LARGE,
@@ -264,7 +266,7 @@ class Schedules(RuleBasedStateMachine):
     def may_give_up(self) -> bool:
         """What was encoded badly spoils a dispatch of each size."""
         spoilt = [len(self.fake.sizes) if fault.verb == "encode" else 1 for fault in self.fake.faults]
-        return sum(spoilt) >= FAILURES
+        return sum(spoilt) >= MOST_FAILURES
 
     def check_step(self, call: Call) -> None:
         """Before each dispatch: who shares it, and how many steps of it."""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from app.engine.engine import Engine, EngineStalled
+from app.engine.engine import Engine
+from app.engine.errors import EngineStalled
 from app.engine.stall import LOOK_S, STALL_TIMES, StallWatch
 from tests.engine.test_engine import wide
 from tests.fake_pipeline import VERBS, WAIT_S, Clock, FakePipeline, Hand, flat, numbers, request

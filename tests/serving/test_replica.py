@@ -25,7 +25,8 @@ from ray.serve._private.replica import UserCallableWrapper
 from app.api.errors import ApiError
 from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
 from app.api.settings import Encoding
-from app.engine.engine import DeadlineUnmeetable, Engine, EngineStopped, QueueFull
+from app.engine.engine import Engine
+from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
 from app.serving.replica import StableDiffusion, refusal
 from app.types import Generation
 from tests.clusters import soon as soon_true

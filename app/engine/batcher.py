@@ -1,0 +1,178 @@
+"""Moves images through the device: from the queue into slots, through shared steps, and out to decoding.
+
+All of it happens in the engine's thread. The order and the batch size are decided in app/engine/scheduler.py.
+"""
+
+import math
+from collections.abc import Sequence
+
+from app.engine.dispatcher import Dispatch, Dispatcher
+from app.engine.failures import Failures, log_failure
+from app.engine.intake import Intake
+from app.engine.outputs import Outputs
+from app.engine.prompt_cache import PromptCache
+from app.engine.request import Image, Request, Status
+from app.engine.scheduler import choose_batch, decode_due, steps_in_dispatch
+from app.engine.size_queue import SizeQueue
+from app.types import ActiveSlot
+
+
+class Batcher:
+    def __init__(
+        self, intake: Intake, dispatcher: Dispatcher, outputs: Outputs, failures: Failures, prompt_cache: PromptCache
+    ):
+        self.intake = intake
+        self.queues = intake.queues
+        self.changed = intake.changed
+        self.dispatcher = dispatcher
+        self.outputs = outputs
+        self.failures = failures
+        self.prompt_cache = prompt_cache
+
+    def free_cancelled(self) -> None:
+        """Requests leave their slots and the queue, however their futures have ended."""
+        for queue in self.queues.values():
+            if ended := [request for request in queue.requests if request.future.done()]:
+                with self.changed:
+                    for request in ended:
+                        queue.remove(request)
+
+    def admit(self, queue: SizeQueue) -> list[Image]:
+        """The images that share the next step; those of them that wait go into free slots."""
+        batch = choose_batch(queue, self.intake.expected_beside(queue))
+        queue.batch_size, queue.expected_arrivals = batch.batch_size, batch.expected_arrivals
+        queue.newcomer_joins = batch.newcomer_joins
+        self._encode([image.request for image in batch.images if image.request.encoded is None])
+        admitted = []
+        for image in batch.images:
+            if image.request.encoded is None:  # its prompt could not be encoded, so it has failed
+                continue
+            if image.status is Status.WAITING:
+                with self.changed:
+                    if image.request.status is Status.FINISHED:
+                        continue
+                    image.request.begin(image, queue.free_slots.pop(), self.intake.clock())
+                self.dispatcher.insert(queue, image)
+            admitted.append(image)
+        return admitted
+
+    def _encode(self, requests: Sequence[Request]) -> None:
+        """Gives each request its encoded prompts; texts in the cache cost nothing."""
+        requests = list(dict.fromkeys(requests))
+        texts = [text for request in requests for text in request.texts]
+        if missing := self.prompt_cache.missing(texts):
+            try:
+                self.prompt_cache.add(missing, self.dispatcher.encode(missing))
+                self.failures.succeeded("encode")
+            except Exception as error:
+                log_failure(f"Encoding {len(missing)} prompts failed", error)
+                for request in requests:
+                    if not all(text in self.prompt_cache for text in request.texts):
+                        self._fail(request, error)
+                self.failures.failed("encode")
+                requests = [request for request in requests if not request.future.done()]
+                texts = [text for text in texts if text in self.prompt_cache]
+        encoded = self.prompt_cache.use(texts)
+        for request in requests:
+            prompt, negative_prompt = request.texts
+            request.encoded = (encoded[prompt], encoded[negative_prompt])
+
+    def advance(self, queue: SizeQueue, images: Sequence[Image]) -> None:
+        """One dispatch of steps, up to the first at which an image ends or is shown."""
+        active = [ActiveSlot(image.slot, image.request.guided) for image in images if image.slot is not None]
+        rows = sum(slot.rows for slot in active)
+        count = steps_in_dispatch(images, queue.step_cost.step_s(rows), queue.newcomer_joins)
+        dispatch = self.dispatcher.step(queue, active, count)
+        queue.virtual_time += dispatch.predicted_s / len(queue.images)
+        queue.count_steps(count, rows, dispatch.bucket)
+        with self.changed:
+            for image, slot in zip(images, active, strict=True):
+                image.request.advance(image, count, dispatch.predicted_s * slot.rows / rows)
+                if not image.steps_left:
+                    image.last_dispatch = dispatch
+                    dispatch.denoised.append(image)
+        for image in images:
+            if image.previews_due and image.previews_due[-1] == image.steps_left:
+                self._preview(queue, image)
+
+    def _preview(self, queue: SizeQueue, image: Image) -> None:
+        number = image.request.next_preview(image)
+        assert image.slot is not None
+        try:
+            pixels = self.dispatcher.preview(queue, image.slot)
+        except Exception as error:
+            log_failure("A preview failed", error)
+            return
+        self.outputs.show(image.request, number, pixels)
+
+    def retire(self, queue: SizeQueue, running: Sequence[Image]) -> None:
+        """Denoised images are decoded, in as few programs as pays, and leave their slots at once."""
+        images = queue.images
+        denoised = [image for image in images if not image.steps_left]
+        others = len(images) - len(denoised)
+        step_s = queue.step_cost.step_s(sum(image.request.rows for image in running)) if running else 0.0
+        next_s = min((image.steps_left * step_s for image in running), default=math.inf)
+        while denoised and decode_due(queue.decode_cost, len(denoised), next_s, others):
+            bucket = queue.decode_cost.bucket(len(denoised))
+            batch, denoised = denoised[:bucket], denoised[bucket:]
+            decode_s = queue.decode_cost.decode_s[bucket]
+            slots = [image.slot for image in batch if image.slot is not None]
+            try:
+                pixels = self.dispatcher.decode(queue, slots, decode_s)
+            except Exception as error:
+                log_failure(f"A decode of {queue.name} failed", error)
+                for image in batch:
+                    self._fail(image.request, error)
+                self.failures.failed("decode")
+                denoised = [image for image in denoised if image.status is Status.RUNNING]  # others have just failed
+            else:
+                self._leave_slots(queue, batch, decode_s)
+                self.outputs.fetch(batch, decode_s, pixels)
+
+    def _leave_slots(self, queue: SizeQueue, batch: Sequence[Image], decode_s: float) -> None:
+        with self.changed:
+            for image in batch:
+                queue.free_slots.append(image.request.leave_slot(image, decode_s / len(batch)))
+                if not image.request.images:
+                    queue.requests.remove(image.request)
+
+    def settle(self, ahead: int) -> bool:
+        """Waits until no more than `ahead` dispatches are in flight; returns whether there were any."""
+        in_flight = bool(self.dispatcher.in_flight)
+        while len(self.dispatcher.in_flight) > ahead:
+            dispatch = self.dispatcher.in_flight.popleft()
+            try:
+                self.dispatcher.wait(dispatch)
+            except Exception as error:
+                self._fail_dispatch(dispatch, error)
+            else:
+                self.failures.succeeded("step")
+        return in_flight
+
+    def _fail_dispatch(self, dispatch: Dispatch, error: Exception) -> None:
+        """Also ends the images that were denoised then or later, and have left for the fetching thread already."""
+        later = [other for other in self.dispatcher.in_flight if other.queue is dispatch.queue]
+        for failed in (dispatch, *later):
+            for image in failed.denoised:
+                image.request.end(error)
+        self.fail_queue(dispatch.queue, error, counts=not dispatch.suspect)
+
+    def fail_queue(self, queue: SizeQueue, error: Exception, counts: bool = True) -> None:
+        """A failed step or insert has consumed the state, and with it every image that had begun."""
+        log_failure(f"A step of {queue.name} failed", error)
+        self.dispatcher.forget(queue)
+        self.prompt_cache.clear()  # an encoding may have failed on the device
+        for request in [request for other in self.queues.values() for request in other.requests]:
+            if any(image.status is Status.WAITING for image in request.images):
+                request.encoded = None
+        for request in queue.requests[:]:
+            if any(image.status is Status.RUNNING for image in request.images):
+                self._fail(request, error)
+        self.dispatcher.reset(queue)
+        if counts:
+            self.failures.failed("step")
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.end(error)
+        with self.changed:
+            self.queues[request.size].remove(request)

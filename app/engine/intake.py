@@ -1,0 +1,115 @@
+"""Accepts or refuses requests, and keeps all that are unfinished. Knows nothing of devices or slots.
+
+Clients' threads and the engine's thread meet here, under one lock.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from app.engine.arrival_rate import ArrivalRate
+from app.engine.errors import DeadlineUnmeetable, QueueFull
+from app.engine.request import Generated, Request, Status
+from app.engine.scheduler import answer_s, backlog_s, in_order, place_s, virtual_time_after_idling
+from app.engine.size_queue import Queued, SizeQueue
+from app.types import Size
+
+LEAST_RETRY_S = 0.1
+
+
+class Intake:
+    def __init__(self, queues: Mapping[Size, SizeQueue], max_waiting: int, clock: Callable[[], float]):
+        self.queues = queues
+        self.max_waiting = max_waiting
+        self.clock = clock
+        # Guards the arrivals, the queues and the status of requests; notified when there may be something to do.
+        self.changed = threading.Condition()
+        self.arrivals: list[Request] = []
+        self.unfinished: set[Request] = set()
+        self._arrival_rate = ArrivalRate()
+        self._outcomes = dict.fromkeys(("completed", "cancelled", "failed", "queue_full", "deadline"), 0)
+
+    def waiting(self) -> list[Request]:
+        return [request for request in self.unfinished if request.status is Status.WAITING]
+
+    def accept(self, request: Request, timeout_s: float) -> None:
+        """Takes the request for the engine's next turn, or raises QueueFull or DeadlineUnmeetable."""
+        with self.changed:
+            if len(self.waiting()) >= self.max_waiting:
+                self._outcomes["queue_full"] += 1
+                raise QueueFull(place_s(self.queued()))
+            if timeout_s < math.inf:
+                self._check_deadline(request, timeout_s)
+            self.unfinished.add(request)
+            self.arrivals.append(request)
+            self.changed.notify()
+        request.future.add_done_callback(partial(self._ended, request))
+
+    def _check_deadline(self, request: Request, timeout_s: float) -> None:
+        queue, queued = self.queues[request.size], self.queued()
+        if (estimate_s := answer_s(request, queue, queued)) > timeout_s:
+            self._outcomes["deadline"] += 1
+            # The requests that it could overtake now will have less left by then, or have waited longer.
+            last_s = answer_s(request, queue, queued, last=True)
+            raise DeadlineUnmeetable(estimate_s, max(last_s - timeout_s, LEAST_RETRY_S))
+
+    def _ended(self, request: Request, future: "Future[Generated]") -> None:
+        """However the request ended. Wakes a thread that has nothing else to do than to free its slots."""
+        outcome = "cancelled" if future.cancelled() else "failed" if future.exception() else "completed"
+        with self.changed:
+            self.unfinished.discard(request)
+            self._outcomes[outcome] += 1
+            self.changed.notify_all()
+
+    def take_arrivals(self) -> None:
+        """In the engine's thread: those that have arrived join the queues of their sizes."""
+        with self.changed:
+            for request in self.arrivals:
+                queue = self.queues[request.size]
+                if not queue.requests:
+                    queue.virtual_time = virtual_time_after_idling(queue, self.queues.values())
+                queue.requests.append(request)
+                self._arrival_rate.note(request.since, backlog_s(queue, request.images))
+            self.arrivals.clear()
+
+    def expected_beside(self, queue: SizeQueue) -> float:
+        """Requests of other sizes, and requests that should arrive before the device is idle."""
+        backlog = sum(backlog_s(other, other.images) for other in self.queues.values())
+        others = sum(len(other.requests) for other in self.queues.values() if other is not queue)
+        return others + self._arrival_rate.expected(self.clock(), backlog)
+
+    def refuse_waiting(self) -> list[Request]:
+        """The requests that have not begun; from now on none of them begins."""
+        with self.changed:
+            waiting = self.waiting()
+            for request in waiting:
+                request.refused = True
+        return waiting
+
+    def queued(self) -> Queued:
+        """What stands in each queue, with the latest arrivals at its end; call it under the lock."""
+        arrived = [image for request in self.arrivals for image in request.images]
+        return {
+            queue: [*in_order(queue), *(image for image in arrived if image.request.size == size)]
+            for size, queue in self.queues.items()
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        with self.changed:
+            queued = self.queued()
+            active = sum(queue.rows_active for queue in queued)
+            computed = sum(queue.rows_computed for queue in queued)
+            return {
+                "waiting": len(self.waiting()),
+                "unfinished": len(self.unfinished),
+                "active_slots": sum(queue.active for queue in queued),
+                "num_slots": sum(queue.num_slots for queue in queued),
+                "backlog_s": sum(backlog_s(queue, images) for queue, images in queued.items()),
+                "bucket_fill": active / computed if computed else 1.0,
+                "sizes": {queue.name: queue.stats(images) for queue, images in queued.items()},
+                "requests": dict(self._outcomes),
+            }

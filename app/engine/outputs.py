@@ -1,0 +1,76 @@
+"""Brings pixels to the host and completes requests, in a thread of its own. Knows nothing of slots and schedules."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+
+from app.engine.dispatcher import Dispatcher
+from app.engine.failures import Failures, log_failure
+from app.engine.request import Image, Request, Status
+
+
+class Outputs:
+    """One thread fetches all, so that a request's previews and images arrive in the order of the device."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        dispatcher: Dispatcher,
+        failures: Failures,
+        default_sampler: str,
+        clock: Callable[[], float],
+    ):
+        self.executor = executor
+        self.dispatcher = dispatcher
+        self.failures = failures
+        self.default_sampler = default_sampler
+        self.clock = clock
+
+    def fetch(self, batch: Sequence[Image], decode_s: float, pixels: Any) -> None:
+        self.executor.submit(self._fetch, batch, decode_s, pixels)
+
+    def show(self, request: Request, number: int, pixels: Any) -> None:
+        self.executor.submit(self._show, request, number, pixels)
+
+    def _fetch(self, batch: Sequence[Image], decode_s: float, pixels: Any) -> None:
+        """Whatever fails, the requests of these images end. The engine's thread frees the slots of their others."""
+        try:
+            denoised, images = self._read(batch, pixels)
+        except BaseException as error:
+            self.failures.read_failed()
+            for image in batch:
+                image.request.end(error)
+            log_failure("Decoded pixels could not be fetched", error)
+            return
+        finally:
+            self.dispatcher.fetched(decode_s)
+        self.failures.read()
+        for image, at, decoded in zip(batch, denoised, images, strict=True):
+            request = image.request
+            try:
+                if request.receive(image, decoded, at):
+                    request.end(request.generated(self.default_sampler, self.clock()))
+            except BaseException as error:
+                request.end(error)
+                log_failure("A request could not be completed", error)
+
+    def _read(self, batch: Sequence[Image], pixels: Any) -> tuple[list[float], np.ndarray]:
+        """When each image's denoising ended, and the decoded images."""
+        with self.dispatcher.call("read"):
+            denoised = [self.dispatcher.denoised_at(image) for image in batch]
+            images = np.asarray(pixels)
+        if images.ndim != 4 or len(images) < len(batch):
+            raise ValueError(f"decode must return {len(batch)} or more images, got an array of shape {images.shape}.")
+        return denoised, images[: len(batch)]
+
+    def _show(self, request: Request, number: int, pixels: Any) -> None:
+        """A preview that fails is no reason to lose the image."""
+        try:
+            if request.status is not Status.FINISHED and request.on_preview is not None:
+                with self.dispatcher.call("read"):
+                    image = np.asarray(pixels)[0]
+                request.on_preview(number, image)
+        except Exception as error:
+            log_failure("A preview failed", error)

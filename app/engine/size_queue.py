@@ -1,0 +1,85 @@
+"""What the engine keeps for each size: unfinished requests, slots, the device's state and cost models. Plain data."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from app.engine.cost_model import DecodeCost, StepCost
+from app.engine.request import Image, Request, Status
+from app.engine.verbs import Verbs
+from app.types import Size
+
+BUCKET_FILL_DECAY = 0.99  # by each dispatch, of those before it
+
+
+@dataclasses.dataclass(eq=False)
+class SizeQueue:
+    """Images of different sizes never share a step, so each size has a queue of its own."""
+
+    size: Size
+    state: Any  # on the device
+    step_cost: StepCost
+    decode_cost: DecodeCost
+    free_slots: list[int]
+    num_slots: int
+    gain: float  # least gain in rows per second for which a larger bucket is taken
+    fixed_batch_size: int | None = None  # overrides the cost model
+    requests: list[Request] = dataclasses.field(default_factory=list)  # with images that are waiting or running
+    virtual_time: float = 0.0  # device time had, divided by the images in the queue; the least goes next
+    expected_arrivals: float = 0.0  # requests before the device is idle
+    batch_size: int = 0
+    newcomer_joins: bool = False  # a request that arrived now would share the next step
+    steps: int = 0
+    rows_active: float = 0.0  # decaying sum of the rows of active slots
+    rows_computed: float = 0.0  # and of the buckets that held them
+
+    @classmethod
+    def of(cls, size: Size, pipeline: Verbs, gain: float, fixed_batch_size: int | None) -> "SizeQueue":
+        return cls(
+            size,
+            pipeline.empty_state(size),
+            StepCost({rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets}),
+            DecodeCost({images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets}),
+            free_slots=list(range(pipeline.num_slots))[::-1],
+            num_slots=pipeline.num_slots,
+            gain=gain,
+            fixed_batch_size=fixed_batch_size,
+        )
+
+    @property
+    def name(self) -> str:
+        return f"{self.size[0]}x{self.size[1]}"
+
+    @property
+    def active(self) -> int:
+        return self.num_slots - len(self.free_slots)
+
+    @property
+    def images(self) -> list[Image]:
+        """In no particular order; the denoised ones that are not decoded yet are among them."""
+        return [image for request in self.requests for image in request.images]
+
+    def count_steps(self, steps: int, rows: int, bucket: int) -> None:
+        self.steps += steps
+        self.rows_active = self.rows_active * BUCKET_FILL_DECAY + rows
+        self.rows_computed = self.rows_computed * BUCKET_FILL_DECAY + bucket
+
+    def remove(self, request: Request) -> None:
+        """Takes a request that has ended out of the queue and its slots."""
+        self.free_slots += request.leave()
+        if request in self.requests:
+            self.requests.remove(request)
+
+    def stats(self, images: Sequence[Image]) -> dict[str, Any]:
+        """Plain numbers, for JSON. `images` are those that are not denoised yet."""
+        return {
+            "step_s": {str(rows): seconds for rows, seconds in self.step_cost.table().items()},
+            "images_at_once": self.batch_size,
+            "active": self.active,
+            "waiting": sum(image.status is Status.WAITING for image in images),
+            "steps": self.steps,
+        }
+
+
+# For each size the images that are not denoised yet, in their order; at its end those that have just arrived.
+Queued = Mapping[SizeQueue, Sequence[Image]]

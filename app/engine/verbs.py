@@ -1,0 +1,44 @@
+"""The verbs that the engine needs of a pipeline. Knows nothing of what computes them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from app.diffusion.samplers import SamplerTable
+from app.types import ActiveSlot, Size
+
+
+class Verbs(Protocol):
+    """A pipeline, or its stand-in (app/engine/virtual.py).
+
+    Verbs only dispatch work to the device. What blocks is `wait`, and `np.asarray` of decoded pixels. `insert` and
+    `step` consume the state that they are given.
+    """
+
+    num_slots: int
+    sizes: tuple[Size, ...]
+    row_buckets: tuple[int, ...]
+    decode_buckets: tuple[int, ...]
+    default_sampler: str
+
+    @property
+    def step_s(self) -> Mapping[tuple[Size, int], float]: ...  # seconds of a step by size and row bucket
+    @property
+    def decode_s(self) -> Mapping[tuple[Size, int], float]: ...  # seconds of a decode by size and decode bucket
+
+    def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable: ...
+    def empty_state(self, size: Size) -> Any: ...
+    def encode(self, texts: Sequence[str]) -> list[Any]: ...
+    def insert(
+        self,
+        state: Any,
+        slot: int,
+        prompt: Any,
+        negative_prompt: Any,
+        table: SamplerTable,
+        guidance_scale: float,
+        seed: int,
+    ) -> Any: ...
+    def step(self, state: Any, active: Sequence[ActiveSlot], count: int) -> tuple[Any, Any]: ...
+    def decode(self, state: Any, slots: Sequence[int]) -> Any: ...
+    def preview(self, state: Any, slot: int) -> Any: ...
+    def wait(self, done: Any) -> None: ...
