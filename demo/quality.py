@@ -1,9 +1,9 @@
-"""Measures the demo model: pictures from captions that its training never saw, judged by a program.
+"""Measures the demo model: a program judges its pictures of captions that its training never saw.
 
-    python -m demo.quality            # prints the table; exit 1 where a bar is missed
+    python -m demo.quality            # prints the table; exit status 1 if a bar is missed
 
-The captions are drawn from the held-out combinations of demo/scenes.py, the judge is `scenes.check`, and the pictures
-come from the engine that is served. Everything is fixed by --seed, so two runs print the same table.
+The captions describe held-out combinations of demo/scenes, and the judge is `scenes.check`. The engine that is served
+generates the pictures. --seed fixes everything, so two runs print the same table.
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ SIZE = (128, 128)
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class Sample:
+    """A caption, the picture that was generated from it, and what the judge says of that."""
+
     scene: scenes.Scene
     caption: str
     picture: np.ndarray
@@ -35,21 +37,21 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One line of the table: the share of captions that must satisfy `claim`."""
+    """A row of the table: the share of captions for which `holds` must be true."""
 
     objects: int
     name: str
-    claim: Callable[[scenes.Verdict], bool]
-    least: float | None  # None: reported, no bar
+    holds: Callable[[scenes.Verdict], bool]
+    required: float | None  # None: reported only
 
     @property
     def captions(self) -> str:
         return f"{self.objects} object{'s' * (self.objects > 1)}"
 
-    def of(self, judged: Sequence[tuple[scenes.Scene, scenes.Verdict]]) -> tuple[int, int]:
-        """How many captions of so many satisfy it."""
-        held = [self.claim(verdict) for scene, verdict in judged if len(scene.things) == self.objects]
-        return sum(held), len(held)
+    def count(self, judged: Sequence[tuple[scenes.Scene, scenes.Verdict]]) -> tuple[int, int]:
+        """The number of captions that meet it, and the number of all with so many objects."""
+        outcomes = [self.holds(verdict) for scene, verdict in judged if len(scene.things) == self.objects]
+        return sum(outcomes), len(outcomes)
 
 
 BARS = (
@@ -82,21 +84,21 @@ def main() -> str:
         pipeline.table(args.sampler, args.steps)
     except ValueError as error:
         raise Invalid(str(error)) from None
-    wanted = captions(args.split, args.count, args.seed)
+    captioned = captions(args.split, args.count, args.seed)
     pipeline.warmup()
-    engine = Engine(pipeline, max_waiting=len(wanted))
-    prompts = [caption for _, caption in wanted]
-    pictures = draw(engine, args.sampler, args.steps, prompts, args.guidance_scale, args.seed)
-    judged = [
-        Judged(scene, caption, picture, scenes.check(picture, scene))
-        for (scene, caption), picture in zip(wanted, pictures, strict=True)
+    engine = Engine(pipeline, max_waiting=len(captioned))
+    prompts = [caption for _, caption in captioned]
+    pictures = generate(engine, args.sampler, args.steps, prompts, args.guidance_scale, args.seed)
+    samples = [
+        Sample(scene, caption, picture, scenes.check(picture, scene))
+        for (scene, caption), picture in zip(captioned, pictures, strict=True)
     ]
     passed = report(
-        judged,
+        samples,
         f"{args.sampler or pipeline.default_sampler}, {args.steps} steps, guidance "
         f"{args.guidance_scale:g}, {args.split} captions, seed {args.seed}",
     )
-    save_sheets(judged, args.out)
+    save_sheets(samples, args.out)
     if not passed:
         raise Stop(f"A bar was missed. What failed stands in {args.out}.")
     return f"All bars are met. Sheets of the pictures stand in {args.out}."
@@ -105,14 +107,14 @@ def main() -> str:
 def captions(split: scenes.Split, count: int, seed: int) -> list[tuple[scenes.Scene, str]]:
     """`count` one-object scenes and `count` two-object scenes, with their captions."""
     rng = np.random.default_rng([seed, 99])
-    drawn = [scenes.sample_scene(rng, split, objects) for objects in (1, 2) for _ in range(count)]
-    return [(scene, scenes.caption(scene, rng)) for scene in drawn]
+    sampled = [scenes.sample_scene(rng, split, objects) for objects in (1, 2) for _ in range(count)]
+    return [(scene, scenes.caption(scene, rng)) for scene in sampled]
 
 
-def draw(
+def generate(
     engine: Engine, sampler: str | None, steps: int, prompts: Sequence[str], guidance_scale: float, seed: int
 ) -> list[np.ndarray]:
-    """One picture for each prompt, by the engine that is served."""
+    """Generates one picture for each prompt."""
     engine.start()
     (width, height) = SIZE
     futures = [
@@ -130,41 +132,42 @@ def draw(
     return pictures
 
 
-def report(judged: Sequence[Judged], setting: str) -> bool:
-    """Prints the table; whether every bar is met."""
-    table = Table(title=f"Demo model: {setting}")
+def report(samples: Sequence[Sample], title: str) -> bool:
+    """Prints the table. Returns whether every bar is met."""
+    table = Table(title=f"Demo model: {title}")
     for heading in ("captions", "claim", "right", "share", "bar", ""):
         table.add_column(heading)
-    verdicts = [(one.scene, one.verdict) for one in judged]
+    verdicts = [(sample.scene, sample.verdict) for sample in samples]
     passed = True
     for bar in BARS:
-        right, total = bar.of(verdicts)
+        right, total = bar.count(verdicts)
         share = right / total
-        met = bar.least is None or share >= bar.least
+        met = bar.required is None or share >= bar.required
         passed &= met
         table.add_row(
             bar.captions,
             bar.name,
             f"{right}/{total}",
             f"{share:.1%}",
-            "" if bar.least is None else f"{bar.least:.0%}",
-            "" if bar.least is None else "met" if met else "MISSED",
+            "" if bar.required is None else f"{bar.required:.0%}",
+            "" if bar.required is None else "met" if met else "MISSED",
         )
     Console(width=100).print(table)
     return passed
 
 
-def save_sheets(judged: Sequence[Judged], out: Path) -> None:
-    """All that failed, with what was seen instead; and a sample of everything."""
+def save_sheets(samples: Sequence[Sample], out: Path) -> None:
+    """Saves two sheets: what failed, with what the judge saw instead; and a selection of all samples."""
     out.mkdir(parents=True, exist_ok=True)
-    failures = [one for one in judged if not one.verdict.right]
-    sample = judged[:: max(1, len(judged) // 40)]
-    for name, chosen in (("failures", failures), ("sample", sample)):
+    failures = [sample for sample in samples if not sample.verdict.right]
+    selection = samples[:: max(1, len(samples) // 40)]
+    for name, chosen in (("failures", failures), ("sample", selection)):
         if chosen:
             notes = [
-                one.caption if one.verdict.right else f"{one.caption} (seen: {one.verdict.seen})" for one in chosen
+                sample.caption if sample.verdict.right else f"{sample.caption} (seen: {sample.verdict.seen})"
+                for sample in chosen
             ]
-            contact_sheet([one.picture for one in chosen], notes, columns=8, cell=128).save(out / f"{name}.png")
+            contact_sheet([sample.picture for sample in chosen], notes, columns=8, cell=128).save(out / f"{name}.png")
             say(f"{len(chosen)} in {out / f'{name}.png'}")
 
 

@@ -200,7 +200,7 @@ def claims(drawn: Sequence[Drawn], scenes: Sequence[Scene]) -> list[tuple[str, .
     ]
     rows = []
     for bar in quality.BARS:
-        counts = [bar.of(one) for one in judged]
+        counts = [bar.count(one) for one in judged]
         if counts[0][1]:
             rows.append((f"{bar.captions}, {bar.name}", *(f"{right}/{total}" for right, total in counts)))
     return rows

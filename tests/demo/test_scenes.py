@@ -9,12 +9,12 @@ from PIL import Image, ImageFilter
 from demo import scenes
 from demo.scenes import Pixels, Scene, Seen, Split, Thing
 
-Looked = list[tuple[Scene, Seen]]
+Observations = list[tuple[Scene, Seen]]
 ROUND_RED = Thing("circle", "red", 0.5, 0.5, 0.5)
 
 
-def like_a_round_trip(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Softened, shifted in colour and noisy, as a picture is after a VAE."""
+def as_a_vae_returns_it(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """Blurs the picture, shifts its colours and adds noise, as a VAE does."""
     soft = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.9)), np.float64)
     shifted = soft * rng.uniform(0.94, 1.06, 3) + rng.uniform(-8, 8, 3) + rng.normal(0, 5, image.shape)
     return np.clip(shifted.round(), 0, 255).astype(np.uint8)
@@ -26,23 +26,23 @@ def some_scenes(seed: int, count: int, split: Split = "train", objects: int | No
 
 
 @pytest.fixture(scope="module")
-def clean() -> Looked:
+def clean() -> Observations:
     return [(scene, scenes.look(scenes.draw(scene))) for scene in some_scenes(1, 60)]
 
 
 @pytest.fixture(scope="module")
-def distorted() -> Looked:
+def distorted() -> Observations:
     rng = np.random.default_rng(2)
-    drawn = some_scenes(3, 50) + some_scenes(4, 30, "held_out")
-    return [(scene, scenes.look(like_a_round_trip(scenes.draw(scene), rng))) for scene in drawn]
+    sampled = some_scenes(3, 50) + some_scenes(4, 30, "held_out")
+    return [(scene, scenes.look(as_a_vae_returns_it(scenes.draw(scene), rng))) for scene in sampled]
 
 
-def test_the_checker_accepts_true_drawings(clean: Looked) -> None:
+def test_the_checker_accepts_true_drawings(clean: Observations) -> None:
     verdicts = [scenes.judge(seen, scene) for scene, seen in clean]
     assert all(verdict.right for verdict in verdicts), [verdict for verdict in verdicts if not verdict.right]
 
 
-def test_the_checker_accepts_drawings_as_a_vae_returns_them(distorted: Looked) -> None:
+def test_the_checker_accepts_drawings_as_a_vae_returns_them(distorted: Observations) -> None:
     verdicts = [scenes.judge(seen, scene) for scene, seen in distorted]
     assert all(verdict.right for verdict in verdicts), [verdict for verdict in verdicts if not verdict.right]
 
@@ -75,22 +75,22 @@ def falsehoods(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]
     return changed
 
 
-def test_the_checker_rejects_every_false_claim(clean: Looked, distorted: Looked) -> None:
+def test_the_checker_rejects_every_false_claim(clean: Observations, distorted: Observations) -> None:
     rng = np.random.default_rng(5)
     for scene, seen in clean + distorted:
         for claim, false_scene in falsehoods(scene, rng):
             verdict = scenes.judge(seen, false_scene)
-            said = getattr(verdict, claim)
+            outcome = getattr(verdict, claim)
             assert not verdict.right, (claim, scene, false_scene)
-            assert not (all(said) if isinstance(said, tuple) else said), (claim, scene, false_scene)
+            assert not (all(outcome) if isinstance(outcome, tuple) else outcome), (claim, scene, false_scene)
 
 
-def test_colours_exchanged_between_two_things_are_rejected(clean: Looked) -> None:
+def test_colours_exchanged_between_two_things_are_rejected(clean: Observations) -> None:
     for scene, seen in clean:
         if scene.relation is not None and len({thing.colour for thing in scene.things}) == 2:
-            one, other = scene.things
-            if one.kind != other.kind:
-                exchanged = (replace(one, colour=other.colour), replace(other, colour=one.colour))
+            first, second = scene.things
+            if first.kind != second.kind:
+                exchanged = (replace(first, colour=second.colour), replace(second, colour=first.colour))
                 assert not scenes.judge(seen, replace(scene, things=exchanged)).right
 
 
@@ -99,7 +99,7 @@ def test_an_empty_background_shows_nothing(background: str) -> None:
     assert scenes.look(scenes.draw(Scene(background, ()))) == Seen(background, ())
 
 
-def test_noise_and_nondescript_blots_are_no_kind() -> None:
+def test_noise_and_plain_bars_have_no_kind() -> None:
     noise = scenes.look(np.random.default_rng(0).integers(0, 256, (128, 128, 3)).astype(np.uint8))
     assert noise.background is None
     assert all(thing.kind is None for thing in noise.things)
@@ -109,18 +109,18 @@ def test_noise_and_nondescript_blots_are_no_kind() -> None:
 
 
 def test_one_thing_too_many_is_rejected() -> None:
-    said = Scene("day", (replace(ROUND_RED, x=0.25, size=0.4),))
-    extra = replace(said, things=(*said.things, Thing("boat", "blue", 0.75, 0.5, 0.4)))
-    assert scenes.check(scenes.draw(said), said).right
-    assert not scenes.check(scenes.draw(extra), said).right
+    scene = Scene("day", (replace(ROUND_RED, x=0.25, size=0.4),))
+    extra = replace(scene, things=(*scene.things, Thing("boat", "blue", 0.75, 0.5, 0.4)))
+    assert scenes.check(scenes.draw(scene), scene).right
+    assert not scenes.check(scenes.draw(extra), scene).right
 
 
-def test_where_and_how_large_is_free_unless_said() -> None:
-    said = Scene("snow", (ROUND_RED,))
+def test_place_and_size_are_free_unless_the_caption_names_them() -> None:
+    claimed = Scene("snow", (ROUND_RED,))
     drawn = Scene("snow", (Thing("circle", "red", 0.38, 0.62, 0.62),))
-    assert scenes.check(scenes.draw(drawn), said).right
-    assert not scenes.check(scenes.draw(drawn), replace(said, size_word="small")).right
-    assert not scenes.check(scenes.draw(drawn), replace(said, place="right")).right
+    assert scenes.check(scenes.draw(drawn), claimed).right
+    assert not scenes.check(scenes.draw(drawn), replace(claimed, size_word="small")).right
+    assert not scenes.check(scenes.draw(drawn), replace(claimed, place="right")).right
 
 
 def test_the_verdict_says_what_was_seen() -> None:
@@ -138,42 +138,42 @@ def test_captions_use_only_the_vocabulary_and_use_all_of_it() -> None:
 def test_captions_state_every_claim_and_no_other() -> None:
     rng = np.random.default_rng(7)
     for scene in some_scenes(7, 500):
-        said = scenes.caption(scene, rng)
-        assert scenes.BACKGROUNDS[scene.background].removeprefix("on a ") in said.replace("gray", "grey"), said
-        assert all(f"{thing.colour} {thing.kind}" in said for thing in scene.things), said
-        assert any(phrase in said for phrase in scenes.PLACES.values()) == (scene.place is not None), said
+        text = scenes.caption(scene, rng)
+        assert scenes.BACKGROUNDS[scene.background].removeprefix("on a ") in text.replace("gray", "grey"), text
+        assert all(f"{thing.colour} {thing.kind}" in text for thing in scene.things), text
+        assert any(phrase in text for phrase in scenes.PLACES.values()) == (scene.place is not None), text
         for size, words in scenes.SIZES.items():
-            assert any(word in said.split() for word in words) == (scene.size_word == size), said
+            assert any(word in text.split() for word in words) == (scene.size_word == size), text
 
 
-def test_a_relation_may_be_told_from_either_side() -> None:
+def test_a_caption_names_a_relation_from_either_side() -> None:
     house, sun = Thing("house", "red", 0.5, 0.75, 0.4), Thing("sun", "yellow", 0.5, 0.25, 0.4)
     rng = np.random.default_rng(8)
-    told = {scenes.caption(Scene("dusk", (house, sun), relation="below"), rng) for _ in range(200)}
-    assert {"a red house under a yellow sun at dusk", "at dusk, a yellow sun over a red house"} <= told
-    assert all(("house" in one.split("sun")[0]) == ("under" in one or "below" in one) for one in told)
+    captions = {scenes.caption(Scene("dusk", (house, sun), relation="below"), rng) for _ in range(200)}
+    assert {"a red house under a yellow sun at dusk", "at dusk, a yellow sun over a red house"} <= captions
+    assert all(("house" in text.split("sun")[0]) == ("under" in text or "below" in text) for text in captions)
 
 
-def looks(scene: Scene) -> list[tuple[str, str]]:
+def coloured_kinds(scene: Scene) -> list[tuple[str, str]]:
     return [(thing.kind, thing.colour) for thing in scene.things]
 
 
 def test_training_scenes_hold_nothing_held_out() -> None:
     for scene in some_scenes(9, 3000):
-        assert not any(scenes.held_out_triple(kind, colour, scene.background) for kind, colour in looks(scene))
-        assert not any(scenes.held_out_pair(one, other) for one, other in combinations(looks(scene), 2))
+        assert not any(scenes.held_out_triple(kind, colour, scene.background) for kind, colour in coloured_kinds(scene))
+        assert not any(scenes.held_out_pair(*pair) for pair in combinations(coloured_kinds(scene), 2))
 
 
 def test_held_out_scenes_are_all_held_out() -> None:
     for scene in some_scenes(10, 300, "held_out", 1):
-        assert scenes.held_out_triple(*looks(scene)[0], scene.background)
+        assert scenes.held_out_triple(*coloured_kinds(scene)[0], scene.background)
     for scene in some_scenes(11, 300, "held_out", 2):
-        assert scenes.held_out_pair(*looks(scene))
+        assert scenes.held_out_pair(*coloured_kinds(scene))
 
 
 def test_a_tenth_is_held_out_and_always_the_same_tenth() -> None:
     coloured = list(product(scenes.KINDS, scenes.COLOURS))
-    triples = [(*look, background) for look in coloured for background in scenes.BACKGROUNDS]
+    triples = [(*thing, background) for thing in coloured for background in scenes.BACKGROUNDS]
     pairs = list(combinations(coloured, 2))
     assert sum(scenes.held_out_triple(*triple) for triple in triples) == 111  # of 1024
     assert sum(scenes.held_out_pair(*pair) for pair in pairs) == 820  # of 8128
@@ -207,7 +207,7 @@ def test_every_colour_stands_out_from_every_background(colour: str, background: 
     assert distances.min() > 60
 
 
-def test_senseless_requests_are_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="objects must be 1, 2 or None, got 3"):
         scenes.sample_scene(rng, objects=3)
