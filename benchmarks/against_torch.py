@@ -8,7 +8,6 @@ initialises them. The two outputs must agree before anything is timed. PyTorch r
 diffusers, in the quicker of its two memory formats. This needs the `parity` extra.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 
 from benchmarks.figures import Figure, conclude
 from benchmarks.report import machine
+from cluster.cli import Parser, UserError, run_command
 
 ROOT = Path(__file__).parents[1]
 GUIDED = 2  # rows of a step
@@ -60,7 +60,7 @@ class Held:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--runs", type=int, default=7, help="timings of each side")
     arguments = parser.parse_args()
@@ -90,7 +90,7 @@ def measure(name: str, case: Case, runs: int, threads: int) -> Figure:
     jax_step = in_jax(config, weights, latents, timesteps, embeds)
     expected, got = torch_step(), jax_step()
     if not (off := float(np.abs(got - expected).max() / np.abs(expected).max())) <= AGREE:
-        raise SystemExit(f"{name}: our output differs from PyTorch's by {off:.1e} of the largest value.")
+        raise UserError(f"{name}: our output differs from PyTorch's by {off:.1e} of the largest value.")
     figure = Figure(f"{threads} threads", name, "guided step, s", case.bar, against="diffusers in PyTorch, eager")
     for _ in range(runs):
         figure.add(seconds(jax_step, case.steps), seconds(torch_step, case.steps))
@@ -152,7 +152,7 @@ def in_jax(
     held: Any = {name: Held(tensor) for name, tensor in weights.items()}
     unet = load_module(lambda: UNet(unet_config, dtype=jnp.float32, rngs=rngs), held, "unet", problems, problems)
     if problems:
-        raise SystemExit("\n".join(problems))
+        raise UserError("\n".join(problems))
     graph, params = nnx.split(unet)
     call = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
     return lambda: np.asarray(call(params, latents, timesteps, embeds))
@@ -167,4 +167,4 @@ def seconds(call: Callable[[], object], steps: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

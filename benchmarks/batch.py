@@ -18,10 +18,10 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, conclude
 from benchmarks.report import OUTPUTS, machine
+from cluster.cli import Parser, UserError, run_command
 from cluster.job import follow, submit
 from cluster.local.state import RUN_DIR
 from cluster.places import LOCAL, dashboard_of, isolate
-from cluster.terminal import Stop, run
 from jobs.prompts import Row, read
 from jobs.settings import Settings
 
@@ -29,8 +29,8 @@ BAR = 0.95
 CONFIG = Path("serve_config.yaml")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(__doc__)
     parser.add_argument("--rows", type=int, default=200, help="of a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)  # for the process that runs the engine alone
@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.engine:
         print(engine_alone(args.engine))
-        return
+        return 0
     run_dir = args.run_dir.resolve()
     isolate(LOCAL, run_dir)
     folder = OUTPUTS / "bench-batch"
@@ -52,14 +52,14 @@ def main() -> None:
         alone = in_a_process(prompts)
         figure.add(by_the_job(prompts, folder / "out", run_dir), alone)
     title = "Batch generation over the saturated engine"
-    sys.exit(conclude("batch", title, [figure], machine(), {"rows": args.rows, "rounds": args.rounds}))
+    return conclude("batch", title, [figure], machine(), {"rows": args.rows, "rounds": args.rounds})
 
 
 def in_a_process(prompts: Path) -> float:
     command = [sys.executable, "-m", "benchmarks.batch", "--engine", str(prompts)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise Stop(f"The engine alone failed: {done.stderr.strip()}")
+        raise UserError(f"The engine alone failed: {done.stderr.strip()}")
     return float(done.stdout.split()[-1])
 
 
@@ -89,7 +89,7 @@ def by_the_job(prompts: Path, out: Path, run_dir: Path) -> float:
     with dashboard_of(LOCAL, run_dir) as dashboard:
         arguments = ["--prompts", str(prompts), "--out", str(out), "--hosts", "1"]
         if status := follow(dashboard, submit(dashboard, "batch_generate", arguments, {})):
-            raise Stop(f"The job failed with exit status {status}.")
+            raise UserError(f"The job failed with exit status {status}.")
     return rate([json.loads(line)["ended"] for line in (out / "manifest.jsonl").read_text().splitlines()])
 
 
@@ -98,4 +98,4 @@ def rate(ended: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

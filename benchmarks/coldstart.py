@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.figures import Figure, conclude
 from benchmarks.report import machine
+from cluster.cli import Parser, UserError, run_command
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ MEASURES = {"seconds": "process start to ready, s", "warmup": "of which programs
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--runs", type=int, default=5, help="pairs of a cold and a warm start (%(default)s)")
     parser.add_argument("--start", nargs=2, type=Path, metavar=("MODEL", "PROGRAMS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,10 +99,10 @@ def timed_start(model: Path, programs: Path, expected: str) -> dict[str, Any]:
         line = process.stdout.readline()
         seconds = time.perf_counter() - began
     if process.returncode:
-        raise SystemExit(f"the start failed with exit code {process.returncode}.")
+        raise UserError(f"The start failed with exit code {process.returncode}.")
     report: dict[str, Any] = json.loads(line)
     if set(report["how"]) != {expected}:
-        raise SystemExit(f"every program must be {expected} in this start, got {report['how']}.")
+        raise UserError(f"Every program must be {expected} in this start, got {report['how']}.")
     return report | {"seconds": seconds, "processor": processor_seconds() - used}
 
 
@@ -154,4 +155,4 @@ def width(size: int, over: int, text: dict[int, int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -11,9 +11,7 @@ The baseline (benchmarks/whole_batch.py) is tuned for each load on the very arri
 (benchmarks/tuning.py).
 """
 
-import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -27,6 +25,7 @@ from benchmarks.paced import SD1_DECODE_STEPS, Pace, PacedPipeline
 from benchmarks.report import log, machine
 from benchmarks.tuning import Load, saturated, served_in_batches, tuned
 from benchmarks.whole_batch import PREDECESSOR, Picture, batch_seconds, draw
+from cluster.cli import Parser, run_command
 from loadtest.arrivals import Seconds, poisson
 
 MIXED_LOAD = 0.6  # of the tuned baseline's capacity
@@ -148,7 +147,7 @@ def in_turns(device: Device, load: Load) -> Iterator[tuple[Offered, Offered]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--device", choices=("demo", "paced", "both"), default="both", help="(%(default)s)")
     parser.add_argument("--workload", choices=("lone", "equal", "mixed", "all"), default="all", help="(%(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="of each system (%(default)s)")
@@ -185,4 +184,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

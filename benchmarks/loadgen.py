@@ -33,6 +33,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.report import machine, write
+from cluster.cli import Parser, run_command
 from cluster.local.state import ROOT
 
 RATE_BAR = 1000.0  # requests a second
@@ -207,7 +208,7 @@ def errors(rate: float, duration_s: float, table: Table) -> list[dict[str, Any]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--serve", choices=("at-once", "delayed"), help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=("rate", "percentiles", "all"), default="all", help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="short runs, as a check")
@@ -234,4 +235,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -10,10 +10,8 @@ stream of equal guided requests and a stream of equal unguided ones, with the sa
 mix is compared with a row of its own kind, so the ratio is the price of mixing alone.
 """
 
-import argparse
 import asyncio
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +34,7 @@ from benchmarks.local_cluster import TIMEOUT_S, leave, local_cluster
 from benchmarks.paced import Pace, PacedPipeline
 from benchmarks.report import log, machine
 from benchmarks.whole_batch import Images, Picture, draw
+from cluster.cli import Parser, run_command
 from cluster.local.state import running
 
 RUN_DIR = ROOT / ".run" / "bench"
@@ -198,7 +197,7 @@ def read_config() -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--part", choices=("http", "mixed", "all"), default="all", help="(%(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="of each side (%(default)s)")
     parser.add_argument("--requests", type=int, default=48, help="in each run (%(default)s)")
@@ -222,4 +221,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -7,9 +7,7 @@ the same arrivals, and the step times that the engine measured in that run. Warm
 and so too short for a busy machine; the decode times are scaled alike. The latencies must agree within 20 %.
 """
 
-import argparse
 import dataclasses
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +24,7 @@ from benchmarks.load import equal_requests, offer
 from benchmarks.paced import Size
 from benchmarks.report import log, machine
 from capacity.simulate import Load, Timings, simulate
+from cluster.cli import Parser, run_command
 from loadtest.arrivals import poisson
 
 SHARES = (0.3, 0.6, 0.8)  # loads, as shares of the engine's highest throughput
@@ -122,7 +121,7 @@ def compare(runs: int, count: int) -> list[Figure]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--count", type=int, default=100, help="requests of each load")
     arguments = parser.parse_args()
@@ -134,4 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

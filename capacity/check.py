@@ -6,14 +6,13 @@ should be and what pictures would cost:
 Exit status: 0; 1 where a program does not fit or is refused; 2 after a wrong call. All times are modelled.
 """
 
-import argparse
 import json
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,7 +26,8 @@ from capacity.hosts import Priced, label, priced_hosts
 from capacity.libtpu import compile_only, missing
 from capacity.price import GIB, MIB, Price
 from capacity.pricing import Outcome, Task, price_all
-from cluster.terminal import Progress, Stop, run, say, span
+from cluster.cli import Parser, UsageError, UserError, run_command
+from cluster.terminal import Progress, format_duration, say
 
 SHOWN = {  # share of the time, in percent
     "self-attention": "self-attn",
@@ -41,7 +41,7 @@ WIDTH = 160  # of tables where the output is no terminal
 
 
 def check(asked: Asked, hosts: Sequence[Host], cache: Path) -> list[Priced]:
-    """Prices all programs on all hosts. Raises Stop for a model that cannot be served."""
+    """Prices all programs on all hosts. Raises UserError for a model that cannot be served."""
     compile_only()
     from capacity.programs import keys_of, pipeline_of, resident_bytes
 
@@ -50,7 +50,7 @@ def check(asked: Asked, hosts: Sequence[Host], cache: Path) -> list[Priced]:
         try:
             pipeline = pipeline_of(asked.served, host)
         except ValueError as error:
-            raise Stop(str(error)) from None
+            raise UserError(str(error)) from None
         resident[host] = resident_bytes(pipeline)
         keys = keys_of(pipeline.programs, host)
         tasks += [Task(asked.served, host, program.name, keys[program.name]) for program in pipeline.programs]
@@ -86,7 +86,8 @@ class News:
 
     def conclude(self) -> None:
         compiled = self.done - self.cached
-        say(f"{compiled} programs compiled in {span(self.progress.elapsed)}, {self.cached} known from before.")
+        took = format_duration(self.progress.elapsed)
+        say(f"{compiled} programs compiled in {took}, {self.cached} known from before.")
 
 
 def evaluations_of(asked: Asked, scheduler: Mapping[str, Any]) -> tuple[str, int]:
@@ -203,13 +204,8 @@ def report(asked: Asked, hosts: Sequence[Priced], sampler: str, evaluations: int
     }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{message[0].upper()}{message[1:]}.\n")
-
-
-def command() -> None:
-    parser = Parser(prog="capacity.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command() -> int:
+    parser = Parser(__doc__)
     parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
     parser.add_argument("--cluster", type=Path, default=Path("cluster.yaml"), help="whose TPU nodes, without --tpu")
     parser.add_argument(
@@ -221,12 +217,12 @@ def command() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache/tpu-prices"))
     arguments = parser.parse_args()
     if reason := missing():
-        parser.exit(2, f"{reason}\n")
+        raise UsageError(reason)
     try:
         asked = asked_of(arguments.config, arguments.model)
         hosts = check(asked, hosts_of(arguments.tpu, arguments.cluster, arguments.dollars), arguments.cache)
-    except Stop as reason:
-        parser.exit(2, f"{reason}\n")
+    except UserError as error:
+        raise UsageError(str(error)) from None
     sampler, evaluations = evaluations_of(asked, scheduler_of(asked))
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
@@ -242,8 +238,9 @@ def command() -> None:
     say(f"The same figures and more: {arguments.json}. Dollars: Google's {PRICES_OF}, or DOLLARS=.")
     if wrong:
         print("\n".join(wrong), file=sys.stderr)
-        sys.exit(1)
+        return 1
     say("Every program compiles and fits.")
+    return 0
 
 
 def scheduler_of(asked: Asked) -> Mapping[str, Any]:
@@ -253,4 +250,4 @@ def scheduler_of(asked: Asked) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    run(command)
+    run_command(command)

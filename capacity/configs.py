@@ -8,11 +8,11 @@ from app.builders import Args
 from app.types import parse_size
 from capacity.chips import CHIPS, Host, host_of
 from capacity.served import Served
+from cluster.cli import UserError
 from cluster.config.documents import Document, read
 from cluster.config.lint import refuse_errors
 from cluster.config.lint_cluster import node_types
 from cluster.config.lint_serve import apps
-from cluster.terminal import Stop
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Asked:
 
 def asked_of(config: Path, model: str = "", size: str = "") -> Asked:
     """Of the first application here that is built from app.builders' Args; another `model` in bfloat16, as one would
-    serve it on a TPU. Raises Stop with what is wrong."""
+    serve it on a TPU. Raises UserError with what is wrong."""
     args = next(
         (app.args for app in apps(sound(config, "applications", "a serve config")) if isinstance(app.args, Args)), None
     )
     if args is None:
-        raise Stop(f"{config} has no application that app.builders:text_to_image builds.")
+        raise UserError(f"{config} has no application that app.builders:text_to_image builds.")
     return of_args(args, model, size)
 
 
@@ -41,7 +41,7 @@ def of_args(args: Args, model: str = "", size: str = "") -> Asked:
     try:
         sizes = tuple(parse_size(one) for one in ([size] if size else args.sizes))
     except ValueError:
-        raise Stop(f"SIZE must be WIDTHxHEIGHT, such as 512x512, got {size}.") from None
+        raise UserError(f"SIZE must be WIDTHxHEIGHT, such as 512x512, got {size}.") from None
     served = Served(
         model=model or args.model,
         dtype="bfloat16" if model else args.dtype,
@@ -56,7 +56,7 @@ def of_args(args: Args, model: str = "", size: str = "") -> Asked:
 
 def hosts_of(tpus: str, cluster: Path, dollars: str = "") -> list[Host]:
     """`v5litepod-4,v6e-8`, or else what the cluster file's TPU nodes are; at these `dollars` for a chip's hour, such as
-    `v5e=0.9,v6e=1.5`. Raises Stop."""
+    `v5e=0.9,v6e=1.5`. Raises UserError."""
     prices = prices_of(dollars)
     names = [name.strip() for name in tpus.split(",") if name.strip()]
     if not names:
@@ -66,11 +66,11 @@ def hosts_of(tpus: str, cluster: Path, dollars: str = "") -> list[Host]:
             if one["slice"]
         ]
         if not names:
-            raise Stop(f"{cluster} has no TPU nodes. Name a TPU: TPU=v5litepod-4")
+            raise UserError(f"{cluster} has no TPU nodes. Name a TPU: TPU=v5litepod-4")
     try:
         hosts = [host_of(name) for name in dict.fromkeys(names)]
     except ValueError as error:
-        raise Stop(str(error)) from None
+        raise UserError(str(error)) from None
     return [
         Host(replace(host.chip, dollars_hour=prices.get(host.chip.name, host.chip.dollars_hour)), host.chips)
         for host in hosts
@@ -87,7 +87,7 @@ def prices_of(dollars: str) -> dict[str, float]:
                 raise ValueError
         except ValueError:
             known = ", ".join(CHIPS)
-            raise Stop(f"DOLLARS must be like v5e=0.9,v6e=1.5, a chip's hour of {known}, got {entry}.") from None
+            raise UserError(f"DOLLARS must be like v5e=0.9,v6e=1.5, a chip's hour of {known}, got {entry}.") from None
     return found
 
 
@@ -97,5 +97,5 @@ def sound(path: Path, key: str, kind: str) -> Document:
     document, _ = read(path)
     assert document is not None
     if not document.has((key,)):
-        raise Stop(f"{path} must be {kind}, with {key}.")
+        raise UserError(f"{path} must be {kind}, with {key}.")
     return document

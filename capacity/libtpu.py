@@ -19,7 +19,8 @@ from typing import Any
 
 from app.aot.libtpu_flags import set_flags
 from capacity.chips import SHAPES, Host
-from cluster.terminal import Stop, run, say
+from cluster.cli import UserError, run_command
+from cluster.terminal import say
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements" / "tpu.txt"
@@ -85,7 +86,7 @@ def devices(host: Host) -> list[Any]:
 def install() -> None:
     if reason := missing():
         if not reason.endswith("make libtpu"):
-            raise Stop(reason)
+            raise UserError(reason)
         FOLDER.mkdir(parents=True, exist_ok=True)
         with open(FOLDER / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -100,7 +101,7 @@ def fetch() -> None:
         requirement.write_text(pinned() + "\n", "utf-8")
         command = [*installer(), "--quiet", "--no-deps", "--require-hashes", "--target", f"{work}/there"]
         if subprocess.run([*command, "-r", str(requirement)]).returncode:
-            raise Stop("libtpu could not be installed, for the reason above. To try again, run the same command.")
+            raise UserError("libtpu could not be installed, for the reason above. To try again, run the same command.")
         there = FOLDER / version()
         shutil.rmtree(there, ignore_errors=True)
         os.replace(f"{work}/there", there)  # complete, or not there
@@ -114,4 +115,4 @@ def installer() -> list[str]:
 
 
 if __name__ == "__main__":
-    run(install)
+    run_command(install)

@@ -7,10 +7,8 @@ Requests come at random, at RATE pictures a second in all, divided at random amo
 them are to be answered within SLO seconds, and none refused. All is modelled, and the host's own work is not in it.
 """
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,15 +20,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from capacity.check import WIDTH, Parser, check, evaluations_of, scheduler_of
+from capacity.check import WIDTH, check, evaluations_of, scheduler_of
 from capacity.chips import PRICES_OF, Host
 from capacity.configs import Asked, asked_of, hosts_of
 from capacity.hosts import Priced, label
 from capacity.libtpu import missing
 from capacity.served import NAMES
 from capacity.simulate import Load, Simulated, Timings, simulate
+from cluster.cli import Parser, UsageError, UserError, run_command
 from cluster.config.lint_cluster import ACCELERATOR_LABEL, RUNTIMES, Slice
-from cluster.terminal import Stop, run, say
+from cluster.terminal import say
 from loadtest.arrivals import Seconds, poisson
 
 DEFAULT_TPUS = "v4-8,v5litepod-4,v5p-8,v6e-4"  # a host of four chips of each
@@ -214,8 +213,8 @@ def positive(text: str) -> float:
     return value
 
 
-def command() -> None:
-    parser = Parser(prog="capacity.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command() -> int:
+    parser = Parser(__doc__)
     parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
     parser.add_argument(
         "--model", default="", help="in place of the config's, in bfloat16: a folder, demo, or a preset's name"
@@ -233,17 +232,18 @@ def command() -> None:
         try:
             numbers[name] = positive(getattr(arguments, name))
         except ValueError:
-            parser.exit(2, f"{name.upper()} must be a number above 0, got {getattr(arguments, name) or 'nothing'}.\n")
+            value = getattr(arguments, name) or "nothing"
+            raise UsageError(f"{name.upper()} must be a number above 0, got {value}.") from None
     rate, slo_s = numbers["rate"], numbers["slo"]
     if reason := missing():
-        parser.exit(2, f"{reason}\n")
+        raise UsageError(reason)
     try:
         asked = asked_of(arguments.config, arguments.model, arguments.size)
         priced = check(
             asked, hosts_of(arguments.tpu or DEFAULT_TPUS, Path("cluster.yaml"), arguments.dollars), arguments.cache
         )
-    except Stop as reason:
-        parser.exit(2, f"{reason}\n")
+    except UserError as error:
+        raise UsageError(str(error)) from None
     _, evaluations = evaluations_of(asked, scheduler_of(asked))
     plans = [plan(one, asked, evaluations, rate, slo_s) for one in priced]
     console = Console(highlight=False)
@@ -256,14 +256,15 @@ def command() -> None:
     (arguments.out / "plan.json").write_text(json.dumps(report(plans, asked, rate, slo_s), indent=1) + "\n", "utf-8")
     good = [one for one in plans if one.simulated]
     if not good:
-        sys.exit(1)
+        return 1
     for one in good:
         write_fragments(one, asked, rate, arguments.out)
     cheapest = min(good, key=lambda one: one.dollars_hour)
     folder = arguments.out / cheapest.host.accelerator_type
     say(f"Cheapest: {cheapest.host.accelerator_type}. What to change for it: {folder}/serve_config.yaml, cluster.yaml.")
     say(f"Dollars: Google's {PRICES_OF}, or DOLLARS=.")
+    return 0
 
 
 if __name__ == "__main__":
-    run(command)
+    run_command(command)

@@ -9,7 +9,6 @@ compiled (see capacity/hlo.py), never measured.
 import argparse
 import json
 import re
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from capacity.chips import CHIPS, Chip, Host, host_of
 from capacity.hlo import Bill, bill
 from capacity.libtpu import compile_only, devices, missing
 from capacity.work import Work, work
+from cluster.cli import Parser, UsageError, UserError, run_command
 
 if TYPE_CHECKING:
     from jax.stages import Traced
@@ -171,7 +171,7 @@ def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="stable-diffusion-v1-4")
     parser.add_argument("--size", default="512x512", help="WIDTHxHEIGHT in pixels")
     parser.add_argument("--rows", type=int, nargs="+", default=[2], help="a guided picture has two")
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if reason := missing():
-        sys.exit(reason)
+        raise UserError(reason)
     try:
         host, size = host_of(arguments.tpu), size_of(arguments.size)
         if min(arguments.rows) < 1:
@@ -188,9 +188,10 @@ def main() -> None:
         compile_only()
         for rows in arguments.rows:
             tell(price(unet(arguments.model, size, rows, arguments.dtype, host), host.chip), rows, arguments)
-    except (ValueError, TooLarge) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except TooLarge as error:
+        raise UserError(str(error)) from None
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -224,4 +225,4 @@ def tell(priced: Price, rows: int, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

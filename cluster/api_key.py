@@ -4,7 +4,6 @@ The file is replaced as a whole, so whoever reads it meanwhile finds the old one
 used is left as it is: to add a key to one that was cut would make the other keys' loss final.
 """
 
-import argparse
 import fcntl
 import os
 import sys
@@ -18,7 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from app.api.api_keys import END, Entry, content_of, digest_of, new_key, parse
-from cluster.terminal import Stop, run, say
+from cluster.cli import Parser, UserError, run_command
+from cluster.terminal import say
 
 MODE = 0o600  # of a new file; one that is there keeps its own
 VARIABLES = {"name": "NAME", "requests_per_minute": "RPM", "concurrent_requests": "CONCURRENT"}  # of make
@@ -33,7 +33,7 @@ def entry_for(key: str, name: str, requests_per_minute: str, concurrent_requests
         problem = error.errors()[0]
         field = str(problem["loc"][0])
         rule = Entry.model_fields[field].description
-        raise Stop(f"{VARIABLES[field]} must be {rule}, got {problem['input']!r}.") from None
+        raise UserError(f"{VARIABLES[field]} must be {rule}, got {problem['input']!r}.") from None
 
 
 def add(entry: Entry, file: Path) -> None:
@@ -43,15 +43,17 @@ def add(entry: Entry, file: Path) -> None:
             before = content_of(file) if file.exists() else b"[]\n"
             known = parse(before, str(file))
             if entry.name in [one.name for one in known]:
-                raise Stop(f"{file} has a key named {entry.name}. Take another name, or delete that entry first.")
+                raise UserError(f"{file} has a key named {entry.name}. Take another name, or delete that entry first.")
             after = extended(before.decode(), entry).encode()
             if not holds(after, (*known, entry)):
-                raise Stop(f"{file} must be a list with one `- name:` below the other, or nothing can be added to it.")
+                raise UserError(
+                    f"{file} must be a list with one `- name:` below the other, or nothing can be added to it."
+                )
             replace(file, after)
     except ValueError as error:
-        raise Stop(str(error)) from None
+        raise UserError(str(error)) from None
     except OSError as error:
-        raise Stop(f"{file} cannot be written: {error.strerror}.") from None
+        raise UserError(f"{file} cannot be written: {error.strerror}.") from None
 
 
 def extended(before: str, entry: Entry) -> str:
@@ -115,7 +117,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--name", default="", help="whose key it is")
     parser.add_argument("--file", type=Path, default=Path("api_keys.yaml"))
     parser.add_argument("--rpm", default="", help="most requests a minute, n pictures counting as n")
@@ -129,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

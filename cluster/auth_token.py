@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 
 from cluster import ownership
-from cluster.terminal import Stop
+from cluster.cli import UserError
 
 HOME = "~/.ray/auth_token"  # Ray's own place
 # What a client's environment says of the token. The first outranks the file, so it must not stay where ours is meant.
@@ -28,19 +28,19 @@ def environment(path: Path) -> dict[str, str]:
 
 
 def read_local(path: Path) -> str:
-    """A local cluster's. Raises Stop where it is gone, damaged, another user's or open to others."""
+    """A local cluster's. Raises UserError where it is gone, damaged, another user's or open to others."""
     again = "To have the cluster made anew with a new one: make down up"
     try:
         token = ownership.read(path).strip()
         mode = stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:
-        raise Stop(f"{path} is missing, the token that the local cluster asks for. {again}") from None
+        raise UserError(f"{path} is missing, the token that the local cluster asks for. {again}") from None
     except UnicodeDecodeError:
         token, mode = "", 0
     if mode & 0o077:
-        raise Stop(f"{path} can be read by others on this machine, who may have the token now. {again}")
+        raise UserError(f"{path} can be read by others on this machine, who may have the token now. {again}")
     if not plausible(token):
-        raise Stop(f"{path} holds no token. {again}")
+        raise UserError(f"{path} holds no token. {again}")
     return token
 
 

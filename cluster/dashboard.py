@@ -10,7 +10,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
-from cluster.terminal import Stop
+from cluster.cli import UserError
 
 Details = dict[str, Any]  # Serve's ServeInstanceDetails, as JSON
 TIMEOUT_S = 30.0
@@ -19,7 +19,7 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 PLAIN_ERRORS = ("ValueError", "FileNotFoundError", "ValidationError", "RuntimeError")  # their sentence says it all
 
 
-class Refused(Stop):
+class Refused(UserError):
     """It is there, and asks for another token than ours."""
 
 
@@ -47,9 +47,9 @@ class Dashboard:
         except HTTPError as error:
             if error.code in (401, 403):
                 raise self.refused(str(error.code)) from None
-            raise Stop(f"The {self.name} answers {error.code}: {error.read().decode()[:500]}") from None
+            raise UserError(f"The {self.name} answers {error.code}: {error.read().decode()[:500]}") from None
         except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
-            raise Stop(f"The {self.name} does not answer: {error}.") from None
+            raise UserError(f"The {self.name} does not answer: {error}.") from None
 
     def refused(self, words: str) -> Refused:
         return Refused(
@@ -71,7 +71,7 @@ class Dashboard:
                     text = COLOURS.sub("", line.decode(errors="replace").rstrip())
                     if text and not text.startswith((":job_id:", ":actor_name:", ":task_name:")):
                         yield text.rpartition("\r")[2]
-        except Stop:
+        except UserError:
             return
 
 

@@ -5,7 +5,6 @@ wait, the reason of a failure, what ran before instead of a config that fails, a
 failed, which Serve by itself takes for nothing new. Where the cluster is, only cluster/places.py knows.
 """
 
-import argparse
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster import processes
+from cluster.cli import Parser, UserError, run_command
 from cluster.config.documents import loaded
 from cluster.dashboard import Dashboard, Details, log_places, reason, serves
 from cluster.local.state import RUN_DIR, TWIN, Cluster, running
@@ -21,7 +21,7 @@ from cluster.local.verbs import port
 from cluster.places import LOCAL, dashboard_of, isolate, reach
 from cluster.serve_states import Failed, counts, name_of, ready, replicas
 from cluster.status import status
-from cluster.terminal import Progress, Stop, make, run, say, span
+from cluster.terminal import Progress, format_duration, make_command, say
 
 if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
@@ -47,9 +47,9 @@ def deploy(dashboard: Dashboard, config: "ServeDeploySchema", path: Path, timeou
     except Failed as failure:
         put_back(dashboard, before, wanted, path, str(failure), timeout_s)
     except KeyboardInterrupt:
-        say(f"Serve goes on deploying {path}; see: {make('status', dashboard.cluster)}")
+        say(f"Serve goes on deploying {path}; see: {make_command('status', dashboard.cluster)}")
         raise
-    say(f"{', '.join(names_of(wanted))} is ready after {span(took)}: {reach(dashboard)}")
+    say(f"{', '.join(names_of(wanted))} is ready after {format_duration(took)}: {reach(dashboard)}")
 
 
 def put_back(
@@ -58,19 +58,21 @@ def put_back(
     """Has Serve run again what ran before a config that fails at its start, which it would replace by nothing."""
     previous = running_config(before, failed)
     if previous is None:
-        raise Stop(failure)
+        raise UserError(failure)
     names = ", ".join(names_of(previous))
     say(f"{path} failed. What ran before is put back: {names}.")
     sound = [name for name in names_of(previous) if before["applications"][name]["status"] == "RUNNING"]
     try:
         put(dashboard, previous)
         took = wait(dashboard, lambda details: ready(details, sound or names_of(previous)), timeout_s)
-    except Stop as second:
-        raise Stop(f"{failure}\n{path} failed, and what ran before could not be put back. {second}") from None
+    except UserError as second:
+        raise UserError(f"{failure}\n{path} failed, and what ran before could not be put back. {second}") from None
     except KeyboardInterrupt:
-        say(f"Serve goes on putting back {names}; see: {make('status', dashboard.cluster)}")
+        say(f"Serve goes on putting back {names}; see: {make_command('status', dashboard.cluster)}")
         raise
-    raise Stop(f"{failure}\n{path} is not deployed. {names} serves as before, since {span(took)} after the failure.")
+    raise UserError(
+        f"{failure}\n{path} is not deployed. {names} serves as before, since {format_duration(took)} after the failure."
+    )
 
 
 def running_config(before: Details, failed: Details) -> Details | None:
@@ -105,13 +107,13 @@ def lint_first(path: Path, cluster: str, run_dir: Path) -> None:
 
 def reload(cluster: str) -> str:
     """A cluster elsewhere gets the code when it is brought up to date; its TPU nodes, when they start."""
-    return make("undeploy deploy") if cluster == LOCAL else make("down up deploy", cluster)
+    return make_command("undeploy deploy") if cluster == LOCAL else make_command("down up deploy", cluster)
 
 
 def read(path: Path, serve_port: int | None) -> "ServeDeploySchema":
     content = loaded(path, f"There is no file {path}. Name the config with: make deploy CONFIG=...")
     if not isinstance(content, dict) or not content.get("applications"):
-        raise Stop(f"{path} must have a list `applications`, as Ray Serve's config files do.")
+        raise UserError(f"{path} must have a list `applications`, as Ray Serve's config files do.")
     if serve_port and isinstance(content.setdefault("http_options", {}), dict):
         content["http_options"]["port"] = serve_port
 
@@ -122,9 +124,9 @@ def read(path: Path, serve_port: int | None) -> "ServeDeploySchema":
         return ServeDeploySchema.model_validate(content)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-        raise Stop(f"{path} is not a Serve config. {'; '.join(problems)}.") from None
+        raise UserError(f"{path} is not a Serve config. {'; '.join(problems)}.") from None
     except (ImportError, ValueError) as error:
-        raise Stop(f"{path} is not a Serve config. {error}") from None
+        raise UserError(f"{path} is not a Serve config. {error}") from None
 
 
 def check_http_options(before: Details, config: "ServeDeploySchema", path: Path, cluster: str) -> None:
@@ -132,13 +134,15 @@ def check_http_options(before: Details, config: "ServeDeploySchema", path: Path,
     if serves(before):  # then Serve ignores another value, in silence
         for option, value in wanted.items():
             if (current := before["http_options"].get(option, value)) != value:
-                keep = f", or keep it: {make(f'deploy SERVE_PORT={current}', cluster)}" if option == "port" else ""
-                raise Stop(
+                keep = (
+                    f", or keep it: {make_command(f'deploy SERVE_PORT={current}', cluster)}" if option == "port" else ""
+                )
+                raise UserError(
                     f"http_options.{option} is {current} while Serve runs, and {path} wants {value}. "
-                    f"Stop Serve first: {make('undeploy', cluster)}{keep}"
+                    f"Stop Serve first: {make_command('undeploy', cluster)}{keep}"
                 )
     elif cluster == LOCAL and not processes.free(wanted["port"]):  # a head elsewhere has ports of its own
-        raise Stop(
+        raise UserError(
             f"Port {wanted['port']} (http_options.port in {path}) is taken by {processes.listener(wanted['port'])}. "
             f"Choose another one: make deploy SERVE_PORT={wanted['port'] + 1}"
         )
@@ -168,7 +172,7 @@ def put(dashboard: Dashboard, config: Details) -> None:
     try:
         client(dashboard).deploy_applications(config)
     except (RuntimeError, ConnectionError) as error:
-        raise Stop(f"Serve refuses the config. {reason(str(error))}") from None
+        raise UserError(f"Serve refuses the config. {reason(str(error))}") from None
 
 
 def client(dashboard: Dashboard) -> Any:
@@ -183,8 +187,8 @@ def wait(dashboard: Dashboard, done: Callable[[Details], bool], timeout_s: float
     with Progress() as progress:
         while not done(details := dashboard.details()):
             if progress.elapsed > timeout_s:
-                see = ", ".join(make(verb, dashboard.cluster) for verb in ("status", "logs"))
-                raise Stop(f"Not ready after {span(timeout_s)}. It goes on trying; see: {see}")
+                see = ", ".join(make_command(verb, dashboard.cluster) for verb in ("status", "logs"))
+                raise UserError(f"Not ready after {format_duration(timeout_s)}. It goes on trying; see: {see}")
             progress.show(dict(rows(dashboard, details, news)))
             time.sleep(POLL_S)
         return progress.elapsed
@@ -227,7 +231,7 @@ def undeploy(dashboard: Dashboard, timeout_s: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("verb", choices=["deploy", "status", "undeploy"])
     parser.add_argument("--cluster", default=LOCAL, help="local, or a file for `ray up`")
     parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"))
@@ -246,10 +250,10 @@ def main() -> None:
             case "deploy":
                 deploy(dashboard, config, arguments.config, timeout_s)
             case "status":
-                status(dashboard, f"up {span(running(run_dir).uptime_s)}" if cluster == LOCAL else "answers")
+                status(dashboard, f"up {format_duration(running(run_dir).uptime_s)}" if cluster == LOCAL else "answers")
             case "undeploy":
                 undeploy(dashboard, timeout_s)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

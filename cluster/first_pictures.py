@@ -1,6 +1,5 @@
 """Draws eight pictures through the API that is up, as any client would, and lays them out on one sheet."""
 
-import argparse
 import base64
 import json
 import os
@@ -15,9 +14,10 @@ from PIL import Image
 
 from app.diffusion.images import contact_sheet
 from cluster import processes
+from cluster.cli import Parser, UserError, run_command
 from cluster.dashboard import serve_address
 from cluster.local.state import ROOT, RUN_DIR, running
-from cluster.terminal import Progress, Stop, run, say, span
+from cluster.terminal import Progress, format_duration, say
 
 PROMPTS = (  # in the words of the bundled model, which demo/scenes.py lists
     "a red house under a yellow sun at dusk",
@@ -50,7 +50,8 @@ def draw(api: str, folder: Path) -> None:
             pool.shutdown(cancel_futures=True)
     sheet = folder / "contact_sheet.png"
     contact_sheet([Image.open(BytesIO(pictures[prompt])) for prompt in PROMPTS], PROMPTS, columns=4).save(sheet)
-    say(f"Drew {len(pictures)} pictures in {span(progress.elapsed)}: {shown(sheet)}, and each by itself beside it")
+    took = format_duration(progress.elapsed)
+    say(f"Drew {len(pictures)} pictures in {took}: {shown(sheet)}, and each by itself beside it")
 
 
 def generate(api: str, prompt: str, seed: int) -> bytes:
@@ -62,10 +63,10 @@ def generate(api: str, prompt: str, seed: int) -> bytes:
             return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
     except HTTPError as error:
         if error.code == 401:
-            raise Stop(f"The API wants a key: put one into the environment, {processes.API_KEY}.") from None
-        raise Stop(f"The API answers {error.code} to '{prompt}': {error.read().decode()[:500]}") from None
+            raise UserError(f"The API wants a key: put one into the environment, {processes.API_KEY}.") from None
+        raise UserError(f"The API answers {error.code} to '{prompt}': {error.read().decode()[:500]}") from None
     except (URLError, TimeoutError, ConnectionError) as error:
-        raise Stop(f"The API at {api} does not answer: {error}. See: make status") from None
+        raise UserError(f"The API at {api} does not answer: {error}. See: make status") from None
 
 
 def shown(path: Path) -> str:
@@ -87,7 +88,7 @@ Stop it all with: make down"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs")
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     arguments = parser.parse_args()
@@ -96,10 +97,10 @@ def main() -> None:
     dashboard = cluster.dashboard
     details = dashboard.details()
     if not details["applications"]:
-        raise Stop("Nothing is deployed. Deploy with: make deploy")
+        raise UserError("Nothing is deployed. Deploy with: make deploy")
     draw(serve_address(details), arguments.out.resolve())
     say(invitation(serve_address(details), f"{dashboard.address}  asks once for the token in {cluster.token_file}"))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -5,7 +5,6 @@ A job's process runs on the head, with the code that is here now; what it asks o
 relative paths start where the cluster has the repository: here for the local one, ~/imagine on a head elsewhere.
 """
 
-import argparse
 import asyncio
 import json
 import logging
@@ -19,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from cluster.cli import Parser, UserError, run_command
 from cluster.dashboard import Dashboard, reason
 from cluster.local.state import ROOT, RUN_DIR
 from cluster.places import LOCAL, dashboard_of, isolate
-from cluster.terminal import Progress, Stop, make, run, say, span
+from cluster.terminal import Progress, format_duration, make_command, say
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -55,7 +55,7 @@ def submit(dashboard: Dashboard, name: str, arguments: list[str], resources: dic
             entrypoint_resources=resources or None,
         )
     except (RuntimeError, ValueError, ConnectionError) as error:
-        raise Stop(f"The {dashboard.name} does not take the job. {reason(str(error))}") from None
+        raise UserError(f"The {dashboard.name} does not take the job. {reason(str(error))}") from None
 
 
 def packed() -> dict[str, Any]:
@@ -74,7 +74,7 @@ def in_place() -> dict[str, Any]:
 def follow(dashboard: Dashboard, job: str) -> int:
     """Prints what the job prints until it ends; the exit status is the job's own. Ctrl-C stops the job."""
     say(f"Following {job}. Ctrl-C stops it. If this terminal goes, the job goes on, and to follow it again:")
-    say(f"  {make(f'job ID={job}', dashboard.cluster)}")
+    say(f"  {make_command(f'job ID={job}', dashboard.cluster)}")
     try:
         told = wait_for_start(dashboard, job)
         asyncio.run(tell(dashboard, job))
@@ -116,7 +116,7 @@ async def tell(dashboard: Dashboard, job: str) -> None:
 
 
 def outcome(job: str, told: "JobDetails") -> int:
-    took = span(((told.end_time or 0) - (told.start_time or 0)) / 1000)
+    took = format_duration(((told.end_time or 0) - (told.start_time or 0)) / 1000)
     if told.status == "SUCCEEDED":
         say(f"{job} has succeeded after {took}.")
         return 0
@@ -141,13 +141,13 @@ def stop(dashboard: Dashboard, job: str) -> None:
 def listing(dashboard: Dashboard) -> None:
     jobs = [job for job in client(dashboard).list_jobs() if job.submission_id]
     if not jobs:
-        say(f"No job has run here yet. Submit one with: {make('job JOB=...', dashboard.cluster)}")
+        say(f"No job has run here yet. Submit one with: {make_command('job JOB=...', dashboard.cluster)}")
     for job in sorted(jobs, key=lambda job: job.start_time or 0):
         began = (job.start_time or 0) / 1000
-        took = ((job.end_time or 1000 * time.time()) / 1000) - began
+        took = format_duration((job.end_time or 1000 * time.time()) / 1000 - began)
         status = f" (exit {job.driver_exit_code})" if job.driver_exit_code else ""
         when = time.strftime("%d %b %X", time.localtime(began))
-        say(f"{job.submission_id:<24}  {when}  {span(took):>12}  {job.status.lower()}{status}  {shown(job.entrypoint)}")
+        say(f"{job.submission_id:<24}  {when}  {took:>12}  {job.status.lower()}{status}  {shown(job.entrypoint)}")
 
 
 def shown(entrypoint: str) -> str:
@@ -159,13 +159,13 @@ def shown(entrypoint: str) -> str:
 
 def details(dashboard: Dashboard, job: str) -> "JobDetails":
     if not job:
-        raise Stop(f"ID must name a job. See: {make('jobs', dashboard.cluster)}")
+        raise UserError(f"ID must name a job. See: {make_command('jobs', dashboard.cluster)}")
     try:
         return client(dashboard).get_job_info(job)
     except (RuntimeError, OSError) as error:
         if "status code 404" not in str(error):
-            raise Stop(f"The {dashboard.name} says nothing of {job}. {reason(str(error))}") from None
-    raise Stop(f"There is no job {job}. See: {make('jobs', dashboard.cluster)}")
+            raise UserError(f"The {dashboard.name} says nothing of {job}. {reason(str(error))}") from None
+    raise UserError(f"There is no job {job}. See: {make_command('jobs', dashboard.cluster)}")
 
 
 def client(dashboard: Dashboard) -> "JobSubmissionClient":
@@ -181,7 +181,7 @@ def client(dashboard: Dashboard) -> "JobSubmissionClient":
     except AuthenticationError:
         raise dashboard.refused("401 or 403") from None
     except (RuntimeError, ConnectionError) as error:
-        raise Stop(f"The {dashboard.name} does not answer: {reason(str(error))}") from None
+        raise UserError(f"The {dashboard.name} does not answer: {reason(str(error))}") from None
 
 
 def modules() -> dict[str, str]:
@@ -192,14 +192,14 @@ def modules() -> dict[str, str]:
 
 def check_name(name: str) -> None:
     if name not in modules():
-        raise Stop(f"JOB must be one of {', '.join(sorted(modules()))}, got {name or 'nothing'}.")
+        raise UserError(f"JOB must be one of {', '.join(sorted(modules()))}, got {name or 'nothing'}.")
 
 
 def words(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise Stop(f"ARGS must be written as for a shell: {error}, got {text}") from None
+        raise UserError(f"ARGS must be written as for a shell: {error}, got {text}") from None
 
 
 def amounts(text: str) -> dict[str, float]:
@@ -209,12 +209,12 @@ def amounts(text: str) -> dict[str, float]:
     except ValueError:
         given = None
     if not isinstance(given, dict) or not all(type(x) in (int, float) and x > 0 for x in given.values()):
-        raise Stop(f"""RESOURCES must be JSON such as '{{"TPU": 4}}', got {text}.""")
+        raise UserError(f"""RESOURCES must be JSON such as '{{"TPU": 4}}', got {text}.""")
     return {str(name): float(amount) for name, amount in given.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(__doc__)
     parser.add_argument("verb", choices=["run", "list", "stop"])
     parser.add_argument("--job", default="", help=f"run: one of {', '.join(sorted(modules()))}")
     parser.add_argument("--arguments", default="", help="run: the job's own, as a shell would read them")
@@ -238,8 +238,9 @@ def main() -> None:
             case "stop":
                 stop(dashboard, arguments.id)
             case "run":
-                sys.exit(follow(dashboard, arguments.id or submit(dashboard, arguments.job, given, resources)))
+                return follow(dashboard, arguments.id or submit(dashboard, arguments.job, given, resources))
+    return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

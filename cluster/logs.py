@@ -1,15 +1,15 @@
 """What the replicas log, each line after the name of its replica."""
 
-import argparse
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.cli import Parser, UserError, run_command
 from cluster.dashboard import Dashboard, Details, log_places
 from cluster.local.state import RUN_DIR
 from cluster.places import LOCAL, dashboard_of, isolate
-from cluster.terminal import Stop, make, run, say
+from cluster.terminal import make_command, say
 
 RESCAN_S = 2.0
 
@@ -50,11 +50,11 @@ def all_replicas(details: Details, cluster: str = LOCAL) -> Iterator[tuple[str, 
                 found = True
                 yield f"{deployment} {replica['replica_id']}", replica
     if not found:
-        raise Stop(f"No replica has started, so there are no logs. See: {make('status', cluster)}")
+        raise UserError(f"No replica has started, so there are no logs. See: {make_command('status', cluster)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--lines", type=int, default=30, help="of each replica, the last ones")
     parser.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
     parser.add_argument("--cluster", default=LOCAL, help="local, or a file for `ray up`")
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -5,7 +5,6 @@ cluster.yaml starts it after Ray, and it ends when Ray does. It asks the metadat
 may wait as soon as the answer changes. Knows nothing of Serve and imports no Ray: it drains with `ray drain-node`.
 """
 
-import argparse
 import logging
 import math
 import queue
@@ -23,7 +22,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import psutil
 
 from cluster import processes
-from cluster.terminal import Stop, run
+from cluster.cli import Parser, UserError, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +142,10 @@ def this_node(pid: int | None) -> Node:
     """From the command line of the raylet, which is the node."""
     raylets = [one for one in psutil.process_iter() if processes.name_of(one) == "raylet" and pid in (None, one.pid)]
     if not raylets:
-        raise Stop("No raylet runs here. Start Ray before its watcher." if pid is None else f"{pid} is no raylet.")
+        raise UserError("No raylet runs here. Start Ray before its watcher." if pid is None else f"{pid} is no raylet.")
     if len(raylets) > 1:
         pids = ", ".join(str(one.pid) for one in raylets)
-        raise Stop(f"Several raylets run here ({pids}). Name one: --raylet PID")
+        raise UserError(f"Several raylets run here ({pids}). Name one: --raylet PID")
     arguments = raylets[0].cmdline()
     node_id, gcs_address = (value_of(option, arguments) for option in ("--node_id", "--gcs-address"))
     return Node(raylets[0], node_id, gcs_address)
@@ -156,11 +155,11 @@ def value_of(option: str, arguments: Sequence[str]) -> str:
     for argument in arguments:
         if argument.startswith(f"{option}="):
             return argument.partition("=")[2]
-    raise Stop(f"The raylet was started without {option}. cluster/node_watcher.py was written for Ray 2.60.")
+    raise UserError(f"The raylet was started without {option}. cluster/node_watcher.py was written for Ray 2.60.")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--raylet", type=int, metavar="PID", help="where several run on one machine")
     parser.add_argument("--metadata", default=METADATA, help="where to ask (default: Google's own server)")
     arguments = parser.parse_args()
@@ -169,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

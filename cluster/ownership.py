@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.terminal import Stop
+from cluster.cli import UserError
 
 
 @contextmanager
@@ -49,11 +49,11 @@ def make_folder(path: Path, option: str) -> None:
             path.mkdir(parents=True, exist_ok=True)
         status = path.stat()
     except OSError as error:
-        raise Stop(
+        raise UserError(
             f"{path} cannot be made: {error.strerror}. You are {name_of(os.geteuid())}, and {owner_of(path)}. {another}"
         ) from None
     if status.st_uid != os.geteuid():
-        raise Stop(
+        raise UserError(
             f"{path} belongs to {name_of(status.st_uid)}, and you are {name_of(os.geteuid())}: what is kept there is "
             f"not yours to use or end. {another}"
         )
@@ -72,7 +72,7 @@ def owner_of(path: Path) -> str:
 
 
 def read(path: Path) -> str:
-    """A file of ours. Raises FileNotFoundError, and Stop where it is another user's, a link or no file at all."""
+    """A file of ours. Raises FileNotFoundError, and UserError where it is another user's, a link or no file at all."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -81,8 +81,8 @@ def read(path: Path) -> str:
         raise FileNotFoundError(*error.args, error.filename) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise Stop(f"{path} is a link, which is not followed. Remove it.") from None
-        raise Stop(f"{path} cannot be read: {error.strerror}. You are {name_of(os.geteuid())}.") from None
+            raise UserError(f"{path} is a link, which is not followed. Remove it.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}. You are {name_of(os.geteuid())}.") from None
     status = os.fstat(descriptor)
     wrong = ""
     if not stat.S_ISREG(status.st_mode):
@@ -91,7 +91,7 @@ def read(path: Path) -> str:
         wrong = f"belongs to {name_of(status.st_uid)}, and you are {name_of(os.geteuid())}: it is not believed."
     if wrong:
         os.close(descriptor)
-        raise Stop(f"{path} {wrong}")
+        raise UserError(f"{path} {wrong}")
     with open(descriptor) as file:
         return file.read()
 

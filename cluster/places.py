@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster import auth_token, processes
+from cluster.cli import UserError
 from cluster.dashboard import Dashboard, Details, serve_address
 from cluster.local.state import running
 from cluster.local.state import token_file as local_token_file
 from cluster.remote.preflight import content, ready, token_file
 from cluster.remote.tunnel import route, tunnel
-from cluster.terminal import Stop, make
+from cluster.terminal import make_command
 
 LOCAL = "local"
 DASHBOARD_PORT = 8265  # of a head whose start command names none
@@ -54,7 +55,7 @@ def reach(dashboard: Dashboard) -> str:
     address = serve_address(dashboard.details())
     if dashboard.cluster == LOCAL:
         return address
-    return f"{address} on the head, and here at the end of: {make('dashboard', dashboard.cluster)}"
+    return f"{address} on the head, and here at the end of: {make_command('dashboard', dashboard.cluster)}"
 
 
 def dashboard_port(cluster: dict[str, Any]) -> int:
@@ -70,7 +71,7 @@ def authorization() -> dict[str, str]:
     except (OSError, UnicodeDecodeError):
         token = ""
     if not auth_token.plausible(token):
-        raise Stop(
+        raise UserError(
             f"{token_file()} holds no token. Put the cluster's there, or make one: ray get-auth-token --generate"
         )
     return auth_token.bearer(token)

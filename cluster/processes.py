@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.terminal import Stop
+from cluster.cli import UserError
 
 MARK = "IMAGINE_CLUSTER"
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # in the environment of `ray start`
@@ -116,7 +116,7 @@ def end(search: Callable[[], list[psutil.Process]], grace_s: float) -> int:
         waited = time.monotonic() - began
         if waited > grace_s + 10:
             stubborn = ", ".join(f"{process.pid} ({name_of(process)})" for process in found)
-            raise Stop(f"These processes do not end: {stubborn}.")
+            raise UserError(f"These processes do not end: {stubborn}.")
         for process in found:
             try:
                 if waited > grace_s:
@@ -148,7 +148,7 @@ def free_ports(count: int, apart_from: int = 0) -> list[int]:
             return found
         if port != apart_from and free(port):
             found.append(port)
-    raise Stop("There are too few free ports between 20000 and 32000.")
+    raise UserError("There are too few free ports between 20000 and 32000.")
 
 
 def listener(port: int) -> str:

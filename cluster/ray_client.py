@@ -6,14 +6,14 @@ import logging
 import os
 
 from cluster import auth_token
-from cluster.terminal import Stop
+from cluster.cli import UserError
 
 TIMEOUT_S = 10.0
 HOW = 'Run it with `make job JOB=...`, or after: eval "$(make -s address)"'
 
 
 def connect() -> None:
-    """`ray.init()`, or Stop."""
+    """`ray.init()`, or UserError."""
     if os.environ.get("RAY_ADDRESS", "").startswith("127."):  # else Ray takes another address for 127.0.0.1
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray  # takes a second and more
@@ -31,14 +31,14 @@ def address() -> str:
     named = os.environ.get("RAY_ADDRESS", "")
     found = find_bootstrap_address(None) if named in ("", "auto") else named
     if not found:
-        raise Stop(f"No Ray cluster is named here. {HOW}")
+        raise UserError(f"No Ray cluster is named here. {HOW}")
     if "://" in found:
-        raise Stop(f"RAY_ADDRESS must be the host and port of Ray itself, got {found}. {HOW}")
+        raise UserError(f"RAY_ADDRESS must be the host and port of Ray itself, got {found}. {HOW}")
     return str(found)
 
 
 def check(address: str) -> None:
-    """Raises Stop where no cluster answers, or one that does not take our token."""
+    """Raises UserError where no cluster answers, or one that does not take our token."""
     import grpc  # type: ignore[import-untyped]
 
     sent, where = auth_token.of_this_process()
@@ -50,8 +50,10 @@ def check(address: str) -> None:
         except grpc.RpcError as error:
             match error.code():
                 case grpc.StatusCode.UNAUTHENTICATED if sent:
-                    raise Stop(f"The cluster at {address} has another token than the one in {where}. {HOW}") from None
+                    raise UserError(
+                        f"The cluster at {address} has another token than the one in {where}. {HOW}"
+                    ) from None
                 case grpc.StatusCode.UNAUTHENTICATED:
-                    raise Stop(f"The cluster at {address} asks for a token, and {where}. {HOW}") from None
+                    raise UserError(f"The cluster at {address} asks for a token, and {where}. {HOW}") from None
                 case code:
-                    raise Stop(f"No Ray cluster answers at {address}: {code.name.lower()}. {HOW}") from None
+                    raise UserError(f"No Ray cluster answers at {address}: {code.name.lower()}. {HOW}") from None

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
+from cluster.cli import UserError
 from cluster.dashboard import Details, reason
-from cluster.terminal import Stop
 
 
-class Failed(Stop):
+class Failed(UserError):
     """An application will not start, and this is why."""
 
 

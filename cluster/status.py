@@ -12,10 +12,11 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from cluster import nodes
+from cluster.cli import UserError
 from cluster.dashboard import Dashboard, Details, serves
 from cluster.places import LOCAL, api_of, reach
 from cluster.serve_states import counts, why
-from cluster.terminal import Stop, make, say
+from cluster.terminal import make_command, say
 
 ANSWER_S = 8.0  # an ingress that knows no replica says so after 5
 STARTING = ("NOT_STARTED", "DEPLOYING", "DELETING")  # where an API that does not answer is no fault
@@ -27,14 +28,14 @@ class Health(NamedTuple):
 
 
 def status(dashboard: Dashboard, uptime: str) -> None:
-    """Raises Stop, with all that is wrong, if something that is deployed does not serve."""
+    """Raises UserError, with all that is wrong, if something that is deployed does not serve."""
     details = dashboard.details()
     failure = nodes.failure(nodes.past(dashboard))
     rows = [*nodes.status(dashboard).rows(), *([f"last failure: {failure}"] if failure else [])]
     say(f"Ray    {dashboard.address if dashboard.cluster == LOCAL else dashboard.cluster}  {uptime}")
     say("Nodes  " + "\n       ".join(rows))
     if not details["applications"]:
-        say(f"Serve  nothing is deployed. Deploy with: {make('deploy', dashboard.cluster)}")
+        say(f"Serve  nothing is deployed. Deploy with: {make_command('deploy', dashboard.cluster)}")
         return
     say(f"Serve  {reach(dashboard)}")
     say("Proxy  " + "\n       ".join(proxy_rows(details)))
@@ -47,7 +48,7 @@ def status(dashboard: Dashboard, uptime: str) -> None:
         if app["status"] == "DEPLOY_FAILED":
             say(why(name, app))
     if problems := [*faults(details, healths)]:
-        raise Stop("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def proxy_rows(details: Details) -> list[str]:

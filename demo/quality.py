@@ -18,9 +18,10 @@ from app.diffusion.images import contact_sheet
 from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
 from app.types import Generation
-from cluster.terminal import Progress, Stop, say
+from cluster.cli import Parser, UsageError, UserError, integer_between
+from cluster.terminal import Progress, say
 from demo import scenes
-from jobs.entry import Invalid, Parser, path, run, whole
+from jobs.entry import path, run
 
 SIZE = (128, 128)
 
@@ -70,8 +71,10 @@ BARS = (
 def main() -> str:
     parser = Parser(__doc__)
     parser.add_argument("--model", type=path, default="assets/demo-model", help="folder (%(default)s)")
-    parser.add_argument("--count", type=whole(1, 10_000), default=200, help="captions of each kind (%(default)s)")
-    parser.add_argument("--steps", type=whole(1, 1000), default=20, help="num_inference_steps (%(default)s)")
+    parser.add_argument(
+        "--count", type=integer_between(1, 10_000), default=200, help="captions of each kind (%(default)s)"
+    )
+    parser.add_argument("--steps", type=integer_between(1, 1000), default=20, help="num_inference_steps (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="(%(default)s)")
     parser.add_argument("--sampler", default=None, help="(the checkpoint's own)")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out", help="(%(default)s)")
@@ -83,7 +86,7 @@ def main() -> str:
         pipeline = Pipeline.load(str(args.model), sizes=[SIZE], batch_buckets=[8], max_steps=args.steps)
         pipeline.table(args.sampler, args.steps)
     except ValueError as error:
-        raise Invalid(str(error)) from None
+        raise UsageError(str(error)) from None
     captioned = captions(args.split, args.count, args.seed)
     pipeline.warmup()
     engine = Engine(pipeline, max_waiting=len(captioned))
@@ -100,7 +103,7 @@ def main() -> str:
     )
     save_sheets(samples, args.out)
     if not passed:
-        raise Stop(f"A bar was missed. What failed stands in {args.out}.")
+        raise UserError(f"A bar was missed. What failed stands in {args.out}.")
     return f"All bars are met. Sheets of the pictures stand in {args.out}."
 
 

@@ -22,6 +22,7 @@ from app.aot.cache_key import digest, host
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.models.unet import UNet
+from cluster.cli import Parser, UsageError, integer_between
 from demo.training.export import export
 from demo.training.loop import claim_folder
 from demo.training.model_card import write_card
@@ -32,7 +33,7 @@ from demo.training.text_encoder import train_text_encoder
 from demo.training.tokenizer import write_tokenizer
 from demo.training.unet import mean_of, train_unet
 from demo.training.vae import sharpen_decoder, train_vae
-from jobs.entry import Invalid, Parser, path, run, whole
+from jobs.entry import path, run
 
 
 def main() -> str:
@@ -45,7 +46,7 @@ def main() -> str:
     try:
         earlier = load_checkpoint(args.start_from) if args.start_from else None
     except ValueError as error:
-        raise Invalid(f"--start-from: {error}") from None
+        raise UsageError(f"--start-from: {error}") from None
     args.work.mkdir(parents=True, exist_ok=True)
     claim_folder(args.work, recipe, args.start_from)
     keep_compiled_programs(args.work)
@@ -95,7 +96,7 @@ def parser() -> Parser:
         if field.name == "architecture":
             parser.add_argument(option, choices=list(ARCHITECTURES), default=default, help="%(default)s")
         else:
-            kind = float if isinstance(default, float) else whole(0, 10**9)
+            kind = float if isinstance(default, float) else integer_between(0, 10**9)
             parser.add_argument(option, type=kind, default=default, help="%(default)s")
     return parser
 

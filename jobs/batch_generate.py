@@ -16,10 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.cli import Parser, UsageError, UserError, integer_between
 from cluster.ray_client import connect
-from cluster.terminal import Stop, say, span
+from cluster.terminal import format_duration, say
 from jobs.batch_worker import Painter, folders, text_of
-from jobs.entry import Invalid, Parser, path, run, whole
+from jobs.entry import path, run
 from jobs.prompts import Bad, Row, read
 from jobs.settings import Settings, config, resources, waiting
 from jobs.unfinished import drafts, write
@@ -50,7 +51,9 @@ def main() -> str:
     parser.add_argument("--prompts", type=path, required=True, help=".txt, .csv, .jsonl or .parquet")
     parser.add_argument("--out", type=path, required=True, help="folder that the head and all TPU hosts see")
     parser.add_argument("--config", type=config, default="serve_config.yaml", help="whose args to take (%(default)s)")
-    parser.add_argument("--hosts", type=whole(1, 1024), default=4, help="most TPU hosts at once (%(default)s)")
+    parser.add_argument(
+        "--hosts", type=integer_between(1, 1024), default=4, help="most TPU hosts at once (%(default)s)"
+    )
     args = parser.parse_args()
 
     settings = Settings.read(args.config)
@@ -65,7 +68,9 @@ def main() -> str:
     made = f"{pictures} pictures of {len(rows) - len(errors)} rows are in {args.out}, {len(bad)} rows were skipped."
     if errors:
         number, error = next((row.number, errors[row.key]) for row in rows if row.key in errors)
-        raise Stop(f"{made} {len(errors)} rows failed, such as row {number}: {error} The same job tries them again.")
+        raise UserError(
+            f"{made} {len(errors)} rows failed, such as row {number}: {error} The same job tries them again."
+        )
     return made
 
 
@@ -75,7 +80,7 @@ def sorted_out(prompts: Path, settings: Settings) -> tuple[list[Row], list[Bad]]
     for one in read(prompts, settings):
         rows.append(one) if isinstance(one, Row) else bad.append(one)
     if not rows and not bad:
-        raise Invalid(f"--prompts: {prompts} has no rows.")
+        raise UsageError(f"--prompts: {prompts} has no rows.")
     return rows, bad
 
 
@@ -126,7 +131,7 @@ def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, place: Path, ho
     try:
         results = {one["key"]: one["error"] for one in progress(drawn.iter_rows(), len(rows), began)}
     except Exception as error:  # Ray wraps what an actor could not do in its own
-        raise Stop(f"Drawing ended: {reason(error)} The same job goes on with what is left.") from None
+        raise UserError(f"Drawing ended: {reason(error)} The same job goes on with what is left.") from None
     return {key: error for key, error in results.items() if error}
 
 
@@ -147,10 +152,10 @@ def progress(results: Iterable[Mapping[str, Any]], total: int, began: float) -> 
         first, last, now = min(first, one["ended"]), max(last, one["ended"]), time.monotonic()
         if done == 1:
             told = now  # pictures come in batches, so a rate needs more than one
-            say(f"The first rows are drawn after {span(now - began)}")
+            say(f"The first rows are drawn after {format_duration(now - began)}")
         elif done == total or now - told >= TOLD_S:
             told, rate = now, (done - 1) / max(last - first, 1e-3)
-            left = f", {span((total - done) / rate)} left" if done < total else ""
+            left = f", {format_duration((total - done) / rate)} left" if done < total else ""
             say(f"{done} of {total} rows, {rate:.2f} a second on {len(hosts)} host{'s' * (len(hosts) > 1)}{left}")
         yield one
 

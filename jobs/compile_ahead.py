@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 from capacity import libtpu
 from capacity.chips import Host, host_of
 from capacity.configs import of_args
+from cluster.cli import Parser, UsageError, UserError
 from cluster.ray_client import connect
-from cluster.terminal import Stop, say
-from jobs.entry import Invalid, Parser, path, run
+from cluster.terminal import say
+from jobs.entry import path, run
 from jobs.settings import Settings, config, resources, waiting
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def main() -> str:
     settings = Settings.read(args.config)
     folder = args.out or settings.programs
     if folder is None:
-        raise Invalid(f"{args.config}: programs is null, so replicas would look nowhere. Name a folder there.")
+        raise UsageError(f"{args.config}: programs is null, so replicas would look nowhere. Name a folder there.")
     told = ahead(settings, args.tpu, folder) if args.tpu else on_the_cluster(settings, folder)
     new = [one for one in told["programs"] if one["compiled"]]
     return (
@@ -71,7 +72,7 @@ def on_the_cluster(settings: Settings, folder: Path) -> dict[str, Any]:
     try:
         told: dict[str, Any] = ray.get(task.remote(settings.pipeline(), folder))
     except ray.exceptions.RayTaskError as error:
-        raise Stop(f"It failed on its host: {error.cause}") from None
+        raise UserError(f"It failed on its host: {error.cause}") from None
     say(f"All {len(told['programs'])} were loaded from there and run once, in {told['verified_s']:.1f} s.")
     return told
 
@@ -91,7 +92,7 @@ def ahead(settings: Settings, host: Host, folder: Path) -> dict[str, Any]:
     """In this process, which never sees a TPU."""
     if settings.chips not in (0, host.chips):
         has = f"--tpu: {host.accelerator_type} has {host.chips} chips"
-        raise Invalid(f"{has}, and the config's replicas ask for {settings.chips}.")
+        raise UsageError(f"{has}, and the config's replicas ask for {settings.chips}.")
     libtpu.install()
     libtpu.compile_only()
     from app.aot.cache_key import fingerprint
@@ -100,7 +101,7 @@ def ahead(settings: Settings, host: Host, folder: Path) -> dict[str, Any]:
     try:
         pipeline = pipeline_of(replace(of_args(settings.args).served, model=settings.model), host)
     except ValueError as error:
-        raise Invalid(str(error)) from None
+        raise UsageError(str(error)) from None
     say(f"Compiling {len(pipeline.programs)} programs for {host.accelerator_type}. Many minutes for a large model")
     facts = fingerprint(pipeline.mesh.devices.flat) | {"libtpu": libtpu.version()}
     told = publish_all(pipeline.programs, facts, folder)
@@ -114,7 +115,7 @@ def publish_all(programs: Sequence["Program"], facts: Mapping[str, str], folder:
     from app.aot.store import PUBLISHED, Place, prepare, publish
 
     if refusal := prepare(folder):
-        raise Stop(refusal)
+        raise UserError(refusal)
     seen: dict[int, str] = {}
     places = {program.name: Place(folder, key_of(program, facts, seen)) for program in programs}
     missing = [program for program in programs if not usable(places[program.name])]
@@ -123,7 +124,7 @@ def publish_all(programs: Sequence["Program"], facts: Mapping[str, str], folder:
     for program in missing:
         made = Place(draft, places[program.name].key)
         if not usable(made):
-            raise Stop(f"{program.name} could not be saved in {draft}; the log above says why.")
+            raise UserError(f"{program.name} could not be saved in {draft}; the log above says why.")
         publish(made.path, places[program.name].path)
         print(f"published {program.name}", flush=True)
     about = {"by": socket.gethostname(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "fingerprint": facts}

@@ -30,10 +30,11 @@ from app.api.protocol import NUMERIC_FIELDS, resolve
 from app.api.settings import Encoding
 from app.diffusion.images import encode
 from app.types import Generation, InvalidField
-from cluster.terminal import Stop, say
+from cluster.cli import Parser, UsageError, UserError, integer_between
+from cluster.terminal import say
 from demo.scenes import Scene, check
 from jobs import batch_generate
-from jobs.entry import Invalid, Parser, path, run, whole
+from jobs.entry import path, run
 from jobs.prompts import FIELDS, Row, read
 from jobs.settings import Settings, config
 from jobs.unfinished import write
@@ -115,7 +116,9 @@ def main() -> str:
     parser.add_argument("--reference", required=True, metavar="SETTING", help="'name=value ...'; '': the config's own")
     parser.add_argument("--candidate", required=True, metavar="SETTING", help="what is held to it")
     parser.add_argument("--prompts", type=path, help="as of batch_generate (the demo model's held-out captions)")
-    parser.add_argument("--count", type=whole(1, 10_000), default=32, help="most pictures of each (%(default)s)")
+    parser.add_argument(
+        "--count", type=integer_between(1, 10_000), default=32, help="most pictures of each (%(default)s)"
+    )
     parser.add_argument("--config", type=config, default="serve_config.yaml", help="whose args to take (%(default)s)")
     parser.add_argument("--out", type=path, default="outputs/evaluate", help="folder of the report (%(default)s)")
     args = parser.parse_args()
@@ -127,12 +130,14 @@ def main() -> str:
     wanted = [setting.rows(generations) for setting in both]
     for one, other in zip(*wanted, strict=True):
         if (one.generation.width, one.generation.height) != (other.generation.width, other.generation.height):
-            raise Invalid("--reference and --candidate must draw pictures of one size.")
+            raise UsageError("--reference and --candidate must draw pictures of one size.")
     for setting, rows in zip(both, wanted, strict=True):
         say(f"{setting.name}:")
         # On one host, one setting after the other, so that neither has the machine of the other's to share.
         if errors := batch_generate.draw(rows, setting.settings, args.out, hosts=1):
-            raise Stop(f"{len(errors)} pictures failed: {next(iter(errors.values()))} The same job tries them again.")
+            raise UserError(
+                f"{len(errors)} pictures failed: {next(iter(errors.values()))} The same job tries them again."
+            )
     drawn = [Drawn.read(args.out, rows) for rows in wanted]
     distances = Distances.between(*(map(pixels_of, one.files) for one in drawn))
     table = [*figures(drawn, distances), *(claims(drawn, scenes) if judged else ())]
@@ -151,11 +156,11 @@ def setting_of(option: str, text: str, base: Settings) -> Setting:
     try:
         pairs = [word.partition("=") for word in shlex.split(text)]
     except ValueError as error:
-        raise Invalid(f"{option}: {error}, got {text}.") from None
+        raise UsageError(f"{option}: {error}, got {text}.") from None
     given: dict[str, Any] = {name: value for name, _, value in pairs}
     for name, equals, _ in pairs:
         if not equals or name not in (*REQUEST, *MODEL):
-            raise Invalid(f"{option} must be name=value of {', '.join((*REQUEST, *MODEL))}, got {name}.")
+            raise UsageError(f"{option} must be name=value of {', '.join((*REQUEST, *MODEL))}, got {name}.")
     changed = {name: value for name, value in given.items() if name in MODEL}
     settings = base.changed(changed, option) if changed else base  # which has read the weights once
     asked = {
@@ -164,7 +169,7 @@ def setting_of(option: str, text: str, base: Settings) -> Setting:
     try:
         whole_request = resolve({"prompt": "x", "seed": 0, **asked}, settings.service, FIELDS).generation
     except InvalidField as error:
-        raise Invalid(f"{option}: {error.message}") from None
+        raise UsageError(f"{option}: {error.message}") from None
     fields = {"size": ("width", "height")}
     names = [field for name in asked for field in fields.get(name, (name,))]
     return Setting(text or "as the config says", settings, {name: getattr(whole_request, name) for name in names})
@@ -174,10 +179,10 @@ def prompts_of(file: Path, count: int, base: Settings) -> list[Generation]:
     rows = []
     for row in read(file, base):
         if not isinstance(row, Row):
-            raise Invalid(f"--prompts: row {row.number} of {file}: {row.error}")
+            raise UsageError(f"--prompts: row {row.number} of {file}: {row.error}")
         rows.append(dataclasses.replace(row.generation, n=1))
     if not rows:
-        raise Invalid(f"--prompts: {file} has no rows.")
+        raise UsageError(f"--prompts: {file} has no rows.")
     return rows[:count]
 
 

@@ -36,9 +36,10 @@ from app.diffusion.models.loading import (
     load_checkpoint,
     to_tensors,
 )
-from cluster.terminal import Stop, say
+from cluster.cli import Parser, UsageError, UserError
+from cluster.terminal import say
 from jobs import hub
-from jobs.entry import Invalid, Parser, path, run
+from jobs.entry import path, run
 from jobs.settings import fingerprint
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -73,7 +74,7 @@ def main() -> str:
             finish(args.out, wanted, source)
             return f"{args.out} was there already, and all its files have the hashes of its manifest."
         if args.out.exists():
-            raise Invalid(f"--out: {args.out} is there and no work of this job, as it has no {MANIFEST}.")
+            raise UsageError(f"--out: {args.out} is there and no work of this job, as it has no {MANIFEST}.")
         make(source, args.out, args.dtype, wanted)
     files = manifest_of(args.out)["files"]
     size = sum(one["bytes"] for one in files.values()) / 1e6
@@ -87,20 +88,20 @@ def source_of(model: str | None, revision: str | None, file: Path | None, layout
             yield unpacked(file, layout, Path(folder))
     elif model is not None and path(model).is_dir():
         if revision:
-            raise Invalid(f"--revision is of a repo id, and {model} is a folder.")
+            raise UsageError(f"--revision is of a repo id, and {model} is a folder.")
         yield Source(path(model), str(path(model)), fingerprint(path(model)))
     # A slip in a path must not turn into a download.
     elif model and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not path(model).parent.is_dir():
         snapshot = hub.download(model, revision, DOWNLOADED)
         yield Source(snapshot.folder, model, snapshot.commit)
     else:
-        raise Invalid(f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model}.")
+        raise UsageError(f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model}.")
 
 
 def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
     """By diffusers, whose business the dozen layouts of such files are. The source's name is the file's own hash."""
     if file.suffix != ".safetensors" or not file.is_file():  # a .ckpt is a pickle, and loading it runs what it says
-        raise Invalid(f"--from-single-file must be a .safetensors file, got {file}.")
+        raise UsageError(f"--from-single-file must be a .safetensors file, got {file}.")
     try:
         from transformers.utils import logging
 
@@ -108,7 +109,7 @@ def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
         logging.disable_progress_bar()
         import diffusers
     except ImportError:
-        raise Stop(
+        raise UserError(
             "--from-single-file needs diffusers and PyTorch where the job runs: pip install -r requirements/parity.txt"
         ) from None
     diffusers.utils.logging.disable_progress_bar()
@@ -118,7 +119,7 @@ def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
     try:
         pipeline = diffusers.StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **given)
     except Exception as error:  # of diffusers, of the Hub, of the file
-        raise Stop(f"{file} cannot be read as Stable Diffusion: {one_line(error)}") from None
+        raise UserError(f"{file} cannot be read as Stable Diffusion: {one_line(error)}") from None
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Source(folder, f"{file.name} sha256:{hub.sha256_of(file)}", None)
 
@@ -127,7 +128,7 @@ def make(source: Source, out: Path, dtype: str, wanted: dict[str, Any]) -> None:
     try:
         checkpoint = load_checkpoint(source.folder, dtype=DTYPES[dtype])
     except ValueError as problems:
-        raise Stop(str(problems)) from None
+        raise UserError(str(problems)) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     clear_stale(out)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.draft-", dir=out.parent))
@@ -170,7 +171,7 @@ def copy_small(source: Path, draft: Path) -> None:
 def write_part(part: str, checkpoint: Checkpoint, draft: Path, dtype: str) -> None:
     tensors = to_tensors(getattr(checkpoint, part), DTYPES[dtype])
     if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
-        raise Stop(f"{part}: tensor {bad[0]} holds a number that is not finite in {dtype}.")
+        raise UserError(f"{part}: tensor {bad[0]} holds a number that is not finite in {dtype}.")
     file = draft / part / f"{STEMS[part]}.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})  # as diffusers and transformers ask for
     say(f"{part}: {len(tensors)} tensors, {file.stat().st_size / 1e6:,.1f} MB")
@@ -186,21 +187,21 @@ def verify_part(part: str, source: Path, draft: Path, dtype: str) -> None:
         if before.dtype != after.dtype or before.tobytes() != after.tobytes():
             problems.append(f"{part}: tensor {name} was not written as it was read.")
     if problems:
-        raise Stop("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def finish(out: Path, wanted: dict[str, Any], source: Source) -> None:
     """A folder that has its name and its manifest: put in what a run that was killed then has left out, and check."""
     manifest = manifest_of(out)
     if differing := [f"{name} {manifest.get(name)}" for name, value in wanted.items() if manifest.get(name) != value]:
-        raise Invalid(f"--out: {out} holds another one: {', '.join(differing)}. Name another folder.")
+        raise UsageError(f"--out: {out} holds another one: {', '.join(differing)}. Name another folder.")
     if not (out / INDEX).exists():
         draft = out / f".{INDEX}"
         shutil.copyfile(source.folder / INDEX, draft)
         os.replace(draft, out / INDEX)
     for name, fact in manifest["files"].items():
         if not (out / name).is_file() or hub.sha256_of(out / name) != fact["sha256"]:
-            raise Stop(f"{out / name} is not what {MANIFEST} says. Remove {out}, and the same job makes it anew.")
+            raise UserError(f"{out / name} is not what {MANIFEST} says. Remove {out}, and the same job makes it anew.")
 
 
 def manifest_of(out: Path) -> dict[str, Any]:
@@ -208,7 +209,9 @@ def manifest_of(out: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((out / MANIFEST).read_text("utf-8"))
         return found
     except (OSError, ValueError) as error:
-        raise Stop(f"{out / MANIFEST} cannot be read: {error}. Remove {out}, and the same job makes it anew.") from None
+        raise UserError(
+            f"{out / MANIFEST} cannot be read: {error}. Remove {out}, and the same job makes it anew."
+        ) from None
 
 
 if __name__ == "__main__":

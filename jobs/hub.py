@@ -14,7 +14,8 @@ from typing import Any
 import huggingface_hub
 
 from app.diffusion.models.errors import one_line
-from cluster.terminal import Stop, say
+from cluster.cli import UserError
+from cluster.terminal import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Snapshot:
 
 
 def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Snapshot:
-    """Raises Stop where the Hub does not answer, has no such repo, or sends other bytes than it has declared."""
+    """Raises UserError where the Hub does not answer, has no such repo, or sends other bytes than it has declared."""
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
         assert info.sha and info.siblings is not None
@@ -35,7 +36,7 @@ def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Snapsh
             repo, revision=info.sha, allow_patterns=[one.rfilename for one in wanted], max_workers=8
         )
     except Exception as error:  # the Hub's client raises a dozen kinds
-        raise Stop(f"{repo} cannot be fetched: {one_line(error)}") from None
+        raise UserError(f"{repo} cannot be fetched: {one_line(error)}") from None
     for one in wanted:
         check(Path(folder) / one.rfilename, one)
     return Snapshot(Path(folder), info.sha)
@@ -51,7 +52,7 @@ def check(file: Path, declared: Any) -> None:
     if got != wanted:
         file.resolve().unlink()
         file.unlink(missing_ok=True)
-        raise Stop(
+        raise UserError(
             f"{declared.rfilename} has the hash {got}, and the Hub declares {wanted}. The same job fetches it anew."
         )
 

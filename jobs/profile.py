@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cluster.cli import Parser, UsageError, UserError, integer_between
 from cluster.ray_client import connect
-from cluster.terminal import Stop, say
-from jobs.entry import Invalid, Parser, path, run, whole
+from cluster.terminal import say
+from jobs.entry import path, run
 from jobs.settings import DEPLOYMENT
 
 TOP = 15
@@ -30,8 +31,10 @@ class Operation(NamedTuple):
 
 def main() -> str:
     parser = Parser(__doc__)
-    parser.add_argument("--steps", type=whole(1, 1000), default=20, help="of the engine (%(default)s)")
-    parser.add_argument("--timeout-s", type=whole(1, 600), default=60, help="longest wait for them (%(default)s)")
+    parser.add_argument("--steps", type=integer_between(1, 1000), default=20, help="of the engine (%(default)s)")
+    parser.add_argument(
+        "--timeout-s", type=integer_between(1, 600), default=60, help="longest wait for them (%(default)s)"
+    )
     parser.add_argument("--application", help="whose replica (the one that is deployed)")
     parser.add_argument("--out", type=path, default="outputs/profile", help="folder of the trace (%(default)s)")
     args = parser.parse_args()
@@ -43,7 +46,7 @@ def main() -> str:
     say(f"Waiting for {args.steps} steps")
     trace = handle.profile.remote(args.steps, args.timeout_s).result(timeout_s=args.timeout_s + 120)
     if isinstance(trace, str):
-        raise Stop(trace)
+        raise UserError(trace)
     args.out.mkdir(parents=True, exist_ok=True)
     name = time.strftime("%Y%m%d-%H%M%S")
     for ending, content in trace.files.items():
@@ -58,11 +61,11 @@ def application(name: str | None) -> str:
 
     found = {app: one.status.value for app, one in serve.status().applications.items() if DEPLOYMENT in one.deployments}
     if not found:
-        raise Stop(f"No application with a deployment {DEPLOYMENT} runs here. Deploy one with: make deploy")
+        raise UserError(f"No application with a deployment {DEPLOYMENT} runs here. Deploy one with: make deploy")
     if name is None and len(found) == 1:
         return next(iter(found))
     if name not in found:
-        raise Invalid(f"--application must be one of {', '.join(found)}, got {name}.")
+        raise UsageError(f"--application must be one of {', '.join(found)}, got {name}.")
     return name
 
 

@@ -17,7 +17,7 @@ from app.api.prompt_files import Fields
 from app.api.protocol import QUERY_FIELDS, resolve
 from app.api.settings import Encoding
 from app.types import SEEDS, Generation, InvalidField
-from jobs.entry import Invalid
+from cluster.cli import UsageError
 from jobs.settings import Settings
 
 FIELDS = (*(name for name in QUERY_FIELDS if name != "timeout"), "model", "n")
@@ -60,7 +60,7 @@ class Bad:
 
 
 def read(file: Path, settings: Settings) -> Iterator[Row | Bad]:
-    """Raises Invalid where the file as a whole is none of these; what is wrong with one row is said of that row."""
+    """Raises UsageError where the file as a whole is none of these; what is wrong with one row is said of that row."""
     spelled: Counter[str] = Counter()
     meant: Counter[tuple[Generation, Encoding]] = Counter()
     for number, given in enumerate(entries(file), start=1):
@@ -90,4 +90,4 @@ def entries(file: Path) -> Iterator[Fields | str]:
     try:
         yield from (entry.fields for entry in prompt_files.read(file))
     except prompt_files.BadFile as error:
-        raise Invalid(f"--prompts: {error}") from None
+        raise UsageError(f"--prompts: {error}") from None

@@ -13,10 +13,10 @@ from app.api.settings import Service
 from app.builders import Args, locate
 from app.diffusion.models.config import STEMS
 from app.types import parse_size
+from cluster.cli import UsageError, UserError
 from cluster.config.documents import loaded
-from cluster.terminal import Stop
 from jobs import hub
-from jobs.entry import Invalid, path
+from jobs.entry import path
 
 BUILDER = "app.builders:text_to_image"
 DEPLOYMENT = "StableDiffusion"
@@ -35,12 +35,12 @@ class Settings:
     def read(cls, file: Path) -> "Settings":
         try:
             content = loaded(file, f"--config: there is no file {file}.")
-        except Stop as reason:
-            raise Invalid(str(reason)) from None
+        except UserError as reason:
+            raise UsageError(str(reason)) from None
         applications = content.get("applications") if isinstance(content, dict) else None
         ours = [app for app in applications or () if isinstance(app, dict) and app.get("import_path") == BUILDER]
         if len(ours) != 1:
-            raise Invalid(f"--config: {file} must have one application of {BUILDER}, got {len(ours)}.")
+            raise UsageError(f"--config: {file} must have one application of {BUILDER}, got {len(ours)}.")
         return cls.of(ours[0].get("args") or {}, str(file), chips_of(ours[0]))
 
     @classmethod
@@ -51,9 +51,9 @@ class Settings:
             model, name = locate(str(folder) if folder.is_dir() else args.model)
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-            raise Invalid(f"{where}: {'; '.join(problems)}.") from None
+            raise UsageError(f"{where}: {'; '.join(problems)}.") from None
         except ValueError as error:
-            raise Invalid(f"{where}: {error}") from None
+            raise UsageError(f"{where}: {error}") from None
         return cls(args, model, name, chips)
 
     def changed(self, given: Mapping[str, Any], where: str) -> "Settings":

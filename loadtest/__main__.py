@@ -18,18 +18,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from cluster import processes
+from cluster.cli import UsageError, UserError, run_command
 from cluster.dashboard import Dashboard, Refused, serve_address
 from cluster.local.state import Cluster
 from cluster.places import authorization
 from cluster.remote.preflight import token_file
-from cluster.terminal import Stop
-from loadtest import Mistake, compare, report
+from loadtest import compare, report
 from loadtest.contact import contact_sheet_of
 from loadtest.options import ARRIVALS, RESUMED, VERBS, parser, refuse, scenario_of
 from loadtest.plan import plan
@@ -43,8 +42,8 @@ FALLBACK = "http://127.0.0.1:8000"
 
 
 def local(run_dir: Path) -> tuple[str | None, Dashboard | None]:
-    """Where the API of the cluster that is up in this checkout is, and its dashboard. Raises Stop where it is up and
-    does not know us."""
+    """The addresses of the API and of the dashboard of this checkout's local cluster. Raises UserError if the cluster
+    is up and refuses us."""
     cluster = Cluster.load(run_dir.resolve())
     if not cluster or cluster.missing:
         return None, None
@@ -53,17 +52,17 @@ def local(run_dir: Path) -> tuple[str | None, Dashboard | None]:
         details = dashboard.details()
     except Refused:
         raise
-    except (Stop, OSError):
+    except (UserError, OSError):
         return None, None
     return (serve_address(details) if details["applications"] else None), dashboard
 
 
 def target_of(options: argparse.Namespace) -> Target:
     if options.url and options.ip:
-        raise Mistake("--url and --ip exclude one another.")
+        raise UsageError("--url and --ip exclude one another.")
     try:
         address, dashboard = local(options.run_dir)
-    except Stop as reason:
+    except UserError as reason:
         if not options.url and not options.ip:
             raise
         print(f"The cluster in this checkout is not watched: {reason}", file=sys.stderr, flush=True)
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         folder = options.resume
         before = read(folder)
         if before.ended == "complete":
-            raise Mistake(f"{folder} is complete: nothing is left to send.")
+            raise UsageError(f"{folder} is complete: nothing is left to send.")
         options.url = options.url or before.head["url"]
         target = target_of(options)
         asyncio.run(described(target))
@@ -108,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
 def raise_rate(options: argparse.Namespace) -> int:
     if options.first <= 0 or options.factor <= 1 or options.most < options.first:
-        raise Mistake("A sweep needs --from above 0, --factor above 1 and --most not below --from.")
+        raise UsageError("A sweep needs --from above 0, --factor above 1 and --most not below --from.")
     refuse(options, ARRIVALS, "A sweep sends at rates of its own")
     name, scenario = scenario_of(options)
     objective_s = 10.0 if scenario.objective_s is None else scenario.objective_s
@@ -189,7 +188,8 @@ def tell(summary: Summary, folder: Path) -> None:
     print(f"Report      {folder / 'report.html'}")
 
 
-def main(arguments: Sequence[str]) -> int:
+def main() -> int:
+    arguments = sys.argv[1:]
     if not arguments or (arguments[0] not in VERBS and arguments[0] not in ("-h", "--help")):
         arguments = ["run", *arguments]
     options = parser(__doc__).parse_args(arguments)
@@ -214,14 +214,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except Mistake as mistake:
-        print(mistake, file=sys.stderr)
-        sys.exit(2)
-    except Stop as reason:
-        print(reason, file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_command(main)

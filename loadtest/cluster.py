@@ -15,9 +15,9 @@ from typing import Any
 
 import aiohttp
 
+from cluster.cli import UserError
 from cluster.dashboard import Dashboard
 from cluster.nodes import status
-from cluster.terminal import Stop
 from loadtest.records import Journal
 
 Sample = dict[str, Any]
@@ -74,7 +74,7 @@ class Watcher:
         """What blocks, in a thread."""
         try:
             return await asyncio.to_thread(question, dashboard)
-        except (Stop, OSError, ValueError, KeyError, TypeError) as error:
+        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
             return {"errors": [f"dashboard: {error}"]}
 
     def settled(self, before: Sample | None) -> bool:

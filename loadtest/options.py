@@ -1,14 +1,13 @@
 """The command line of `python -m loadtest`, and what of a scenario each flag overrides."""
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
-from loadtest import Mistake
+from cluster.cli import Parser, UsageError, integer, nonempty, number, path
 from loadtest.contact import SHEET
 from loadtest.scenario import FOLDER, Closed, Open, Scenario, load, names, parse
 
@@ -22,9 +21,9 @@ RESUMED = (  # and which say what is sent and how it is judged
 )
 
 
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+class SwitchParser(Parser):
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        super().__init__(description, **options)
         self.switches: set[str] = set()
 
     def switch(self, *names: str, help: str, group: argparse._ArgumentGroup | None = None) -> None:
@@ -44,64 +43,30 @@ class Parser(argparse.ArgumentParser):
                 joined.append(word)
         return super().parse_known_args([f"{one}=true" if one in self.switches else one for one in joined], namespace)
 
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage before it."""
-        raise Mistake(f"{message[:1].upper()}{message[1:]}. See: {self.prog} --help")
-
 
 def truth(text: str) -> bool:
     if text.lower() not in TRUTHS:
-        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}.")
     return TRUTHS[text.lower()]
-
-
-def nonempty(text: str) -> str:
-    """Else what a shell makes of a variable that is not set would mean the default."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-def place(text: str) -> Path:
-    return Path(nonempty(text))
-
-
-def whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-
-
-def number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
-    return value
 
 
 def field(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, such as num_inference_steps=4, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, such as num_inference_steps=4, got {text!r}.")
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:
         return name, value
 
 
-def parser(description: str | None) -> Parser:
-    top = Parser(
-        prog="python -m loadtest", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
+def parser(description: str | None) -> SwitchParser:
+    top = SwitchParser(description)
+    verbs = top.add_subparsers(dest="verb", required=True, parser_class=SwitchParser)
     run = verbs.add_parser("run", help="run a scenario (what is done without a verb, too)")
     run.add_argument("scenario", nargs="?", help=f"{', '.join(names())}, or a YAML file")
     run.add_argument("--scenario", dest="named", type=nonempty, help=argparse.SUPPRESS)
-    run.add_argument("--resume", type=place, help="folder of a run that was killed or interrupted")
+    run.add_argument("--resume", type=path, help="folder of a run that was killed or interrupted")
     run.switch("--save-pictures", "--save_pictures", help=f"as one captioned sheet, {SHEET}")
     run.switch("--save-each", help="each picture as a file of its own")
     where(run)
@@ -114,41 +79,41 @@ def parser(description: str | None) -> Parser:
     where(raising)
     what(raising)
     comparing = verbs.add_parser("compare", help="two runs side by side")
-    comparing.add_argument("a", type=place)
-    comparing.add_argument("b", type=place)
+    comparing.add_argument("a", type=path)
+    comparing.add_argument("b", type=path)
     ready = verbs.add_parser("ready", help="exit status 0 if the local cluster of this checkout serves")
-    ready.add_argument("--run-dir", type=place, default=Path(".run"))
+    ready.add_argument("--run-dir", type=path, default=Path(".run"))
     again = verbs.add_parser("report", help="derive the reports of a run again")
-    again.add_argument("folder", type=place)
+    again.add_argument("folder", type=path)
     return top
 
 
-def where(parser: Parser) -> None:
+def where(parser: SwitchParser) -> None:
     parser.add_argument("--url", type=nonempty, help="of the API; left out, the local cluster of this checkout")
     parser.add_argument("--ip", type=nonempty, help="its address alone, with port 8000")
     parser.switch("--allow-remote", help="to load another machine, which must be yours")
     parser.add_argument(
         "--dashboard", type=nonempty, help="Ray's dashboard, for the timeline; left out, the local cluster's"
     )
-    parser.add_argument("--run-dir", type=place, default=Path(".run"), help="of the local cluster (%(default)s)")
-    parser.add_argument("--out", type=place, default=Path("outputs/loadtest"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--run-dir", type=path, default=Path(".run"), help="of the local cluster (%(default)s)")
+    parser.add_argument("--out", type=path, default=Path("outputs/loadtest"), help="folder of the runs (%(default)s)")
 
 
-def what(parser: Parser) -> None:
+def what(parser: SwitchParser) -> None:
     load = parser.add_argument_group("arrivals, instead of the scenario's")
     load.add_argument("--rate", type=number, help="requests a second")
     load.add_argument("--to", type=number, help="the rate at the end, for a ramp")
     load.add_argument("--duration", type=number, help="seconds")
     load.add_argument("--process", choices=("constant", "poisson", "gamma"))
     load.add_argument("--cv", type=number, help="of gamma: 1 is Poisson, more comes in bursts")
-    load.add_argument("--concurrency", "--batch_size", type=whole, help="closed loop: so many clients")
-    load.add_argument("--requests", "--num_requests", type=whole, help="closed loop: so many requests in all")
-    load.add_argument("--replay", type=place, help="JSONL with the time and the request in each line")
+    load.add_argument("--concurrency", "--batch_size", type=integer, help="closed loop: so many clients")
+    load.add_argument("--requests", "--num_requests", type=integer, help="closed loop: so many requests in all")
+    load.add_argument("--replay", type=path, help="JSONL with the time and the request in each line")
     load.add_argument("--speed", type=number, help="of the replay")
-    load.add_argument("--seed", type=whole, help="of the schedule and the requests")
+    load.add_argument("--seed", type=integer, help="of the schedule and the requests")
     asked = parser.add_argument_group("requests")
     asked.add_argument(
-        "--prompts", type=place, help="text with a prompt a line, or CSV, JSONL or Parquet with any field"
+        "--prompts", type=path, help="text with a prompt a line, or CSV, JSONL or Parquet with any field"
     )
     asked.add_argument("--field", type=field, action="append", default=[], help="NAME=VALUE of every request")
     asked.add_argument("--endpoint", choices=("generations", "imagine"), help="of every request")
@@ -159,8 +124,8 @@ def what(parser: Parser) -> None:
     other.add_argument("--timeout", type=number, help="seconds that an answer may take")
     other.add_argument("--objective", type=number, help="seconds within which an answer counts as goodput")
     other.add_argument("--warmup", type=number, help="seconds at the start that are not counted")
-    other.add_argument("--max-requests", type=whole, help="most requests of a run")
-    other.add_argument("--max-in-flight", type=whole, help="most requests open at once")
+    other.add_argument("--max-requests", type=integer, help="most requests of a run")
+    other.add_argument("--max-in-flight", type=integer, help="most requests open at once")
     other.add_argument("--price", type=number, help="dollars for an hour of a chip")
     other.add_argument("--settle", type=number, help="seconds to wait at most for replicas and nodes to go again")
 
@@ -171,7 +136,7 @@ def refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
     given = [name for name, value in values.items() if not (value is None or value is False or value == [])]
     if given:
         flags = ["--scenario" if name == "named" else f"--{name.replace('_', '-')}" for name in given]
-        raise Mistake(f"{why}: {' and '.join(flags)} cannot be given.")
+        raise UsageError(f"{why}: {' and '.join(flags)} cannot be given.")
 
 
 def scenario_of(options: argparse.Namespace) -> tuple[str, Scenario]:
@@ -212,7 +177,7 @@ def arrivals_of(options: argparse.Namespace, base: Scenario) -> dict[str, Any] |
         ),
     }
     if len(given := [name for name, there in flags.items() if there]) > 1:
-        raise Mistake(f"{' and '.join(given)} exclude one another: arrivals are of one kind.")
+        raise UsageError(f"{' and '.join(given)} exclude one another: arrivals are of one kind.")
     old = base.arrivals
     if options.replay:
         return {
@@ -221,7 +186,7 @@ def arrivals_of(options: argparse.Namespace, base: Scenario) -> dict[str, Any] |
             "speed": 1.0 if options.speed is None else options.speed,
         }
     if options.speed is not None:
-        raise Mistake("--speed needs --replay.")
+        raise UsageError("--speed needs --replay.")
     if flags["--concurrency or --requests"]:
         known = old.model_dump(exclude_none=True) if isinstance(old, Closed) else {"process": "closed", **PREDECESSORS}
         changed = {"concurrency": options.concurrency, "requests": options.requests, "duration_s": options.duration}

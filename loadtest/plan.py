@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from app.api import prompt_files
-from loadtest import Mistake
+from cluster.cli import UsageError
 from loadtest.arrivals import Span, evenly, gamma, through, with_bursts
 from loadtest.scenario import Closed, Endpoint, Open, Replay, Scenario
 
@@ -52,7 +52,7 @@ def arrivals(scenario: Scenario, rng: np.random.Generator) -> list[float]:
             times = through(spans, arrived)
             times = with_bursts(times, [(burst.at_s, burst.requests) for burst in bursts])
             if len(times) > scenario.max_requests:
-                raise Mistake(
+                raise UsageError(
                     f"This makes more than max_requests = {scenario.max_requests} requests. Lower the rate or the "
                     "duration, or raise it: --max-requests."
                 )
@@ -89,10 +89,10 @@ def read_prompts(path: Path) -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = []
     for where, fields in rows(path):
         if not isinstance(fields.get("prompt"), str):
-            raise Mistake(f'{where} must have a "prompt" that is a string.')
+            raise UsageError(f'{where} must have a "prompt" that is a string.')
         found.append(fields)
     if not found:
-        raise Mistake(f"{path} holds no prompt.")
+        raise UsageError(f"{path} holds no prompt.")
     return found
 
 
@@ -104,18 +104,18 @@ def replayed(replay: Replay, most: int) -> list[Planned]:
             continue
         at = first_of(entry, TIMES)
         if isinstance(at, bool) or not isinstance(at, int | float):
-            raise Mistake(f'{where} must have a time, "at", in seconds, got {at!r}.')
+            raise UsageError(f'{where} must have a time, "at", in seconds, got {at!r}.')
         request = first_of(entry, BODIES)
         if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
-            raise Mistake(f'{where} must have a "request", fields of the API with a prompt, got {request!r}.')
+            raise UsageError(f'{where} must have a "request", fields of the API with a prompt, got {request!r}.')
         endpoint = entry.get("endpoint", "generations")
         if endpoint not in ("generations", "imagine"):
-            raise Mistake(f'{where}: "endpoint" must be generations or imagine, got {endpoint!r}.')
+            raise UsageError(f'{where}: "endpoint" must be generations or imagine, got {endpoint!r}.')
         found.append((float(at), endpoint, request, str(entry.get("kind", "replay"))))
     if not found:
-        raise Mistake(f"{replay.trace} holds no request.")
+        raise UsageError(f"{replay.trace} holds no request.")
     if len(found) > most:
-        raise Mistake(f"{replay.trace} holds {len(found)} requests, more than max_requests = {most}.")
+        raise UsageError(f"{replay.trace} holds {len(found)} requests, more than max_requests = {most}.")
     found.sort(key=lambda one: one[0])
     began = found[0][0]
     return [
@@ -130,10 +130,10 @@ def rows(path: Path, kind: str | None = None) -> Iterator[tuple[str, Mapping[str
         for entry in prompt_files.read(path, kind):
             where = f"{path}:{entry.line}"
             if isinstance(entry.fields, str):
-                raise Mistake(f"{where}: {entry.fields}")
+                raise UsageError(f"{where}: {entry.fields}")
             yield where, entry.fields
     except prompt_files.BadFile as error:
-        raise Mistake(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def first_of(entry: Mapping[str, Any], names: Sequence[str]) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from loadtest import Mistake
+from cluster.cli import UsageError
 
 Outcome = Literal[
     "ok", "connect", "timeout", "shed", "server_error", "refused", "reset", "bad_image", "client_overload"
@@ -106,7 +106,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             if number <= len(lines):
-                raise Mistake(f"{path}:{number} is not JSON: {line[:60]!r}.") from None
+                raise UsageError(f"{path}:{number} is not JSON: {line[:60]!r}.") from None
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def read(folder: Path) -> Run:
     try:
         head = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
-        raise Mistake(f"{folder} is not the folder of a load test: it has no run.json that can be read.") from None
+        raise UsageError(f"{folder} is not the folder of a load test: it has no run.json that can be read.") from None
     known = {one.name for one in fields(Record)}
     absent: dict[str, Any] = {"sent": None, "first_byte": None, "preview": None}
     sessions: list[Session] = []
@@ -153,9 +153,9 @@ def read(folder: Path) -> Run:
             else:
                 records.append(Record(**absent | {name: value for name, value in entry.items() if name in known}))
         except (KeyError, TypeError, AttributeError):
-            raise Mistake(f"{folder} is not the folder of a load test: {str(entry)[:60]} is no record.") from None
+            raise UsageError(f"{folder} is not the folder of a load test: {str(entry)[:60]} is no record.") from None
     if not sessions:
-        raise Mistake(f"{folder} holds no request: the run had not begun.")
+        raise UsageError(f"{folder} holds no request: the run had not begun.")
     run = Run(folder, head, sessions, records, ended, [*entries(folder / "timeline.jsonl")])
     for sample in run.timeline:
         sample["t"] = run.moment(sample["unix"])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from loadtest import Mistake
+from cluster.cli import UsageError
 
 FOLDER = Path(__file__).with_name("scenarios")
 Endpoint = Literal["generations", "imagine"]
@@ -159,11 +159,11 @@ def load(name: str, overrides: Mapping[str, Any]) -> Scenario:
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise Mistake(f"There is no scenario {name}; there are {', '.join(names())}, or name a YAML file.") from None
+        raise UsageError(f"There is no scenario {name}; there are {', '.join(names())}, or name a YAML file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise Mistake(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise Mistake(f"{path} must hold keys such as arrivals, got {content!r}.")
+        raise UsageError(f"{path} must hold keys such as arrivals, got {content!r}.")
     return parse(content, str(path), overrides)
 
 
@@ -178,7 +178,7 @@ def parse(content: Mapping[str, Any], source: str, overrides: Mapping[str, Any])
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         got = "" if first["type"] in ("missing", "extra_forbidden") else f", got {short(first['input'])}"
-        raise Mistake(f"{source}: {where or 'it'}: {first['msg']}{got}.") from None
+        raise UsageError(f"{source}: {where or 'it'}: {first['msg']}{got}.") from None
 
 
 def put(content: Mapping[str, Any], key: list[str], value: Any) -> dict[str, Any]:

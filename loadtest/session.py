@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from cluster.cli import UsageError
 from cluster.dashboard import Dashboard
 from cluster.processes import API_KEY, credentials
-from loadtest import Mistake
 from loadtest.checks import EqualSeeds
 from loadtest.client import Client, session
 from loadtest.cluster import Watcher
@@ -45,18 +45,18 @@ def guard(url: str, allow_remote: bool) -> str:
     try:
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise Mistake(f"The URL must be like http://127.0.0.1:8000, got {url}: {error}.") from None
+        raise UsageError(f"The URL must be like http://127.0.0.1:8000, got {url}: {error}.") from None
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or parts.username:
-        raise Mistake(f"The URL must be like http://127.0.0.1:8000, got {url}.")
+        raise UsageError(f"The URL must be like http://127.0.0.1:8000, got {url}.")
     if not allow_remote:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise Mistake(f"The host of {url} cannot be found: {error}.") from None
+            raise UsageError(f"The host of {url} cannot be found: {error}.") from None
         addresses = sorted({str(entry[4][0]).partition("%")[0] for entry in found})
         if beyond := [one for one in addresses if not is_here(one)]:
             resolved = "" if beyond[0] == host else f", which is {beyond[0]},"
-            raise Mistake(
+            raise UsageError(
                 f"{host}{resolved} is another machine. A load test can bring a server down: to load one that is yours, "
                 "or whose owner agrees, add --allow-remote."
             )
@@ -89,12 +89,12 @@ async def described(target: Target) -> dict[str, Any] | None:
             async with opened.get(f"{target.url}/v1/models", timeout=timeout, allow_redirects=False) as answer:
                 if answer.status in (401, 403):
                     needs = f"Put an API key into the environment: {API_KEY}."
-                    raise Mistake(f"{target.url} answers {answer.status}. {needs}")
+                    raise UsageError(f"{target.url} answers {answer.status}. {needs}")
                 if answer.status == 503:
-                    raise Mistake(f"{target.url} is not ready: {(await answer.text())[:300]}")
+                    raise UsageError(f"{target.url} is not ready: {(await answer.text())[:300]}")
                 return dict((await answer.json())["data"][0]) if answer.status == 200 else None
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise Mistake(
+            raise UsageError(
                 f"Nothing answers at {target.url} ({type(error).__name__}). Start the local cluster: make up deploy"
             ) from None
         except (ValueError, KeyError, IndexError, TypeError):
@@ -113,7 +113,7 @@ def begin(
     try:
         folder.mkdir(parents=True, exist_ok=False)
     except OSError as error:
-        raise Mistake(f"The folder of the run cannot be made: {error}.") from None
+        raise UsageError(f"The folder of the run cannot be made: {error}.") from None
     head = {
         "name": name,
         "url": target.url,
@@ -135,7 +135,9 @@ def left_over(folder: Path, scenario: Scenario, head: Mapping[str, Any]) -> tupl
     """What is still to be sent, the second of the run at which that begins, and how many sessions there were."""
     requests = plan(scenario)
     if fingerprint(requests) != head["plan"]:
-        raise Mistake(f"{folder} cannot go on: its scenario makes other requests now. Has a file of prompts changed?")
+        raise UsageError(
+            f"{folder} cannot go on: its scenario makes other requests now. Has a file of prompts changed?"
+        )
     if not (folder / "requests.jsonl").exists():
         return requests, 0.0, 0
     before = read(folder)

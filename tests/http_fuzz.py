@@ -7,7 +7,6 @@ No answer may be a 5xx but a documented 503, carry anything of a traceback, or t
 ingress stay within a bound of memory, and the same request draws the same picture before and after.
 """
 
-import argparse
 import re
 import socket
 import sys
@@ -23,9 +22,9 @@ from urllib.request import urlopen
 
 import psutil
 
+from cluster.cli import Parser, run_command
 from cluster.local.state import RUN_DIR, Cluster, running
 from cluster.places import LOCAL, dashboard_of
-from cluster.terminal import run
 from tests.fuzz_cases import KINDS, Case
 
 HANG_S = 20.0
@@ -180,7 +179,7 @@ def front_of(cluster: Cluster) -> dict[str, psutil.Process]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="of the local cluster")
     parser.add_argument("--count", type=int, default=26000, help="of requests, all kinds together")
     parser.add_argument("--seed", type=int, default=0)
@@ -202,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -77,11 +77,11 @@ print(json.dumps({{path: told(path) for path in sys.argv[1:]}}))
 """
 VERB = f"""
 import importlib, runpy, sys
-from cluster import terminal
+from cluster import cli
 module = importlib.import_module(sys.argv[1])
 {BECOME}
 sys.argv[:] = sys.argv[1:]
-terminal.run(module.main)
+cli.run_command(module.main)
 """
 
 

@@ -17,7 +17,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,8 @@ from benchmarks.soak.records import Run, read
 from benchmarks.soak.run import soak
 from benchmarks.soak.verdict import Verdict, judge
 from cluster import processes
+from cluster.cli import Parser, UsageError, run_command
 from cluster.local.state import ROOT, RUN_DIR, running
-from cluster.terminal import Stop
-from loadtest import Mistake
 from loadtest.session import Target, described
 
 RATE = 1.2  # clients a second, about half of what two cores can draw
@@ -41,7 +39,7 @@ OUT = ROOT / "outputs" / "soak"
 
 def begin(options: argparse.Namespace) -> Path:
     if options.minutes <= 0 or options.rate <= 0:
-        raise Mistake("--minutes and --rate must be above 0.")
+        raise UsageError("--minutes and --rate must be above 0.")
     folder: Path = options.out / time.strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
     head = {"started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "seed": options.seed, "rate": options.rate}
@@ -102,7 +100,7 @@ def tell(run: Run, verdict: Verdict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="of load (%(default)s)")
     parser.add_argument("--rate", type=float, default=RATE, help="clients a second on average (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the load and the kills (%(default)s)")
@@ -114,7 +112,7 @@ def main() -> int:
     if options.judge:
         return int(not report(options.judge).passed)
     if options.resume and read(options.resume).ends:
-        raise Mistake(f"{options.resume} is complete: nothing is left to do.")
+        raise UsageError(f"{options.resume} is complete: nothing is left to do.")
     folder: Path = options.resume or begin(options)
     signal.signal(signal.SIGTERM, leave)
     print(f"Folder    {folder}", flush=True)
@@ -127,14 +125,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Mistake as mistake:
-        print(mistake, file=sys.stderr)
-        sys.exit(2)
-    except Stop as reason:
-        print(reason, file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_command(main)

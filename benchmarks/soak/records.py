@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from loadtest import Mistake
+from cluster.cli import UsageError
 from loadtest.records import entries
 
 
@@ -89,7 +89,7 @@ def read(folder: Path) -> Run:
     try:
         head = json.loads((folder / "soak.json").read_text())
     except (OSError, ValueError):
-        raise Mistake(f"{folder} is not the folder of a soak test: it has no soak.json that can be read.") from None
+        raise UsageError(f"{folder} is not the folder of a soak test: it has no soak.json that can be read.") from None
     known = {each.name for each in fields(Result)}
     results = [
         Result(**{name: value for name, value in entry.items() if name in known})

@@ -23,8 +23,8 @@ from benchmarks.soak.load import Load, Planned, equal_requests, plan
 from benchmarks.soak.records import Result, read
 from benchmarks.soak.verdict import RECOVERY_S
 from benchmarks.soak.watch import processes_of, replicas_of, sample, stats_of
+from cluster.cli import UsageError
 from cluster.local.state import Cluster
-from loadtest import Mistake
 from loadtest import plan as loadtest_plan
 from loadtest.checks import EqualSeeds, identity
 from loadtest.client import Client
@@ -88,7 +88,7 @@ class Soak:
             planned = loadtest_plan.Planned(-1 - number, 0.0, "alone", "generations", request)
             record = await self.client.send(planned, self.clock())
             if record.outcome != "ok":
-                raise Mistake(f"The cluster does not draw before anything is done to it: {record.error}")
+                raise UsageError(f"The cluster does not draw before anything is done to it: {record.error}")
 
     async def send(self, done: set[int]) -> None:
         assert self.began is not None
@@ -99,7 +99,7 @@ class Soak:
             if self.stop.is_set():
                 return
             if len(self.open) >= MOST_OPEN:
-                raise Mistake(f"{MOST_OPEN} clients are waiting for an answer: the server has stopped answering.")
+                raise UsageError(f"{MOST_OPEN} clients are waiting for an answer: the server has stopped answering.")
             task = asyncio.create_task(self.perform(planned))
             self.open.add(task)
             task.add_done_callback(self.open.discard)

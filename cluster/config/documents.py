@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cluster.terminal import Stop
+from cluster.cli import UserError
 
 Key = tuple[str | int, ...]  # the way from the top of a file: names and places in lists
 
@@ -125,8 +125,8 @@ def loaded(path: Path, absent: str) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise Stop(absent) from None
+        raise UserError(absent) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise Stop(f"{path} cannot be read: {error}.") from None
+        raise UserError(f"{path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
-        raise Stop(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None

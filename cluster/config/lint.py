@@ -6,20 +6,18 @@ Its content says which of the two a file is. Each serve config is held against e
 No cluster and no network is asked. The exit status is 0, also with advice, 1 with errors, 2 after a wrong call.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from app.serving.replica import StableDiffusion
+from cluster.cli import Parser, UsageError, UserError, run_command
 from cluster.config.documents import Document, Finding, nearest, read
 from cluster.config.lint_checkpoint import check_checkpoints
 from cluster.config.lint_cluster import check_cluster, most_workers, node_types
 from cluster.config.lint_models import check_keys, check_values
 from cluster.config.lint_serve import App, Deployment, apps, check_fit
-from cluster.terminal import Stop, run, say
+from cluster.terminal import say
 
 SERVE, CLUSTER = "applications", ("available_node_types", "provider")  # the keys that tell the two apart
 
@@ -44,15 +42,15 @@ def lint(paths: Sequence[Path], twin: bool = False) -> list[Finding]:
 
 
 def refuse_errors(paths: Sequence[Path], twin: bool = False) -> None:
-    """Tells what is advice, and raises Stop where there are errors."""
+    """Tells what is advice, and raises UserError where there are errors."""
     try:
         found = lint(paths, twin)
     except OSError as error:
-        raise Stop(f"{error.filename} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None
     for advice in (finding for finding in found if not finding.error):
         say(str(advice))
     if errors := [str(finding) for finding in found if finding.error]:
-        raise Stop("\n".join([*errors, "Nothing was begun. Put that right, and run the same again."]))
+        raise UserError("\n".join([*errors, "Nothing was begun. Put that right, and run the same again."]))
 
 
 def check(document: Document) -> tuple[list[Finding], bool]:
@@ -143,32 +141,21 @@ def check_chips(serve: Document, cluster: Document, model: Deployment) -> Iterat
             yield serve.advice(key, text)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(
-            2,
-            f"{message[0].upper()}{message[1:]}. "
-            "For example: python -m cluster.config.lint serve_config.yaml cluster.yaml\n",
-        )
-
-
-def main() -> None:
-    parser = Parser(
-        prog="cluster.config.lint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = Parser(__doc__, hint="For example: python -m cluster.config.lint serve_config.yaml cluster.yaml")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     files: list[Path] = parser.parse_args().files
     try:
         found = lint(files)
     except OSError as error:
-        parser.exit(2, f"{error.filename} cannot be read: {error.strerror}.\n")
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}.") from None
     for finding in found:
         say(str(finding))
     errors = sum(finding.error for finding in found)
     counts = f"{errors or 'no'} error{'' if errors == 1 else 's'}, {len(found) - errors or 'no'} advice"
     say(f"Checked {', '.join(map(str, files))}: {counts}.")
-    sys.exit(bool(errors))
+    return int(bool(errors))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from cluster import ownership
-from cluster.terminal import Stop
+from cluster.cli import UserError
 
 PROVIDER = "cluster.local.node_provider.TwinProvider"
 COMMANDS = (
@@ -35,7 +35,7 @@ class Timings:
         for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                raise Stop(f"{name.upper()} must be between {least:g} and {most:g}, got {value:g}.")
+                raise UserError(f"{name.upper()} must be between {least:g} and {most:g}, got {value:g}.")
 
     def __str__(self) -> str:
         return ", ".join(f"{name.upper()}={value:g}" for name, value in asdict(self).items() if value)
@@ -49,7 +49,7 @@ def timings(given: Mapping[str, str], before: Timings) -> Timings:
             values[name] = float(text)
         except ValueError:
             least, most = BOUNDS[name]
-            raise Stop(f"{name.upper()} must be a number between {least:g} and {most:g}, got {text}.") from None
+            raise UserError(f"{name.upper()} must be a number between {least:g} and {most:g}, got {text}.") from None
     return Timings(**values)
 
 
@@ -69,13 +69,15 @@ class NodeTypes:
 
 
 def read(path: Path) -> NodeTypes:
-    """Raises Stop where the linter finds an error."""
+    """Raises UserError where the linter finds an error."""
     from cluster.config import documents, lint_cluster  # with Ray, which takes a second and more to import
 
     try:
         document, found = documents.read(path)
     except OSError as error:
-        raise Stop(f"{path} cannot be read: {error.strerror}. Name the cluster file with: make up TWIN=...") from None
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}. Name the cluster file with: make up TWIN=..."
+        ) from None
     sound = False
     if document and isinstance(document.value, dict) and "available_node_types" in document.value:
         said, sound = lint_cluster.check_cluster(document)
@@ -84,7 +86,7 @@ def read(path: Path) -> NodeTypes:
         found.append(document.error((), "it has no available_node_types, so it is no cluster file."))
     errors = [str(one) for one in found if one.error]
     if errors or not document or not sound:
-        raise Stop("\n".join(errors))
+        raise UserError("\n".join(errors))
     head = document.value["head_node_type"]
     types = {
         name: {

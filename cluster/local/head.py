@@ -15,10 +15,11 @@ import psutil
 import yaml
 
 from cluster import auth_token, nodes, ownership, processes
+from cluster.cli import UserError
 from cluster.local import autoscaler_config
 from cluster.local.autoscaler_config import NodeTypes
 from cluster.local.state import METADATA_PORT, PORT_OPTIONS, PORT_VARIABLES, ROOT, Cluster
-from cluster.terminal import Progress, Stop, say
+from cluster.terminal import Progress, say
 
 OBJECT_STORE_BYTES = 256 << 20
 START_TIMEOUT_S = 120.0
@@ -45,16 +46,16 @@ def start(cluster: Cluster, types: NodeTypes) -> Cluster:
         )
         while starting.poll() is None:
             if progress.elapsed > START_TIMEOUT_S:
-                raise Stop(f"Ray did not start within {START_TIMEOUT_S:.0f} s. {last_words(log)}")
+                raise UserError(f"Ray did not start within {START_TIMEOUT_S:.0f} s. {last_words(log)}")
             progress.show({"Ray": ("starting", "")})
             time.sleep(0.1)
     if starting.returncode:
-        raise Stop(f"Ray did not start. {last_words(log)}")
+        raise UserError(f"Ray did not start. {last_words(log)}")
     cluster = replace(cluster, processes=tuple(processes.record(one) for one in of_the_head(cluster)))
     if cluster.missing:
         if "dashboard" in cluster.missing:
             refuse_taken(cluster.dashboard_port)  # somebody may have taken it meanwhile
-        raise Stop(f"Ray did not start: {', '.join(sorted(cluster.missing))} ended at once. {last_words(log)}")
+        raise UserError(f"Ray did not start: {', '.join(sorted(cluster.missing))} ended at once. {last_words(log)}")
     cluster.save()
     say(f"The local Ray is up in {progress.elapsed:.0f} s, a twin of {shown(types)}. Dashboard: {cluster.address}")
     say('Plain serve, ray and curl reach it after: eval "$(make -s address)"')
@@ -63,7 +64,7 @@ def start(cluster: Cluster, types: NodeTypes) -> Cluster:
 
 def refuse_taken(dashboard_port: int) -> None:
     if not processes.free(dashboard_port):
-        raise Stop(
+        raise UserError(
             f"Port {dashboard_port} is taken by {processes.listener(dashboard_port)}. "
             f"Choose another one: make up RAY_DASHBOARD_PORT={dashboard_port + 1}"
         )

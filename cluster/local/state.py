@@ -14,10 +14,10 @@ from typing import Any, Self
 import psutil
 
 from cluster import auth_token, ownership, processes
+from cluster.cli import UserError
 from cluster.dashboard import Dashboard
 from cluster.local.autoscaler_config import Timings
 from cluster.processes import Recorded
-from cluster.terminal import Stop
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_DIR = ROOT / ".run"
@@ -65,7 +65,7 @@ class Cluster:
 
     @property
     def headers(self) -> dict[str, str]:
-        """By which it knows its owner. Raises Stop where the token cannot be had."""
+        """By which it knows its owner. Raises UserError where the token cannot be had."""
         return auth_token.bearer(auth_token.read_local(self.token_file))
 
     @property
@@ -89,7 +89,7 @@ class Cluster:
 
     @classmethod
     def load(cls, run_dir: Path) -> Self | None:
-        """Raises Stop where another user wrote it: whoever believes it may end processes and remove folders."""
+        """Raises UserError where another user wrote it: whoever believes it may end processes and remove folders."""
         try:
             state: dict[str, Any] = json.loads(ownership.read(run_dir / "cluster.json"))
             return cls(
@@ -114,9 +114,9 @@ def running(run_dir: Path) -> Cluster:
     """The cluster that `up` started here, or a sentence about why there is none."""
     cluster = Cluster.load(run_dir)
     if not cluster:
-        raise Stop("No cluster is up in this checkout. Start one with: make up")
+        raise UserError("No cluster is up in this checkout. Start one with: make up")
     if cluster.missing:
-        raise Stop(f"The cluster died ({', '.join(sorted(cluster.missing))} gone). Start a new one with: make up")
+        raise UserError(f"The cluster died ({', '.join(sorted(cluster.missing))} gone). Start a new one with: make up")
     return cluster
 
 

@@ -5,7 +5,6 @@ All of it listens on loopback only. What it is and where is written to cluster.j
 before anything starts, so that `down` and the next `up` can clear away whatever a crash leaves.
 """
 
-import argparse
 import fcntl
 import json
 import os
@@ -16,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster import nodes, ownership, processes, shell
+from cluster.cli import Parser, UserError
 from cluster.dashboard import Dashboard
 from cluster.local import autoscaler_config, head
 from cluster.local.autoscaler_config import Timings
@@ -32,7 +32,7 @@ from cluster.local.state import (
     temp_dir_of,
     token_file,
 )
-from cluster.terminal import Stop, say
+from cluster.terminal import say
 
 GRACE_S = 3.0  # all end within one second, but for the GCS, which has nothing to save and does not listen
 
@@ -56,9 +56,9 @@ def up(
 def changed(cluster: Cluster, wanted_port: int | None, file: Path | None, given: Mapping[str, str]) -> Cluster:
     """The cluster that is up, from now on with the timings that are given."""
     if wanted_port not in (None, cluster.dashboard_port):
-        raise Stop(f"A local Ray is already up at {cluster.address}. To move it, first: make down")
+        raise UserError(f"A local Ray is already up at {cluster.address}. To move it, first: make down")
     if file and str(file.resolve()) != cluster.file:
-        raise Stop(f"The local Ray that is up has the node types of {cluster.file}. For others, first: make down")
+        raise UserError(f"The local Ray that is up has the node types of {cluster.file}. For others, first: make down")
     timings = autoscaler_config.timings(given, cluster.timings)
     if timings != cluster.timings:
         cluster = replace(cluster, timings=timings)
@@ -96,7 +96,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Stop("Another make up or make down is at work in this checkout. Wait for it to end.") from None
+            raise UserError("Another make up or make down is at work in this checkout. Wait for it to end.") from None
         yield
 
 
@@ -125,7 +125,7 @@ def clear(run_dir: Path) -> str:
 
 def port(text: str) -> int:
     if not text.isdigit() or not 1024 <= int(text) <= 65535:
-        raise Stop(f"A port must be between 1024 and 65535, got {text}.")
+        raise UserError(f"A port must be between 1024 and 65535, got {text}.")
     return int(text)
 
 
@@ -136,15 +136,15 @@ def preempt(cluster: Cluster, node: str) -> None:
     with google.open("/") as answer:
         there: list[str] = json.load(answer)
     if not there:
-        raise Stop("No node is there that could be taken away. See: make status")
+        raise UserError("No node is there that could be taken away. See: make status")
     if node and node not in there:
-        raise Stop(f"NODE must be one of {', '.join(there)}, got {node}.")
+        raise UserError(f"NODE must be one of {', '.join(there)}, got {node}.")
     with google.open(f"/{node or there[-1]}/preempted", method="PUT"):
         say(f"{node or there[-1]} has its notice and goes in 30 s. Watch it with: make monitor")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("verb", choices=["up", "down", "monitor", "attach", "dashboard", "address", "preempt"])
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="where its state is kept (default: .run)")
     parser.add_argument("--dashboard-port", default="", help=f"up: (default: {DASHBOARD_PORT}, or where it is up)")

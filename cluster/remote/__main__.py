@@ -1,6 +1,6 @@
 """`python -m cluster.remote VERB`, which is what make runs."""
 
+from cluster.cli import run_command
 from cluster.remote.verbs import main
-from cluster.terminal import run
 
-run(main)
+run_command(main)

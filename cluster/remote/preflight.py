@@ -10,16 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from cluster.cli import UserError
 from cluster.config.documents import loaded, read
-from cluster.terminal import Stop
 
 PROGRAMS = {"ssh": "openssh-client", "rsync": "rsync"}  # and the packages of Debian and Ubuntu that bring them
 
 
 def ready(path: Path) -> None:
-    """Raises Stop with all that is missing for any verb."""
+    """Raises UserError with all that is missing for any verb."""
     if missing := [*lacks_programs(), *lacks_google(path, content(path))]:
-        raise Stop("\n".join(missing))
+        raise UserError("\n".join(missing))
 
 
 def ready_to_start(path: Path) -> None:
@@ -29,7 +29,7 @@ def ready_to_start(path: Path) -> None:
 
     refuse_errors([path])
     if missing := [*lacks_programs(), *lacks_google(path, content(path)), *lacks_token()]:
-        raise Stop("\n".join(missing))
+        raise UserError("\n".join(missing))
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def content(path: Path) -> dict[str, Any]:
     said = loaded(path, f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml")
     provider = said.get("provider") if isinstance(said, dict) else None
     if not isinstance(provider, dict) or not provider.get("type") or not said.get("cluster_name"):
-        raise Stop(f"{path} must have a cluster_name and a provider with a type, as files for `ray up` do.")
+        raise UserError(f"{path} must have a cluster_name and a provider with a type, as files for `ray up` do.")
     return dict(said)
 
 

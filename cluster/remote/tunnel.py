@@ -18,7 +18,8 @@ from typing import IO
 
 import yaml
 
-from cluster.terminal import Stop, make
+from cluster.cli import UserError
+from cluster.terminal import make_command
 
 CONNECT_S = 20  # for the connection, and again for the key and the ports
 GRACE_S = 5.0
@@ -27,7 +28,7 @@ READY = b"open\n"
 OURS = ("-T", "-oControlMaster=no", "-oControlPath=none", "-oBatchMode=yes", "-oLogLevel=ERROR")
 
 
-class NoHead(Stop):
+class NoHead(UserError):
     """Nothing is up that a tunnel could lead to."""
 
 
@@ -42,9 +43,9 @@ def route(path: Path) -> list[str]:
             way = ssh_command(yaml.safe_load(path.read_text()), str(path), CONNECT_S)
         except Exception as error:  # of Ray, of Google's client, of the network: whatever `ray up` would show
             words = str(error).strip() or said.getvalue().strip() or type(error).__name__
-            raise Stop(f"The head of {path} cannot be looked up: {words.splitlines()[-1]}") from None
+            raise UserError(f"The head of {path} cannot be looked up: {words.splitlines()[-1]}") from None
     if way is None:
-        raise NoHead(f"No cluster is up by {path}. Start it with: {make('up', str(path))}")
+        raise NoHead(f"No cluster is up by {path}. Start it with: {make_command('up', str(path))}")
     options, target = way
     return ["ssh", *OURS, *options, target]
 
@@ -66,7 +67,7 @@ def tunnel(route: list[str], ports: Mapping[int, int]) -> Iterator[subprocess.Po
         )
         try:
             if not opened(ssh):
-                raise Stop(f"SSH does not get through to {route[-1]}{why(errors)}")
+                raise UserError(f"SSH does not get through to {route[-1]}{why(errors)}")
             yield ssh
         finally:
             end(ssh)

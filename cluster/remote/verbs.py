@@ -4,7 +4,6 @@ Ray's own launcher does the work; what is added is what it leaves out: to say be
 runs alone when it is asked again, and to wait until the cluster answers. Knows nothing of what is deployed.
 """
 
-import argparse
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from cluster import ownership, processes, shell
+from cluster.cli import Parser, UserError
 from cluster.dashboard import Dashboard, Refused
 from cluster.local.state import RUN_DIR
 from cluster.local.verbs import locked, port
@@ -27,7 +27,7 @@ from cluster.places import DASHBOARD_PORT, authorization, dashboard_of, dashboar
 from cluster.processes import Recorded
 from cluster.remote.preflight import content, ready, ready_to_start
 from cluster.remote.tunnel import NoHead, route, tunnel
-from cluster.terminal import Progress, Stop, make, say
+from cluster.terminal import Progress, make_command, say
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 MONITOR_LOGS = "/tmp/ray/session_latest/logs/monitor.*"
@@ -49,7 +49,7 @@ def up(path: Path, run_dir: Path) -> None:
             say("It is up. `ray up` brings files and node types up to date; what runs there goes on")
             launch("up", "--yes", "--no-restart", path)
         await_answer(path, run_dir)
-    say(f"The cluster of {path} is up: its dashboard answers, to the token. Next: {make('deploy', str(path))}")
+    say(f"The cluster of {path} is up: its dashboard answers, to the token. Next: {make_command('deploy', str(path))}")
 
 
 def silence(path: Path, run_dir: Path) -> str:
@@ -62,7 +62,7 @@ def silence(path: Path, run_dir: Path) -> str:
         raise
     except NoHead:
         return f"No cluster is up by {path} yet."
-    except Stop as reason:
+    except UserError as reason:
         return str(reason)
 
 
@@ -70,7 +70,7 @@ def await_answer(path: Path, run_dir: Path) -> None:
     with Progress() as progress:
         while unanswered := silence(path, run_dir):
             if progress.elapsed > ANSWER_TIMEOUT_S:
-                raise Stop(f"The head is up, and Ray does not answer on it. {unanswered}")
+                raise UserError(f"The head is up, and Ray does not answer on it. {unanswered}")
             progress.show({"dashboard": ("no answer yet", unanswered)})
             time.sleep(POLL_S)
 
@@ -108,7 +108,9 @@ def launch(*arguments: str | Path) -> None:
         stop(process)
         raise
     if status:
-        raise Stop(f"`ray {arguments[0]}` failed, and has said why. Once that is put right, the same command goes on.")
+        raise UserError(
+            f"`ray {arguments[0]}` failed, and has said why. Once that is put right, the same command goes on."
+        )
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -151,7 +153,7 @@ def dashboard(path: Path, run_dir: Path, wanted: tuple[int | None, int | None]) 
             say("The connection broke, and is built again.")
         except NoHead:
             raise
-        except Stop as reason:
+        except UserError as reason:
             if not opened:
                 raise
             say(f"Not yet: {reason}")
@@ -176,7 +178,7 @@ def api_port(dashboard: Dashboard) -> int:
 def free_port(variable: str, wanted: int | None, usual: int) -> int:
     """Of this machine: the one that the user names with a variable, else the head's own, else any."""
     if wanted and not processes.free(wanted):
-        raise Stop(f"Port {wanted} is taken by {processes.listener(wanted)}. Choose another one with {variable}=")
+        raise UserError(f"Port {wanted} is taken by {processes.listener(wanted)}. Choose another one with {variable}=")
     return wanted or (usual if processes.free(usual) else processes.free_ports(1)[0])
 
 
@@ -215,7 +217,9 @@ def address(path: Path, run_dir: Path) -> None:
     standing = tunnels(path, run_dir)
     _, dashboard, api = standing or (None, DASHBOARD_PORT, API_PORT)
     if not standing:
-        note = f"These lead nowhere until another terminal holds the tunnels open: {make('dashboard', str(path))}"
+        note = (
+            f"These lead nowhere until another terminal holds the tunnels open: {make_command('dashboard', str(path))}"
+        )
         print(note, file=sys.stderr, flush=True)
     shell.tell(variables(dashboard, api), unset=shell.strays({"RAY_AUTH_MODE": "token"}))
 
@@ -235,7 +239,7 @@ def variables(dashboard: int, api: int) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("verb", choices=["up", "down", "monitor", "attach", "dashboard", "address"])
     parser.add_argument("--cluster", type=Path, required=True, help="a file for `ray up`")
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="where it is kept who holds tunnels open")

@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from flax import serialization
 
-from cluster.terminal import Progress, Stop, say, span
+from cluster.cli import UsageError, UserError
+from cluster.terminal import Progress, format_duration, say
 from demo.training.files import write_json
 from demo.training.recipe import STAGES, Recipe
-from jobs.entry import Invalid
 
 State = dict[str, Any]
 
@@ -80,8 +80,8 @@ def train(
                 losses.flush()
                 shown_loss = f", loss {mean:.4f}"
                 if not math.isfinite(mean):
-                    raise Stop(f"{STAGES[stage]}: the loss is {mean} at step {number + 1}.")
-            remaining = f", {pace:.2f} s a step, {span(pace * (steps - number - 1))} left" if pace else ""
+                    raise UserError(f"{STAGES[stage]}: the loss is {mean} at step {number + 1}.")
+            remaining = f", {pace:.2f} s a step, {format_duration(pace * (steps - number - 1))} left" if pace else ""
             progress.show({STAGES[stage]: ("training", f"step {number + 1} of {steps}{shown_loss}{remaining}")})
             if (number + 1) % recipe.checkpoint_steps == 0 or number + 1 == steps:
                 partial = file.with_suffix(".partial")
@@ -91,7 +91,7 @@ def train(
 
 
 def claim_folder(work: Path, recipe: Recipe, start_from: Path | None) -> None:
-    """Records the recipe in `work`. Raises Invalid if the checkpoints there belong to another recipe."""
+    """Records the recipe in `work`. Raises UsageError if the checkpoints there belong to another recipe."""
     file = work / "recipe.json"
     ours: dict[str, Any] = {**dataclasses.asdict(recipe), "start_from": start_from and str(start_from)}
     del ours["checkpoint_steps"]  # it does not change the result
@@ -100,7 +100,7 @@ def claim_folder(work: Path, recipe: Recipe, start_from: Path | None) -> None:
         saved = {**dataclasses.asdict(Recipe()), **json.loads(file.read_text())}
         differ = [f"{name} ({saved.get(name)}, here {ours[name]})" for name in ours if saved.get(name) != ours[name]]
         if differ:
-            raise Invalid(f"--work: {work} is another training's, which differs in {', '.join(differ)}.")
+            raise UsageError(f"--work: {work} is another training's, which differs in {', '.join(differ)}.")
     write_json(file, ours)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cli import UsageError
 from jobs.prompts import Row, read
 from jobs.settings import Settings
-from loadtest import Mistake
 from loadtest.plan import read_prompts, replayed
 from loadtest.scenario import Replay
 
@@ -77,7 +77,7 @@ def test_the_load_test_reads_tables_too_and_their_numbers_are_numbers(tmp_path: 
 )
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Mistake, match=words):
+    with pytest.raises(UsageError, match=words):
         read_prompts(tmp_path / name)
 
 

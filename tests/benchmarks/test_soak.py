@@ -28,7 +28,7 @@ from benchmarks.soak.load import (
 from benchmarks.soak.records import Kill, Process, Result, Run, Sample, read
 from benchmarks.soak.verdict import LEAST_LIFE_S, WARMUP_S, Verdict, judge, slope_of
 from benchmarks.soak.watch import kind_of
-from loadtest import Mistake
+from cluster.cli import UsageError
 from loadtest.checks import identity
 from loadtest.records import Journal
 
@@ -297,7 +297,7 @@ def test_more_open_files_or_threads_than_before_fail() -> None:
 
 
 def test_a_test_that_was_ended_goes_on_from_its_records_and_does_not_pass(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="is not the folder of a soak test"):
+    with pytest.raises(UsageError, match="is not the folder of a soak test"):
         read(tmp_path)
     (tmp_path / "soak.json").write_text(json.dumps({"seed": 1, "duration_s": HOUR}))
     assert (read(tmp_path).reached_s, read(tmp_path).sessions) == (0.0, 0)

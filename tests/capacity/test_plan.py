@@ -16,8 +16,8 @@ from capacity.plan import MOST_HOSTS, cluster_fragment, plan, serve_fragment, wr
 from capacity.price import GIB
 from capacity.pricing import Outcome
 from capacity.served import NAMES
+from cluster.cli import UserError
 from cluster.config.lint import lint
-from cluster.terminal import Stop
 from tests.capacity.test_pricing import PRICE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ def test_the_fragments_make_files_that_the_linter_accepts(asked: Asked, tmp_path
 
 def test_a_config_with_a_mistake_is_refused_as_the_linter_does(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("applications: 3\n")
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         asked_of(tmp_path / "a.yaml")
 
 

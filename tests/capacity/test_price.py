@@ -10,7 +10,7 @@ from capacity.libtpu import pinned, version
 from capacity.models import configurations, presets, shapes_of
 from capacity.price import KERNEL_SHARE, charged, part_of
 from capacity.work import Work
-from cluster.terminal import Stop
+from cluster.cli import UserError
 from tests.published import CHECKPOINTS
 
 V5E = CHIPS["v5e"]
@@ -118,9 +118,9 @@ def test_buckets_and_steps_come_from_the_config() -> None:
     assert (asked.served.dtype, asked.num_inference_steps, asked.guidance_scale) == ("bfloat16", 50, 7.5)
     assert [host.accelerator_type for host in hosts_of("", Path("configs/cluster-v6e.yaml"))] == ["v6e-4"]
     assert [host.accelerator_type for host in hosts_of("v4-8, v6e-1", Path("none"))] == ["v4-8", "v6e-1"]
-    with pytest.raises(Stop, match="TPU must be one host"):
+    with pytest.raises(UserError, match="TPU must be one host"):
         hosts_of("v5e", Path("none"))
-    with pytest.raises(Stop, match="SIZE must be WIDTHxHEIGHT"):
+    with pytest.raises(UserError, match="SIZE must be WIDTHxHEIGHT"):
         asked_of(Path("configs/sd14.yaml"), size="512")
 
 
@@ -131,5 +131,5 @@ def test_dollars_override_the_list() -> None:
 
 @pytest.mark.parametrize("wrong", ["v5e", "v5e=", "v5e=-1", "v5e=nan", "v9=1", "v6e=1,v5litepod=2"])
 def test_dollars_that_cannot_be_read_are_refused(wrong: str) -> None:
-    with pytest.raises(Stop, match="DOLLARS must be like"):
+    with pytest.raises(UserError, match="DOLLARS must be like"):
         hosts_of("v6e-4", Path("none"), wrong)

@@ -12,8 +12,8 @@ import pytest
 
 from app.api.api_keys import Keys, parse
 from cluster import api_key
+from cluster.cli import UserError
 from cluster.local.state import ROOT
-from cluster.terminal import Stop
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(file: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(Stop, match="cannot be written: No space left on device"):
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
         api_key.add(api_key.entry_for("b", "bob", "", ""), file)
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 

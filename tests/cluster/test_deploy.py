@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from cluster import deploy, logs, processes, serve_states, status
+from cluster.cli import UserError
 from cluster.dashboard import Dashboard, Details, log_places, reason, serve_address
 from cluster.nodes import Nodes
-from cluster.terminal import Progress, Stop, span
+from cluster.terminal import Progress, format_duration
 
 CONSTRUCTOR_FAILED = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
 \x1b[36mray::ServeReplica:app:Model.initialize_and_get_metadata()\x1b[39m (pid=1, ip=127.0.0.1)
@@ -102,10 +103,10 @@ def test_replicas_that_load_asked_for_are_not_waited_for() -> None:
 
 def test_a_failure_ends_the_wait_with_its_reason() -> None:
     failed = app("DEPLOY_FAILED", "DEPLOY_FAILED", message=CONSTRUCTOR_FAILED)
-    with pytest.raises(Stop, match="app/Model did not start: model must be a folder .* got nowhere"):
+    with pytest.raises(UserError, match="app/Model did not start: model must be a folder .* got nowhere"):
         serve_states.ready(details(app=failed), ["app"])
     not_built = app("DEPLOY_FAILED") | {"message": IMPORT_FAILED, "deployments": {}}
-    with pytest.raises(Stop, match="app did not start: ModuleNotFoundError: No module named 'nowhere'"):
+    with pytest.raises(UserError, match="app did not start: ModuleNotFoundError: No module named 'nowhere'"):
         serve_states.ready(details(app=not_built), ["app"])
 
 
@@ -162,13 +163,13 @@ def test_a_line_of_progress_counts_replicas_and_quotes_what_is_slow(monkeypatch:
 def test_a_bad_config_is_one_sentence(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text(content)
-    with pytest.raises(Stop, match=message) as stop:
+    with pytest.raises(UserError, match=message) as stop:
         deploy.read(path, None)
     assert "\n" not in str(stop.value) and str(path) in str(stop.value)
 
 
 def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(Stop, match=r"There is no file .*nowhere.yaml"):
+    with pytest.raises(UserError, match=r"There is no file .*nowhere.yaml"):
         deploy.read(tmp_path / "nowhere.yaml", None)
 
 
@@ -187,9 +188,11 @@ def test_http_options_that_serve_would_ignore_are_an_error() -> None:
     config = deploy.read(path, 8123)
     options = config.http_options.model_dump()
     running = {"controller_info": {"node_id": "n"}, "http_options": options | {"port": 8000}}
-    with pytest.raises(Stop, match="http_options.port is 8000 while Serve runs, and serve_config.yaml wants 8123"):
+    with pytest.raises(UserError, match="http_options.port is 8000 while Serve runs, and serve_config.yaml wants 8123"):
         deploy.check_http_options(running, config, path, "local")
-    with pytest.raises(Stop, match="make undeploy CLUSTER=x.yaml, or keep it: make deploy SERVE_PORT=8000 CLUSTER=x.y"):
+    with pytest.raises(
+        UserError, match="make undeploy CLUSTER=x.yaml, or keep it: make deploy SERVE_PORT=8000 CLUSTER=x.y"
+    ):
         deploy.check_http_options(running, config, path, "x.yaml")
     deploy.check_http_options(running | {"http_options": options}, config, path, "local")
 
@@ -199,7 +202,7 @@ def test_a_port_that_is_taken_here_matters_to_a_cluster_here_alone(monkeypatch: 
     path = Path("serve_config.yaml")
     config = deploy.read(path, 8123)
     monkeypatch.setattr(processes, "free", lambda port: False)
-    with pytest.raises(Stop, match="Port 8123 .* is taken"):
+    with pytest.raises(UserError, match="Port 8123 .* is taken"):
         deploy.check_http_options({}, config, path, "local")
     deploy.check_http_options({}, config, path, "x.yaml")
 
@@ -210,7 +213,7 @@ def test_the_api_is_addressed_on_loopback_when_it_listens_everywhere() -> None:
 
 
 def test_a_dashboard_that_is_gone_is_one_sentence() -> None:
-    with pytest.raises(Stop, match=r"The dashboard at http://127.0.0.1:1 does not answer"):
+    with pytest.raises(UserError, match=r"The dashboard at http://127.0.0.1:1 does not answer"):
         Dashboard("http://127.0.0.1:1").details()
     assert list(Dashboard("http://127.0.0.1:1").log({}, 1)) == []
 
@@ -220,7 +223,7 @@ def test_logs_are_of_the_living_or_else_of_those_that_died_last() -> None:
     names = [name for name, _ in logs.all_replicas(details(a=app(), b=dead))]
     assert names == ["Model r1", "Model r0"]
     assert [set(place) for place in log_places(replica())] == [{"node_id", "filename"}, {"actor_id", "suffix"}]
-    with pytest.raises(Stop, match="No replica has started"):
+    with pytest.raises(UserError, match="No replica has started"):
         list(logs.all_replicas(details()))
 
 
@@ -235,7 +238,7 @@ def test_progress_without_a_terminal_is_a_line_for_each_change(capsys: pytest.Ca
 
 
 def test_spans_are_told_in_two_units_at_most() -> None:
-    assert [span(seconds) for seconds in (4.2, 75, 7300)] == ["4 s", "1 min 15 s", "2 h 1 min"]
+    assert [format_duration(seconds) for seconds in (4.2, 75, 7300)] == ["4 s", "1 min 15 s", "2 h 1 min"]
 
 
 # A config that fails
@@ -286,7 +289,7 @@ def test_what_ran_before_a_config_that_fails_is_put_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve = FakeServe(monkeypatch, one_app("a", "good"))
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         deployed(tmp_path, one_app("a", "bad"))
     assert serve.puts == [[one_app("a", "bad")], [one_app("a", "good")]]
     first, *_, last = str(stop.value).splitlines()
@@ -300,7 +303,7 @@ def test_all_applications_of_before_are_put_back_also_those_that_the_new_config_
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     serve = FakeServe(monkeypatch, one_app("a", "good"), one_app("b", "good"), one_app("c", "good"))
-    with pytest.raises(Stop, match="a, b, c serves as before"):
+    with pytest.raises(UserError, match="a, b, c serves as before"):
         deployed(tmp_path, one_app("a", "bad"), one_app("b", "better"), one_app("d", "good"))
     assert serve.puts[-1] == [one_app(name, "good") for name in "abc"]
     assert {name: one["status"] for name, one in serve.apps.items()} == dict.fromkeys("abc", "RUNNING")
@@ -317,7 +320,7 @@ def test_the_capacity_of_before_is_put_back_with_it() -> None:
 def test_a_first_config_that_fails_has_nothing_to_put_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     serve = FakeServe(monkeypatch)
     serve.apps = {"other": app() | {"deployed_app_config": None}}  # made by serve.run, which no config can make again
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         deployed(tmp_path, one_app("a", "bad"))
     assert len(serve.puts) == 1 and str(stop.value).startswith(f"a/Model {REASON}") and "before" not in str(stop.value)
 
@@ -326,7 +329,7 @@ def test_what_does_not_start_again_either_is_told_with_both_reasons(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     serve = FakeServe(monkeypatch, one_app("a", "good"), broken="a")
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         deployed(tmp_path, one_app("a", "bad"))
     assert len(serve.puts) == 2
     assert str(stop.value).count(REASON) == 2 and "what ran before could not be put back" in str(stop.value)
@@ -337,7 +340,7 @@ def test_an_application_that_was_unhealthy_is_put_back_and_not_waited_for(
 ) -> None:
     serve = FakeServe(monkeypatch, one_app("a", "good"), one_app("b", "slow"))
     serve.apps["b"]["status"] = "UNHEALTHY"
-    with pytest.raises(Stop, match="a, b serves as before"):
+    with pytest.raises(UserError, match="a, b serves as before"):
         deployed(tmp_path, one_app("a", "bad"), one_app("b", "good"), timeout_s=5)
     assert serve.puts[-1] == [one_app("a", "good"), one_app("b", "slow")]
 
@@ -346,7 +349,7 @@ def test_what_is_only_slow_or_interrupted_is_not_put_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve = FakeServe(monkeypatch, one_app("a", "good"))
-    with pytest.raises(Stop, match="Not ready after .* It goes on trying"):
+    with pytest.raises(UserError, match="Not ready after .* It goes on trying"):
         deployed(tmp_path, one_app("a", "slow"), timeout_s=0)
 
     def interrupted(_: float) -> None:
@@ -398,7 +401,7 @@ def told(
     monkeypatch.setattr("cluster.nodes.past", lambda _: [])
     try:
         status.status(Dashboard("http://127.0.0.1:1"), "up 3 s")
-    except Stop as stop:
+    except UserError as stop:
         return capsys.readouterr().out, str(stop)
     return capsys.readouterr().out, ""
 

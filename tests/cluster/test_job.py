@@ -6,9 +6,9 @@ from zipfile import ZipFile
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
+from cluster.cli import UserError
 from cluster.job import TRAVELS, amounts, modules, packed, words
 from cluster.local.state import ROOT
-from cluster.terminal import Stop
 
 
 def test_the_code_travels_to_a_head_elsewhere_and_nothing_else_does(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_each_job_has_a_help_that_says_what_it_does() -> None:
 
 @pytest.mark.parametrize("text", ["4", "[]", '{"TPU": 0}', '{"TPU": true}', '{"TPU": "4"}', "{TPU: 4}"])
 def test_resources_are_json_of_amounts(text: str) -> None:
-    with pytest.raises(Stop, match="RESOURCES must be JSON such as"):
+    with pytest.raises(UserError, match="RESOURCES must be JSON such as"):
         amounts(text)
     assert amounts("") == {} and amounts('{"TPU": 4}') == {"TPU": 4.0}
 

@@ -14,6 +14,7 @@ import yaml
 
 from app import builders
 from app.ray_internals import autoscaler
+from cluster.cli import run_command
 from cluster.config import lint_cluster
 from cluster.config.documents import Document, Key, child, dotted
 from cluster.config.lint import lint, main
@@ -833,7 +834,7 @@ def test_every_problem_is_told_in_the_order_of_the_lines(tmp_path: Path) -> None
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["cluster.config.lint", *arguments])
     with pytest.raises(SystemExit) as caught:
-        main()
+        run_command(main)
     return int(caught.value.code or 0)
 
 

@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from cluster import processes
+from cluster.cli import UserError
 from cluster.local import head, verbs
 from cluster.local import state as clusters
 from cluster.local.state import Cluster
 from cluster.processes import MARK
-from cluster.terminal import Stop
 
 Start = Callable[..., psutil.Process]
 SLEEP = "print(flush=True); import time; time.sleep(60)"
@@ -164,13 +164,13 @@ def test_a_cluster_is_read_back_as_it_was_saved(run_dir: Path) -> None:
 def test_a_damaged_state_counts_as_none(run_dir: Path, content: str) -> None:
     run_dir.mkdir()
     (run_dir / "cluster.json").write_text(content)
-    with pytest.raises(Stop, match="No cluster is up"):
+    with pytest.raises(UserError, match="No cluster is up"):
         clusters.running(run_dir)
 
 
 def test_a_cluster_whose_raylet_is_gone_is_told(run_dir: Path) -> None:
     cluster = cluster_in(run_dir)
-    with pytest.raises(Stop, match=r"The cluster died \(dashboard, gcs_server, monitor, raylet gone\)"):
+    with pytest.raises(UserError, match=r"The cluster died \(dashboard, gcs_server, monitor, raylet gone\)"):
         clusters.running(run_dir)
     shutil.rmtree(cluster.temp_dir)
 
@@ -214,7 +214,7 @@ def test_up_names_who_has_its_port(run_dir: Path) -> None:
         listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(
-            Stop, match=rf"Port {port} is taken by process {os.getpid()} .*RAY_DASHBOARD_PORT={port + 1}"
+            UserError, match=rf"Port {port} is taken by process {os.getpid()} .*RAY_DASHBOARD_PORT={port + 1}"
         ):
             verbs.up(run_dir, port)
 
@@ -230,23 +230,23 @@ def test_a_port_that_is_taken_while_ray_starts_is_the_reason_that_is_told(
             return [sys.executable, "-c", ""]
 
         monkeypatch.setattr(head, "command", command)
-        with pytest.raises(Stop, match=rf"is taken by process {os.getpid()} "):
+        with pytest.raises(UserError, match=rf"is taken by process {os.getpid()} "):
             verbs.up(run_dir, processes.free_ports(1)[0])
 
 
 def test_a_failed_start_says_why_and_leaves_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "command", lambda cluster, types: [sys.executable, "-c", "raise SystemExit('no room')"])
-    with pytest.raises(Stop, match="Ray did not start. It says: no room"):
+    with pytest.raises(UserError, match="Ray did not start. It says: no room"):
         verbs.up(run_dir, processes.free_ports(1)[0])
     assert [path.name for path in run_dir.iterdir()] == ["lock"]
 
 
 def test_two_at_a_time_are_one_too_many(run_dir: Path) -> None:
-    with verbs.locked(run_dir), pytest.raises(Stop, match="Another make up or make down is at work"):
+    with verbs.locked(run_dir), pytest.raises(UserError, match="Another make up or make down is at work"):
         verbs.down(run_dir)
 
 
 @pytest.mark.parametrize("text", ["80", "65536", "http", "-1", ""])
 def test_a_port_is_a_number_in_range(text: str) -> None:
-    with pytest.raises(Stop, match="A port must be between 1024 and 65535, got"):
+    with pytest.raises(UserError, match="A port must be between 1024 and 65535, got"):
         verbs.port(text)

@@ -16,7 +16,7 @@ import pytest
 from ray.scripts.scripts import drain_node
 
 from cluster import node_watcher
-from cluster.terminal import Stop
+from cluster.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 30.0
@@ -265,13 +265,13 @@ def test_the_node_is_read_from_the_raylets_command_line(node: node_watcher.Node)
 
 
 def test_no_raylet_or_several_is_told_in_a_sentence(node: node_watcher.Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Stop, match="1 is no raylet."):
+    with pytest.raises(UserError, match="1 is no raylet."):
         node_watcher.this_node(1)
     monkeypatch.setattr(psutil, "process_iter", lambda: iter([]))
-    with pytest.raises(Stop, match="No raylet runs here. Start Ray before its watcher."):
+    with pytest.raises(UserError, match="No raylet runs here. Start Ray before its watcher."):
         node_watcher.this_node(None)
     monkeypatch.setattr(psutil, "process_iter", lambda: iter([node.raylet, node.raylet]))
-    with pytest.raises(Stop, match=r"Several raylets run here \(\d+, \d+\). Name one: --raylet PID"):
+    with pytest.raises(UserError, match=r"Several raylets run here \(\d+, \d+\). Name one: --raylet PID"):
         node_watcher.this_node(None)
 
 

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from cluster import auth_token, ownership, processes
+from cluster.cli import UserError
 from cluster.local import state as clusters
 from cluster.local import verbs
 from cluster.local.state import ROOT, Cluster
-from cluster.terminal import Stop
 from tests import stranger
 from tests.clusters import refuses
 
@@ -45,7 +45,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("precious")
     link.symlink_to(target)
-    with pytest.raises(Stop, match="is a link, which is not followed"):
+    with pytest.raises(UserError, match="is a link, which is not followed"):
         ownership.read(link)
     (tmp_path / "file.draft").symlink_to(target)
     ownership.write(tmp_path / "file", "text")
@@ -63,7 +63,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [os.mkdir, os.mkfifo])
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path, kind: Callable[[Path], None]) -> None:
     kind(tmp_path / "file")
-    with pytest.raises(Stop, match="file is no file"):
+    with pytest.raises(UserError, match="file is no file"):
         ownership.read(tmp_path / "file")
 
 
@@ -89,11 +89,11 @@ def test_a_token_that_cannot_be_trusted_is_told_without_quoting_it(
     tmp_path: Path, content: bytes, rights: int, reason: str
 ) -> None:
     file = tmp_path / "token"
-    with pytest.raises(Stop, match="token is missing, the token that the local cluster asks for"):
+    with pytest.raises(UserError, match="token is missing, the token that the local cluster asks for"):
         auth_token.read_local(file)
     file.write_bytes(content)
     file.chmod(rights)
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         auth_token.read_local(file)
     assert reason in str(stop.value) and "make down up" in str(stop.value) and "secret" not in str(stop.value)
 
@@ -139,10 +139,12 @@ def test_root_does_not_believe_what_another_user_wrote(shared: Path, victim: psu
     planted(run_dir, precious, processes.record(victim))
     os.chown(run_dir / "cluster.json", stranger.NOBODY, stranger.NOBODY)
     for verb in (lambda: verbs.down(run_dir), lambda: clusters.running(run_dir), lambda: verbs.up(run_dir, 18264)):
-        with pytest.raises(Stop, match="cluster.json belongs to nobody, and you are root: it is not believed"):
+        with pytest.raises(UserError, match="cluster.json belongs to nobody, and you are root: it is not believed"):
             verb()
     os.chown(run_dir, stranger.NOBODY, stranger.NOBODY)
-    with pytest.raises(Stop, match=r"run belongs to nobody, and you are root: .* Name a folder of your own: RUN_DIR="):
+    with pytest.raises(
+        UserError, match=r"run belongs to nobody, and you are root: .* Name a folder of your own: RUN_DIR="
+    ):
         verbs.down(run_dir)
     assert precious.exists() and not processes.dead(victim)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster import auth_token, processes, ray_client
-from cluster.terminal import Stop
+from cluster.cli import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -17,20 +17,22 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_cluster_none_is_started() -> None:
     """As Ray would do, and write a token into ~/.ray."""
-    with pytest.raises(Stop, match=r"No Ray cluster is named here. Run it with `make job JOB=...`, or after: eval"):
+    with pytest.raises(
+        UserError, match=r"No Ray cluster is named here. Run it with `make job JOB=...`, or after: eval"
+    ):
         ray_client.address()
 
 
 def test_a_dashboards_address_is_told_from_rays_own() -> None:
     os.environ["RAY_ADDRESS"] = "http://127.0.0.1:8265"
-    with pytest.raises(Stop, match="must be the host and port of Ray itself, got http://127.0.0.1:8265"):
+    with pytest.raises(UserError, match="must be the host and port of Ray itself, got http://127.0.0.1:8265"):
         ray_client.address()
 
 
 def test_a_cluster_that_is_gone_is_told_at_once() -> None:
     address = f"127.0.0.1:{processes.free_ports(1)[0]}"
     began = time.monotonic()
-    with pytest.raises(Stop, match=f"No Ray cluster answers at {address}: unavailable"):
+    with pytest.raises(UserError, match=f"No Ray cluster answers at {address}: unavailable"):
         ray_client.check(address)
     assert time.monotonic() - began < ray_client.TIMEOUT_S
 

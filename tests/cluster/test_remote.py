@@ -17,11 +17,12 @@ import yaml
 from ray.scripts.scripts import cli
 
 from cluster import deploy, places, processes
+from cluster.cli import UserError
 from cluster.dashboard import Dashboard
 from cluster.local.state import ROOT, new
 from cluster.remote import preflight, verbs
 from cluster.remote.tunnel import tunnel
-from cluster.terminal import Stop, make
+from cluster.terminal import make_command
 
 TOKEN = "5ec2e7" * 10
 BASE = (ROOT / "cluster.yaml").read_text()
@@ -78,7 +79,7 @@ def test_a_project_that_is_not_set_is_told_with_its_line(home: Path) -> None:
 
 
 def missing(check: Any, path: Path) -> list[str]:
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         check(path)
     return str(stop.value).splitlines()
 
@@ -169,7 +170,7 @@ def called(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_mistake_in_the_file_stops_up_before_anything_begins(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(home / "cluster.yaml", BASE.replace("acceleratorType: v5litepod-4", "acceleratorType: v5e-4"))
-    with pytest.raises(Stop, match=r"error: .*Did you mean v5litepod-4\?\nNothing was begun\."):
+    with pytest.raises(UserError, match=r"error: .*Did you mean v5litepod-4\?\nNothing was begun\."):
         verbs.up(path, home / "run")
     assert capsys.readouterr().out == ""
     assert not (home / "run").exists()
@@ -183,7 +184,7 @@ def test_a_mistake_in_the_config_stops_deploy_and_advice_does_not(home: Path, ou
     deploy.lint_first(advised, "local", run_dir)
     wrong = write(home / "wrong.yaml", config.replace("TPU: 4", "TPU: 8"))
     for cluster in (str(ours), "local"):
-        with pytest.raises(Stop, match=r"wrong.yaml:\d+: error: .*\nNothing was begun\."):
+        with pytest.raises(UserError, match=r"wrong.yaml:\d+: error: .*\nNothing was begun\."):
             deploy.lint_first(wrong, cluster, run_dir)
     run_dir.mkdir()
     eight = BASE.replace("acceleratorType: v5litepod-4", "acceleratorType: v5litepod-8").replace("TPU: 4", "TPU: 8")
@@ -226,7 +227,7 @@ def test_the_token_is_in_the_request_and_in_no_text(home: Path) -> None:
     dashboard = Dashboard("http://127.0.0.1:1", "cluster.yaml", places.authorization())
     assert dashboard.headers == {"Authorization": f"Bearer {TOKEN}"}
     assert TOKEN not in repr(dashboard)
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         dashboard.details()
     assert str(stop.value).startswith("The dashboard of cluster.yaml's cluster does not answer: ")
     assert TOKEN not in str(stop.value)
@@ -235,7 +236,7 @@ def test_the_token_is_in_the_request_and_in_no_text(home: Path) -> None:
 @pytest.mark.parametrize("text", ["", " \n", f"{TOKEN} {TOKEN}", f"{TOKEN}\nmore", "\xff"])
 def test_a_file_that_holds_no_token_is_told_without_quoting_it(home: Path, text: str) -> None:
     (home / ".ray/auth_token").write_bytes(text.encode("latin-1"))
-    with pytest.raises(Stop, match=r"auth_token holds no token.") as stop:
+    with pytest.raises(UserError, match=r"auth_token holds no token.") as stop:
         places.authorization()
     assert TOKEN not in str(stop.value)
 
@@ -247,7 +248,10 @@ def test_the_dashboards_port_is_the_one_that_the_head_starts_with() -> None:
 
 
 def test_each_hint_names_the_cluster_that_was_meant() -> None:
-    assert make("deploy", "local") == "make deploy" and make("deploy", "x.yaml") == "make deploy CLUSTER=x.yaml"
+    assert (
+        make_command("deploy", "local") == "make deploy"
+        and make_command("deploy", "x.yaml") == "make deploy CLUSTER=x.yaml"
+    )
     assert deploy.reload("local") == "make undeploy deploy"
     assert deploy.reload("x.yaml") == "make down up deploy CLUSTER=x.yaml"
 
@@ -281,7 +285,7 @@ def test_a_tunnel_binds_loopback_alone_and_ends_what_it_started(tmp_path: Path) 
     ],
 )
 def test_an_ssh_that_does_not_get_through_is_told_in_its_words(tmp_path: Path, script: str, told: str) -> None:
-    with pytest.raises(Stop) as stop, tunnel(pretended(tmp_path, script), {18265: 8265}):
+    with pytest.raises(UserError) as stop, tunnel(pretended(tmp_path, script), {18265: 8265}):
         pass
     assert str(stop.value) == f"SSH does not get through to ubuntu@10.0.0.2{told}"
 
@@ -292,7 +296,7 @@ def test_ports_are_the_heads_own_where_they_are_free(monkeypatch: pytest.MonkeyP
     assert verbs.free_port("SERVE_PORT", 9000, 8000) == 9000
     monkeypatch.setattr(processes, "free", lambda port: port >= 20000)
     assert verbs.free_port("SERVE_PORT", None, 8000) >= 20000
-    with pytest.raises(Stop, match=r"Port 9000 is taken by .*\. Choose another one with SERVE_PORT="):
+    with pytest.raises(UserError, match=r"Port 9000 is taken by .*\. Choose another one with SERVE_PORT="):
         verbs.free_port("SERVE_PORT", 9000, 8000)
 
 

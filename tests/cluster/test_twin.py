@@ -15,13 +15,13 @@ from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 from cluster import auth_token, node_watcher, nodes, shell
+from cluster.cli import UserError
 from cluster.dashboard import Dashboard, Refused
 from cluster.local import autoscaler_config, metadata_server, node_provider
 from cluster.local.autoscaler_config import Timings
 from cluster.local.metadata_server import Metadata
 from cluster.local.node_provider import NOTICE_S, OutOfStock, TwinProvider
 from cluster.local.state import ROOT, new
-from cluster.terminal import Stop
 
 CLUSTERS = [ROOT / "cluster.yaml", *sorted((ROOT / "configs").glob("cluster-*.yaml"))]
 each_cluster = pytest.mark.parametrize("path", CLUSTERS, ids=[path.stem for path in CLUSTERS])
@@ -66,12 +66,12 @@ def test_nothing_of_google_is_left_in_it() -> None:
 def test_a_file_that_the_linter_refuses_starts_nothing(tmp_path: Path, content: str, reason: str) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text(content)
-    with pytest.raises(Stop, match=reason):
+    with pytest.raises(UserError, match=reason):
         autoscaler_config.read(path)
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(Stop, match=r"nowhere.yaml cannot be read: .* TWIN="):
+    with pytest.raises(UserError, match=r"nowhere.yaml cannot be read: .* TWIN="):
         autoscaler_config.read(Path("nowhere.yaml"))
 
 
@@ -86,7 +86,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
     ],
 )
 def test_a_timing_out_of_bounds_is_refused_with_the_bounds(name: str, text: str, bounds: str) -> None:
-    with pytest.raises(Stop, match=f"{name.upper()} must be {bounds}"):
+    with pytest.raises(UserError, match=f"{name.upper()} must be {bounds}"):
         autoscaler_config.timings({name: text}, Timings())
 
 
@@ -265,7 +265,7 @@ def test_a_node_is_taken_away_by_name(google: tuple[Metadata, str]) -> None:
     ours = Dashboard(address, headers={"Authorization": "Bearer secret"})
     with ours.open("/ray_tpu-1/preempted", method="PUT"):
         assert served.taken == {"ray_tpu-1"}
-    with pytest.raises(Stop, match="404: There is no node ray_tpu-9"):
+    with pytest.raises(UserError, match="404: There is no node ray_tpu-9"):
         ours.open("/ray_tpu-9/preempted", method="PUT")
 
 

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluster.terminal import Stop
+from cluster.cli import UsageError, UserError
 from demo.training.loop import State, adamw, claim_folder, initial_state, leaves_of, make_step, train
 from demo.training.recipe import Recipe
-from jobs.entry import Invalid
 
 RECIPE = Recipe(checkpoint_steps=20)
 
@@ -49,7 +48,7 @@ def test_a_training_that_was_cut_short_ends_as_one_that_was_not(
 
 def test_a_loss_that_is_no_number_ends_it_and_is_not_saved(tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, checkpoint_steps=1000)
-    with pytest.raises(Stop, match="VAE: the loss is nan at step 50"):
+    with pytest.raises(UserError, match="VAE: the loss is nan at step 50"):
         trained(tmp_path, 60, recipe, factor=float("nan"))
     assert not (tmp_path / "vae.msgpack").exists()
 
@@ -57,11 +56,11 @@ def test_a_loss_that_is_no_number_ends_it_and_is_not_saved(tmp_path: Path) -> No
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
     claim_folder(tmp_path, RECIPE, None)
     claim_folder(tmp_path, dataclasses.replace(RECIPE, checkpoint_steps=7), None)  # the result is the same
-    with pytest.raises(Invalid, match=r"differs in unet_batch \(64, here 8\)\.$"):
+    with pytest.raises(UsageError, match=r"differs in unet_batch \(64, here 8\)\.$"):
         claim_folder(tmp_path, dataclasses.replace(RECIPE, unet_batch=8), None)
-    with pytest.raises(Invalid, match=r"architecture \(bundled, here tiny\)"):
+    with pytest.raises(UsageError, match=r"architecture \(bundled, here tiny\)"):
         claim_folder(tmp_path, dataclasses.replace(RECIPE, architecture="tiny"), None)
-    with pytest.raises(Invalid, match=r"differs in start_from \(None, here .*\)\.$"):
+    with pytest.raises(UsageError, match=r"differs in start_from \(None, here .*\)\.$"):
         claim_folder(tmp_path, RECIPE, tmp_path)
 
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from app.types import Generation
+from cluster.cli import UsageError
 from demo import scenes
-from jobs.entry import Invalid
 from jobs.evaluate import Distances, Drawn, claims, figures, page, setting_of
 from jobs.settings import Settings
 
@@ -43,7 +43,7 @@ def test_a_setting_changes_what_it_names_and_nothing_else() -> None:
     ],
 )
 def test_what_no_setting_may_say_is_one_line(text: str, words: str) -> None:
-    with pytest.raises(Invalid, match=f"--candidate: {words}|--candidate {words}") as refused:
+    with pytest.raises(UsageError, match=f"--candidate: {words}|--candidate {words}") as refused:
         setting_of("--candidate", text, BASE)
     assert "\n" not in str(refused.value)
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.entry import Invalid
+from cluster.cli import UsageError
 from jobs.prompts import Bad, Row, read
 from jobs.settings import Settings
 
@@ -142,12 +142,12 @@ def test_each_bad_row_is_told_and_the_others_are_kept(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_none_is_refused_as_a_whole(tmp_path: Path, name: str, content: str | None, words: str) -> None:
     file = tmp_path / name if content is None else written(tmp_path, name, content)
-    with pytest.raises(Invalid, match=words):
+    with pytest.raises(UsageError, match=words):
         list(read(file, SETTINGS))
 
 
 def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes("ein Schloß".encode("latin-1"))
-    with pytest.raises(Invalid, match="must be in UTF-8"):
+    with pytest.raises(UsageError, match="must be in UTF-8"):
         list(read(file, SETTINGS))

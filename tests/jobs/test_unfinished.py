@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.terminal import Stop
-from jobs.entry import tell
+from cluster.cli import UserError
+from jobs.entry import report
 from jobs.unfinished import PREFIX, STALE_S, drafts, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,5 +90,5 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "file" / "images").mkdir()
         return ""
 
-    with pytest.raises(Stop, match=f"^{tmp_path}/file/images: Not a directory\\.$"):
-        tell(job)
+    with pytest.raises(UserError, match=f"^{tmp_path}/file/images: Not a directory\\.$"):
+        report(job)

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.cli import UsageError
 from cluster.local.state import ROOT
-from loadtest import Mistake
 from loadtest.arrivals import Span, evenly, gamma, through, with_bursts
 from loadtest.plan import Planned, plan
 from loadtest.scenario import load, names, parse
@@ -118,7 +118,7 @@ def test_what_is_wrong_with_a_prompt_file_is_told_with_its_line(
     tmp_path: Path, name: str, content: str, words: str
 ) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(Mistake) as told:
+    with pytest.raises(UsageError) as told:
         planned({"process": "closed", "concurrency": 1, "requests": 1}, prompts=str(tmp_path / name))
     assert words in str(told.value)
 
@@ -145,17 +145,17 @@ def test_a_trace_is_replayed_at_its_times_from_its_first(tmp_path: Path) -> None
 )
 def test_what_is_wrong_with_a_trace_is_told_with_its_line(tmp_path: Path, line: str, words: str) -> None:
     (tmp_path / "t.jsonl").write_text(line)
-    with pytest.raises(Mistake) as told:
+    with pytest.raises(UsageError) as told:
         planned({"process": "replay", "trace": str(tmp_path / "t.jsonl")})
     assert words in str(told.value)
 
 
 def test_a_run_has_a_cap_on_its_requests(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="more than max_requests = 10 requests"):
+    with pytest.raises(UsageError, match="more than max_requests = 10 requests"):
         planned({"process": "constant", "stages": [{"rate": 1000, "duration_s": 80_000}]}, max_requests=10)
     assert len(planned({"process": "closed", "concurrency": 2, "duration_s": 60}, max_requests=50)) == 50
     (tmp_path / "t.jsonl").write_text('{"at": 1, "request": {"prompt": "a"}}\n' * 11)
-    with pytest.raises(Mistake, match="holds 11 requests, more than max_requests = 10"):
+    with pytest.raises(UsageError, match="holds 11 requests, more than max_requests = 10"):
         planned({"process": "replay", "trace": str(tmp_path / "t.jsonl")}, max_requests=10)
 
 

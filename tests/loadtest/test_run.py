@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from cluster.cli import UsageError
 from cluster.local.state import ROOT
-from loadtest import Mistake
 from loadtest.records import read
 from loadtest.scaling import PHASES
 from loadtest.summary import summarize
@@ -301,7 +301,7 @@ def test_a_machine_elsewhere_is_refused_without_the_flag(tmp_path: Path) -> None
             ("smoke", "--rate", "-1"),
             "smoke.yaml: arrivals.poisson.stages.0.rate: Input should be greater than or equal",
         ),
-        (("--requests", "x"), "Argument --requests/--num_requests: must be a whole number, got 'x'."),
+        (("--requests", "x"), "--requests/--num_requests: must be a whole number, got 'x'."),
         (("--rate", "nan"), "must be a number, got 'nan'"),
         (("--rate", "1", "--concurrency", "2"), "exclude one another"),
         (("--field", "n"), "must be NAME=VALUE"),
@@ -315,9 +315,9 @@ def test_a_machine_elsewhere_is_refused_without_the_flag(tmp_path: Path) -> None
         (("--requests", "0"), "arrivals.closed.requests: Input should be greater than or equal to 1, got 0."),
         (("--concurrency", "0", "--rate", "1"), "exclude one another"),
         (("--duration", "0"), "arrivals.closed.duration_s: Input should be greater than 0, got 0.0."),
-        (("--url", ""), "Argument --url: must not be empty."),
-        (("--ip", ""), "Argument --ip: must not be empty."),
-        (("--scenario", ""), "Argument --scenario: must not be empty."),
+        (("--url", ""), "--url: must not be empty."),
+        (("--ip", ""), "--ip: must not be empty."),
+        (("--scenario", ""), "--scenario: must not be empty."),
         (("--save_pictures=maybe",), "must be true or false, got 'maybe'"),
         (("--resume", "x", "--repeat", "0"), "--resume goes on with a run as it was begun: --repeat cannot be given."),
         (("sweep", "--concurrency", "0"), "A sweep sends at rates of its own: --concurrency cannot be given."),
@@ -333,7 +333,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, arguments: tupl
 def test_a_folder_of_something_else_is_told(tmp_path: Path, entry: str) -> None:
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "requests.jsonl").write_text(entry + "\n")
-    with pytest.raises(Mistake, match="is not the folder of a load test: .* is no record\\.$"):
+    with pytest.raises(UsageError, match="is not the folder of a load test: .* is no record\\.$"):
         read(tmp_path)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadtest import Mistake
+from cluster.cli import UsageError
 from loadtest.__main__ import local, target_of
 from loadtest.options import parser
 from loadtest.session import guard
@@ -33,7 +33,7 @@ def test_a_dashboard_that_is_named_is_asked_with_the_token(tmp_path: Path, monke
         found = target_of(asked(tmp_path, "--dashboard", url)).dashboard
         assert found and found.headers == {"Authorization": "Bearer abc"}
         assert found.details() == json.loads(json.dumps(ANSWERS["/api/serve/applications/"]))
-    with pytest.raises(Mistake, match="is another machine"):
+    with pytest.raises(UsageError, match="is another machine"):
         target_of(asked(tmp_path, "--dashboard", "http://192.0.2.1:8265"))
 
 
@@ -58,7 +58,7 @@ def test_a_name_is_told_with_its_address(monkeypatch: pytest.MonkeyPatch) -> Non
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 80))]
 
     monkeypatch.setattr(socket, "getaddrinfo", found)
-    with pytest.raises(Mistake, match=r"^api\.example, which is 192\.0\.2\.7, is another machine\."):
+    with pytest.raises(UsageError, match=r"^api\.example, which is 192\.0\.2\.7, is another machine\."):
         guard("http://api.example", allow_remote=False)
 
 
@@ -89,7 +89,7 @@ def test_a_switch_is_understood_as_the_predecessor_took_it(flag: str, value: lis
 
 @pytest.mark.parametrize("url", ["http://192.0.2.1", "http://[2001:db8::1]:80", "http://0.0.0.1"])
 def test_any_other_needs_the_flag(url: str) -> None:
-    with pytest.raises(Mistake, match="is another machine"):
+    with pytest.raises(UsageError, match="is another machine"):
         guard(url, allow_remote=False)
     assert guard(url, allow_remote=True) == url
 
@@ -98,5 +98,5 @@ def test_any_other_needs_the_flag(url: str) -> None:
     "url", ["127.0.0.1:8000", "http://", "http://a:b:c", "http://u@127.0.0.1", "http://127.0.0.1/?a"]
 )
 def test_what_is_no_address_of_a_server_is_told(url: str) -> None:
-    with pytest.raises(Mistake, match="The URL must be like http://127.0.0.1:8000"):
+    with pytest.raises(UsageError, match="The URL must be like http://127.0.0.1:8000"):
         guard(url, allow_remote=True)

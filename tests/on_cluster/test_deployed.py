@@ -202,7 +202,7 @@ def test_a_client_without_the_token_is_told_so_at_once(verbs: Verbs, tmp_path: P
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}, "has another token than the one in RAY_AUTH_TOKEN."),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "asks for a token, and /nowhere cannot be"),
     ):
-        program = "from cluster import ray_client; from cluster.terminal import run; run(ray_client.connect)"
+        program = "from cluster import ray_client; from cluster.cli import run_command; run_command(ray_client.connect)"
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, env=bare | token, capture_output=True, text=True
