@@ -18,7 +18,7 @@ from app.api.settings import Defaults, Encoding, Limits, Service, Settings
 from app.diffusion.samplers import SAMPLERS
 from app.engine.stall import STALL_S
 from app.serving.replica import StableDiffusion
-from app.types import SLOTS_PER_IMAGE, InvalidField, parse_size
+from app.types import Dtype, InvalidField, PipelineSpec, parse_size
 
 ROOT = Path(__file__).resolve().parents[1]
 Values = TypeVar("Values", list[str], list[int])
@@ -47,7 +47,7 @@ class Args(Settings):
         description="a folder in diffusers layout, relative to the repository, or a Hugging Face repo id"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a repo id; null: its main branch")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="compute type of the networks")
+    dtype: Dtype = Field(default="float32", description="compute type of the networks")
     sizes: Annotated[list[str], AfterValidator(sizes_written_well)] = Field(
         min_length=1, description="WIDTHxHEIGHT; each is compiled at start, the first is the default"
     )
@@ -83,15 +83,22 @@ class Args(Settings):
     defaults: Defaults = Defaults()
     encoding: Encoding = Encoding()
 
+    def pipeline_spec(self, model: str, programs: Path | None = None) -> PipelineSpec:
+        """What a replica loads and compiles, with the folders as they are called where it runs."""
+        return PipelineSpec(
+            model=model,
+            revision=self.revision,
+            dtype=self.dtype,
+            sizes=tuple(parse_size(size) for size in self.sizes),
+            batch_buckets=tuple(self.batch_buckets),
+            decode_buckets=tuple(self.decode_buckets or ()),
+            max_steps=self.limits.num_inference_steps[1],
+            programs=programs,
+        )
+
     @model_validator(mode="after")
-    def decodes_fit_into_the_slots(self) -> "Args":
-        """A replica has two slots for each image of its largest batch, and decodes what is in slots."""
-        slots = SLOTS_PER_IMAGE * max(self.batch_buckets)
-        if self.decode_buckets and max(self.decode_buckets) > slots:
-            raise ValueError(
-                f"decode_buckets must be at most {slots}, twice the largest of batch_buckets, "
-                f"got {max(self.decode_buckets)}."
-            )
+    def pipeline_spec_is_valid(self) -> "Args":
+        self.pipeline_spec(self.model)
         return self
 
     @model_validator(mode="after")
@@ -112,15 +119,8 @@ def text_to_image(args: Args) -> Application:
     location, name = locate(args.model)
     service = Service(name, tuple(args.sizes), args.limits, args.defaults, args.encoding)
     replicas = serve.deployment()(StableDiffusion).bind(
-        location,
+        args.pipeline_spec(location, ROOT / Path(args.programs).expanduser() if args.programs else None),
         name=name,
-        revision=args.revision,
-        dtype=args.dtype,
-        sizes=[parse_size(size) for size in args.sizes],
-        batch_buckets=sorted(args.batch_buckets),
-        decode_buckets=args.decode_buckets and sorted(args.decode_buckets),
-        max_steps=args.limits.num_inference_steps[1],
-        programs=args.programs and (ROOT / Path(args.programs).expanduser()),
         max_waiting=args.max_waiting,
         images_at_once=None if args.images_at_once == "auto" else args.images_at_once,
         admission_gain=args.admission_gain,

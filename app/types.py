@@ -1,12 +1,61 @@
-"""What every room of the app speaks of. Plain data: imports neither JAX nor Ray, and nothing of the app."""
+"""The plain data that the packages of the app share. Imports neither JAX nor Ray, and nothing of the app."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 Size = tuple[int, int]  # width and height, in pixels
 SEEDS = 2**32  # seeds are 32-bit: image i of a request uses (seed + i) % SEEDS
 # Slots of a size for each image of the largest batch: a request that shorter work overtakes stays in its slot.
 SLOTS_PER_IMAGE = 2
+Dtype = Literal["float32", "bfloat16"]  # of the networks; samplers compute in float32
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """A model and every shape that is compiled for it. Raises ValueError for values that no checkpoint allows."""
+
+    model: str  # a folder in diffusers layout, or a Hugging Face repo id
+    sizes: tuple[Size, ...]  # the first is the default
+    batch_buckets: tuple[int, ...]  # how many images share a step
+    max_steps: int  # the largest num_inference_steps
+    decode_buckets: tuple[int, ...] = ()  # how many images are decoded together; (): derived from batch_buckets
+    revision: str | None = None  # of a repo id; None: its main branch
+    dtype: Dtype = "float32"
+    programs: Path | None = None  # folder of compiled programs; None: each start compiles
+
+    def __post_init__(self) -> None:
+        if not self.sizes or any(side < 1 for size in self.sizes for side in size):
+            raise ValueError(f"sizes must be pairs of a width and a height of at least 1, got {self.sizes}.")
+        if not self.batch_buckets or min(self.batch_buckets) < 1:
+            raise ValueError(f"batch_buckets must be numbers of at least 1, got {self.batch_buckets}.")
+        batch_buckets = tuple(sorted(set(self.batch_buckets)))
+        # A finished image waits for no other, so few are decoded together.
+        few = [bucket for bucket in batch_buckets if bucket <= 4] or [batch_buckets[0]]
+        decode_buckets = tuple(sorted(set(self.decode_buckets or few)))
+        object.__setattr__(self, "batch_buckets", batch_buckets)
+        object.__setattr__(self, "decode_buckets", decode_buckets)
+        if decode_buckets[0] < 1:
+            raise ValueError(f"decode_buckets must be numbers of at least 1, got {decode_buckets}.")
+        if decode_buckets[-1] > self.num_slots:
+            raise ValueError(
+                f"decode_buckets must be at most {self.num_slots}, twice the largest of batch_buckets, "
+                f"got {decode_buckets[-1]}."
+            )
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}.")
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {self.dtype}.")
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of each size."""
+        return SLOTS_PER_IMAGE * self.batch_buckets[-1]
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """How many rows a step may have: a guided image is two rows, an unguided one is one."""
+        return tuple(sorted({rows for images in self.batch_buckets for rows in (images, 2 * images)}))
 
 
 @dataclass(frozen=True)

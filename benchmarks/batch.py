@@ -70,7 +70,7 @@ def engine_alone(prompts: Path) -> float:
 
     settings = Settings.read(CONFIG)
     rows = [row for row in read(prompts, settings) if isinstance(row, Row)]
-    pipeline = Pipeline.load(**settings.largest())
+    pipeline = Pipeline.load(settings.full_batch_spec)
     pipeline.warmup()
     engine = Engine(pipeline, max_waiting=len(rows), gain=settings.args.admission_gain)
     ended: list[float] = []

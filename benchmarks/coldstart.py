@@ -52,7 +52,7 @@ NARROWED: dict[str, dict[str, Any]] = {
     "text_encoder": {"hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 12, "num_hidden_layers": 12},
     "scheduler": {},
 }
-SIZES, BUCKETS, MAX_STEPS = [(64, 64)], [1, 2], 50
+SIZES, BUCKETS, MAX_STEPS = ((64, 64),), (1, 2), 50
 MEASURES = {"seconds": "process start to ready, s", "warmup": "of which programs, s", "processor": "processor seconds"}
 
 
@@ -118,6 +118,7 @@ def start(model: Path, programs: Path) -> None:
 
     from app.aot import program as compiling
     from app.diffusion.pipeline import Pipeline
+    from app.types import PipelineSpec
 
     how: list[str] = []
     compiles: list[str] = []
@@ -133,7 +134,7 @@ def start(model: Path, programs: Path) -> None:
     compiling.logger.setLevel(logging.INFO)
     compiling.logger.addFilter(note_program)
     jax.monitoring.register_event_duration_secs_listener(note_compile)
-    pipeline = Pipeline.load(str(model), sizes=SIZES, batch_buckets=BUCKETS, max_steps=MAX_STEPS, programs=programs)
+    pipeline = Pipeline.load(PipelineSpec(str(model), SIZES, BUCKETS, MAX_STEPS, programs=programs))
     began = time.perf_counter()
     pipeline.warmup()
     print(json.dumps({"warmup": time.perf_counter() - began, "how": how, "compiles": compiles}), flush=True)

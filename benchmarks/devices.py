@@ -7,6 +7,7 @@ from pathlib import Path
 
 from app.engine.engine import Engine
 from app.engine.verbs import Verbs
+from app.types import PipelineSpec
 from benchmarks.load import GUIDANCE_SCALE, Submit
 from benchmarks.paced import Pace, PacedPipeline, Size
 from benchmarks.report import log
@@ -56,13 +57,14 @@ def demo_pipeline(batch_buckets: Sequence[int] = (1, 2, 4), max_steps: int = 100
     from app.diffusion.pipeline import Pipeline
 
     log(f"demo model: loading, buckets {', '.join(map(str, batch_buckets))}")
-    pipeline = Pipeline.load(
+    spec = PipelineSpec(
         str(ROOT / "assets" / "demo-model"),
-        sizes=[(128, 128)],
-        batch_buckets=batch_buckets,
+        sizes=((128, 128),),
+        batch_buckets=tuple(batch_buckets),
         max_steps=max_steps,
         programs=ROOT / ".cache" / "programs",
     )
+    pipeline = Pipeline.load(spec)
     pipeline.warmup()
     return pipeline
 

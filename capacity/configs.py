@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.builders import Args
-from app.types import parse_size
+from app.types import PipelineSpec, parse_size
 from capacity.chips import CHIPS, Host, host_of
-from capacity.served import Served
 from cluster.cli import UserError
 from cluster.config.documents import Document, read
 from cluster.config.lint import refuse_errors
@@ -19,7 +18,7 @@ from cluster.config.lint_serve import apps
 class Asked:
     """A config's model and shapes, and what a request is that says nothing."""
 
-    served: Served
+    served: PipelineSpec
     sampler: str | None
     num_inference_steps: int
     guidance_scale: float
@@ -42,14 +41,7 @@ def of_args(args: Args, model: str = "", size: str = "") -> Asked:
         sizes = tuple(parse_size(one) for one in ([size] if size else args.sizes))
     except ValueError:
         raise UserError(f"SIZE must be WIDTHxHEIGHT, such as 512x512, got {size}.") from None
-    served = Served(
-        model=model or args.model,
-        dtype="bfloat16" if model else args.dtype,
-        sizes=sizes,
-        batch_buckets=tuple(sorted(args.batch_buckets)),
-        decode_buckets=tuple(sorted(args.decode_buckets)) if args.decode_buckets else None,
-        max_steps=args.limits.num_inference_steps[1],
-    )
+    served = replace(args.pipeline_spec(model or args.model), sizes=sizes, dtype="bfloat16" if model else args.dtype)
     defaults = args.defaults
     return Asked(served, defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, args)
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from app.types import PipelineSpec
 from capacity.chips import Host
 from capacity.price import Price
-from capacity.served import Served
 
 ATTEMPTS = 2  # what ends a process once may not do so again
 WORKERS = 2  # each compiles with more than one thread, and needs up to 3 GB for a full-size UNet
@@ -23,7 +23,7 @@ WORKERS = 2  # each compiles with more than one thread, and needs up to 3 GB for
 
 @dataclass(frozen=True)
 class Task:
-    served: Served
+    served: PipelineSpec
     host: Host
     program: str
     key: str  # of the file that keeps its price

@@ -14,10 +14,10 @@ from app.aot.cache_key import digest, fingerprint, key_of
 from app.aot.program import Program
 from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.pipeline import DTYPES, Pipeline
+from app.types import PipelineSpec
 from capacity.chips import Host
 from capacity.libtpu import devices, version
 from capacity.models import shapes_of
-from capacity.served import Served
 
 PRICING = [Path(__file__).parent / f"{name}.py" for name in ("chips", "hlo", "libtpu", "price", "work")]
 
@@ -29,16 +29,13 @@ class Positions:
     length: int
 
 
-def pipeline_of(served: Served, host: Host) -> Pipeline:
+def pipeline_of(served: PipelineSpec, host: Host) -> Pipeline:
     """Its `programs` can be compiled; nothing can be run. Raises ValueError for a model or a size that cannot be."""
     checkpoint = shapes_of(served.model, DTYPES[served.dtype])
     return Pipeline(
         checkpoint,
         cast(Tokenizer, Positions(checkpoint.text_encoder.config.max_position_embeddings)),
-        sizes=served.sizes,
-        batch_buckets=served.batch_buckets,
-        decode_buckets=served.decode_buckets,
-        max_steps=served.max_steps,
+        served,
         devices=devices(host),
     )
 

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from app.types import PipelineSpec
 from capacity.chips import Host, host_of
 from capacity.libtpu import compile_only
-from capacity.served import Served
 
 if TYPE_CHECKING:
     from app.diffusion.pipeline import Pipeline
@@ -45,7 +45,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     from capacity.programs import shards_of
 
     try:
-        served = Served(**{name: frozen(value) for name, value in asked["served"].items()})
+        served = PipelineSpec(**{name: frozen(value) for name, value in asked["served"].items()})
         host = host_of(asked["tpu"])
         program = next(one for one in pipeline(served, host).programs if one.name == asked["program"])
         return {"price": asdict(price(program.trace(), host.chip, shards_of(program)))}
@@ -58,7 +58,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(1)
-def pipeline(served: Served, host: Host) -> "Pipeline":
+def pipeline(served: PipelineSpec, host: Host) -> "Pipeline":
     from capacity.programs import pipeline_of
 
     return pipeline_of(served, host)

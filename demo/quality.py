@@ -17,7 +17,7 @@ from rich.table import Table
 from app.diffusion.images import contact_sheet
 from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
-from app.types import Generation
+from app.types import Generation, PipelineSpec
 from cluster.cli import Parser, UsageError, UserError, integer_between
 from cluster.terminal import Progress, say
 from demo import scenes
@@ -83,7 +83,7 @@ def main() -> str:
     args = parser.parse_args()
 
     try:
-        pipeline = Pipeline.load(str(args.model), sizes=[SIZE], batch_buckets=[8], max_steps=args.steps)
+        pipeline = Pipeline.load(PipelineSpec(str(args.model), sizes=(SIZE,), batch_buckets=(8,), max_steps=args.steps))
         pipeline.table(args.sampler, args.steps)
     except ValueError as error:
         raise UsageError(str(error)) from None

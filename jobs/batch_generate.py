@@ -8,6 +8,7 @@ negative_prompt, size, num_inference_steps, guidance_scale, seed, sampler, n, ou
 with what is wrong with it. Submitted again, it draws what is not finished and nothing else.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -108,15 +109,15 @@ def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, place: Path, ho
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = 3  # a node may go while it loads
     sizes = sorted({(row.generation.width, row.generation.height) for row in rows})
-    pipeline = {**settings.largest(), "sizes": sizes}
-    size = max(1, 2 * max(pipeline["batch_buckets"]), math.ceil(len(rows) / BLOCKS))
+    spec = dataclasses.replace(settings.full_batch_spec, sizes=tuple(sizes))
+    size = max(1, spec.num_slots, math.ceil(len(rows) / BLOCKS))
     blocks = math.ceil(len(rows) / size)
     began = time.monotonic()
     say(waiting(settings.chips))
     items = [{"row": text_of(row)} for row in rows]
     drawn = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         Painter,
-        fn_constructor_args=(out, place, settings.name, pipeline, settings.args.admission_gain),
+        fn_constructor_args=(out, place, settings.name, spec, settings.args.admission_gain),
         batch_size=None,  # a block
         compute=ActorPoolStrategy(
             min_size=1,

@@ -23,7 +23,7 @@ from app.engine.engine import Engine
 from app.engine.errors import EngineStopped
 from app.engine.request import Generated
 from app.serving.replica import facts_of
-from app.types import Generation, InvalidField
+from app.types import Generation, InvalidField, PipelineSpec
 from jobs.prompts import Row
 from jobs.unfinished import write
 
@@ -31,13 +31,13 @@ from jobs.unfinished import write
 class Painter:
     """What Ray Data calls with blocks of rows, several at a time, so that the engine never waits for the next."""
 
-    def __init__(self, out: Path, drafts: Path, name: str, pipeline: Mapping[str, Any], gain: float) -> None:
+    def __init__(self, out: Path, drafts: Path, name: str, spec: PipelineSpec, gain: float) -> None:
         from app.diffusion.pipeline import Pipeline
 
         self.out, self.drafts, self.name = out, drafts, name
-        loaded = Pipeline.load(**pipeline)
-        loaded.warmup()
-        self.engine = Engine(loaded, max_waiting=1_000_000, gain=gain)
+        pipeline = Pipeline.load(spec)
+        pipeline.warmup()
+        self.engine = Engine(pipeline, max_waiting=1_000_000, gain=gain)
         self.engine.start()
         self.host = f"{socket.gethostname()} {os.getpid()}"
 

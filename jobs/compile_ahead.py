@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.types import PipelineSpec
 from capacity import libtpu
 from capacity.chips import Host, host_of
 from capacity.configs import of_args
@@ -70,19 +71,20 @@ def on_the_cluster(settings: Settings, folder: Path) -> dict[str, Any]:
     say(waiting(settings.chips))
     task = ray.remote(num_cpus=1, resources=resources(settings.chips), max_retries=3)(build)
     try:
-        told: dict[str, Any] = ray.get(task.remote(settings.pipeline(), folder))
+        told: dict[str, Any] = ray.get(task.remote(replace(settings.pipeline_spec, programs=folder)))
     except ray.exceptions.RayTaskError as error:
         raise UserError(f"It failed on its host: {error.cause}") from None
     say(f"All {len(told['programs'])} were loaded from there and run once, in {told['verified_s']:.1f} s.")
     return told
 
 
-def build(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def build(spec: PipelineSpec) -> dict[str, Any]:
     from app.aot.cache_key import fingerprint
     from app.diffusion.pipeline import Pipeline
 
-    pipeline = Pipeline.load(**{**options, "programs": folder})
-    told = publish_all(pipeline.programs, fingerprint(pipeline.mesh.devices.flat), folder)
+    assert spec.programs is not None
+    pipeline = Pipeline.load(spec)
+    told = publish_all(pipeline.programs, fingerprint(pipeline.mesh.devices.flat), spec.programs)
     began = time.perf_counter()
     pipeline.warmup()
     return told | {"verified_s": time.perf_counter() - began}

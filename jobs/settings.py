@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from app.api.settings import Service
 from app.builders import Args, locate
 from app.diffusion.models.config import STEMS
-from app.types import parse_size
+from app.types import PipelineSpec
 from cluster.cli import UsageError, UserError
 from cluster.config.documents import loaded
 from jobs import hub
@@ -76,24 +76,20 @@ class Settings:
     def programs(self) -> Path | None:
         return path(self.args.programs) if self.args.programs else None
 
-    def pipeline(self) -> dict[str, Any]:
-        """What `Pipeline.load` takes, as the replicas have it."""
-        args = self.args
-        return {
-            "model": self.model,
-            "revision": args.revision,
-            "dtype": args.dtype,
-            "sizes": [parse_size(size) for size in args.sizes],
-            "batch_buckets": sorted(args.batch_buckets),
-            "decode_buckets": args.decode_buckets and sorted(args.decode_buckets),
-            "max_steps": args.limits.num_inference_steps[1],
-            "programs": self.programs,
-        }
+    @property
+    def pipeline_spec(self) -> PipelineSpec:
+        """The one that the replicas have."""
+        return self.args.pipeline_spec(self.model, self.programs)
 
-    def largest(self) -> dict[str, Any]:
-        """The same with the largest buckets alone: whoever has work enough to fill them needs no others."""
-        decode_buckets = self.args.decode_buckets and [max(self.args.decode_buckets)]
-        return {**self.pipeline(), "batch_buckets": [max(self.args.batch_buckets)], "decode_buckets": decode_buckets}
+    @property
+    def full_batch_spec(self) -> PipelineSpec:
+        """The replicas' with the largest buckets alone: a job that always fills them needs no others."""
+        batch_buckets, decode_buckets = self.args.batch_buckets, self.args.decode_buckets
+        return dataclasses.replace(
+            self.pipeline_spec,
+            batch_buckets=(max(batch_buckets),),
+            decode_buckets=(max(decode_buckets),) if decode_buckets else (),
+        )
 
 
 def fingerprint(folder: Path) -> str:

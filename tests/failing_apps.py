@@ -17,6 +17,7 @@ from starlette.routing import Route
 from app import builders
 from app.api import ingress
 from app.serving.replica import StableDiffusion
+from app.types import PipelineSpec
 from tests.fake_pipeline import Encoded, FakePipeline
 
 
@@ -46,8 +47,8 @@ class HangingPipeline(FakePipeline):
     hangs = False
 
     @classmethod
-    def load(cls, model: str, *, sizes: Sequence[tuple[int, int]], **options: Any) -> "HangingPipeline":
-        return cls(sizes=tuple(sizes))
+    def load(cls, spec: PipelineSpec) -> "HangingPipeline":
+        return cls(sizes=spec.sizes)
 
     def warmup(self) -> None:
         pass

@@ -17,6 +17,7 @@ from ray.serve._private import api
 from app import builders
 from app.builders import Args, locate, text_to_image
 from app.serving.replica import StableDiffusion
+from app.types import PipelineSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("sd*.yaml"))]
@@ -72,11 +73,12 @@ def test_the_yaml_names_the_deployments_that_the_builder_makes(path: Path, repos
     ingress, replicas, service = deployments_made(Args.model_validate(args_of(path)))
     assert {ingress.name, replicas.name} == set(deployments_of(path))
     options = replicas.init_kwargs
-    assert [f"{width}x{height}" for width, height in options["sizes"]] == list(service.sizes)
-    assert options["max_steps"] == service.limits.num_inference_steps[1]
+    (spec,) = replicas.init_args
+    assert [f"{width}x{height}" for width, height in spec.sizes] == list(service.sizes)
+    assert spec.max_steps == service.limits.num_inference_steps[1]
     assert options["name"] == service.model
-    assert options["images_at_once"] is None and options["decode_buckets"] is None
-    assert options["programs"] == repository / ".cache/programs"
+    assert options["images_at_once"] is None
+    assert spec.programs == repository / ".cache/programs"
 
 
 @each_config
@@ -87,13 +89,16 @@ def test_every_deployment_drains_for_as_long_as_a_request_may_take(path: Path) -
 
 
 def test_what_the_yaml_says_reaches_the_replica(repository: Path) -> None:
-    said = {"decode_buckets": [4, 2], "images_at_once": 3, "admission_gain": 0.2, "prompt_cache": 9}
-    said |= {"encoding_threads": 5, "programs": None, "max_waiting": 7, "stall_s": 30.0}
-    args = Args.model_validate({"model": "a/b", "sizes": ["64x64"], **said})
-    options = deployments_made(args)[1].init_kwargs
-    assert {name: options[name] for name in said} == said | {"decode_buckets": [2, 4]}
+    options = {"images_at_once": 3, "admission_gain": 0.2, "prompt_cache": 9, "encoding_threads": 5}
+    options |= {"max_waiting": 7, "stall_s": 30.0}
+    shapes = {"sizes": ["64x64"], "decode_buckets": [4, 2], "dtype": "bfloat16", "revision": "v1", "programs": None}
+    replicas = deployments_made(Args.model_validate({"model": "a/b", **shapes, **options}))[1]
+    assert replicas.init_kwargs == {"name": "a/b", **options}
+    assert replicas.init_args == (
+        PipelineSpec("a/b", ((64, 64),), (1, 2, 4), 100, decode_buckets=(2, 4), revision="v1", dtype="bfloat16"),
+    )
     absolute = Args.model_validate({"model": "a/b", "sizes": ["64x64"], "programs": "/var/programs"})
-    assert deployments_made(absolute)[1].init_kwargs["programs"] == Path("/var/programs")
+    assert deployments_made(absolute)[1].init_args[0].programs == Path("/var/programs")
 
 
 def test_a_keys_file_is_read_before_anything_is_loaded_and_named_to_the_ingress(repository: Path) -> None:
@@ -125,7 +130,7 @@ def test_model_and_size_are_all_that_a_user_changes_to_serve_stable_diffusion(re
     args = args_of(ROOT / "serve_config.yaml") | {"model": "CompVis/stable-diffusion-v1-4", "sizes": ["512x512"]}
     _, replicas, service = deployments_made(Args.model_validate(args))
     assert (service.model, service.sizes) == ("CompVis/stable-diffusion-v1-4", ("512x512",))
-    assert replicas.init_args == ("CompVis/stable-diffusion-v1-4",)
+    assert replicas.init_args[0].model == "CompVis/stable-diffusion-v1-4"
 
 
 def test_building_imports_no_jax() -> None:

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +35,7 @@ from app.diffusion.samplers import (
     samplers_for,
     update,
 )
-from app.types import SLOTS_PER_IMAGE, ActiveSlot, InvalidField, Size
+from app.types import ActiveSlot, InvalidField, PipelineSpec, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -92,27 +91,20 @@ class Pipeline:
         self,
         checkpoint: Checkpoint,
         tokenizer: Tokenizer,
+        spec: PipelineSpec,
         *,
-        sizes: Sequence[Size],
-        batch_buckets: Sequence[int],
-        decode_buckets: Sequence[int] | None = None,
-        max_steps: int,
-        programs: Path | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
-        check_buckets(batch_buckets, decode_buckets)
         self.schedule = Schedule.from_config(checkpoint.scheduler)
         self.samplers = samplers_for(self.schedule)
         self.default_sampler = default_sampler(self.schedule)
         self.tokenizer = tokenizer
-        self.sizes = tuple(sizes)
-        self.batch_buckets = tuple(sorted(set(batch_buckets)))
-        # A guided image is two rows of a step, an unguided one is one.
-        self.row_buckets = tuple(sorted({rows for images in self.batch_buckets for rows in (images, 2 * images)}))
-        self.decode_buckets = tuple(sorted(set(decode_buckets or small(self.batch_buckets))))
-        self.num_slots = SLOTS_PER_IMAGE * self.batch_buckets[-1]
-        self.max_steps = max_steps
-        self.table_rows = max_steps + 1  # pndm evaluates once more than it has steps
+        self.sizes = spec.sizes
+        self.row_buckets = spec.row_buckets
+        self.decode_buckets = spec.decode_buckets
+        self.num_slots = spec.num_slots
+        self.max_steps = spec.max_steps
+        self.table_rows = spec.max_steps + 1  # pndm evaluates once more than it has steps
         self.latent_channels = checkpoint.vae.config.latent_channels
         self.scale_factor = checkpoint.vae.config.scale_factor
         check_sizes(self.sizes, self.scale_factor * checkpoint.unet.config.scale_factor)
@@ -133,43 +125,20 @@ class Pipeline:
         self.params = placed(params, self.everywhere)
         self.preview_maps = {size: np.zeros((self.latent_channels + 1, 3), np.float32) for size in self.sizes}
         self.programs = self.declare(graphs)
-        self.folder = programs
+        self.folder = spec.programs
         self.run: Mapping[str, Callable[..., Any]] = {}
 
     @classmethod
-    def load(
-        cls,
-        model: str,
-        *,
-        revision: str | None = None,
-        dtype: str = "float32",
-        sizes: Sequence[Size],
-        batch_buckets: Sequence[int],
-        decode_buckets: Sequence[int] | None = None,
-        max_steps: int,
-        programs: Path | None = None,
-        devices: Sequence[jax.Device] | None = None,
-    ) -> "Pipeline":
-        """Raises ValueError that lists all that is wrong with the checkpoint, or names the size or the bucket that does
-        not fit.
+    def load(cls, spec: PipelineSpec, *, devices: Sequence[jax.Device] | None = None) -> "Pipeline":
+        """Raises ValueError that lists all problems of the checkpoint, or names the size that it cannot have.
 
-        `programs` is the folder of compiled programs; None: each start compiles. `devices`: all of this host.
+        `devices` defaults to all of this host.
         """
-        check_buckets(batch_buckets, decode_buckets)
         set_flags()
-        checkpoint = load_checkpoint(model, revision=revision, dtype=DTYPES[dtype])
+        checkpoint = load_checkpoint(spec.model, revision=spec.revision, dtype=DTYPES[spec.dtype])
         length = checkpoint.text_encoder.config.max_position_embeddings
         tokenizer = Tokenizer(checkpoint.folder / "tokenizer", length)
-        return cls(
-            checkpoint,
-            tokenizer,
-            sizes=sizes,
-            batch_buckets=batch_buckets,
-            decode_buckets=decode_buckets,
-            max_steps=max_steps,
-            programs=programs,
-            devices=devices,
-        )
+        return cls(checkpoint, tokenizer, spec, devices=devices)
 
     # The four verbs
 
@@ -554,11 +523,6 @@ def rows_of(active: Sequence[ActiveSlot], buckets: Sequence[int], nobody: int) -
     return rows
 
 
-def small(batch_buckets: Sequence[int]) -> list[int]:
-    """Buckets for decoding: a finished image waits for nobody, so few finish at once."""
-    return [bucket for bucket in batch_buckets if bucket <= 4] or [min(batch_buckets)]
-
-
 def placed(params: Any, sharding: NamedSharding) -> Any:
     """Weights on the devices; what is a shape only, to be compiled for and never run (capacity/programs.py), stays
     one."""
@@ -596,15 +560,6 @@ def timed(dispatch: Callable[[int], jax.Array], buckets: Sequence[int]) -> dict[
         if time.perf_counter() - began > TIMED_S * len(buckets):
             break
     return seconds
-
-
-def check_buckets(batch_buckets: Sequence[int], decode_buckets: Sequence[int] | None) -> None:
-    most = SLOTS_PER_IMAGE * max(batch_buckets)
-    if decode_buckets and max(decode_buckets) > most:
-        raise ValueError(
-            f"decode_buckets must be at most {most}, {SLOTS_PER_IMAGE} times the largest of batch_buckets "
-            f"{list(batch_buckets)}, as no more images are in the making, got {list(decode_buckets)}."
-        )
 
 
 def check_sizes(sizes: Sequence[Size], multiple: int) -> None:

@@ -9,10 +9,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from app.engine.errors import DeadlineUnmeetable, EngineStalled, EngineStopped, 
 from app.engine.request import Generated
 from app.serving.metrics import Metrics
 from app.serving.profiling import Profiler, Trace
-from app.types import Generation, InvalidField
+from app.types import Generation, InvalidField, PipelineSpec
 
 # Serve's handlers serve this tree only, and prefix each line with the request id that clients see as X-Request-ID.
 logger = logging.getLogger(f"ray.serve.{__name__}")
@@ -46,16 +45,9 @@ class StableDiffusion:
 
     def __init__(
         self,
-        model: str,
+        spec: PipelineSpec,
         *,
         name: str,
-        revision: str | None,
-        dtype: str,
-        sizes: Sequence[tuple[int, int]],
-        batch_buckets: Sequence[int],
-        decode_buckets: Sequence[int] | None,
-        max_steps: int,
-        programs: Path | None,
         max_waiting: int,
         images_at_once: int | None,
         admission_gain: float,
@@ -74,16 +66,7 @@ class StableDiffusion:
         # Unix times, in the order in which they come; a load test breaks a scale-up down by them.
         self.milestones = {"process": psutil.Process().create_time(), "constructor": time.time()}
         started = time.perf_counter()
-        self.pipeline = Pipeline.load(
-            model,
-            revision=revision,
-            dtype=dtype,
-            sizes=sizes,
-            batch_buckets=batch_buckets,
-            decode_buckets=decode_buckets,
-            max_steps=max_steps,
-            programs=programs,
-        )
+        self.pipeline = Pipeline.load(spec)
         loaded = time.perf_counter()
         self.milestones["weights"] = time.time()
         self.pipeline.warmup()

@@ -12,7 +12,7 @@ from app.aot.program import CompileWatch
 from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
 from app.engine.request import Generated
-from app.types import SEEDS, Generation
+from app.types import SEEDS, Generation, PipelineSpec
 from tests.tiny import tensor_shapes, write_checkpoint
 
 SIZES = ((16, 24), (16, 16))
@@ -23,7 +23,7 @@ SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = write_checkpoint(tmp_path_factory.mktemp("model"), "tiny-sd2", tensor_shapes()["tiny-sd2"])
-    pipeline = Pipeline.load(str(folder), sizes=SIZES, batch_buckets=[1, 4], max_steps=12)
+    pipeline = Pipeline.load(PipelineSpec(str(folder), sizes=SIZES, batch_buckets=(1, 4), max_steps=12))
     pipeline.warmup()
     return pipeline
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from app.types import PipelineSpec
 from capacity import libtpu, pricing
 from capacity.chips import host_of
 from capacity.price import Price
 from capacity.pricing import Outcome, Task, price_all
-from capacity.served import NAMES, Served
+from capacity.served import NAMES
 
-SERVED = Served("demo", "bfloat16", ((128, 128),), (1,), None, 20)
+SERVED = PipelineSpec("demo", ((128, 128),), (1,), 20, dtype="bfloat16")
 HOST = host_of("v5litepod-4")
 PRICE = Price(
     chip="v5e",

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,12 +12,12 @@ import capacity.programs
 from app.aot.cache_key import fingerprint, key_of
 from app.aot.program import Program
 from app.diffusion.pipeline import Pipeline
+from app.types import PipelineSpec
 from capacity.chips import Host, host_of
 from capacity.programs import keys_of, pipeline_of, resident_bytes, shards_of
-from capacity.served import Served
 
 HOST = host_of("v5litepod-4")
-SERVED = Served("demo", "float32", ((128, 128), (64, 128)), (1, 2), None, 20)
+SERVED = PipelineSpec("demo", ((128, 128), (64, 128)), (1, 2), 20)
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +34,7 @@ def test_the_programs_priced_from_shapes_are_those_that_the_engine_runs() -> Non
     ours = pipeline_of(SERVED, HOST)
     model = str(Path(__file__).parents[2] / "assets" / "demo-model")
     served = Pipeline.load(
-        model,
-        dtype=SERVED.dtype,
-        sizes=SERVED.sizes,
-        batch_buckets=SERVED.batch_buckets,
-        max_steps=SERVED.max_steps,
+        replace(SERVED, model=model),
         devices=jax.local_devices()[:1],
     )
     facts = fingerprint(jax.local_devices()[:1])
@@ -52,7 +49,7 @@ def test_a_price_is_kept_for_what_it_depends_on() -> None:
     one = keys_of(pipeline_of(SERVED, HOST).programs, HOST)
     assert one == keys_of(pipeline_of(SERVED, HOST).programs, HOST)
     assert len(set(one.values())) == len(one)
-    half = Served("demo", "bfloat16", SERVED.sizes, SERVED.batch_buckets, None, 20)
+    half = replace(SERVED, dtype="bfloat16")
     other = keys_of(pipeline_of(half, HOST).programs, HOST)
     assert one.keys() == other.keys()
     assert one["step 128x128 rows 2"] != other["step 128x128 rows 2"]

@@ -23,7 +23,7 @@ from app.diffusion.models.unet import UNet
 from app.diffusion.models.vae import VAE
 from app.diffusion.pipeline import Pipeline
 from app.diffusion.samplers import Schedule
-from app.types import ActiveSlot
+from app.types import ActiveSlot, PipelineSpec
 from tests import tiny
 from tests.published import CHECKPOINTS
 
@@ -125,7 +125,7 @@ def test_whole_pictures_are_within_a_grey_level_of_diffusers(load: Load, model: 
     size = (width, height)
     checkpoint = load(model)
     tokenizer = Tokenizer(checkpoint.folder / "tokenizer", checkpoint.text_encoder.config.max_position_embeddings)
-    pipeline = Pipeline(checkpoint, tokenizer, sizes=[size], batch_buckets=[2], max_steps=8)
+    pipeline = Pipeline(checkpoint, tokenizer, PipelineSpec(model, sizes=(size,), batch_buckets=(2,), max_steps=8))
     pipeline.warmup()
     prompts, negative_prompts = pipeline.encode(tiny.PROMPTS), pipeline.encode(tiny.NEGATIVE_PROMPTS)
     for sampler, steps, guidance_scale in tiny.RUNS[model]:

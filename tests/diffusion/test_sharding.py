@@ -16,7 +16,7 @@ import sys
 import jax, numpy as np
 from app.diffusion.pipeline import ROWS_TOGETHER, Pipeline, passes_of, row_sharding, strips_of
 from app.aot.program import CompileWatch
-from app.types import ActiveSlot
+from app.types import ActiveSlot, PipelineSpec
 
 SIZE = (16, 24)
 ASKED = [("ddim", 4, 5.0), ("euler_ancestral", 3, 1.0), ("dpmpp_2m", 5, 7.5), ("lcm", 2, 1.0), ("pndm", 4, 2.0)]
@@ -42,7 +42,7 @@ ROWS_TOGETHER["cpu"] = 2  # as on TPUs, and few enough that fewer devices need m
 expected = {}
 for devices in (1, 4, 8):
     pipeline = Pipeline.load(
-        sys.argv[1], sizes=[SIZE], batch_buckets=[1, 8], decode_buckets=[1, 8], max_steps=8,
+        PipelineSpec(sys.argv[1], sizes=(SIZE,), batch_buckets=(1, 8), decode_buckets=(1, 8), max_steps=8),
         devices=jax.devices()[:devices],
     )
     pipeline.warmup()

@@ -14,17 +14,20 @@ from PIL import Image
 
 from app.api.settings import Encoding
 from app.diffusion.pipeline import Pipeline
+from app.types import PipelineSpec
 from jobs.batch_generate import SCHEMA, progress, write_manifest
 from jobs.batch_worker import Painter, folders, row_of, text_of
 from jobs.prompts import Bad, Row
 from tests.fake_pipeline import FakePipeline, request
+
+SPEC = PipelineSpec("fake", sizes=((64, 64),), batch_buckets=(4,), max_steps=50)
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     fake = FakePipeline()
     fake.warmup = lambda: None  # type: ignore[attr-defined]
-    monkeypatch.setattr(Pipeline, "load", lambda **options: fake)
+    monkeypatch.setattr(Pipeline, "load", lambda spec: fake)
     return fake
 
 
@@ -36,7 +39,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def painter(fake: FakePipeline, out: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Painter]:
-    painter = Painter(out, tmp_path_factory.mktemp("drafts"), "fake", {}, 0.05)
+    painter = Painter(out, tmp_path_factory.mktemp("drafts"), "fake", SPEC, 0.05)
     yield painter
     painter.engine.close()
 

@@ -220,7 +220,7 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
         return lines
 
     caplog.set_level(logging.INFO, program.logger.name)
-    replica = Pipeline.load(**Settings.read(config).pipeline())
+    replica = Pipeline.load(Settings.read(config).pipeline_spec)
     replica.warmup()
     assert [line.split()[0] for line in told()] == ["loaded"] * 6
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")

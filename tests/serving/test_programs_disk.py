@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from app.aot.program import compiled
 from app.api.messages import Images
 from app.serving.replica import StableDiffusion
 from tests.aot.test_program import FACTS, add
-from tests.serving.test_replica import SETTINGS, Pipeline, asking
+from tests.serving.test_replica import SETTINGS, SPEC, Pipeline, asking
 
 NAMES = ["add rows 5", "add rows 6", "add rows 7"]
 Started = Callable[[Path], tuple[dict[str, int], list[str]]]
@@ -30,8 +31,8 @@ class CompilingPipeline(Pipeline):
 
     def warmup(self) -> None:
         declared = [add(name, rows=int(name[-1])) for name in NAMES]
-        (_, _, options) = self.events[0]
-        compiled(declared, folder=options["programs"], fingerprint=FACTS)
+        (_, spec) = self.events[0]
+        compiled(declared, folder=spec.programs, fingerprint=FACTS)
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def started(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -
     caplog.set_level(logging.INFO, program.logger.name)
 
     async def serve(folder: Path) -> Any:
-        replica = StableDiffusion("/models/tiny", **SETTINGS | {"programs": folder})
+        replica = StableDiffusion(replace(SPEC, programs=folder), **SETTINGS)
         try:
             await replica.check_health()
             return await replica.generate(asking())

@@ -28,7 +28,7 @@ from app.api.settings import Encoding
 from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
 from app.serving.replica import StableDiffusion, refusal
-from app.types import Generation
+from app.types import Generation, PipelineSpec
 from tests.clusters import soon as soon_true
 from tests.fake_pipeline import SMALL, FakePipeline, number
 from tests.serving.test_metrics import Recorded, recorded
@@ -37,15 +37,7 @@ __all__ = ["recorded"]  # a fixture
 
 WIDTH, HEIGHT = SMALL
 ASKED = ImageRequest(Generation("a secret garden", "fog", WIDTH, HEIGHT, 5, 4.0, 2**32 - 1, None, 2), Encoding(), 60.0)
-OPTIONS: dict[str, Any] = {
-    "revision": None,
-    "dtype": "float32",
-    "sizes": [SMALL],
-    "batch_buckets": [1, 2],
-    "decode_buckets": None,
-    "max_steps": 50,
-    "programs": Path("/programs"),
-}
+SPEC = PipelineSpec("/models/tiny", sizes=(SMALL,), batch_buckets=(1, 2), max_steps=50, programs=Path("/programs"))
 
 
 class Pipeline(FakePipeline):
@@ -53,9 +45,9 @@ class Pipeline(FakePipeline):
     events: list[Any]
 
     @classmethod
-    def load(cls, model: str, **options: Any) -> "Pipeline":
+    def load(cls, spec: PipelineSpec) -> "Pipeline":
         pipeline = cls(sizes=(SMALL,), decoding=lambda size, images: 0.01)
-        pipeline.events = [("load", model, options)]
+        pipeline.events = [("load", spec)]
         return pipeline
 
     def warmup(self) -> None:
@@ -85,7 +77,6 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
-    **OPTIONS,
     "max_waiting": 2,
     "images_at_once": 1,
     "admission_gain": 0.125,
@@ -97,7 +88,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture
 def replica(no_device: None) -> Iterator[Any]:
-    replica: Any = StableDiffusion("/models/tiny", **SETTINGS)
+    replica: Any = StableDiffusion(SPEC, **SETTINGS)
     yield replica
     replica.pipeline.open()
     asyncio.run(replica.shut_down())
@@ -133,7 +124,7 @@ def soon(event: threading.Event) -> bool:
 
 
 def test_a_replica_is_warm_before_it_watches_for_compiles_and_starts_its_engine(replica: Any) -> None:
-    assert replica.pipeline.events == [("load", "/models/tiny", OPTIONS), "warmup"]
+    assert replica.pipeline.events == [("load", SPEC), "warmup"]
     assert replica.compiles.watching and replica.engine.healthy
     assert (replica.engine.max_waiting, replica.engine.images_at_once, replica.engine.gain) == (2, 1, 0.125)
     assert replica.encoders._max_workers == 3
@@ -403,7 +394,7 @@ def held_by_serve(**changes: Any) -> UserCallableWrapper:
     """Serve's own wrapper, which constructs a replica, calls it and ends it, on the event loop that runs."""
     return UserCallableWrapper(
         StableDiffusion,
-        ("/models/tiny",),
+        (SPEC,),
         {**SETTINGS, **changes},
         deployment_id=DeploymentID("StableDiffusion", "tests"),
         run_sync_methods_in_threadpool=False,
@@ -488,10 +479,10 @@ def test_serve_ends_a_replica_whose_constructor_failed(
 
 def test_a_replica_that_nobody_ends_leaves_no_coroutine_that_nobody_awaits(no_device: None) -> None:
     """Warnings are errors here. Collected as garbage, it ends its threads itself."""
-    replica = StableDiffusion("/models/tiny", **SETTINGS)
+    replica = StableDiffusion(SPEC, **SETTINGS)
     asyncio.run(replica.shut_down())
     replica.__del__()
-    other = StableDiffusion("/models/tiny", **SETTINGS)
+    other = StableDiffusion(SPEC, **SETTINGS)
     other.__del__()
     other.__del__()
     assert not other.engine.healthy

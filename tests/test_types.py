@@ -1,0 +1,48 @@
+"""The plain data that the packages of the app share."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.types import PipelineSpec
+
+SPEC = PipelineSpec("demo", sizes=((128, 128),), batch_buckets=(4, 1, 2, 8), max_steps=50)
+
+
+def test_a_spec_derives_its_buckets() -> None:
+    assert SPEC.batch_buckets == (1, 2, 4, 8)
+    assert SPEC.row_buckets == (1, 2, 4, 8, 16)
+    assert SPEC.num_slots == 16
+    assert SPEC.decode_buckets == (1, 2, 4), "few images finish together"
+    assert replace(SPEC, batch_buckets=(8, 16), decode_buckets=()).decode_buckets == (8,)
+    assert replace(SPEC, decode_buckets=(16, 1)).decode_buckets == (1, 16)
+
+
+def test_a_spec_travels_to_other_processes_and_is_a_key() -> None:
+    spec = replace(SPEC, programs=Path("/programs"))
+    assert pickle.loads(pickle.dumps(spec)) == spec and len({spec, SPEC, replace(SPEC)}) == 2
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"sizes": ()}, "sizes must be pairs of a width and a height of at least 1, got ()."),
+    ({"sizes": ((64, 0),)}, "got ((64, 0),)."),
+    ({"batch_buckets": ()}, "batch_buckets must be numbers of at least 1, got ()."),
+    ({"batch_buckets": (0, 1)}, "got (0, 1)."),
+    ({"decode_buckets": (0, 1)}, "decode_buckets must be numbers of at least 1, got (0, 1)."),
+    (
+        {"batch_buckets": (1,), "decode_buckets": (1, 4)},
+        "decode_buckets must be at most 2, twice the largest of batch_buckets, got 4.",
+    ),
+    ({"max_steps": 0}, "max_steps must be at least 1, got 0."),
+    ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got float16."),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[str(case[0]) for case in REFUSED])
+def test_a_spec_that_no_checkpoint_allows_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        replace(SPEC, **change)
+    assert str(caught.value).endswith(message)
