@@ -1,5 +1,5 @@
 """200 clients at once on a real local cluster, of whom many hang up: whoever stays gets the picture that a lone client
-gets, and nothing is left running. tests/on_cluster/test_deployed.py runs it on its cluster.
+gets, and nothing is left running. tests/on_cluster/test_api.py runs it on its cluster.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""cluster/local/verbs.py and cluster/processes.py with ordinary processes; tests/on_cluster/test_deployed.py does it
+"""cluster/local/verbs.py and cluster/processes.py with ordinary processes; tests/on_cluster/test_verbs.py does it
 with a real Ray."""
 
 import json

@@ -1,4 +1,4 @@
-"""cluster/ray_client.py without a cluster; tests/on_cluster/test_deployed.py asks a real one."""
+"""cluster/ray_client.py without a cluster; tests/on_cluster/test_verbs.py asks a real one."""
 
 import os
 import time

@@ -28,20 +28,14 @@ from safetensors.numpy import load_file, save_file
 
 from cluster.local.state import ROOT
 from cluster.places import dashboard_of
-from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
+from tests.clusters import Verbs, fetch, refuses, soon, succeeds
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 
-RUN_DIR = ROOT / ".run" / "test-faults"
 MODEL = ROOT / "assets" / "demo-model"
 PATIENCE_S = 5.0  # of the client, who then counts the request as one that hangs
 HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 4}  # of the model, to be quick here
 RECOVERY_S = 240.0  # anything longer is not recovered; how long it was is printed
-
-
-@pytest.fixture(scope="module")
-def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
-    yield from one_node_cluster(RUN_DIR, tmp_path_factory.mktemp("twin"))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +54,9 @@ def config(verbs: Verbs) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def api(verbs: Verbs, config: dict[str, Any]) -> str:
-    verbs.config.write_text(yaml.safe_dump(config))
-    succeeds(verbs.deploy(verbs.config))
+    file = verbs.run_dir / "faults.yaml"
+    file.write_text(yaml.safe_dump(config))
+    succeeds(verbs.deploy(file))
     return f"http://127.0.0.1:{verbs.serve_port}"
 
 

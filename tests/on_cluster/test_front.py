@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,28 +15,20 @@ import psutil
 import pytest
 
 from app.api.proxy_protocol import HEAD_S
-from cluster.local.state import ROOT
 from tests import http_fuzz
-from tests.clusters import Verbs, fetch, one_node_cluster, soon, succeeds
+from tests.clusters import Verbs, fetch, soon
 from tests.fuzz_cases import KINDS
 from tests.raw_http import answers, ask, closed, connected, head, received
 
 pytestmark = pytest.mark.cluster
 
-RUN_DIR = ROOT / ".run" / "test-front"
 MIB = 1 << 20
 FUZZ_SEED = 14
 FUZZ_MIB = 200  # more than before; an endless body alone was 600
 
 
-@pytest.fixture(scope="module")
-def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
-    yield from one_node_cluster(RUN_DIR, tmp_path_factory.mktemp("twin"))
-
-
-@pytest.fixture(scope="module")
-def port(verbs: Verbs) -> int:
-    succeeds(verbs("deploy", "deploy", "--config", str(verbs.config), "--serve-port", str(verbs.serve_port)))
+@pytest.fixture
+def port(api: str, verbs: Verbs) -> int:
     return verbs.serve_port
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,15 @@ from app.diffusion.pipeline import Pipeline
 from cluster.local.state import ROOT
 from jobs.profile import operations
 from jobs.settings import Settings
-from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
+from tests.clusters import Verbs, fetch, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
 
-RUN_DIR = ROOT / ".run" / "test-jobs"
 
-
-@pytest.fixture(scope="module")
-def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
-    yield from one_node_cluster(RUN_DIR, tmp_path_factory.mktemp("twin"))
+@pytest.fixture(scope="module", autouse=True)
+def chips_are_free(verbs: Verbs) -> None:
+    """Jobs take the TPU node that an application of the modules before may hold."""
+    succeeds(verbs("deploy", "undeploy"))
 
 
 def submitted(verbs: Verbs, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
