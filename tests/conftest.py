@@ -3,6 +3,8 @@
 import os
 import signal
 
+pytest_plugins = ["tests.skips"]
+
 # An accidental broadcast between ranks is an error; JAX reads this when it is imported.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
