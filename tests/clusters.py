@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -92,8 +93,9 @@ def in_this_process(main: Callable[[], str], command: list[str]) -> subprocess.C
 
 
 def ports(count: int) -> list[int]:
-    """Apart from those that `up` chooses."""
-    return [port for port in range(18000, 19000) if processes.free(port)][:count]
+    """Apart from those that `up` chooses, and from a random start: several test runs may look for some at once."""
+    start = random.randrange(18000, 18900)
+    return [port for port in range(start, start + 100) if processes.free(port)][:count]
 
 
 def succeeds(done: subprocess.CompletedProcess[str]) -> str:

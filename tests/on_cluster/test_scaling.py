@@ -26,7 +26,7 @@ from cluster import nodes, processes
 from cluster.local.state import ROOT
 from tests.clusters import Verbs, fetch, ports, refuses, soon, succeeds
 
-pytestmark = pytest.mark.twin
+pytestmark = pytest.mark.scaling
 
 RUN_DIR = ROOT / ".run" / "test-twin"
 PATIENCE_S = 180.0
