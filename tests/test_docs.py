@@ -1,5 +1,5 @@
 """README.md, CONTRIBUTING.md, CHANGELOG.md and docs/ held to the repository: links, commands, configuration keys, error
-messages. The curl examples run in tests/on_cluster/test_deployed.py."""
+messages. The curl examples run in tests/on_cluster/test_api.py."""
 
 import ast
 import re
