@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from ray import serve
 from ray.serve import Application
 
-from app.api.api_keys import Keys
+from app.api.api_keys import ApiKeys
 from app.api.ingress import APIIngress
 from app.api.settings import Defaults, Encoding, Limits, Service, Settings
 from app.diffusion.samplers import SAMPLERS
@@ -136,7 +136,7 @@ def keys_file(name: str) -> Path:
     """Read here as well as by the ingress, so that a mistake in it is told before a model is loaded."""
     path = ROOT / Path(name).expanduser()
     try:
-        Keys(path)
+        ApiKeys(path)
     except ValueError as error:
         raise InvalidField("api_keys_file", f"api_keys_file {error}") from None
     return path

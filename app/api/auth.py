@@ -1,90 +1,89 @@
-"""Who may come in: programs and own pages of this machine, or where keys are declared, whoever has one.
+"""Authentication: requires an API key, or if no keys are configured, a client on this machine.
 
-Stands before the routes, so of a request that is refused nothing but its head is read. Knows HTTP as bare ASGI, and
-nothing of Ray or of what the routes do.
+A middleware in front of the routes: it reads only the head of a request that it refuses. Knows bare ASGI, and nothing
+of Ray or of what the routes do.
 """
 
 import ipaddress
 import re
-from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.api_keys import Holder, Keys, LimitReached
+from app.api.api_keys import ApiKey, ApiKeys, LimitReached
+from app.api.error_responses import error_response
 from app.api.errors import ApiError
 
 AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?")
 FORWARDING = (b"x-forwarded-for", b"x-real-ip", b"forwarded")
-OPEN = ("/", "/healthz")  # to all, where there are keys: load balancers ask them, and they draw nothing
+OPEN = ("/", "/healthz")  # need no key: load balancers request them, and they make no images
 
 
-class Door:
-    """Counts a request against its key until the answer has ended, however it ends, a stream's too."""
+class AuthMiddleware:
+    """Counts a request against its key until its answer has ended, also that of a stream or of a failure."""
 
-    def __init__(self, app: ASGIApp, keys: Keys | None, refused: Callable[[ApiError], ASGIApp]) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
         self.app = app
         self.keys = keys
-        self.refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the application's start and end; no route takes a websocket
+        if scope["type"] != "http":  # the application's start and end; no route takes a WebSocket
             await self.app(scope, receive, send)
             return
         try:
-            holder = self.admit(scope)
+            key = self.admit(scope)
         except ApiError as error:
-            await self.refused(error)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
             return
-        scope.setdefault("state", {})["holder"] = holder
+        scope.setdefault("state", {})["api_key"] = key
         try:
             await self.app(scope, receive, send)
         finally:
-            if holder:
-                holder.end()
+            if key:
+                key.end()
 
-    def admit(self, scope: Scope) -> Holder | None:
-        """Whoever is to be counted, if anyone is."""
+    def admit(self, scope: Scope) -> ApiKey | None:
+        """The key that the request counts against, if it needs one."""
         if self.keys is None:
             check_local(scope)
             return None
         if scope["path"].removeprefix(scope.get("root_path", "")) in OPEN:
             return None
-        key = key_of(scope)
-        if key is None:
+        secret = bearer_token(scope)
+        if secret is None:
             message = "This needs an API key, in a header `Authorization: Bearer KEY`."
             raise ApiError(401, message, None, "invalid_api_key")
-        holder = self.keys.holder(key)
-        if holder is None:
+        key = self.keys.find(secret)
+        if key is None:
             raise ApiError(401, "This API key is not one of ours.", None, "invalid_api_key")
         try:
-            holder.begin()
+            key.begin()
         except LimitReached as limit:
             raise ApiError(429, str(limit), None, "rate_limit_exceeded", limit.retry_after_s) from None
-        return holder
+        return key
 
 
 def count_images(scope: Scope, images: int) -> None:
-    """For a request of several, of which the door counted one."""
-    holder: Holder | None = scope["state"]["holder"]
-    if holder:
-        holder.spend(images - 1)
+    """Counts a request for n images as n. The middleware has counted one of them."""
+    key: ApiKey | None = scope["state"]["api_key"]
+    if key:
+        key.spend(images - 1)
 
 
-def key_of(scope: Scope) -> bytes | None:
-    """From the header alone: what stands in a URL ends up in logs and histories."""
-    given = [value for name, value in scope["headers"] if name == b"authorization"]
-    if len(given) != 1:
+def bearer_token(scope: Scope) -> bytes | None:
+    """From the header alone: URLs end up in logs and histories."""
+    headers = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(headers) != 1:
         return None
-    scheme, _, key = given[0].strip().partition(b" ")
-    return key.strip() if scheme.lower() == b"bearer" else None
+    scheme, _, token = headers[0].strip().partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else None
 
 
 def check_local(scope: Scope) -> None:
-    """Without keys: this machine alone, and in its browsers no page of anybody else's.
+    """Without keys, only programs on this machine and pages that it serves itself may send requests.
 
-    A page that has its own name resolve to 127.0.0.1 (DNS rebinding) sends that name as Host. A page that embeds or
-    fetches something from here sends Origin or Sec-Fetch-Site, old browsers neither. Programs send none of them.
+    A page whose own name resolves to 127.0.0.1 (DNS rebinding) sends that name as Host. For a page of another site that
+    embeds or fetches from this API, browsers send Origin or Sec-Fetch-Site; old ones neither. Programs send none.
     """
     opens = "set args.api_keys_file to open it"
     if not over_loopback(scope) or not all(map(forwards_loopback, values(scope, *FORWARDING))):
@@ -112,7 +111,7 @@ def values(scope: Scope, *wanted: bytes) -> list[str]:
 
 
 def is_loopback_name(authority: str) -> bool:
-    """Of `localhost` and names below it browsers ask no name server, and none has them (RFC 6761, 6.3)."""
+    """Browsers resolve `localhost` and names below it without a name server (RFC 6761, 6.3)."""
     parts = AUTHORITY.fullmatch(authority)
     if parts is None:
         return False
@@ -121,16 +120,16 @@ def is_loopback_name(authority: str) -> bool:
 
 
 def forwards_loopback(value: str) -> bool:
-    """Whether the client of a proxy on this machine is on it, too. What `Forwarded` says is not read, so never."""
+    """Whether a proxy on this machine forwards for a client on it. `Forwarded` is not parsed, so never by that."""
     return all(is_loopback((address.strip(), None)) for address in value.split(","))
 
 
 def over_loopback(scope: Scope) -> bool:
-    """Whether both ends of the connection are on this machine, as both ends of an SSH tunnel's last part are.
+    """Whether both ends of the connection are on this machine, as those of an SSH tunnel's last part are.
 
-    The near end is the socket's own (uvicorn's getsockname), which nothing that a client sends can change. The far end
-    may be what X-Forwarded-For says, but only if the connection comes from this machine: so whoever comes by way of a
-    proxy that runs here does not pass for the proxy.
+    The server's end is that of the socket (uvicorn's getsockname), which no client can change. uvicorn takes the
+    client's end from X-Forwarded-For if the connection comes from this machine, so a client behind a local proxy
+    does not count as local.
     """
     return is_loopback(scope.get("server")) and is_loopback(scope.get("client"))
 
@@ -138,6 +137,6 @@ def over_loopback(scope: Scope) -> bool:
 def is_loopback(end: Any) -> bool:
     try:
         address = ipaddress.ip_address(end[0])
-    except (TypeError, ValueError):  # no end is known, or it is a Unix socket
+    except (TypeError, ValueError):  # the address is unknown, or a Unix socket
         return False
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback

@@ -7,7 +7,6 @@ Knows nothing of Ray, of routes or of keys.
 
 import asyncio
 import json
-import math
 from http import HTTPStatus
 from typing import Any, NoReturn
 
@@ -37,8 +36,7 @@ def refusal(error: ApiError) -> tuple[list[tuple[bytes, bytes]], bytes]:
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]
-    if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers().items()]
     return headers, body
 
 

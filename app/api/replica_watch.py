@@ -1,5 +1,8 @@
-"""What the replicas say of themselves, asked beside the requests, so that nobody who wants to know it waits behind
-them. While nobody wants to know, nobody is asked. Knows nothing of HTTP, and of Ray only that none may be running."""
+"""Keeps the latest descriptions of the replicas, and asks for new ones when somebody needs them.
+
+The questions do not wait in the queue of image requests. Knows nothing of HTTP, and of Ray only the error for a
+deployment without replicas.
+"""
 
 import asyncio
 import logging
@@ -13,14 +16,14 @@ from app.api.messages import Description
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
-FRESH_S = 1.0  # asked again only after this
-STALE_S = 10.0  # believed for so long, as replicas that are busy may skip a few answers
+FRESH_S = 1.0  # a description is used this long before the next question
+STALE_S = 10.0  # a description is valid this long, as busy replicas may miss some questions
 
 Ask = Callable[[], Awaitable[Sequence[object]]]
 
 
 class ReplicaWatch:
-    """Keeps the latest descriptions, for as long as they can be believed."""
+    """The latest descriptions, while they are valid."""
 
     def __init__(self, ask: Ask, clock: Callable[[], float] = time.monotonic) -> None:
         """`ask` raises DeploymentUnavailableError where no replica runs."""
@@ -32,14 +35,14 @@ class ReplicaWatch:
 
     @property
     def current(self) -> tuple[Description, ...]:
-        """One for each replica that runs, most frequent first; none if none has answered lately."""
+        """One for each running replica, the most frequent first; empty if no replica has answered recently."""
         if self.clock() - self.answered_at > STALE_S:
             return ()
         counts = Counter(self.latest)
         return tuple(sorted(self.latest, key=lambda description: -counts[description]))
 
     async def descriptions(self, patience_s: float, timeout_s: float) -> tuple[Description, ...]:
-        """Waits for new answers as long as `patience_s`, and where there are no old ones, as long as `timeout_s`."""
+        """Waits up to `patience_s` for new answers if there are valid ones, else up to `timeout_s`."""
         if not self.latest or self.clock() - self.answered_at > FRESH_S:
             refreshing = self.refresh()
             if self.current:
@@ -49,7 +52,7 @@ class ReplicaWatch:
         return self.current
 
     def refresh(self) -> asyncio.Task[None]:
-        """One round of questions, which all who want to know share."""
+        """The running round of questions, which all callers share, or a new one."""
         if self.refreshing is None or self.refreshing.done():
             self.refreshing = asyncio.get_running_loop().create_task(self.round())
         return self.refreshing
@@ -57,7 +60,7 @@ class ReplicaWatch:
     async def round(self) -> None:
         try:
             answers = await self.ask()
-        except DeploymentUnavailableError:  # no replica runs, so what they said is no longer true
+        except DeploymentUnavailableError:  # no replica runs, so the old answers are wrong
             self.latest = ()
         except Exception:
             logger.exception("The replicas could not be asked what they are.")

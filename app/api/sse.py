@@ -1,6 +1,6 @@
-"""A replica's stream as server-sent events in OpenAI's image-streaming shape, which its own client reads.
+"""Streams previews and images as server-sent events in the shape of OpenAI's API, whose client can read them.
 
-Knows nothing of Ray: it is given a way to the next item and one to stop the work.
+Knows nothing of Ray: it gets a function that returns the next item and one that stops the work.
 """
 
 import asyncio
@@ -15,9 +15,9 @@ from starlette.types import Receive, Scope, Send
 from app.api.errors import ApiError
 from app.api.messages import ImageRequest, Images, Preview
 
-KEEP_ALIVE_S = 10.0  # proxies cut a connection on which nothing comes, commonly after 60 s
+KEEP_ALIVE_S = 10.0  # proxies close a silent connection, commonly after 60 s
 KEEP_ALIVE = b": still at work\n\n"  # a comment, which clients skip
-# OpenAI's event demands it; here nothing is metered.
+# OpenAI's event must have it; this service does not count tokens.
 USAGE = {
     **{"input_tokens": 0, "output_tokens": 0, "total_tokens": 0},
     "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
@@ -27,11 +27,11 @@ NextItem = Callable[[], Awaitable[Preview | Images]]
 
 
 class EventStream(StreamingResponse):
-    """Whoever stops listening stops the work."""
+    """Stops the work when the client disconnects."""
 
-    def __init__(self, next_item: NextItem, stop: Callable[[], None], asked: ImageRequest, model: str) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold events back
-        super().__init__(events(next_item, asked, model), headers=headers, media_type="text/event-stream")
+    def __init__(self, next_item: NextItem, stop: Callable[[], None], request: ImageRequest, model: str) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would buffer the events
+        super().__init__(events(next_item, request, model), headers=headers, media_type="text/event-stream")
         self.stop = stop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,8 +41,8 @@ class EventStream(StreamingResponse):
             self.stop()
 
 
-async def events(next_item: NextItem, asked: ImageRequest, model: str) -> AsyncIterator[bytes]:
-    """One event for each item, up to the finished image or an error."""
+async def events(next_item: NextItem, request: ImageRequest, model: str) -> AsyncIterator[bytes]:
+    """One event for each item. The last one is the finished image or an error."""
     item: Preview | Images | None = None
     while not isinstance(item, Images):
         task = asyncio.ensure_future(next_item())
@@ -55,26 +55,26 @@ async def events(next_item: NextItem, asked: ImageRequest, model: str) -> AsyncI
             return
         finally:
             task.cancel()
-        yield image_event(item, asked, model)
+        yield image_event(item, request, model)
 
 
-def image_event(item: Preview | Images, asked: ImageRequest, model: str) -> bytes:
+def image_event(item: Preview | Images, request: ImageRequest, model: str) -> bytes:
     shape = {
         "created_at": int(time.time()),
-        "size": f"{asked.generation.width}x{asked.generation.height}",
+        "size": f"{request.generation.width}x{request.generation.height}",
         "quality": "auto",
         "background": "opaque",
-        "output_format": asked.encoding.output_format,
+        "output_format": request.encoding.output_format,
     }
     if isinstance(item, Preview):
         return event(
             "image_generation.partial_image",
             {"b64_json": base64.b64encode(item.encoded).decode(), **shape, "partial_image_index": item.index},
         )
-    ours = {"model": item.model or model, **item.facts, "timings": item.timings}
+    extra = {"model": item.model or model, **item.facts, "timings": item.timings}
     return event(
         "image_generation.completed",
-        {"b64_json": base64.b64encode(item.encoded[0]).decode(), **shape, "usage": USAGE, **ours},
+        {"b64_json": base64.b64encode(item.encoded[0]).decode(), **shape, "usage": USAGE, **extra},
     )
 
 

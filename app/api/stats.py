@@ -1,4 +1,4 @@
-"""What GET /v1/stats answers: every replica asked for its statistics, and their sum."""
+"""GET /v1/stats: the statistics of every replica, and their sum."""
 
 import asyncio
 import math
@@ -8,6 +8,8 @@ from typing import Any
 import ray.util
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from app.api.replica_calls import broadcast
+
 Stats = Mapping[str, Any]
 
 SILENT = {"error": "It does not answer: it is starting, stopping or lost."}
@@ -15,9 +17,9 @@ SUMMED = ("waiting", "unfinished", "active_slots", "num_slots", "backlog_s", "de
 
 
 async def stats_of_all(replicas: Any, timeout_s: float) -> dict[str, Stats]:
-    """Statistics by replica id. `replicas` is a DeploymentHandle; one that does not answer is listed with an error."""
-    names = asyncio.to_thread(replica_ids, replicas.app_name, replicas.deployment_name)
-    known, answers = await asyncio.gather(names, answers_of_all(replicas, timeout_s))
+    """Statistics by replica id. `replicas` is a DeploymentHandle. One that does not answer is SILENT."""
+    ids = asyncio.to_thread(replica_ids, replicas.app_name, replicas.deployment_name)
+    known, answers = await asyncio.gather(ids, answers_of_all(replicas, timeout_s))
     stats: dict[str, Stats] = {answer["replica"]: answer for answer in answers if is_stats(answer)}
     return {
         name: {key: value for key, value in stats.get(name, SILENT).items() if key != "replica"}
@@ -33,39 +35,22 @@ async def answers_of_all(replicas: Any, timeout_s: float) -> list[Any]:
 
 
 def is_stats(answer: object) -> bool:
-    """A replica of another version might answer anything; without its name there is nowhere to list it."""
+    """A replica of another version might answer anything. Without its id it cannot be listed."""
     return isinstance(answer, Mapping) and isinstance(answer.get("replica"), str)
 
 
-async def broadcast(replicas: Any, method: str, timeout_s: float) -> list[Any]:
-    """What those replicas return that do so in time. Raises DeploymentUnavailableError if none runs.
-
-    Ray's own `results_async` gives nothing at all when one is late, so its parts are used here.
-    """
-    try:
-        async with asyncio.timeout(timeout_s):
-            sent = await replicas.broadcast(method)._fetch_replica_results_async()
-    except TimeoutError:  # Serve has not told us yet which replicas there are
-        return []
-    asked = [asyncio.ensure_future(one.get_async()) for one in sent]
-    done, late = await asyncio.wait(asked, timeout=timeout_s)
-    for one in late:
-        one.cancel()
-    return [one.result() for one in done if not one.cancelled() and not one.exception()]
-
-
 def replica_ids(app: str, deployment: str) -> list[str]:
-    """Of all replicas that are up, also those that no request goes to: Serve names their actors so."""
+    """Of all replicas that are up, also those that get no requests. They are part of the names of Serve's actors."""
     prefix = f"SERVE_REPLICA::{app}#{deployment}#"
-    named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-    return [name.removeprefix(prefix) for name in named if name.startswith(prefix)]
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def total(replicas: Iterable[Stats]) -> dict[str, Any]:
     """The sum over the replicas that answered.
 
-    While a rollout replaces replicas, old and new ones answer with different statistics: a number that a replica does
-    not have counts as 0, and a value that is no number is left out.
+    During a rollout, old and new replicas answer with different statistics. A number that a replica lacks counts as 0,
+    and so does a value that is no number.
     """
     answered = [stats for stats in replicas if "error" not in stats]
     requests = [counts for stats in answered if isinstance(counts := stats.get("requests"), Mapping)]

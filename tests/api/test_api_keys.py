@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from app.api import api_keys
-from app.api.api_keys import MOST_BYTES, Holder, Keys, LimitReached, content_of, digest_of, new_key, parse
+from app.api.api_keys import MOST_BYTES, ApiKey, ApiKeys, LimitReached, content_of, digest_of, new_key, parse
 
 
 class Clock:
@@ -45,9 +45,9 @@ def file(tmp_path: Path) -> Path:
     return write(tmp_path / "keys.yaml", entry("alice", "key of alice"), entry("bob", "key of bob"))
 
 
-def name_of(keys: Keys, key: str) -> str | None:
-    holder = keys.holder(key.encode())
-    return holder.entry.name if holder else None
+def name_of(keys: ApiKeys, key: str) -> str | None:
+    match = keys.find(key.encode())
+    return match.entry.name if match else None
 
 
 # The file
@@ -60,7 +60,7 @@ def test_a_key_is_256_random_bits_behind_a_prefix_and_the_file_has_its_sha256() 
 
 
 def test_a_key_is_known_by_its_hash(file: Path) -> None:
-    known = Keys(file)
+    known = ApiKeys(file)
     names = [name_of(known, key) for key in ("key of alice", "key of bob", "key of eve", "")]
     assert names == ["alice", "bob", None, None]
     assert name_of(known, digest_of(b"key of alice")) is None, "who reads the file has no key"
@@ -75,10 +75,10 @@ def test_every_entry_is_compared_whichever_fits(file: Path, monkeypatch: pytest.
         return in_constant_time(one, other)
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    known = Keys(file)
+    known = ApiKeys(file)
     for key in ("key of alice", "key of bob", "key of eve"):
         compared.clear()
-        known.holder(key.encode())
+        known.find(key.encode())
         assert compared == [digest_of(b"key of alice"), digest_of(b"key of bob")]
 
 
@@ -128,17 +128,17 @@ def test_a_mistake_in_the_file_is_one_sentence_that_names_the_entry_and_shows_no
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
-        Keys(path)
+        ApiKeys(path)
     told = str(caught.value)
     assert sentence in told and str(path) in told and "\n" not in told and LEAK not in told
 
 
 def test_a_file_that_is_not_there_or_not_text_is_told_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.yaml cannot be read: No such file or directory\.$"):
-        Keys(tmp_path / "nowhere.yaml")
+        ApiKeys(tmp_path / "nowhere.yaml")
     (tmp_path / "keys.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="is not YAML"):
-        Keys(tmp_path / "keys.yaml")
+        ApiKeys(tmp_path / "keys.yaml")
 
 
 @pytest.mark.parametrize(("mode", "refused"), [(0o600, False), (0o644, False), (0o664, False), (0o646, True)])
@@ -146,9 +146,9 @@ def test_a_file_that_everyone_may_write_is_refused(file: Path, mode: int, refuse
     file.chmod(mode)
     if refused:
         with pytest.raises(ValueError, match="must not be writable by everyone: chmod o-w"):
-            Keys(file)
+            ApiKeys(file)
     else:
-        assert name_of(Keys(file), "key of bob") == "bob"
+        assert name_of(ApiKeys(file), "key of bob") == "bob"
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# none left\n", "...\n", "---\n"])
@@ -156,9 +156,9 @@ def test_a_file_with_nothing_in_it_is_bad_and_an_empty_list_lets_nobody_in(tmp_p
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        Keys(path)
+        ApiKeys(path)
     path.write_text(f"# none left\n[]\n{text.replace('---', '...')}")
-    assert name_of(Keys(path), "") is None
+    assert name_of(ApiKeys(path), "") is None
 
 
 LIST = yaml.safe_dump([entry("alice"), entry("bob", requests_per_minute=60)], explicit_end=True, sort_keys=False)
@@ -210,7 +210,7 @@ def test_what_is_no_file_of_keys_is_refused_without_waiting_for_it(tmp_path: Pat
             os.truncate(path, MOST_BYTES + 1)
     rule = f"at most {MOST_BYTES} bytes, and has {MOST_BYTES + 1}" if kind == "huge" else "a regular file, and is none"
     with pytest.raises(ValueError, match=f"keys.yaml must be {rule}"):
-        Keys(path)
+        ApiKeys(path)
 
 
 def test_a_pipe_that_is_put_in_the_place_of_the_file_is_refused_too(
@@ -229,7 +229,7 @@ def test_a_pipe_that_is_put_in_the_place_of_the_file_is_refused_too(
 
 
 def test_a_key_is_added_and_revoked_by_a_change_of_the_file(file: Path) -> None:
-    known = Keys(file)
+    known = ApiKeys(file)
     write(file, entry("bob", "key of bob"), entry("eve", "key of eve"))
     known.refresh()
     assert [name_of(known, f"key of {name}") for name in ("alice", "bob", "eve")] == [None, "bob", "eve"]
@@ -243,7 +243,7 @@ def test_looking_a_key_up_touches_no_disk_and_a_thread_reads_what_changes(
 ) -> None:
     readers: queue.Queue[threading.Thread] = queue.Queue()
 
-    class Watched(Keys):
+    class Watched(ApiKeys):
         def read(self) -> str | None:
             readers.put(threading.current_thread())
             return super().read()
@@ -252,7 +252,7 @@ def test_looking_a_key_up_touches_no_disk_and_a_thread_reads_what_changes(
     known = Watched(file)
     assert readers.get() is threading.current_thread()
     assert name_of(known, "key of alice") == "alice" and readers.empty()
-    known.watch()
+    known.start_refreshing()
     reader = readers.get(timeout=60)
     assert reader is not threading.current_thread()
     write(file, entry("bob", "key of bob"))
@@ -266,7 +266,7 @@ def test_looking_a_key_up_touches_no_disk_and_a_thread_reads_what_changes(
 
 
 def test_a_file_that_did_not_change_is_not_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = Keys(file)
+    known = ApiKeys(file)
     monkeypatch.setattr(api_keys, "content_of", lambda path: pytest.fail("it was read again"))
     known.refresh()
     assert name_of(known, "key of alice") == "alice"
@@ -312,7 +312,7 @@ def open_to_all(file: Path) -> None:
 def test_a_file_that_goes_bad_leaves_the_keys_read_last_and_is_told_once(
     file: Path, caplog: pytest.LogCaptureFixture, spoil: Any
 ) -> None:
-    known = Keys(file)
+    known = ApiKeys(file)
     spoil(file)
     for _ in range(3):
         known.refresh()
@@ -327,7 +327,7 @@ def test_a_file_that_goes_bad_leaves_the_keys_read_last_and_is_told_once(
 
 
 def test_a_read_that_fails_for_a_moment_is_tried_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = Keys(file)
+    known = ApiKeys(file)
     write(file, entry("bob", "key of bob"))
 
     def no_more_files(path: Path) -> bytes:
@@ -344,95 +344,95 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(file: Path, monkeypatch: 
 # Limits
 
 
-def holder(clock: Clock, **limits: int) -> Holder:
-    (one,) = parse(yaml.safe_dump([entry("alice", "", **limits)], explicit_end=True).encode(), "")
-    return Holder(one, clock)
+def key_with(clock: Clock, **limits: int) -> ApiKey:
+    (parsed,) = parse(yaml.safe_dump([entry("alice", "", **limits)], explicit_end=True).encode(), "")
+    return ApiKey(parsed, clock)
 
 
-def served(one: Holder, images: int = 1) -> bool:
+def served(key: ApiKey, images: int = 1) -> bool:
     try:
-        one.begin()
+        key.begin()
     except LimitReached:
         return False
-    one.spend(images - 1)
-    one.end()
+    key.spend(images - 1)
+    key.end()
     return True
 
 
 def test_a_minutes_requests_may_come_at_once_and_come_back_evenly() -> None:
     clock = Clock()
-    one = holder(clock, requests_per_minute=4)
-    assert [served(one) for _ in range(5)] == [True] * 4 + [False]
+    key = key_with(clock, requests_per_minute=4)
+    assert [served(key) for _ in range(5)] == [True] * 4 + [False]
     with pytest.raises(LimitReached, match="allows 4 a minute") as caught:
-        one.begin()
+        key.begin()
     assert caught.value.retry_after_s == 15
     clock.now += 14.9
-    assert not served(one)
+    assert not served(key)
     clock.now += 0.1
-    assert served(one) and not served(one)
+    assert served(key) and not served(key)
     clock.now += 3600
-    assert [served(one) for _ in range(5)] == [True] * 4 + [False], "no more than a minute's are saved up"
+    assert [served(key) for _ in range(5)] == [True] * 4 + [False], "no more than a minute's are saved up"
 
 
 def test_a_request_for_several_pictures_counts_as_so_many_and_is_never_impossible() -> None:
     clock = Clock()
-    one = holder(clock, requests_per_minute=2)
-    assert served(one, images=4)
+    key = key_with(clock, requests_per_minute=2)
+    assert served(key, images=4)
     with pytest.raises(LimitReached) as caught:
-        one.begin()
+        key.begin()
     assert caught.value.retry_after_s == 90, "two beyond the minute, and one to go on with"
     clock.now += 90
-    assert served(one, images=4), "the mean is two a minute"
+    assert served(key, images=4), "the mean is two a minute"
 
 
 def test_only_so_many_run_at_a_time_and_a_refused_one_holds_no_place() -> None:
-    one = holder(Clock(), concurrent_requests=2)
-    one.begin()
-    one.begin()
+    key = key_with(Clock(), concurrent_requests=2)
+    key.begin()
+    key.begin()
     for _ in range(3):
         with pytest.raises(LimitReached, match="allows 2 at a time") as caught:
-            one.begin()
+            key.begin()
         assert caught.value.retry_after_s > 0
-    one.end()
-    one.begin()
+    key.end()
+    key.begin()
     with pytest.raises(LimitReached):
-        one.begin()
+        key.begin()
 
 
 def test_a_request_that_the_rate_refuses_holds_no_place_and_one_that_must_wait_its_turn_costs_nothing() -> None:
     clock = Clock()
-    one = holder(clock, concurrent_requests=1, requests_per_minute=2)
-    one.begin()
+    key = key_with(clock, concurrent_requests=1, requests_per_minute=2)
+    key.begin()
     for _ in range(3):
-        assert not served(one)
-    one.end()
-    assert served(one) and not served(one) and one.running == 0
+        assert not served(key)
+    key.end()
+    assert served(key) and not served(key) and key.running == 0
 
 
 def test_without_limits_there_are_none() -> None:
-    one = holder(Clock())
+    key = key_with(Clock())
     for _ in range(1000):
-        one.begin()
-    assert one.running == 1000
+        key.begin()
+    assert key.running == 1000
 
 
 def test_what_is_used_of_a_limit_outlives_a_change_of_the_file(tmp_path: Path) -> None:
     clock = Clock()
     path = write(tmp_path / "keys.yaml", entry("alice", requests_per_minute=2, concurrent_requests=1))
-    known = Keys(path, clock)
-    alice = known.holder(b"alice")
+    known = ApiKeys(path, clock)
+    alice = known.find(b"alice")
     assert alice
     alice.begin()
     write(path, entry("bob"), entry("alice", requests_per_minute=1, concurrent_requests=2))
     known.refresh()
-    again = known.holder(b"alice")
+    again = known.find(b"alice")
     assert again is alice and again.running == 1
     again.begin()  # the second place that the file gives now
     again.end()
     assert not served(again), "both of the minute's are used"
     write(path, entry("alice"))
     known.refresh()
-    assert known.holder(b"alice") is alice and all(served(alice) for _ in range(9))
+    assert known.find(b"alice") is alice and all(served(alice) for _ in range(9))
     write(path, entry("alice", requests_per_minute=3))
     known.refresh()
-    assert known.holder(b"alice") is alice and [served(alice) for _ in range(4)] == [True] * 3 + [False]
+    assert known.find(b"alice") is alice and [served(alice) for _ in range(4)] == [True] * 3 + [False]

@@ -63,8 +63,8 @@ def client(ingress: APIIngress) -> Iterator[TestClient]:
 
 
 def running(ingress: APIIngress) -> int:
-    assert ingress.keys
-    (alice,) = ingress.keys.holders
+    assert ingress.api_keys
+    (alice,) = ingress.api_keys.keys
     return alice.running
 
 
@@ -277,8 +277,8 @@ def test_a_full_key_is_refused_before_the_body_is_read(replicas: Replicas, file:
 def test_revoking_a_key_needs_no_new_start(client: TestClient, ingress: APIIngress, file: Path) -> None:
     assert client.get("/v1/models", headers=BEARER).status_code == 200
     write(file)
-    assert ingress.keys
-    ingress.keys.refresh()
+    assert ingress.api_keys
+    ingress.api_keys.refresh()
     assert client.get("/v1/models", headers=BEARER).status_code == 401
 
 
@@ -371,8 +371,8 @@ def test_neither_keys_nor_prompts_reach_the_log(
             client.get("/imagine", params={"prompt": PROMPT}, headers=headers)
             client.post("/v1/images/generations", json={"prompt": PROMPT, "size": PROMPT}, headers=headers)
     file.write_text(f"- {{name: alice, sha256: {KEY}}}\n")
-    assert ingress.keys
-    ingress.keys.refresh()
+    assert ingress.api_keys
+    ingress.api_keys.refresh()
     client.get("/imagine", params={"prompt": PROMPT}, headers=BEARER)
     told = "\n".join(json.dumps([record.getMessage(), record.exc_text]) for record in caplog.records)
     assert (

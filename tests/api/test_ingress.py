@@ -19,9 +19,11 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from app.api.errors import ApiError
-from app.api.ingress import DRAINED_BYTES, APIIngress, answer_of
+from app.api.ingress import APIIngress
 from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
-from app.api.retry import RetryTimes
+from app.api.replica_calls import answer_of
+from app.api.request_body import DRAINED_BYTES
+from app.api.retry_after import RetryAfter
 from app.api.settings import Defaults, Limits, Service
 from app.api.stats import SUMMED
 from app.types import Generation
@@ -283,7 +285,7 @@ def no_such_model(other: str, name: str) -> dict[str, Any]:
 def test_health_is_what_the_replicas_said_lately_and_waits_for_no_request(replicas: Replicas) -> None:
     now = 100.0
     ingress = APIIngress(replicas, SERVICE)
-    ingress.watch.clock = lambda: now
+    ingress.replica_watch.clock = lambda: now
     replicas.describe.outcome = lambda: None  # the way of requests, which is full
     with local_client(ingress) as client:
         assert client.get("/healthz").json() == {"status": "ok", "model": "tiny"}
@@ -315,7 +317,7 @@ def test_replicas_that_have_been_silent_for_long_are_not_believed(
 ) -> None:
     now = 100.0
     ingress = APIIngress(replicas, SERVICE)
-    ingress.watch.clock = lambda: now
+    ingress.replica_watch.clock = lambda: now
     monkeypatch.setattr("app.api.ingress.BROADCAST_TIMEOUT_S", 0.01)
     monkeypatch.setattr("app.api.ingress.READY_TIMEOUT_S", 0.01)
     with local_client(ingress) as client:
@@ -375,7 +377,7 @@ def test_before_any_replica_is_known_requests_are_held_to_the_config(client: Tes
 def test_two_hundred_who_are_refused_come_back_spread_over_what_their_work_takes(replicas: Replicas) -> None:
     now, drawn = 100.0, 0
     ingress = APIIngress(replicas, SERVICE)
-    ingress.retry_times = RetryTimes(lambda: now, lambda low, high: low)
+    ingress.retry_after = RetryAfter(lambda: now, lambda low, high: low)
     with local_client(ingress) as client:
         assert post(client, prompt="a").status_code == 200  # 0.75 s of a device, as `pictures` says
         refusals = [ApiError(503, "Full.", None, "queue_full", 0.3), BackPressureError(9, 8, 503, 0.3)]
@@ -580,7 +582,7 @@ def test_what_goes_wrong_behind_becomes_a_status_and_never_shows_its_insides(
     ]
     for asked in ask:  # of an ingress that has refused nobody before
         ingress = APIIngress(replicas, SERVICE)
-        ingress.retry_times = RetryTimes(uniform=lambda low, high: low)
+        ingress.retry_after = RetryAfter(uniform=lambda low, high: low)
         with local_client(ingress) as client:
             response = asked(client)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.api.api_keys import Keys, parse
+from app.api.api_keys import ApiKeys, parse
 from cluster import api_key
 from cluster.cli import UserError
 from cluster.local.state import ROOT
@@ -44,9 +44,9 @@ def test_the_key_is_told_once_and_only_its_hash_is_kept(file: Path) -> None:
     key = done.stdout.strip()
     assert key not in done.stderr and "alice" in done.stderr
     assert key not in file.read_text() and key.removeprefix("imagine-") not in file.read_text()
-    holder = Keys(file).holder(key.encode())
-    assert holder and holder.entry.name == "alice"
-    assert (holder.entry.requests_per_minute, holder.entry.concurrent_requests) == (None, None)
+    key_in_file = ApiKeys(file).find(key.encode())
+    assert key_in_file and key_in_file.entry.name == "alice"
+    assert (key_in_file.entry.requests_per_minute, key_in_file.entry.concurrent_requests) == (None, None)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600 and [*file.parent.iterdir()] == [file]
 
 
@@ -58,9 +58,9 @@ def test_limits_are_written_and_what_stood_in_the_file_stays(file: Path) -> None
     text = file.read_text()
     assert text.startswith(before) and text.endswith("\n...\n# All of ours stand above.")
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
-    holder = Keys(file).holder(key.encode())
-    assert holder and holder.entry.name == "yes"
-    assert (holder.entry.requests_per_minute, holder.entry.concurrent_requests) == (30, 2)
+    key_in_file = ApiKeys(file).find(key.encode())
+    assert key_in_file and key_in_file.entry.name == "yes"
+    assert (key_in_file.entry.requests_per_minute, key_in_file.entry.concurrent_requests) == (30, 2)
     assert [entry.name for entry in parse(file.read_bytes(), "")] == ["carol", "yes"]
 
 
