@@ -1,9 +1,9 @@
-"""Compiled HLO text -> cycles. Knows nothing of chips, models or JAX.
+"""Adds up the cycles of a compiled program from its HLO text. Knows nothing of chips, models or JAX.
 
-libtpu writes its own price beside most operations that it compiles (`estimated_cycles`). Here they are added up: what a
-loop holds counts as often as the loop turns, of a branch the dearest side counts, and what a fusion holds is in its
-price. A loop whose number of turns only the caller knows counts once. What moves data beside the computation (async
-copies) has no price and is taken as hidden behind it.
+libtpu writes an estimate beside most operations that it compiles (`estimated_cycles`). A loop's body counts once for
+each iteration, and a conditional counts as its most expensive branch. The estimate of a fusion covers what is inside.
+A loop whose number of iterations depends on the program's arguments counts once. Async copies have no estimate: they
+are assumed to be hidden behind computation.
 """
 
 import re
@@ -22,11 +22,11 @@ LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 BRANCHES = re.compile(
     r"(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))"
 )
-KNOWN_TURNS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+KNOWN_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 
-PASSED_ON = {"copy", "bitcast", "convert", "reshape"}  # of a number: it stays what it was
+VALUE_KEEPING = {"copy", "bitcast", "convert", "reshape"}  # opcodes that do not change a scalar
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-MATTER = (
+EXPENSIVE = (  # reported if they have no estimate
     *COLLECTIVES,
     "custom-call",
     "sort",
@@ -35,12 +35,11 @@ MATTER = (
     "dot",
     "gather",
     "scatter",
-)  # if without a price
+)
 
-MARKERS = ('"AllocateBuffer"', '"AssumeGatherIndicesInBound"', '"GatherScatterIndicesBitpacked"')  # they do nothing
-
-
-ENDLESS = 1 << 62  # cycles: what libtpu writes where its estimate came to nothing
+# Custom calls that do nothing.
+MARKERS = ('"AllocateBuffer"', '"AssumeGatherIndicesInBound"', '"GatherScatterIndicesBitpacked"')
+NO_ESTIMATE = 1 << 62  # libtpu writes this many cycles or update where its estimate failed
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,18 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        found = CYCLES.search(self.text)
-        return int(found[1]) if found else None
+        match = CYCLES.search(self.text)
+        return int(match[1]) if match else None
 
     @property
     def op_name(self) -> str:
-        """Where in the program's source it comes from: names of functions and scopes, joined by slashes."""
-        found = OP_NAME.search(self.text)
-        return found[1] if found else ""
+        """Its origin in the program's source: names of functions and scopes, joined by slashes."""
+        match = OP_NAME.search(self.text)
+        return match[1] if match else ""
 
     @property
     def operands(self) -> list[str]:
-        """Names only; what an operand's type says is not there."""
+        """Names of the operands, without their types."""
         opened = self.text.index("(")
         return OPERANDS.findall(self.text[opened : closing(self.text, opened)])
 
@@ -74,20 +73,20 @@ class Computation:
 
     @property
     def root(self) -> Instruction | None:
-        return next((one for one in self.instructions.values() if one.root), None)
+        return next((instruction for instruction in self.instructions.values() if instruction.root), None)
 
 
 @dataclass
-class Bill:
-    """Cycles by op_name; calls of custom kernels, whose price is another's matter; what has no price."""
+class CycleCount:
+    """Cycles by op_name. Custom kernels are counted apart, as their estimates are unreliable."""
 
     cycles: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)  # op_name -> calls
     kernel_cycles: Counter[str] = field(default_factory=Counter)  # op_name -> the kernels' own estimates
-    unpriced: Counter[str] = field(default_factory=Counter)  # opcode -> how many
-    open_loops: int = 0  # that count as one turn, because their text does not say how many they take
+    unpriced: Counter[str] = field(default_factory=Counter)  # opcode -> how many have no estimate
+    open_loops: int = 0  # loops of an unknown number of iterations, which count once
 
-    def add(self, other: "Bill", times: int = 1) -> None:
+    def add(self, other: "CycleCount", times: int = 1) -> None:
         for name in ("cycles", "kernels", "kernel_cycles", "unpriced"):
             mine = getattr(self, name)
             for key, value in getattr(other, name).items():
@@ -99,14 +98,14 @@ class Bill:
         return self.cycles.total() + self.kernel_cycles.total()
 
 
-def bill(text: str) -> Bill:
-    """Of a compiled program, as `Compiled.as_text()` has it."""
+def count_cycles(text: str) -> CycleCount:
+    """Counts the cycles of a compiled program, given as the text of `Compiled.as_text()`."""
     computations, entry = parse(text)
-    return charge(entry, computations, {})
+    return count_computation(entry, computations, {})
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations by name, and the entry's name."""
+    """Reiterations all computations by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry, inside = "", None
     instructions: dict[str, Instruction] = {}
@@ -118,62 +117,63 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         elif line.startswith("}"):
             computations[inside] = Computation(instructions)
             inside = None
-        elif found := INSTRUCTION.match(line):
-            opcode = OPCODE.search(after_type(found[3]))
-            if opcode:
-                rest = after_type(found[3])[opcode.start(1) :]
-                instructions[found[2]] = Instruction(found[2], opcode[1], rest, bool(found[1]))
+        elif match := INSTRUCTION.match(line):
+            root, name, value = match.groups()
+            operation = after_type(value)
+            if opcode := OPCODE.search(operation):
+                instructions[name] = Instruction(name, opcode[1], operation[opcode.start(1) :], bool(root))
     if not entry:
         raise ValueError("the text holds no ENTRY computation: it is not a compiled program.")
     return computations, entry
 
 
 def after_type(text: str) -> str:
-    """`(f32[2], s32[]) while(...)` -> `while(...)`: a tuple's type has parentheses of its own."""
+    """`(f32[2], s32[]) while(...)` -> `while(...)`. The type of a tuple has parentheses too."""
     return " " + (text[closing(text, 0) + 1 :] if text.startswith("(") else text.partition(" ")[2])
 
 
 def closing(text: str, opened: int) -> int:
-    """Where the parenthesis that opens at `opened` closes."""
+    """The index of the parenthesis that closes the one at index `opened`."""
     depth = 0
-    for at in range(opened, len(text)):
-        depth += (text[at] == "(") - (text[at] == ")")
+    for index in range(opened, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if not depth:
-            return at
+            return index
     return len(text) - 1
 
 
-def charge(name: str, computations: Mapping[str, Computation], done: dict[str, Bill]) -> Bill:
+def count_computation(name: str, computations: Mapping[str, Computation], done: dict[str, CycleCount]) -> CycleCount:
     if name in done:
         return done[name]
-    total = Bill()
-    for one in computations[name].instructions.values() if name in computations else ():
-        if one.opcode == "while" and (loop := LOOP.search(one.text)):
-            turns = turns_of(one, computations[name], computations)
-            total.add(charge(loop[2], computations, done), 1 if turns is None else turns)
-            total.open_loops += turns is None
-        elif one.opcode == "conditional" and (found := BRANCHES.search(one.text)):
-            sides = OPERANDS.findall(found[1]) if found[1] else [found[2], found[3]]
-            total.add(max((charge(side, computations, done) for side in sides), key=lambda side: side.total))
-        elif one.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.text:
-            total.kernels[one.op_name] += 1
-            total.kernel_cycles[one.op_name] += one.cycles or 0
-        elif (cycles := one.cycles) is not None:
-            if cycles < ENDLESS:
-                total.cycles[one.op_name] += cycles
+    total = CycleCount()
+    for instruction in computations[name].instructions.values() if name in computations else ():
+        if instruction.opcode == "while" and (loop := LOOP.search(instruction.text)):
+            iterations = trip_count(instruction, computations[name], computations)
+            total.add(count_computation(loop[2], computations, done), 1 if iterations is None else iterations)
+            total.open_loops += iterations is None
+        elif instruction.opcode == "conditional" and (match := BRANCHES.search(instruction.text)):
+            branches = OPERANDS.findall(match[1]) if match[1] else [match[2], match[3]]
+            counts = [count_computation(branch, computations, done) for branch in branches]
+            total.add(max(counts, key=lambda count: count.total))
+        elif instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.text:
+            total.kernels[instruction.op_name] += 1
+            total.kernel_cycles[instruction.op_name] += instruction.cycles or 0
+        elif (cycles := instruction.cycles) is not None:
+            if cycles < NO_ESTIMATE:
+                total.cycles[instruction.op_name] += cycles
             else:
-                total.unpriced[one.opcode] += 1
-        elif one.opcode in ("fusion", "call", "async-start") and (called := CALLED.search(one.text)):
-            total.add(charge(called[1], computations, done))
-        elif one.opcode in MATTER and not any(marker in one.text for marker in MARKERS):
-            total.unpriced[one.opcode] += 1
+                total.unpriced[instruction.opcode] += 1
+        elif instruction.opcode in ("fusion", "call", "async-start") and (called := CALLED.search(instruction.text)):
+            total.add(count_computation(called[1], computations, done))
+        elif instruction.opcode in EXPENSIVE and not any(marker in instruction.text for marker in MARKERS):
+            total.unpriced[instruction.opcode] += 1
     done[name] = total
     return total
 
 
-def turns_of(loop: Instruction, around: Computation, computations: Mapping[str, Computation]) -> int | None:
-    """How often a loop turns, if its text says so: a counter from one constant up to another."""
-    if known := KNOWN_TURNS.search(loop.text):
+def trip_count(loop: Instruction, around: Computation, computations: Mapping[str, Computation]) -> int | None:
+    """The number of iterations of a loop, if its text says so: it counts from one constant up to another."""
+    if known := KNOWN_TRIP_COUNT.search(loop.text):
         return int(known[1])
     names = LOOP.search(loop.text)
     assert names is not None
@@ -181,7 +181,7 @@ def turns_of(loop: Instruction, around: Computation, computations: Mapping[str, 
     test = condition.root
     if test is None or test.opcode != "compare" or "direction=LT" not in test.text:
         return None
-    elements = operands_of_tuple(around.instructions.get(loop.operands[0]), around)
+    elements = operands_of_tuple(around.instructions.get(loop.operands[0]))
     counter, limit = (resolve(name, condition) for name in test.operands)
     if not (isinstance(counter, Element) and step_is_one(body, counter.index)):
         return None
@@ -199,31 +199,30 @@ class Element:
 
 
 def resolve(name: str, computation: Computation) -> int | Element | None:
-    """What a number is: a constant, an element of the loop's tuple, or neither that one can see."""
-    one = computation.instructions.get(name)
-    while one is not None and one.opcode in PASSED_ON:
-        one = computation.instructions.get(one.operands[0])
-    if one is None:
+    """What a scalar is: a constant, an element of the loop's tuple, or None if neither can be seen."""
+    instruction = computation.instructions.get(name)
+    while instruction is not None and instruction.opcode in VALUE_KEEPING:
+        instruction = computation.instructions.get(instruction.operands[0])
+    if instruction is None:
         return None
-    if one.opcode == "constant" and (number := re.match(r"constant\((-?\d+)\)", one.text)):
+    if instruction.opcode == "constant" and (number := re.match(r"constant\((-?\d+)\)", instruction.text)):
         return int(number[1])
-    if one.opcode == "get-tuple-element" and (index := re.search(r"index=(\d+)", one.text)):
-        source = computation.instructions.get(one.operands[0])
+    if instruction.opcode == "get-tuple-element" and (index := re.search(r"index=(\d+)", instruction.text)):
+        source = computation.instructions.get(instruction.operands[0])
         return Element(int(index[1])) if source is not None and source.opcode == "parameter" else None
     return None
 
 
-def operands_of_tuple(one: Instruction | None, around: Computation) -> list[str]:
-    return one.operands if one is not None and one.opcode == "tuple" else []
+def operands_of_tuple(instruction: Instruction | None) -> list[str]:
+    return instruction.operands if instruction is not None and instruction.opcode == "tuple" else []
 
 
 def step_is_one(body: Computation, index: int) -> bool:
-    root = body.root
-    elements = operands_of_tuple(root, body)
-    more = body.instructions.get(elements[index]) if index < len(elements) else None
-    while more is not None and more.opcode in PASSED_ON:
-        more = body.instructions.get(more.operands[0])
-    if more is None or more.opcode != "add":
+    elements = operands_of_tuple(body.root)
+    update = body.instructions.get(elements[index]) if index < len(elements) else None
+    while update is not None and update.opcode in VALUE_KEEPING:
+        update = body.instructions.get(update.operands[0])
+    if update is None or update.opcode != "add":
         return False
-    parts = [resolve(name, body) for name in more.operands]
+    parts = [resolve(name, body) for name in update.operands]
     return Element(index) in parts and 1 in parts

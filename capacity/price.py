@@ -16,9 +16,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from capacity.chips import CHIPS, Chip, Host, host_of
-from capacity.hlo import Bill, bill
+from capacity.flops import FlopCount, count_flops
+from capacity.hlo import CycleCount, count_cycles
 from capacity.libtpu import compile_only, devices, missing
-from capacity.work import Work, work
 from cluster.cli import Parser, UsageError, UserError, run_command
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def price(traced: "Traced", chip: Chip, shards: int = 1) -> Price:
     """Compiles it. Raises TooLarge where it does not fit."""
     from jax.errors import JaxRuntimeError
 
-    total = work(traced.jaxpr, chip.tile)
+    total = count_flops(traced.jaxpr, chip.tile)
     began = time.perf_counter()
     try:
         compiled = traced.lower().compile()
@@ -92,8 +92,8 @@ def price(traced: "Traced", chip: Chip, shards: int = 1) -> Price:
         raise
     compile_s = time.perf_counter() - began
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    found = bill(compiled.as_text() or "")
-    parts, notes = charged(found, total, chip, shards)
+    count = count_cycles(compiled.as_text() or "")
+    parts, notes = charged(count, total, chip, shards)
     cycles = sum(parts.values())
     return Price(
         chip=chip.name,
@@ -114,26 +114,26 @@ def price(traced: "Traced", chip: Chip, shards: int = 1) -> Price:
     )
 
 
-def charged(found: Bill, total: Work, chip: Chip, shards: int) -> tuple[Counter[str], list[str]]:
+def charged(count: CycleCount, total: FlopCount, chip: Chip, shards: int) -> tuple[Counter[str], list[str]]:
     """Cycles by part, with custom kernels; and what the sum leaves out."""
     parts: Counter[str] = Counter()
-    for op_name, cycles in found.cycles.items():
+    for op_name, cycles in count.cycles.items():
         parts[part_of(op_name)] += cycles
-    notes = [f"{count} x {opcode} (libtpu does not price it)" for opcode, count in sorted(found.unpriced.items())]
+    notes = [f"{number} x {opcode} (libtpu does not price it)" for opcode, number in sorted(count.unpriced.items())]
     padded: dict[str, float] = {}
     for stack, flops in total.kernels.items():
         padded[part_of(stack)] = padded.get(part_of(stack), 0.0) + flops
     own: Counter[str] = Counter()
-    for op_name in found.kernels:
-        own[part_of(op_name)] += found.kernel_cycles[op_name]
+    for op_name in count.kernels:
+        own[part_of(op_name)] += count.kernel_cycles[op_name]
     for part in own.keys() | padded.keys():
         # A kernel of several chips stands in a shard_map, whose body counts once for each of them.
         least = padded.get(part, 0.0) / shards / chip.flops_a_cycle / KERNEL_SHARE
         parts[part] += round(max(own[part], least))
         if not least:
             notes.append(f"a kernel in {part} multiplies nothing that can be seen: only its own estimate is charged")
-    if found.open_loops > total.open_loops:
-        notes.append(f"{found.open_loops - total.open_loops} loops whose turns cannot be read count once")
+    if count.open_loops > total.open_loops:
+        notes.append(f"{count.open_loops - total.open_loops} loops whose turns cannot be read count once")
     return parts, notes
 
 

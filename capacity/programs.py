@@ -19,7 +19,7 @@ from capacity.chips import Host
 from capacity.libtpu import devices, version
 from capacity.models import shapes_of
 
-PRICING = [Path(__file__).parent / f"{name}.py" for name in ("chips", "hlo", "libtpu", "price", "work")]
+PRICING = [Path(__file__).parent / f"{name}.py" for name in ("chips", "hlo", "libtpu", "price", "flops")]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""capacity/hlo.py over texts as libtpu writes them, cut down to what is read."""
+"""capacity/hlo.py on texts as libtpu writes them, shortened to what is read."""
 
 import pytest
 
-from capacity.hlo import bill, parse, turns_of
+from capacity.hlo import count_cycles, parse, trip_count
 
 LOOP = """\
 HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[8,8]{1,0})->f32[8,8]{1,0}}
@@ -54,31 +54,31 @@ def loop(limit: str) -> str:
     return LOOP.replace("%START", "%start").replace("%LIMIT", limit)
 
 
-def test_what_a_loop_holds_counts_as_often_as_it_turns() -> None:
-    found = bill(loop("%seven"))
-    assert found.cycles == {"jit(f)/while/body/resnet/tanh": 700, "x": 10}
-    assert (found.total, found.open_loops) == (710, 0)
+def test_a_loops_body_counts_once_for_each_iteration() -> None:
+    count = count_cycles(loop("%seven"))
+    assert count.cycles == {"jit(f)/while/body/resnet/tanh": 700, "x": 10}
+    assert (count.total, count.open_loops) == (710, 0)
 
 
-def test_a_loop_whose_turns_only_the_caller_knows_counts_once_and_is_told() -> None:
-    found = bill(loop("%n"))
-    assert (found.total, found.open_loops) == (110, 1)
+def test_a_loop_of_unknown_length_counts_once_and_is_reported() -> None:
+    count = count_cycles(loop("%n"))
+    assert (count.total, count.open_loops) == (110, 1)
 
 
-def test_a_counter_that_does_not_go_up_by_one_is_not_guessed() -> None:
+def test_a_loop_that_counts_in_other_steps_is_of_unknown_length() -> None:
     text = loop("%seven").replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")
-    assert bill(text).open_loops == 1
+    assert count_cycles(text).open_loops == 1
 
 
-def test_turns_count_from_where_the_counter_starts() -> None:
+def test_iterations_count_from_where_the_counter_starts() -> None:
     computations, entry = parse(loop("%seven").replace("constant(0)", "constant(3)"))
     around = computations[entry]
-    assert turns_of(around.instructions["while"], around, computations) == 4
+    assert trip_count(around.instructions["while"], around, computations) == 4
 
 
 def test_a_known_trip_count_is_believed() -> None:
-    said = 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
-    assert bill(loop("%n").replace("body=%body", said)).total == 310
+    known = 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
+    assert count_cycles(loop("%n").replace("body=%body", known)).total == 310
 
 
 def test_loops_in_loops_multiply() -> None:
@@ -111,12 +111,12 @@ ENTRY %main.2 () -> s32[] {
   ROOT %r = s32[] get-tuple-element(%while.3), index=0
 }
 """
-    assert bill(inner + outer).total == 5 * 7 * 100
+    assert count_cycles(inner + outer).total == 5 * 7 * 100
 
 
-def test_of_a_branch_the_dearest_side_counts() -> None:
+def test_a_conditional_counts_as_its_most_expensive_branch() -> None:
     text = """\
-%dear (a: f32[8]) -> f32[8] {
+%expensive (a: f32[8]) -> f32[8] {
   %a = f32[8] parameter(0)
   ROOT %b = f32[8] negate(%a), backend_config={"estimated_cycles":"50"}
 }
@@ -129,13 +129,13 @@ def test_of_a_branch_the_dearest_side_counts() -> None:
 ENTRY %main (p: s32[], x: f32[8]) -> f32[8] {
   %p = s32[] parameter(0)
   %x = f32[8] parameter(1)
-  ROOT %c = f32[8] conditional(%p, %x, %x), branch_computations={%cheap, %dear}
+  ROOT %c = f32[8] conditional(%p, %x, %x), branch_computations={%cheap, %expensive}
 }
 """
-    assert bill(text).total == 50
+    assert count_cycles(text).total == 50
 
 
-def test_kernels_stand_apart_and_what_has_no_price_is_told() -> None:
+def test_kernels_are_counted_apart_and_what_has_no_estimate_is_reported() -> None:
     text = """\
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8] parameter(0)
@@ -149,13 +149,13 @@ metadata={op_name="jit(f)/self-attention/pallas_call"}, backend_config={"estimat
   ROOT %all = f32[32] all-gather(%s), dimensions={0}
 }
 """
-    found = bill(text)
-    assert found.kernels == {"jit(f)/self-attention/pallas_call": 2}
-    assert found.kernel_cycles == {"jit(f)/self-attention/pallas_call": 40}
-    assert found.unpriced == {"fusion": 1, "sort": 1, "all-gather": 1}
-    assert found.total == 40
+    count = count_cycles(text)
+    assert count.kernels == {"jit(f)/self-attention/pallas_call": 2}
+    assert count.kernel_cycles == {"jit(f)/self-attention/pallas_call": 40}
+    assert count.unpriced == {"fusion": 1, "sort": 1, "all-gather": 1}
+    assert count.total == 40
 
 
-def test_what_is_no_program_is_refused() -> None:
+def test_a_text_that_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="no ENTRY"):
-        bill("nothing")
+        count_cycles("nothing")

@@ -5,11 +5,11 @@ import pytest
 
 from capacity.chips import CHIPS, Host, host_of
 from capacity.configs import asked_of, hosts_of
-from capacity.hlo import Bill
+from capacity.flops import FlopCount
+from capacity.hlo import CycleCount
 from capacity.libtpu import pinned, version
 from capacity.models import configurations, presets, shapes_of
 from capacity.price import KERNEL_SHARE, charged, part_of
-from capacity.work import Work
 from cluster.cli import UserError
 from tests.published import CHECKPOINTS
 
@@ -48,29 +48,29 @@ def test_an_operation_belongs_to_its_innermost_scope() -> None:
 
 
 def test_a_kernel_is_charged_at_its_padded_work_over_70_percent_of_peak() -> None:
-    found = Bill(
+    count = CycleCount(
         cycles=Counter({"jit(f)/resnet/add": 1000}),
         kernels=Counter({"jit(f)/self-attention/pallas_call": 1}),
         kernel_cycles=Counter({"jit(f)/self-attention/pallas_call": 500}),
     )
-    total = Work(kernels={"self-attention/x": 7000.0 * V5E.flops_a_cycle})
-    parts, notes = charged(found, total, V5E, shards=1)
+    total = FlopCount(kernels={"self-attention/x": 7000.0 * V5E.flops_a_cycle})
+    parts, notes = charged(count, total, V5E, shards=1)
     assert (parts, notes) == ({"resnet": 1000, "self-attention": round(7000 / KERNEL_SHARE)}, [])
-    parts, _ = charged(found, total, V5E, shards=2)
+    parts, _ = charged(count, total, V5E, shards=2)
     assert parts["self-attention"] == round(3500 / KERNEL_SHARE)
 
 
 def test_a_kernel_whose_own_estimate_is_higher_is_charged_that() -> None:
-    found = Bill(
+    count = CycleCount(
         kernels=Counter({"jit(f)/self-attention/k": 1}), kernel_cycles=Counter({"jit(f)/self-attention/k": 500})
     )
-    parts, notes = charged(found, Work(kernels={"self-attention": 7.0 * V5E.flops_a_cycle}), V5E, shards=1)
+    parts, notes = charged(count, FlopCount(kernels={"self-attention": 7.0 * V5E.flops_a_cycle}), V5E, shards=1)
     assert (parts, notes) == ({"self-attention": 500}, [])
 
 
 def test_what_the_sum_leaves_out_is_told() -> None:
-    found = Bill(kernels=Counter({"k": 1}), unpriced=Counter({"all-gather": 3}), open_loops=2)
-    _, notes = charged(found, Work(open_loops=1), V5E, shards=1)
+    count = CycleCount(kernels=Counter({"k": 1}), unpriced=Counter({"all-gather": 3}), open_loops=2)
+    _, notes = charged(count, FlopCount(open_loops=1), V5E, shards=1)
     assert len(notes) == 3
     assert any("3 x all-gather" in note for note in notes)
     assert any("1 loops whose turns cannot be read" in note for note in notes)

@@ -1,8 +1,8 @@
-"""How much a traced program multiplies, and the least that a matrix unit needs for it. Knows nothing of a compiler.
+"""Counts the FLOPs of a traced program, and those that a matrix unit spends with padding. Knows nothing of a compiler.
 
-The padded bound counts each matrix product, and each tap of a convolution, with its inner and its narrower outer side
-rounded up to the matrix unit's: a head of 40 features fills as much of it as one of 128. It is a model too: a compiler
-may pack better.
+For the padded count, the inner and the narrower outer side of each matrix product, and of each tap of a convolution,
+are rounded up to the matrix unit's side: a head of 40 features costs as much as one of 128. The padded count is a
+model, and a compiler may pack better.
 """
 
 import math
@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-SUBLANES = 8  # rows go through a matrix unit in groups of so many
+SUBLANES = 8  # rows go through a matrix unit in groups of this size
 
 
 @dataclass
-class Work:
-    """Multiply-adds of a program on all its devices, as asked for and as padded; those inside custom kernels apart."""
+class FlopCount:
+    """FLOPs of a program on all its devices. The padded ones of custom kernels are counted by kernel too."""
 
     flops: float = 0.0
     padded_flops: float = 0.0
-    kernels: dict[str, float] = field(default_factory=dict)  # name stack -> padded FLOPs of the kernels called there
-    open_loops: int = 0  # whose number of turns only the caller knows: they count as one
+    kernels: dict[str, float] = field(default_factory=dict)  # name stack -> padded FLOPs of the kernels called tscope
+    open_loops: int = 0  # loops of an unknown number of iterations, which count once
 
-    def add(self, other: "Work", times: float = 1) -> None:
+    def add(self, other: "FlopCount", times: float = 1) -> None:
         self.flops += other.flops * times
         self.padded_flops += other.padded_flops * times
         for name, padded in other.kernels.items():
@@ -30,37 +30,37 @@ class Work:
         self.open_loops += other.open_loops
 
 
-def work(jaxpr: Any, tile: int, stack: str = "") -> Work:
-    """Of a jaxpr, for matrix units of `tile` x `tile`."""
-    total = Work()
+def count_flops(jaxpr: Any, tile: int, stack: str = "") -> FlopCount:
+    """Counts the FLOPs of a jaxpr, for matrix units of `tile` x `tile`."""
+    total = FlopCount()
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
-        here = "/".join(part for part in (stack, str(equation.source_info.name_stack)) if part)
+        scope = "/".join(part for part in (stack, str(equation.source_info.name_stack)) if part)
         if name == "dot_general":
             total.add(product(equation, tile))
         elif name == "conv_general_dilated":
             total.add(convolution(equation, tile))
         elif name == "pallas_call":
-            inner = Work()
+            inner = FlopCount()
             for inside in inner_jaxprs(parameters):
-                inner.add(work(inside, tile), math.prod(parameters["grid_mapping"].grid))
-            inner.kernels = {here: inner.padded_flops}
+                inner.add(count_flops(inside, tile), math.prod(parameters["grid_mapping"].grid))
+            inner.kernels = {scope: inner.padded_flops}
             total.add(inner)
         elif name == "cond":
-            sides = [work(side.jaxpr, tile, here) for side in parameters["branches"]]
-            total.add(max(sides, key=lambda side: side.padded_flops))
+            branches = [count_flops(branch.jaxpr, tile, scope) for branch in parameters["branches"]]
+            total.add(max(branches, key=lambda branch: branch.padded_flops))
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":
                 times = shares(parameters)
             total.open_loops += name == "while"
             for inside in inner_jaxprs(parameters):
-                total.add(work(inside, tile, here), times)
+                total.add(count_flops(inside, tile, scope), times)
     return total
 
 
 def shares(parameters: dict[str, Any]) -> int:
-    """Among how many chips a shard_map divides; the others do the same as one of those."""
+    """The number of different shards of a shard_map. Further chips repeat the work of these."""
     named = [axes for spec in parameters["out_specs"] for axes in spec if axes is not None]
     sizes = parameters["mesh"].shape
     return math.prod(sizes[axis] for axes in named for axis in (axes if isinstance(axes, tuple) else (axes,)))
@@ -68,13 +68,13 @@ def shares(parameters: dict[str, Any]) -> int:
 
 def inner_jaxprs(parameters: dict[str, Any]) -> Iterator[Any]:
     for value in parameters.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            inside = getattr(one, "jaxpr", one)  # of a closed one
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            inside = getattr(item, "jaxpr", item)  # of a closed jaxpr
             if hasattr(inside, "eqns"):
                 yield inside
 
 
-def product(equation: Any, tile: int) -> Work:
+def product(equation: Any, tile: int) -> FlopCount:
     left, right = (operand.aval.shape for operand in equation.invars)
     (left_inner, right_inner), (left_batch, right_batch) = equation.params["dimension_numbers"]
     inner = math.prod(left[i] for i in left_inner)
@@ -84,22 +84,22 @@ def product(equation: Any, tile: int) -> Work:
     return matrix(batch, rows, inner, columns, tile)
 
 
-def convolution(equation: Any, tile: int) -> Work:
+def convolution(equation: Any, tile: int) -> FlopCount:
     numbers, kernel = equation.params["dimension_numbers"], equation.invars[1].aval.shape
     out = equation.outvars[0].aval.shape
     outputs, inputs, *taps = (kernel[i] for i in numbers.rhs_spec)
     positions = math.prod(out) // outputs
     groups = equation.params["feature_group_count"]
-    met = math.prod(taps) / math.prod(equation.params["lhs_dilation"])  # the others meet the zeros between pixels
-    return matrix(groups * met, positions, inputs, outputs // groups, tile)
+    used = math.prod(taps) / math.prod(equation.params["lhs_dilation"])  # the other taps multiply zeros between pixels
+    return matrix(groups * used, positions, inputs, outputs // groups, tile)
 
 
-def matrix(batch: float, rows: int, inner: int, columns: int, tile: int) -> Work:
-    """`batch` products of [rows, inner] and [inner, columns]; the longer outer side streams through the unit."""
+def matrix(batch: float, rows: int, inner: int, columns: int, tile: int) -> FlopCount:
+    """`batch` products of [rows, inner] and [inner, columns]. The longer outer side streams through the unit."""
     narrow, wide = sorted((rows, columns))
-    padded = batch * up(narrow, tile) * up(wide, SUBLANES) * up(inner, tile)
-    return Work(2.0 * batch * rows * inner * columns, 2.0 * padded)
+    padded = batch * round_up(narrow, tile) * round_up(wide, SUBLANES) * round_up(inner, tile)
+    return FlopCount(2.0 * batch * rows * inner * columns, 2.0 * padded)
 
 
-def up(size: int, multiple: int) -> int:
+def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple

@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from capacity.work import matrix, work
+from capacity.flops import count_flops, matrix
 
 TILE = 128
 
 
-def work_of(function: Any, *shapes: tuple[int, ...]) -> Any:
+def flops_of(function: Any, *shapes: tuple[int, ...]) -> Any:
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return work(jax.make_jaxpr(function)(*arguments).jaxpr, TILE)
+    return count_flops(jax.make_jaxpr(function)(*arguments).jaxpr, TILE)
 
 
-def test_a_product_counts_two_for_each_multiply_add() -> None:
-    found = work_of(lambda a, b: a @ b, (256, 384), (384, 512))
-    assert found.flops == found.padded_flops == 2 * 256 * 384 * 512
+def test_a_multiply_add_counts_as_two_flops() -> None:
+    count = flops_of(lambda a, b: a @ b, (256, 384), (384, 512))
+    assert count.flops == count.padded_flops == 2 * 256 * 384 * 512
 
 
 def test_a_head_of_40_fills_the_unit_like_one_of_128() -> None:
@@ -26,9 +26,9 @@ def test_a_head_of_40_fills_the_unit_like_one_of_128() -> None:
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.einsum("nqk,nkh->nqh", jnp.einsum("nqh,nkh->nqk", q, k), v)
 
-    found = work_of(attention, (8, 4096, 40), (8, 4096, 40), (8, 4096, 40))
-    assert found.flops == 2 * 2 * 8 * 4096 * 4096 * 40
-    assert found.padded_flops == 2 * 2 * 8 * 4096 * 4096 * 128
+    count = flops_of(attention, (8, 4096, 40), (8, 4096, 40), (8, 4096, 40))
+    assert count.flops == 2 * 2 * 8 * 4096 * 4096 * 40
+    assert count.padded_flops == 2 * 2 * 8 * 4096 * 4096 * 128
 
 
 def test_the_longer_side_streams_whichever_it_is() -> None:
@@ -39,13 +39,13 @@ def test_a_convolution_pads_each_tap() -> None:
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    found = work_of(convolve, (2, 16, 16, 4), (3, 3, 4, 320))
-    assert found.flops == 2 * 9 * (2 * 16 * 16) * 4 * 320
-    assert found.padded_flops == 2 * 9 * (2 * 16 * 16) * 128 * 384
+    count = flops_of(convolve, (2, 16, 16, 4), (3, 3, 4, 320))
+    assert count.flops == 2 * 9 * (2 * 16 * 16) * 4 * 320
+    assert count.padded_flops == 2 * 9 * (2 * 16 * 16) * 128 * 384
 
 
-def test_loops_of_known_length_multiply_and_open_ones_count_once() -> None:
-    once = 2 * 128**3
+def test_loops_of_known_length_multiply_and_others_count_once() -> None:
+    product = 2 * 128**3
 
     def closed(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 5, lambda i, x: x @ x, x)
@@ -53,20 +53,20 @@ def test_loops_of_known_length_multiply_and_open_ones_count_once() -> None:
     def opened(n: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)
 
-    assert work_of(closed, (128, 128)).flops == 5 * once
+    assert flops_of(closed, (128, 128)).flops == 5 * product
     number, square = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((128, 128), jnp.float32)
-    found = work(jax.make_jaxpr(opened)(number, square).jaxpr, TILE)
-    assert (found.flops, found.open_loops) == (once, 1)
+    count = count_flops(jax.make_jaxpr(opened)(number, square).jaxpr, TILE)
+    assert (count.flops, count.open_loops) == (product, 1)
 
 
-def test_of_a_branch_the_dearest_side_counts() -> None:
+def test_a_conditional_counts_as_its_most_expensive_branch() -> None:
     def branch(x: jax.Array) -> jax.Array:
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x, x)
 
-    assert work_of(branch, (128, 128)).flops == 2 * 2 * 128**3
+    assert flops_of(branch, (128, 128)).flops == 2 * 2 * 128**3
 
 
-def test_a_kernel_counts_as_often_as_its_grid_has_cells_under_its_scope() -> None:
+def test_a_kernel_counts_once_for_each_cell_of_its_grid_under_its_scope() -> None:
     def kernel(x: Any, y: Any, out: Any) -> None:
         out[...] = jnp.dot(x[...], y[...], preferred_element_type=jnp.float32)
 
@@ -81,15 +81,15 @@ def test_a_kernel_counts_as_often_as_its_grid_has_cells_under_its_scope() -> Non
                 out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32),
             )(x, y)
 
-    found = work_of(product, (256, 40), (40, 256))
-    assert found.flops == 2 * 256 * 40 * 256
-    ((stack, padded),) = found.kernels.items()
+    count = flops_of(product, (256, 40), (40, 256))
+    assert count.flops == 2 * 256 * 40 * 256
+    ((stack, padded),) = count.kernels.items()
     assert "self-attention" in stack
     assert padded == pytest.approx(4 * 2 * 128 * 128 * 256)  # of each cell, 64 rows pad to 128 and 40 inside do too
 
 
-def test_what_chips_do_apart_counts_once_for_each_part_that_differs() -> None:
+def test_a_shard_map_counts_once_for_each_shard_that_differs() -> None:
     mesh = jax.sharding.AbstractMesh((2, 4), ("rows", "same"))
     rows = jax.sharding.PartitionSpec("rows")
     each = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-    assert work_of(each, (256, 128)).flops == 2 * (2 * 128**3)
+    assert flops_of(each, (256, 128)).flops == 2 * (2 * 128**3)
