@@ -165,7 +165,7 @@ def options(module: str) -> set[str]:
     """The options that a command line declares, in the module or in one that it imports of its own package."""
     file = module_file(module)
     assert file
-    sources = {file, *(path for path in file.parent.glob("*.py") if re.search(rf"\b{path.stem}\b", file.read_text()))}
+    sources = {file, *(path for path in file.parent.rglob("*.py") if re.search(rf"\b{path.stem}\b", file.read_text()))}
     strings: set[str] = set()
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):
