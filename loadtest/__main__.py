@@ -140,13 +140,13 @@ def raise_rate(options: argparse.Namespace) -> int:
         if interrupted:
             return 130
     knee = max((level.rate for level in levels if level.held), default=None)
-    facts = [{"rate": one.rate, "held": one.held, "why": one.why, "summary": one.summary} for one in levels]
+    facts = [{"rate": level.rate, "held": level.held, "why": level.why, "summary": level.summary} for level in levels]
     (whole / "sweep.json").write_text(json.dumps({"knee": knee, "levels": facts}, indent=2) + "\n")
     (whole / "sweep.html").write_text(report.sweep_page(name, target.url, levels, objective_s, knee))
     if knee is None:
         print(f"Knee        below {options.first:g} requests a second: {levels[0].why}")
     else:
-        least = "at least " if all(one.held for one in levels) else ""
+        least = "at least " if all(level.held for level in levels) else ""
         print(f"Knee        {least}{knee:.3g} requests a second, 95 % within {objective_s:g} s")
     print(f"Report      {whole / 'sweep.html'}")
     return 1 if knee is None else 0
@@ -166,8 +166,8 @@ def tell(summary: Summary, folder: Path) -> None:
     if not summary["complete"]:
         print(f"Ended       {summary['ended']} before it was over; go on with: --resume {folder}")
     print(f"Requests    {counted(summary['requests'], summary['planned'])}, {summary['failed']} failed")
-    for one in summary["errors"]:
-        print(f"            {one['count']} {one['outcome']}: {one['example']}")
+    for error in summary["errors"]:
+        print(f"            {error['count']} {error['outcome']}: {error['example']}")
     print(f"Rate        {summary['completed_per_s']:.3g}/s completed, {summary['images_per_s']:.3g} images/s")
     quantiles = [
         f"{name} {seconds(latency[name])}" for name in ("p50", "p90", "p95", "p99", "p99.9") if latency.get(name)
@@ -180,9 +180,9 @@ def tell(summary: Summary, folder: Path) -> None:
         most = summary["most"]
         ends = f"{most['replicas_at_end']} on {most['nodes_at_end']}"
         print(f"Cluster     most replicas {most['replicas']}, on nodes {most['nodes']}; in the end {ends}")
-    for one in summary["scale_ups"]:
-        parts = ", ".join(f"{name} {seconds(part)}" for name, part in one["phases"].items() if part is not None)
-        print(f"Scale-up    {seconds(one['total'])}: {parts}")
+    for scale_up in summary["scale_ups"]:
+        parts = ", ".join(f"{name} {seconds(part)}" for name, part in scale_up["phases"].items() if part is not None)
+        print(f"Scale-up    {seconds(scale_up['total'])}: {parts}")
     for reason in summary["invalid"]:
         print(f"INVALID     {reason}")
     print(f"Report      {folder / 'report.html'}")

@@ -1,4 +1,4 @@
-"""Whether an answer holds the pictures that were asked for. Knows nothing of connections; runs in threads."""
+"""Checks whether an answer has the requested pictures. Runs in threads, and knows nothing of connections."""
 
 import base64
 import hashlib
@@ -16,20 +16,27 @@ from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
 
-BLANK_LEVELS = 4  # a picture with no more grey levels between its darkest and brightest pixel, in any colour, is blank
-LOSSY_TOLERANCE = 16  # JPEG and WebP may make that of one grey level
-HOW_ONLY = {"stream", "partial_images", "timeout", "response_format", "user", "output_compression"}  # not the pixels
+BLANK_LEVELS = 4  # a picture is blank if the levels of each colour span no more than this
+LOSSY_TOLERANCE = 16  # levels; JPEG and WebP can turn a difference of 1 into this
+HOW_ONLY = {
+    "stream",
+    "partial_images",
+    "timeout",
+    "response_format",
+    "user",
+    "output_compression",
+}  # do not change the pixels
 
 
 class BadPicture(Exception):
-    """In words for the record."""
+    """The picture is wrong; the message goes to the record."""
 
 
 def files_of(answer: Mapping[str, Any]) -> list[bytes]:
     """The picture files in an answer of POST /v1/images/generations, or in the last event of its stream."""
     try:
         data = answer["data"] if "data" in answer else [answer]
-        return [base64.b64decode(one["b64_json"], validate=True) for one in data]
+        return [base64.b64decode(image["b64_json"], validate=True) for image in data]
     except (KeyError, TypeError, ValueError) as error:
         raise BadPicture(f"the answer holds no b64_json that can be read: {error!r}") from None
 
@@ -45,30 +52,30 @@ def json_of(body: bytes) -> Mapping[str, Any]:
 
 
 def examine(file: bytes, size: tuple[int, int] | None) -> Pixels:
-    """The pixels of a file; raises BadPicture where they are not a picture of this size with something on it."""
+    """The pixels of a file. Raises BadPicture if it does not decode, has another size or is blank."""
     try:
         with Image.open(BytesIO(file)) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow raises many kinds, and each means that this is no picture
+    except Exception as error:  # Pillow raises many kinds of exception
         raise BadPicture(f"{len(file)} bytes that do not decode as a picture ({type(error).__name__})") from None
     height, width = pixels.shape[:2]
     if size and (width, height) != size:
         raise BadPicture(f"a picture of {width}x{height} where {size[0]}x{size[1]} was asked for")
     darkest, brightest = pixels.min(axis=(0, 1)).astype(int), pixels.max(axis=(0, 1)).astype(int)
     if (brightest - darkest).max() <= BLANK_LEVELS:
-        raise BadPicture(f"a blank picture: all of it is {tuple(int(one) for one in pixels[0, 0])}")
+        raise BadPicture(f"a blank picture: all of it is {tuple(int(level) for level in pixels[0, 0])}")
     return pixels
 
 
 def size_of(request: Mapping[str, Any], default: str | None) -> tuple[int, int] | None:
-    """Width and height that the request must get; None where neither it nor the server says."""
-    asked = request.get("size")
-    width, x, height = str(default if asked in (None, "auto") else asked).partition("x")
+    """The width and height that the request must get; None if neither the request nor the server says."""
+    requested = request.get("size")
+    width, x, height = str(default if requested in (None, "auto") else requested).partition("x")
     return (int(width), int(height)) if x and width.isdigit() and height.isdigit() else None
 
 
 def digest(files: Iterable[bytes]) -> str:
-    """Of the files as they came, to tell them apart in the record."""
+    """A short hash of the files, which identifies them in the record."""
     whole = hashlib.sha256()
     for file in files:
         whole.update(file)
@@ -76,7 +83,7 @@ def digest(files: Iterable[bytes]) -> str:
 
 
 def identity(request: Mapping[str, Any]) -> str | None:
-    """Equal for requests that must get equal pictures; None for one whose seed the server draws."""
+    """A key that is equal for requests that must get equal pictures; None for a request without a seed."""
     if request.get("seed") is None:
         return None
     return json.dumps({name: value for name, value in request.items() if name not in HOW_ONLY}, sort_keys=True)
@@ -84,8 +91,7 @@ def identity(request: Mapping[str, Any]) -> str | None:
 
 @dataclass
 class EqualSeeds:
-    """Keeps the first pictures of each request that comes more than once, while others are to come, and holds those to
-    them."""
+    """Compares the pictures of repeated requests. It keeps the first ones until the last repetition."""
 
     tolerance: int
     to_come: Counter[str]
@@ -94,11 +100,11 @@ class EqualSeeds:
 
     @classmethod
     def of(cls, requests: Iterable[Mapping[str, Any]], tolerance: int) -> "EqualSeeds":
-        counts = Counter(one for request in requests if (one := identity(request)) is not None)
-        return cls(tolerance, Counter({one: count for one, count in counts.items() if count > 1}))
+        counts = Counter(key for request in requests if (key := identity(request)) is not None)
+        return cls(tolerance, Counter({key: count for key, count in counts.items() if count > 1}))
 
-    def hold(self, request: Mapping[str, Any], pictures: list[Pixels]) -> bool:
-        """Whether there was something to compare with; raises BadPicture where it differs."""
+    def compare(self, request: Mapping[str, Any], pictures: list[Pixels]) -> bool:
+        """Whether the pictures were compared with earlier ones. Raises BadPicture if they differ."""
         key = identity(request)
         with self.lock:
             if key is None or key not in self.to_come:
@@ -111,10 +117,10 @@ class EqualSeeds:
             return False
         lossy = request.get("output_format", "png") != "png"
         allowed = max(self.tolerance, LOSSY_TOLERANCE if lossy else 0)
-        for one, other in zip(first, pictures, strict=True):
-            if one.shape != other.shape:
+        for earlier, picture in zip(first, pictures, strict=True):
+            if earlier.shape != picture.shape:
                 raise BadPicture("the same request and seed got a picture of another size before")
-            levels = int(np.abs(one.astype(int) - other.astype(int)).max())
+            levels = int(np.abs(earlier.astype(int) - picture.astype(int)).max())
             if levels > allowed:
                 raise BadPicture(
                     f"the same request and seed got another picture before: up to {levels} grey levels apart, "

@@ -1,4 +1,4 @@
-"""Sends one request and tells what came of it and when. Nothing is swallowed and nothing is sent twice."""
+"""Sends a request and records its outcome and times. It swallows no error and retries nothing."""
 
 import asyncio
 import errno
@@ -15,21 +15,21 @@ from loadtest.plan import Planned
 from loadtest.records import Outcome, Record
 from loadtest.sse import Parser
 
-OUT_OF_MEANS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}  # this machine's
+OUT_OF_MEANS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}  # on this machine
 LONGEST_ERROR = 300
 LONGEST_EVENT = 64 << 20  # bytes
 
 
 @dataclass
 class Answer:
-    """As much as has come."""
+    """The part of the answer that has arrived."""
 
     sent: float | None = None
     first_byte: float | None = None
     preview: float | None = None
     status: int | None = None
     headers: Mapping[str, str] | None = None
-    body: bytes = b""  # of a stream, the data of its last event
+    body: bytes = b""  # for a stream, the data of its last event
 
 
 class Failure(Exception):
@@ -40,16 +40,16 @@ class Failure(Exception):
 
 
 def session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
-    """As many connections as there are requests at once, none through a proxy, no cookies."""
+    """A session with a connection for each concurrent request, and without proxies and cookies."""
     opened = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # Client has a timeout of its own
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # Client sets its own timeout
         headers=headers,
         read_bufsize=1 << 20,
         auto_decompress=False,
     )
-    opened._retry_connection = False  # else a GET whose connection breaks is sent again, and nobody is told
+    opened._retry_connection = False  # otherwise aiohttp silently sends a GET again whose connection broke
     return opened
 
 
@@ -63,10 +63,10 @@ class Client:
     default_size: str | None
     equal_seeds: EqualSeeds
     checkers: Executor
-    pictures: Path | None  # folder that each picture is kept in
+    pictures: Path | None  # the folder for the pictures; None: they are not kept
 
     async def send(self, planned: Planned, intended: float) -> Record:
-        """Never raises but for cancellation: whatever goes wrong is the record's outcome."""
+        """Never raises, except on cancellation. Any failure becomes the outcome of the record."""
         answer = Answer(sent=self.clock())
         try:
             async with asyncio.timeout(self.timeout_s):
@@ -82,7 +82,7 @@ class Client:
         files: list[bytes] = []
         compared = False
         if outcome == "ok":
-            work = asyncio.get_running_loop().run_in_executor(self.checkers, self.looked_at, planned, answer)
+            work = asyncio.get_running_loop().run_in_executor(self.checkers, self.checked, planned, answer)
             outcome, error, files, compared = await work
         return Record(
             id=planned.id,
@@ -122,7 +122,7 @@ class Client:
                 answer.body = await response.read()
 
     async def listen(self, response: aiohttp.ClientResponse, answer: Answer) -> None:
-        """Server-sent events up to the picture. The first preview is timed when all of it has come."""
+        """Reads server-sent events up to the picture. The first preview is timed when it is complete."""
         parser = Parser(LONGEST_EVENT)
         async for chunk in response.content.iter_any():
             try:
@@ -139,8 +139,8 @@ class Client:
         if not answer.body:
             raise Failure("reset", "the stream ended without a picture")
 
-    def looked_at(self, planned: Planned, answer: Answer) -> tuple[Outcome, str | None, list[bytes], bool]:
-        """In a thread: outcome, what is wrong, the files, whether they were held to earlier ones."""
+    def checked(self, planned: Planned, answer: Answer) -> tuple[Outcome, str | None, list[bytes], bool]:
+        """In a thread: the outcome, the error, the files, and whether they were compared with earlier ones."""
         files: list[bytes] = []
         try:
             files = [answer.body] if planned.endpoint == "imagine" else files_of(json_of(answer.body))
@@ -152,33 +152,33 @@ class Client:
             compared = False
             if self.check:
                 size = size_of(planned.request, self.default_size)
-                compared = self.equal_seeds.hold(planned.request, [examine(file, size) for file in files])
+                compared = self.equal_seeds.compare(planned.request, [examine(file, size) for file in files])
             return "ok", None, files, compared
         except BadPicture as problem:
             return "bad_image", str(problem), files, False
 
 
 def judged(answer: Answer) -> tuple[Outcome, str | None]:
-    """By the status."""
+    """The outcome and error that follow from the status."""
     match answer.status:
         case 200:
             return "ok", None
         case 429 | 503:
-            return "shed", told(answer)
+            return "shed", error_of(answer)
         case int(status) if status >= 500:
-            return "server_error", told(answer)
-    return "refused", told(answer)
+            return "server_error", error_of(answer)
+    return "refused", error_of(answer)
 
 
 def retry_after(answer: Answer) -> float | None:
     try:
         return max(0.0, float((answer.headers or {})["Retry-After"]))
-    except (KeyError, ValueError):  # a date, which our servers do not send
+    except (KeyError, ValueError):  # a date, which our servers never send
         return None
 
 
-def told(answer: Answer) -> str:
-    """The server's own words, or the beginning of whatever it sent."""
+def error_of(answer: Answer) -> str:
+    """The server's error message, or the beginning of the body."""
     try:
         error = json.loads(answer.body)["error"]
         return f"{answer.status} {error.get('code') or ''}: {error['message']}"
@@ -197,18 +197,18 @@ def classified(problem: Exception, answer: Answer) -> tuple[Outcome, str]:
         return "reset", words
     if isinstance(problem, aiohttp.ClientResponseError):  # what came is not HTTP
         return "server_error", words
-    return "refused", words  # such as a header or an address that cannot be sent
+    return "refused", words  # for example a header or an address that cannot be sent
 
 
 def timings(answer: Answer) -> dict[str, float] | None:
-    """Server-Timing of GET /imagine, or the field of the JSON answer."""
+    """The Server-Timing header of GET /imagine, or the `timings` field of the JSON answer, in seconds."""
     header = (answer.headers or {}).get("Server-Timing")
     try:
         if header:
             parts = (part.strip().partition(";dur=") for part in header.split(","))
             return {name: float(milliseconds) / 1000 for name, _, milliseconds in parts}
-        found = json.loads(answer.body).get("timings")
-        return {name.removesuffix("_s"): float(seconds) for name, seconds in found.items()} if found else None
+        parts_s = json.loads(answer.body).get("timings")
+        return {name.removesuffix("_s"): float(seconds) for name, seconds in parts_s.items()} if parts_s else None
     except (ValueError, AttributeError, TypeError):
         return None
 

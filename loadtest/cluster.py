@@ -1,6 +1,7 @@
-"""How the cluster fares while a load test runs: replicas and nodes from Serve's REST API and Ray's dashboard, queues
-and milestones from our own GET /v1/stats. It reads only. What cannot be read is noted in the sample and never ends a
-run: that a server does not answer is what a load test is for.
+"""Samples the state of the cluster while a load test runs.
+
+Replicas and nodes come from Serve's REST API and Ray's dashboard; queues and milestones come from our GET /v1/stats.
+This module only reads. A failure to read is noted in the sample and never ends a run, as load may well cause it.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from loadtest.records import Journal
 Sample = dict[str, Any]
 Source = Callable[[], Awaitable[Sample]]
 STATS_TIMEOUT_S = 10.0
-SETTLED_S = 3.0  # for so long nothing may have changed
+SETTLED_S = 3.0  # how long nothing may have changed
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Watcher:
     samples: list[Sample] = field(default_factory=list)
 
     async def watch(self, interval_s: float, stop: asyncio.Event) -> None:
-        """Until `stop`, and once more; each source at its own pace, so that a slow one does not hold up the other."""
+        """Samples every source until `stop`, and once after it. A slow source does not delay the others."""
         await asyncio.gather(*(self.follow(source, interval_s, stop) for source in self.sources()))
 
     async def follow(self, source: Source, interval_s: float, stop: asyncio.Event) -> None:
@@ -45,7 +46,7 @@ class Watcher:
                 await asyncio.wait_for(stop.wait(), interval_s)
         await self.sample(source)
 
-    async def look(self) -> None:
+    async def sample_once(self) -> None:
         await asyncio.gather(*map(self.sample, self.sources()))
 
     def sources(self) -> Sequence[Source]:
@@ -54,13 +55,12 @@ class Watcher:
         return (self.statistics, partial(self.ask, serve, self.dashboard), partial(self.ask, nodes, self.dashboard))
 
     async def sample(self, source: Source) -> None:
-        told = await source()
-        one: Sample = {"unix": round(time.time(), 3), **told}
-        self.journal.write(one)
-        self.samples.append(one)
+        sample: Sample = {"unix": round(time.time(), 3), **await source()}
+        self.journal.write(sample)
+        self.samples.append(sample)
 
     async def statistics(self) -> Sample:
-        """Of the replicas that answer."""
+        """What GET /v1/stats says of the replicas that answer."""
         try:
             timeout = aiohttp.ClientTimeout(total=STATS_TIMEOUT_S)
             async with self.session.get(f"{self.url}/v1/stats", timeout=timeout, allow_redirects=False) as answer:
@@ -71,30 +71,30 @@ class Watcher:
             return {"errors": [f"GET /v1/stats: {type(error).__name__} {error}"]}
 
     async def ask(self, question: Callable[[Dashboard], Sample], dashboard: Dashboard) -> Sample:
-        """What blocks, in a thread."""
+        """Runs a blocking call in a thread."""
         try:
             return await asyncio.to_thread(question, dashboard)
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
             return {"errors": [f"dashboard: {error}"]}
 
     def settled(self, before: Sample | None) -> bool:
-        """Whether replicas and nodes are as they were before the load, and have been for a moment."""
-        if not before:  # there is nothing to wait for that could be seen
+        """Whether replicas and nodes have been for a moment as they were before the load."""
+        if not before:  # replicas and nodes cannot be seen
             return True
         wanted = {"target": before["target"], "running": before["target"], "starting": 0, "stopping": 0}
         wanted |= {"nodes": before["nodes"], "pending": 0}
         for name, value in wanted.items():
-            told = [one for one in self.samples if name in one]
-            if any(one[name] != value for one in told if one["unix"] >= told[-1]["unix"] - SETTLED_S):
+            seen = [sample for sample in self.samples if name in sample]
+            if any(sample[name] != value for sample in seen if sample["unix"] >= seen[-1]["unix"] - SETTLED_S):
                 return False
         return True
 
     def cluster(self) -> Sample | None:
-        """The first that was seen of replicas and nodes; None where either could not be."""
-        found: Sample = {}
-        for one in reversed(self.samples):
-            found |= one
-        return found if "target" in found and "nodes" in found else None
+        """The first known state of replicas and nodes; None if either is unknown."""
+        first: Sample = {}
+        for sample in reversed(self.samples):
+            first |= sample
+        return first if "target" in first and "nodes" in first else None
 
 
 def serve(dashboard: Dashboard) -> Sample:
@@ -102,40 +102,43 @@ def serve(dashboard: Dashboard) -> Sample:
 
 
 def nodes(dashboard: Dashboard) -> Sample:
-    """Without the head; and when each began."""
-    told = status(dashboard)
+    """Nodes by type without the head node, and when each node started."""
+    node_status = status(dashboard)
     with dashboard.open("/nodes", view="summary") as answer:
-        raylets = [one["raylet"] for one in json.load(answer)["data"]["summary"]]
-    heads = {one.get("nodeTypeName") for one in raylets if one.get("isHeadNode")}
+        raylets = [node["raylet"] for node in json.load(answer)["data"]["summary"]]
+    heads = {raylet.get("nodeTypeName") for raylet in raylets if raylet.get("isHeadNode")}
     return {
-        "nodes": {name: count for name, count in sorted(told.running.items()) if name not in heads},
-        "pending": len(told.pending),
+        "nodes": {name: count for name, count in sorted(node_status.running.items()) if name not in heads},
+        "pending": len(node_status.pending),
         "node_starts": {
-            one["nodeId"]: {"type": one.get("nodeTypeName", "?"), "since": int(one["startTimeMs"]) / 1000}
-            for one in raylets
-            if one.get("startTimeMs") and one.get("state") == "ALIVE"
+            raylet["nodeId"]: {"type": raylet.get("nodeTypeName", "?"), "since": int(raylet["startTimeMs"]) / 1000}
+            for raylet in raylets
+            if raylet.get("startTimeMs") and raylet.get("state") == "ALIVE"
         },
     }
 
 
 def queues(stats: Mapping[str, Any]) -> Sample:
-    told = {name: one for name, one in stats["replicas"].items() if "error" not in one}
-    fills = [one["bucket_fill"] for one in told.values()]
+    answering = {name: replica for name, replica in stats["replicas"].items() if "error" not in replica}
+    fills = [replica["bucket_fill"] for replica in answering.values()]
     names = ("waiting", "unfinished", "active_slots", "num_slots")
     return {
-        **{name: sum(one[name] for one in told.values()) for name in names},
+        **{name: sum(replica[name] for replica in answering.values()) for name in names},
         "bucket_fill": sum(fills) / len(fills) if fills else None,
-        "devices": {name: one["device"] for name, one in told.items()},
-        "milestones": {name: one["milestones"] for name, one in told.items() if "milestones" in one},
+        "devices": {name: replica["device"] for name, replica in answering.items()},
+        "milestones": {name: replica["milestones"] for name, replica in answering.items() if "milestones" in replica},
     }
 
 
 def replicas(details: Mapping[str, Any]) -> Sample:
-    """Of the deployment that the load scales: the one with autoscaling, or with the most chips, or the last."""
+    """Replicas of the deployment that the load scales.
+
+    That is the deployment with autoscaling; of several, or without any, the one with most chips.
+    """
     deployments = [
-        (app, name, one)
+        (app, name, deployment)
         for app, content in details["applications"].items()
-        for name, one in content["deployments"].items()
+        for name, deployment in content["deployments"].items()
     ]
     if not deployments:
         return {"errors": ["Serve has no deployment"]}
@@ -146,7 +149,7 @@ def replicas(details: Mapping[str, Any]) -> Sample:
 
     app, name, model = max(deployments, key=weight)
     config = model["deployment_config"]
-    states = Counter(one["state"] for one in model["replicas"])
+    states = Counter(replica["state"] for replica in model["replicas"])
     going = {"STOPPING", "PENDING_MIGRATION"}
     return {
         "deployment": f"{app}/{name}",
@@ -157,8 +160,12 @@ def replicas(details: Mapping[str, Any]) -> Sample:
         "target_ongoing": (config.get("autoscaling_config") or {}).get("target_ongoing_requests"),
         "chips": chips(config),
         "replicas": {
-            one["replica_id"]: {"state": one["state"], "node": one["node_id"], "since": one["start_time_s"]}
-            for one in model["replicas"]
+            replica["replica_id"]: {
+                "state": replica["state"],
+                "node": replica["node_id"],
+                "since": replica["start_time_s"],
+            }
+            for replica in model["replicas"]
         },
     }
 

@@ -1,4 +1,4 @@
-"""Two runs side by side, with ratios."""
+"""Compares two runs side by side, with ratios."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ from rich.text import Text
 
 from loadtest.summary import PERCENTILES, Summary, seconds
 
-Row = tuple[str, float | None, float | None, bool]  # name, of A, of B, whether they are seconds
+Row = tuple[str, float | None, float | None, bool]  # name, value of A, value of B, whether the values are seconds
 
 
 def rows(a: Summary, b: Summary) -> Iterator[Row]:
@@ -30,13 +30,13 @@ def rows(a: Summary, b: Summary) -> Iterator[Row]:
 
 
 def table(a: Summary, b: Summary, names: Sequence[str]) -> Table:
-    made = Table(box=None, padding=(0, 2), header_style="bold")
+    comparison = Table(box=None, padding=(0, 2), header_style="bold")
     for heading in ("", *names, "B / A"):
-        made.add_column(heading, justify="left" if not heading else "right")
+        comparison.add_column(heading, justify="left" if not heading else "right")
     for name, of_a, of_b, are_seconds in rows(a, b):
         show = seconds if are_seconds else plain
-        made.add_row(name, show(of_a), show(of_b), Text(ratio(of_a, of_b)))
-    return made
+        comparison.add_row(name, show(of_a), show(of_b), Text(ratio(of_a, of_b)))
+    return comparison
 
 
 def plain(value: float | None) -> str:
@@ -48,11 +48,11 @@ def ratio(a: float | None, b: float | None) -> str:
 
 
 def differences(a: Summary, b: Summary) -> Iterator[str]:
-    """What keeps the two from being comparable."""
-    for name, one in (("A", a), ("B", b)):
-        for reason in one["invalid"]:
+    """The reasons why the two runs are not comparable."""
+    for name, summary in (("A", a), ("B", b)):
+        for reason in summary["invalid"]:
             yield f"{name} is invalid: {reason}."
-        if not one["complete"]:
-            yield f"{name} did not end by itself ({one['ended']})."
+        if not summary["complete"]:
+            yield f"{name} did not end by itself ({summary['ended']})."
     if a["scenario"] != b["scenario"]:
         yield f"A is a run of {a['scenario']}, B one of {b['scenario']}."

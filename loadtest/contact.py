@@ -1,4 +1,4 @@
-"""The pictures of a run on one captioned sheet. Knows nothing of how they came."""
+"""Puts the pictures of a run on a captioned contact sheet. Knows nothing of how they were drawn."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from app.diffusion.images import contact_sheet
 from loadtest.records import Run
 
 SHEET = "diffusion_results.png"
-MOST = 64  # pictures on it, the first of the run
+MOST = 64  # pictures on the sheet, from the start of the run
 COLUMNS = 8
 
 
 def contact_sheet_of(run: Run) -> Path | None:
-    """None where there is no picture."""
-    prompts = {one.id: str(one.request.get("prompt", "")) for one in run.records if one.outcome == "ok"}
+    """Draws the sheet and returns its path; None if the run has no pictures."""
+    prompts = {record.id: str(record.request.get("prompt", "")) for record in run.records if record.outcome == "ok"}
     files = sorted(file for file in (run.folder / "pictures").glob("*") if int(file.name.partition("-")[0]) in prompts)
     files = files[:MOST]
     if not files:

@@ -1,4 +1,4 @@
-"""What a run looks like while it runs: redrawn in place on a terminal, a line every few seconds in a log file."""
+"""Shows the progress of a run: redrawn in place on a terminal, or a line every few seconds in a log file."""
 
 import time
 from collections import Counter
@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from loadtest.run import Clock, Progress
-from loadtest.summary import counted, histogram, seconds
+from loadtest.summary import add, counted, histogram_of, seconds
 
-LINE_S = 5.0  # between two lines in a log file
-RECENT_S = 5.0  # over how long the rates are taken
+LINE_S = 5.0  # between lines in a log file
+RECENT_S = 5.0  # over which rates are averaged
 
 
 @dataclass
@@ -28,13 +28,13 @@ class Display:
     samples: list[dict[str, Any]]  # grows while the run goes on
     console: Console = field(default_factory=lambda: Console(highlight=False))
     live: Live | None = None
-    told: float = 0.0
+    last_line: float = 0.0  # when it was printed
     note: str = ""
     seen: int = 0
     rates: list[tuple[float, int, int]] = field(default_factory=list)  # moment, offered, completed
 
     def __post_init__(self) -> None:
-        self.latency = histogram([])
+        self.latency = histogram_of([])
         self.outcomes: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -51,18 +51,18 @@ class Display:
         self.catch_up()
         if self.live:
             self.live.update(self.picture(), refresh=True)
-        elif time.monotonic() - self.told >= LINE_S:
-            self.told = time.monotonic()
+        elif time.monotonic() - self.last_line >= LINE_S:
+            self.last_line = time.monotonic()
             print("  ".join(f"{name} {value}" for name, value in self.facts().items()), flush=True)
 
     def catch_up(self) -> None:
         for record in self.progress.records[self.seen :]:
             self.outcomes[record.outcome] += 1
             if record.outcome == "ok":
-                self.latency.record_value(max(1, round(record.latency * 1e6)))
+                add(self.latency, record.latency)
         self.seen = len(self.progress.records)
         now = time.monotonic()
-        self.rates = [one for one in self.rates if one[0] >= now - RECENT_S] or self.rates[-1:]
+        self.rates = [rate for rate in self.rates if rate[0] >= now - RECENT_S] or self.rates[-1:]
         self.rates.append((now, self.progress.offered, self.outcomes["ok"]))
 
     def facts(self) -> dict[str, str]:
@@ -79,18 +79,18 @@ class Display:
             "p50 / p95 / p99": quantiles if self.latency.total_count else "–",
             "failed": failed or "none",
         }
-        sample = next((one for one in reversed(self.samples) if "running" in one), None)
+        sample = next((sample for sample in reversed(self.samples) if "running" in sample), None)
         if sample:
             facts["replicas"] = (
                 f"{sample['running']} of {sample['target']} running"
                 + (f", {sample['starting']} starting" if sample["starting"] else "")
                 + (f", {sample['stopping']} stopping" if sample["stopping"] else "")
             )
-        sample = next((one for one in reversed(self.samples) if "nodes" in one), None)
+        sample = next((sample for sample in reversed(self.samples) if "nodes" in sample), None)
         if sample:
             nodes = ", ".join(f"{count} {name}" for name, count in sample["nodes"].items()) or "none"
             facts["nodes"] = nodes + (f", {sample['pending']} to come" if sample["pending"] else "")
-        waiting = next((one["waiting"] for one in reversed(self.samples) if "waiting" in one), None)
+        waiting = next((sample["waiting"] for sample in reversed(self.samples) if "waiting" in sample), None)
         if waiting is not None:
             facts["queue"] = str(waiting)
         if self.note:

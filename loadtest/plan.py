@@ -1,4 +1,4 @@
-"""Every request of a run, with its time, drawn in advance from the scenario's seed: the same scenario, the same run."""
+"""Draws all requests of a run and their times from the scenario's seed. The same scenario gives the same plan."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from loadtest.arrivals import Span, evenly, gamma, through, with_bursts
 from loadtest.scenario import Closed, Endpoint, Open, Replay, Scenario
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
-REPEATED = 64  # how far back the request may be that another repeats
-TIMES = ("at", "timestamp", "intended")  # what a trace may call the time of a request
+REPEATED = 64  # a repeated request is one of so many that came last
+TIMES = ("at", "timestamp", "intended")  # keys that a trace may use for the time of a request
 BODIES = ("request", "body")
 
 
 @dataclass(frozen=True)
 class Planned:
     id: int
-    at: float  # seconds from the start of the run; a closed loop sends in this order whenever a client is free
+    at: float  # seconds of the run; a closed loop ignores it and sends when a client is free
     kind: str
     endpoint: Endpoint
     request: Mapping[str, Any]  # fields of the API
@@ -34,16 +34,18 @@ def plan(scenario: Scenario) -> list[Planned]:
         return replayed(scenario.arrivals, scenario.max_requests)
     times_rng, requests_rng = np.random.default_rng(scenario.seed).spawn(2)
     times = arrivals(scenario, times_rng)
-    each = zip(times, requests(scenario, requests_rng), strict=False)  # of requests there is no end
-    return [Planned(i, at, *one) for i, (at, one) in enumerate(each)]
+    each = zip(times, requests(scenario, requests_rng), strict=False)  # `requests` is endless
+    return [Planned(i, at, *request) for i, (at, request) in enumerate(each)]
 
 
 def arrivals(scenario: Scenario, rng: np.random.Generator) -> list[float]:
     match scenario.arrivals:
-        case Closed(requests=asked):
-            return [0.0] * min(scenario.max_requests, scenario.max_requests if asked is None else asked)
+        case Closed(requests=limit):
+            return [0.0] * min(scenario.max_requests, scenario.max_requests if limit is None else limit)
         case Open(process=process, cv=cv, stages=stages, bursts=bursts):
-            spans = [Span(one.rate, one.rate if one.to is None else one.to, one.duration_s) for one in stages]
+            spans = [
+                Span(stage.rate, stage.rate if stage.to is None else stage.to, stage.duration_s) for stage in stages
+            ]
             count, most = sum(span.count for span in spans), scenario.max_requests + 1
             if process == "constant":
                 arrived = evenly(count, most)
@@ -61,7 +63,7 @@ def arrivals(scenario: Scenario, rng: np.random.Generator) -> list[float]:
 
 
 def requests(scenario: Scenario, rng: np.random.Generator) -> Iterator[tuple[str, Endpoint, Mapping[str, Any]]]:
-    """Without end. Each has a seed, so that its picture can be made again; some repeat an earlier one on purpose."""
+    """Yields requests without end. Each has a seed, so it can be drawn again. Some repeat an earlier request."""
     prompts = read_prompts(scenario.prompts or PROMPTS)
     weights = np.array([kind.weight for kind in scenario.mix])
     recent: list[tuple[str, Endpoint, Mapping[str, Any]]] = []
@@ -71,36 +73,37 @@ def requests(scenario: Scenario, rng: np.random.Generator) -> Iterator[tuple[str
             continue
         kind = scenario.mix[int(rng.choice(len(weights), p=weights / weights.sum()))]
         prompt = prompts[int(rng.integers(len(prompts)))]
-        one = kind.label, kind.endpoint, {"seed": int(rng.integers(2**32)), **kind.fields, **prompt}
-        recent = [*recent[1 - REPEATED :], one]
-        yield one
+        request = kind.label, kind.endpoint, {"seed": int(rng.integers(2**32)), **kind.fields, **prompt}
+        recent = [*recent[1 - REPEATED :], request]
+        yield request
 
 
 def fingerprint(requests: Sequence[Planned]) -> str:
-    """Another one means another plan: the code, or a file that the scenario names, has changed."""
-    told = hashlib.sha256()
-    for one in requests:
-        told.update(json.dumps([one.at, one.kind, one.endpoint, one.request], sort_keys=True).encode())
-    return told.hexdigest()[:16]
+    """A hash of the plan. It changes if the code or a file of the scenario changes the plan."""
+    digest = hashlib.sha256()
+    for planned in requests:
+        entry = [planned.at, planned.kind, planned.endpoint, planned.request]
+        digest.update(json.dumps(entry, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def read_prompts(path: Path) -> list[Mapping[str, Any]]:
-    """A prompt a line, or rows with any field of the API."""
-    found: list[Mapping[str, Any]] = []
+    """The rows of a prompt file, each with a prompt and any other fields of the API."""
+    prompts: list[Mapping[str, Any]] = []
     for where, fields in rows(path):
         if not isinstance(fields.get("prompt"), str):
             raise UsageError(f'{where} must have a "prompt" that is a string.')
-        found.append(fields)
-    if not found:
+        prompts.append(fields)
+    if not prompts:
         raise UsageError(f"{path} holds no prompt.")
-    return found
+    return prompts
 
 
 def replayed(replay: Replay, most: int) -> list[Planned]:
-    """In the order of their times, the first at 0."""
-    found: list[tuple[float, Endpoint, Mapping[str, Any], str]] = []
+    """The requests of a trace in the order of their times. The first is at 0."""
+    entries: list[tuple[float, Endpoint, Mapping[str, Any], str]] = []
     for where, entry in rows(replay.trace, ".jsonl"):
-        if "session" in entry or "ended" in entry:  # of a requests.jsonl
+        if "session" in entry or "ended" in entry:  # lines of requests.jsonl that are no requests
             continue
         at = first_of(entry, TIMES)
         if isinstance(at, bool) or not isinstance(at, int | float):
@@ -111,21 +114,21 @@ def replayed(replay: Replay, most: int) -> list[Planned]:
         endpoint = entry.get("endpoint", "generations")
         if endpoint not in ("generations", "imagine"):
             raise UsageError(f'{where}: "endpoint" must be generations or imagine, got {endpoint!r}.')
-        found.append((float(at), endpoint, request, str(entry.get("kind", "replay"))))
-    if not found:
+        entries.append((float(at), endpoint, request, str(entry.get("kind", "replay"))))
+    if not entries:
         raise UsageError(f"{replay.trace} holds no request.")
-    if len(found) > most:
-        raise UsageError(f"{replay.trace} holds {len(found)} requests, more than max_requests = {most}.")
-    found.sort(key=lambda one: one[0])
-    began = found[0][0]
+    if len(entries) > most:
+        raise UsageError(f"{replay.trace} holds {len(entries)} requests, more than max_requests = {most}.")
+    entries.sort(key=lambda entry: entry[0])
+    began = entries[0][0]
     return [
         Planned(i, (at - began) / replay.speed, kind, endpoint, request)
-        for i, (at, endpoint, request, kind) in enumerate(found)
+        for i, (at, endpoint, request, kind) in enumerate(entries)
     ]
 
 
 def rows(path: Path, kind: str | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each with where it stands."""
+    """The rows of a file, each with its file and line."""
     try:
         for entry in prompt_files.read(path, kind):
             where = f"{path}:{entry.line}"

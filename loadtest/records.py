@@ -1,7 +1,7 @@
-"""A run's folder: what was planned, and a line for each request, appended as it ends. All reports derive from these.
+"""The folder of a run: its plan, and a line for each request, appended when the request ends.
 
-A line is written in one piece, so that a run which is killed loses no request that has ended, and at most tears the
-last line, which a reader leaves out.
+All reports derive from these records. Each line is written in a single call, so a killed run loses no request that has
+ended. At most its last line is torn, and readers skip that line.
 """
 
 import json
@@ -20,14 +20,14 @@ Outcome = Literal[
 ]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 MEANING: Mapping[Outcome, str] = {
-    "ok": "the pictures that were asked for",
+    "ok": "the requested pictures",
     "connect": "no connection: DNS, TCP or TLS",
     "timeout": "no complete answer in time",
-    "shed": "429 or 503: more load than the server takes",
+    "shed": "429 or 503: the server sheds load",
     "server_error": "any other 5xx, or an error in a stream",
     "refused": "any other status: the request was wrong",
     "reset": "the connection ended before the answer did",
-    "bad_image": "not the picture: it does not decode, is blank, has another size, or differs for an equal seed",
+    "bad_image": "a wrong picture: it does not decode, is blank, has another size, or differs for an equal seed",
     "client_overload": "not sent: this machine had too many requests open",
 }
 SYNC_S = 1.0  # between two fsyncs
@@ -35,7 +35,7 @@ SYNC_S = 1.0  # between two fsyncs
 
 @dataclass(frozen=True)
 class Record:
-    """All times in seconds from the start of the run; `intended` is when it should have been sent."""
+    """The outcome of a request. All times are seconds of the run; `intended` is when it should have been sent."""
 
     id: int
     kind: str
@@ -52,9 +52,9 @@ class Record:
     pictures: int = 0
     bytes: int = 0
     digest: str | None = None
-    retry_after: float | None = None  # seconds, where the server sheds load and says so
+    retry_after: float | None = None  # seconds, if the server sheds load and says when to retry
     compared: bool = False  # with an earlier answer to the same request
-    server: Mapping[str, float] | None = None  # what the server says that each part took, in seconds
+    server: Mapping[str, float] | None = None  # seconds of each part of the work, as the server reports them
 
     @property
     def latency(self) -> float:
@@ -62,7 +62,7 @@ class Record:
 
 
 class Journal:
-    """requests.jsonl or timeline.jsonl: append only."""
+    """An append-only JSONL file, such as requests.jsonl or timeline.jsonl."""
 
     def __init__(self, path: Path) -> None:
         heal(path)
@@ -92,7 +92,7 @@ class Journal:
 
 
 def heal(path: Path) -> None:
-    """Takes off a line that was torn when its writer was killed."""
+    """Removes a last line that was torn when its writer was killed."""
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
 
@@ -111,7 +111,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Session:
-    """A process that worked on the run. Where `offset` seconds of the run were behind it, the clock said `epoch`."""
+    """A process that worked on the run. It started at `epoch` in Unix time, at `offset` seconds of the run."""
 
     epoch: float
     offset: float
@@ -123,12 +123,16 @@ class Run:
     head: Mapping[str, Any]  # run.json
     sessions: list[Session]
     records: list[Record]
-    ended: str | None  # why; None: it was killed
+    ended: str | None  # the reason; None for a killed run
     timeline: list[dict[str, Any]]
 
     def moment(self, unix: float) -> float:
-        """A time of the clock in seconds of the run."""
-        session = max((one for one in self.sessions if one.epoch <= unix), key=lambda one: one.epoch, default=None)
+        """Converts a Unix time to seconds of the run."""
+        session = max(
+            (session for session in self.sessions if session.epoch <= unix),
+            key=lambda session: session.epoch,
+            default=None,
+        )
         session = session or self.sessions[0]
         return unix - session.epoch + session.offset
 
@@ -138,7 +142,7 @@ def read(folder: Path) -> Run:
         head = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
         raise UsageError(f"{folder} is not the folder of a load test: it has no run.json that can be read.") from None
-    known = {one.name for one in fields(Record)}
+    known = {each.name for each in fields(Record)}
     absent: dict[str, Any] = {"sent": None, "first_byte": None, "preview": None}
     sessions: list[Session] = []
     records: list[Record] = []

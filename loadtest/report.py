@@ -1,4 +1,4 @@
-"""What derives from a run's records: summary.json, requests.csv, and one HTML file that needs nothing but itself."""
+"""Writes what derives from a run's records: summary.json, requests.csv, and a self-contained report.html."""
 
 import csv
 import json
@@ -18,11 +18,10 @@ from loadtest.scaling import PHASES
 from loadtest.scenario import Scenario
 from loadtest.summary import PERCENTILES, Summary, counted, seconds, summarize
 from loadtest.sweep import Level
+from loadtest.timeline_chart import over_time
 
 PAGE = Path(__file__).with_name("report.html")
-SMALL_PRINT = (
-    '<p class="note">Small: where the percentile is with a confidence of 95 %, taking requests as independent.</p>'
-)
+SMALL_PRINT = '<p class="note">Small: the 95 % confidence interval of the percentile, for independent requests.</p>'
 COLUMNS = (
     *("id", "kind", "endpoint", "outcome", "status", "intended", "sent", "first_byte", "preview", "done"),
     *("latency", "latency_from_sent", "send_lag", "pictures", "bytes", "digest", "error"),
@@ -48,25 +47,25 @@ def write_csv(run: Run) -> None:
     with (run.folder / "requests.csv").open("w", newline="") as file:
         rows = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         rows.writeheader()
-        for one in sorted(run.records, key=lambda one: one.id):
+        for record in sorted(run.records, key=lambda record: record.id):
             sent = (
                 {}
-                if one.sent is None
-                else {"latency_from_sent": one.done - one.sent, "send_lag": one.sent - one.intended}
+                if record.sent is None
+                else {"latency_from_sent": record.done - record.sent, "send_lag": record.sent - record.intended}
             )
-            rows.writerow(vars(one) | {"latency": one.latency, **sent})
+            rows.writerow(vars(record) | {"latency": record.latency, **sent})
 
 
 def page(run: Run, summary: Summary) -> str:
     scenario = Scenario.model_validate(run.head["scenario"])
     figures = [
-        section("Over time", charts.over_time(run, scenario)),
+        section("Over time", over_time(run, scenario)),
         section("Latency by percentile", charts.distribution(summary)) if summary["latency"] else "",
-        section("How many took how long", charts.histogram(run.records)) if summary["latency"] else "",
+        section("Histogram of latencies", charts.latencies_by_kind(run.records)) if summary["latency"] else "",
     ]
     if summary["scale_ups"]:
         parts = "".join(f"<li><b>{name}</b> {meaning}</li>" for name, meaning in PHASES.items())
-        words = "From more load than the running replicas are meant for to the first picture of each new one:"
+        words = "From overload of the running replicas to the first picture of each new replica:"
         explained = f"<p>{words}</p><ul class=parts>{parts}</ul>"
         figures.insert(1, section("Scale-ups", charts.scale_ups(summary), explained))
     return Template(PAGE.read_text()).substitute(
@@ -74,7 +73,7 @@ def page(run: Run, summary: Summary) -> str:
         heading=escape(summary["scenario"]),
         facts=facts(run, summary),
         verdict=verdict(summary),
-        tiles="".join(tile(*one) for one in tiles(summary)),
+        tiles="".join(tile(*values) for values in tiles(summary)),
         percentiles=percentile_table(summary) + SMALL_PRINT,
         kinds=kinds_table(summary),
         errors=errors_table(summary),
@@ -86,18 +85,18 @@ def page(run: Run, summary: Summary) -> str:
 
 def sweep_page(name: str, url: str, levels: Sequence[Level], objective_s: float, knee: float | None) -> str:
     rows = []
-    for one in sorted(levels, key=lambda one: one.rate):
-        latency = one.summary["latency"] or {}
+    for level in sorted(levels, key=lambda level: level.rate):
+        latency = level.summary["latency"] or {}
         quantiles = [seconds(latency.get(p)) for p in ("p50", "p95", "p99")]
-        share = f"{one.summary['goodput_share'] or 0.0:.1%}"
-        rows.append([f"{one.rate:.3g}/s", *quantiles, share, "holds" if one.held else one.why])
-    told = f"The knee is at {knee:.3g} requests a second." if knee else "Not even the first rate was held."
-    figure = charts.sweep([one.rate for one in levels], [one.summary for one in levels], objective_s, knee)
+        share = f"{level.summary['goodput_share'] or 0.0:.1%}"
+        rows.append([f"{level.rate:.3g}/s", *quantiles, share, "holds" if level.held else level.why])
+    conclusion = f"The knee is at {knee:.3g} requests a second." if knee else "Not even the first rate holds."
+    figure = charts.sweep([level.rate for level in levels], [level.summary for level in levels], objective_s, knee)
     return Template(PAGE.read_text()).substitute(
         title=escape(f"{name}: sweep of {url}"),
         heading=escape(f"{name}: a sweep"),
-        facts=escape(f"{url} · held is a rate at which 95 % are answered within {objective_s:g} s and nothing fails"),
-        verdict=f'<p class="verdict {"good" if knee else "bad"}">{escape(told)}</p>',
+        facts=escape(f"{url} · a rate holds if 95 % are answered within {objective_s:g} s and nothing fails"),
+        verdict=f'<p class="verdict {"good" if knee else "bad"}">{escape(conclusion)}</p>',
         tiles="",
         percentiles=table(["offered", "p50", "p95", "p99", "goodput", ""], rows),
         kinds="",
@@ -117,15 +116,15 @@ def section(title: str, figure: go.Figure, text: str = "") -> str:
 
 def facts(run: Run, summary: Summary) -> str:
     model = (run.head.get("model") or {}).get("id")
-    told = [
+    parts = [
         summary["started"],
         summary["url"],
         f"model {model}" if model else None,
         f"{counted(summary['requests'], summary['planned'])} requests",
-        f"{summary['compared']} held to an earlier answer for the same seed",
+        f"{summary['compared']} compared with an earlier answer for the same seed",
         f"{summary['sessions']} sessions, as it was resumed" if summary["sessions"] > 1 else None,
     ]
-    return " · ".join(escape(one) for one in told if one)
+    return " · ".join(escape(part) for part in parts if part)
 
 
 def verdict(summary: Summary) -> str:
@@ -136,7 +135,7 @@ def verdict(summary: Summary) -> str:
     if not summary["complete"]:
         lines.append(("warn", f"The run did not end by itself ({summary['ended']}); it can be resumed."))
     if not lines:
-        lines = [("good", "Every request got the pictures that it asked for, and was sent on time.")]
+        lines = [("good", "Every request was sent on time and got its pictures.")]
     return "".join(f'<p class="verdict {kind}">{escape(text)}</p>' for kind, text in lines)
 
 
@@ -165,29 +164,29 @@ def percentile_table(summary: Summary) -> str:
     heads = ["", "count", "mean", *(f"p{p:g}" for p in PERCENTILES), "max"]
     rows = []
     for key, name in LATENCIES:
-        if one := summary[key]:
-            quantiles = [with_interval(one, f"p{p:g}") for p in PERCENTILES]
-            rows.append([name, str(one["count"]), seconds(one["mean"]), *quantiles, seconds(one["max"])])
+        if latency := summary[key]:
+            quantiles = [with_interval(latency, f"p{p:g}") for p in PERCENTILES]
+            rows.append([name, str(latency["count"]), seconds(latency["mean"]), *quantiles, seconds(latency["max"])])
     return table(heads, rows)
 
 
-def with_interval(told: Summary, name: str) -> str:
-    """A percentile, and on a second line where it is with a confidence of 95 %."""
-    if told[name] is None:
+def with_interval(latency: Summary, name: str) -> str:
+    """A percentile, and on a second line its 95 % confidence interval."""
+    if latency[name] is None:
         return seconds(None)
-    low, high = told["between"][name]
-    return f"{seconds(told[name])}\n{seconds(low)} to {seconds(high)}"
+    low, high = latency["between"][name]
+    return f"{seconds(latency[name])}\n{seconds(low)} to {seconds(high)}"
 
 
 def kinds_table(summary: Summary) -> str:
     if len(summary["kinds"]) < 2:
         return ""
     rows = []
-    for name, one in summary["kinds"].items():
-        latency = one["latency"] or {}
-        good = "–" if one["goodput_share"] is None else f"{one['goodput_share']:.1%}"
+    for name, kind in summary["kinds"].items():
+        latency = kind["latency"] or {}
+        good = "–" if kind["goodput_share"] is None else f"{kind['goodput_share']:.1%}"
         quantiles = [seconds(latency.get(p)) for p in ("p50", "p95", "p99")]
-        rows.append([name, f"{one['ok']} of {one['requests']}", *quantiles, good])
+        rows.append([name, f"{kind['ok']} of {kind['requests']}", *quantiles, good])
     return "<h3>By kind of request</h3>" + table(["", "answered", "p50", "p95", "p99", "goodput"], rows)
 
 
@@ -195,19 +194,25 @@ def errors_table(summary: Summary) -> str:
     if not summary["errors"]:
         return ""
     rows = [
-        [one["outcome"], MEANING[one["outcome"]], str(one["status"] or "–"), str(one["count"]), one["example"]]
-        for one in summary["errors"]
+        [
+            error["outcome"],
+            MEANING[error["outcome"]],
+            str(error["status"] or "–"),
+            str(error["count"]),
+            error["example"],
+        ]
+        for error in summary["errors"]
     ]
     return "<h3>Failures</h3>" + table(["", "meaning", "status", "count", "for example"], rows, "words")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
-    head = "".join(f"<th>{escape(one)}</th>" for one in heads)
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in heads)
     body = "".join("<tr>" + "".join(map(table_cell, row)) + "</tr>" for row in rows)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def table_cell(cell: Any) -> str:
-    """What stands on a second line is small print."""
+    """A table cell. A second line of its text becomes small print."""
     first, _, second = str(cell).partition("\n")
     return f"<td>{escape(first)}" + (f"<small>{escape(second)}</small>" if second else "") + "</td>"

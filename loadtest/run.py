@@ -1,4 +1,4 @@
-"""The run itself: sends every request at its time and writes down what came of it. Knows nothing of reports."""
+"""Runs a load test: sends every request at its time and records the outcome. Knows nothing of reports."""
 
 import asyncio
 import gc
@@ -11,18 +11,18 @@ from loadtest.plan import Planned
 from loadtest.records import Journal, Record
 from loadtest.scenario import Closed, Scenario
 
-SPIN_S = 0.002  # a timer of the event loop may be a millisecond late, so the last of the way is waited awake
-LONGEST_RETRY_S = 30.0  # that a client waits after it was refused
-HEAD_START_S = 0.2  # between the decision to begin and the first request
+SPIN_S = 0.002  # the last part of a wait is a busy loop, as timers of the event loop may be 1 ms late
+LONGEST_RETRY_S = 30.0  # longest wait of a client for Retry-After
+HEAD_START_S = 0.2  # from `start` to second 0 of the run
 
 
 @dataclass
 class Clock:
-    """Seconds of the run, which go on where a run that is resumed had been interrupted."""
+    """Counts the seconds of the run. A resumed run continues at `offset`."""
 
     offset: float = 0.0
     began: float = 0.0
-    epoch: float = 0.0  # the same moment in Unix time
+    epoch: float = 0.0  # the same time in Unix time
 
     def start(self) -> None:
         self.began, self.epoch = time.perf_counter() + HEAD_START_S, time.time() + HEAD_START_S
@@ -31,19 +31,19 @@ class Clock:
         return time.perf_counter() - self.began + self.offset
 
     async def until(self, moment: float) -> None:
-        """Yields at least once, so that what was just begun runs even where everything is late."""
+        """Waits. It yields at least once, so that tasks just created run even if the schedule is late."""
         if (left := moment - self()) > SPIN_S:
             await asyncio.sleep(left - SPIN_S)
         await asyncio.sleep(0)
-        while self() < moment:  # noqa: ASYNC110 -- everything else goes on meanwhile
+        while self() < moment:  # noqa: ASYNC110 -- other tasks run meanwhile
             await asyncio.sleep(0)
 
 
 @dataclass
 class Progress:
-    """What the display shows."""
+    """The state of a run that the display shows."""
 
-    planned: int | None  # None: as many as the clients get done in their time
+    planned: int | None  # None: a time ends the run, not a number of requests
     offered: int = 0
     records: list[Record] = field(default_factory=list)
 
@@ -62,10 +62,12 @@ class Load:
     stop: asyncio.Event
 
     async def run(self, requests: Sequence[Planned]) -> None:
-        """Until all have been answered, or the clients' time is over, or somebody stops it: then what is under way is
-        dropped and not recorded, so that a resumed run sends it again."""
+        """Runs until all requests are answered, the time is over, or `stop` is set.
+
+        `stop` drops the requests in flight without a record, so that a resumed run sends them again.
+        """
         gc.collect()
-        gc.freeze()  # the plan is never garbage, so looking through it again and again would only cost time
+        gc.freeze()  # the plan is never garbage, so the collector need not scan it
         match self.scenario.arrivals:
             case Closed(concurrency=concurrency, duration_s=duration_s):
                 work = self.closed(requests, concurrency, duration_s)
@@ -87,49 +89,49 @@ class Load:
 
     async def open(self, requests: Iterable[Planned]) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for one in requests:
-                await self.clock.until(one.at)
+            for planned in requests:
+                await self.clock.until(planned.at)
                 if self.progress.in_flight >= self.scenario.max_in_flight:
-                    self.refuse(one)
+                    self.refuse(planned)
                 else:
                     self.progress.offered += 1
-                    tasks.create_task(self.send(one, one.at))
+                    tasks.create_task(self.send(planned, planned.at))
 
     async def closed(self, requests: Iterable[Planned], concurrency: int, duration_s: float | None) -> None:
         pending = iter(requests)
         await self.clock.until(self.clock.offset)
 
-        async def ask() -> None:
-            for one in pending:
+        async def client() -> None:
+            for planned in pending:
                 if duration_s is not None and self.clock() >= duration_s:
                     return
                 self.progress.offered += 1
-                record = await self.send(one, self.clock())
-                if record.retry_after:  # as a well-behaved client does, and this one stands for users
+                record = await self.send(planned, self.clock())
+                if record.retry_after:  # as a well-behaved client does
                     await asyncio.sleep(min(record.retry_after, LONGEST_RETRY_S))
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(concurrency):
-                tasks.create_task(ask())
+                tasks.create_task(client())
 
-    async def send(self, one: Planned, intended: float) -> Record:
-        record = await self.client.send(one, intended)
+    async def send(self, planned: Planned, intended: float) -> Record:
+        record = await self.client.send(planned, intended)
         self.note(record)
         return record
 
-    def refuse(self, one: Planned) -> None:
+    def refuse(self, planned: Planned) -> None:
         self.progress.offered += 1
         self.note(
             Record(
-                id=one.id,
-                kind=one.kind,
-                endpoint=one.endpoint,
-                request=one.request,
-                intended=one.at,
+                id=planned.id,
+                kind=planned.kind,
+                endpoint=planned.endpoint,
+                request=planned.request,
+                intended=planned.at,
                 sent=None,
                 first_byte=None,
                 preview=None,
-                done=one.at,
+                done=planned.at,
                 outcome="client_overload",
                 error=f"{self.scenario.max_in_flight} requests were open already (max_in_flight)",
             )
@@ -141,8 +143,8 @@ class Load:
 
 
 def remaining(requests: Sequence[Planned], done: set[int]) -> tuple[list[Planned], float]:
-    """What a resumed run still has to send, and the second of the run at which it goes on."""
-    left = [one for one in requests if one.id not in done]
+    """The requests that a resumed run still has to send, and the second of the run at which it continues."""
+    left = [planned for planned in requests if planned.id not in done]
     return left, left[0].at if left else 0.0
 
 

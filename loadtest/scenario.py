@@ -1,6 +1,6 @@
-"""What a load test is, as loadtest/scenarios/*.yaml declare it: arrivals, requests, checks, limits.
+"""The model of a scenario (loadtest/scenarios/*.yaml): arrivals, requests, checks, limits.
 
-A mistake is told in one line that names the file, the key, what is allowed and what was found.
+A mistake is reported in a line that names the file, the key, the allowed values and the actual value.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Burst(Part):
 
 
 class Open(Part):
-    """Requests are sent when the schedule says, whatever became of those before."""
+    """Open loop: requests are sent on schedule, whether or not earlier ones are answered."""
 
     process: Literal["constant", "poisson", "gamma"]
     cv: float = Field(default=1.0, gt=0, le=20, description="of gamma: 1 is Poisson, more comes in bursts")
@@ -57,7 +57,7 @@ class Open(Part):
 
 
 class Closed(Part):
-    """Clients that each ask again once they have their answer, until so many requests or so much time are over."""
+    """Closed loop: each client sends its next request after its last answer, for a number of requests or a time."""
 
     process: Literal["closed"]
     concurrency: Annotated[int, Field(ge=1, le=10_000)]
@@ -72,7 +72,7 @@ class Closed(Part):
 
 
 class Replay(Part):
-    """The requests of a trace at its times; requests.jsonl of an earlier run is one."""
+    """The requests of a trace at its times. The requests.jsonl of an earlier run is a trace."""
 
     process: Literal["replay"]
     trace: Path
@@ -83,7 +83,7 @@ Arrivals = Annotated[Open | Closed | Replay, Field(discriminator="process")]
 
 
 class Kind(BaseModel):
-    """One kind of request in the mix; keys beyond these are fields of the API, sent as they are."""
+    """A kind of request in the mix. All other keys are fields of the API and are sent unchanged."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -97,11 +97,13 @@ class Kind(BaseModel):
 
     @property
     def label(self) -> str:
-        told = " ".join(f"{name}={value}" for name, value in self.fields.items())
-        return self.kind or " ".join(filter(None, [self.endpoint if self.endpoint == "imagine" else "", told])) or "all"
+        fields = " ".join(f"{name}={value}" for name, value in self.fields.items())
+        return (
+            self.kind or " ".join(filter(None, [self.endpoint if self.endpoint == "imagine" else "", fields])) or "all"
+        )
 
     @model_validator(mode="after")
-    def the_door_knows_it(self) -> "Kind":
+    def the_endpoint_takes_the_fields(self) -> "Kind":
         if self.endpoint == "imagine" and {"stream", "n", "partial_images"} & set(self.fields):
             raise ValueError("GET /imagine answers one picture: stream, partial_images and n need endpoint generations")
         return self
@@ -145,7 +147,7 @@ class Scenario(Part):
 
     @property
     def duration_s(self) -> float | None:
-        """Of the schedule, where that is known in advance."""
+        """The length of the schedule; None if it is not known in advance."""
         return None if isinstance(self.arrivals, Replay) else self.arrivals.duration_s
 
 
@@ -154,7 +156,7 @@ def names() -> list[str]:
 
 
 def load(name: str, overrides: Mapping[str, Any]) -> Scenario:
-    """By the name of a shipped one, or a path. Overrides are by dotted key; None is none."""
+    """Loads a shipped scenario by name, or a file. Overrides have dotted keys; an override of None is ignored."""
     path = FOLDER / f"{name}.yaml" if name in names() else Path(name)
     try:
         content = yaml.safe_load(path.read_text())
@@ -189,5 +191,5 @@ def put(content: Mapping[str, Any], key: list[str], value: Any) -> dict[str, Any
 
 
 def short(value: object) -> str:
-    told = repr(value)
-    return told if len(told) <= 60 else told[:57] + "..."
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""One run from beginning to end: what is there, the load, the watching of the cluster, the settling, the folder."""
+"""Carries out a run: makes its folder, sends the load, and watches the cluster until it has settled."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ from loadtest.scenario import Closed, Scenario
 
 REACH_S = 10.0
 REFRESH_S = 0.25
-CHECKERS = 2  # threads that look at pictures
+CHECKERS = 2  # threads that check pictures
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Target:
 
 
 def guard(url: str, allow_remote: bool) -> str:
-    """The URL, if it is one that may be put under load."""
+    """The URL, if it may be put under load. Raises UsageError otherwise."""
     parts = urlsplit(url)
     try:
         host, port = parts.hostname, parts.port
@@ -50,28 +50,28 @@ def guard(url: str, allow_remote: bool) -> str:
         raise UsageError(f"The URL must be like http://127.0.0.1:8000, got {url}.")
     if not allow_remote:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise UsageError(f"The host of {url} cannot be found: {error}.") from None
-        addresses = sorted({str(entry[4][0]).partition("%")[0] for entry in found})
-        if beyond := [one for one in addresses if not is_here(one)]:
-            resolved = "" if beyond[0] == host else f", which is {beyond[0]},"
+        addresses = sorted({str(entry[4][0]).partition("%")[0] for entry in resolved})
+        if beyond := [address for address in addresses if not is_local(address)]:
+            alias = "" if beyond[0] == host else f", which is {beyond[0]},"
             raise UsageError(
-                f"{host}{resolved} is another machine. A load test can bring a server down: to load one that is yours, "
+                f"{host}{alias} is another machine. A load test can bring a server down: to load one that is yours, "
                 "or whose owner agrees, add --allow-remote."
             )
     return url.rstrip("/")
 
 
-def is_here(address: str) -> bool:
-    """Whether an address is one of this machine's own: what is sent to it has it as its source, too."""
+def is_local(address: str) -> bool:
+    """Whether an address is this machine's own. Packets to such an address have it as their source, too."""
     parsed = ipaddress.ip_address(address)
-    if parsed.is_loopback or parsed.is_unspecified:  # the latter leads to this machine as well
+    if parsed.is_loopback or parsed.is_unspecified:  # an unspecified address leads to this machine as well
         return True
     family = socket.AF_INET6 if parsed.version == 6 else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, 9))  # which sends nothing
+            probe.connect((address, 9))  # of a datagram socket, which sends nothing
             return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == parsed
         except OSError:
             return False
@@ -82,7 +82,7 @@ def headers() -> dict[str, str]:
 
 
 async def described(target: Target) -> dict[str, Any] | None:
-    """What GET /v1/models says; None of a server that has no such route."""
+    """The model as GET /v1/models describes it; None if the server has no such route."""
     async with session(headers()) as opened:
         try:
             timeout = aiohttp.ClientTimeout(total=REACH_S)
@@ -109,7 +109,7 @@ def begin(
     folder: Path,
     model: Mapping[str, Any] | None,
 ) -> None:
-    """Makes the folder with run.json."""
+    """Makes the folder of the run, with run.json."""
     try:
         folder.mkdir(parents=True, exist_ok=False)
     except OSError as error:
@@ -127,12 +127,12 @@ def begin(
 
 
 def open_ended(scenario: Scenario) -> bool:
-    """Whether time and not a number of requests ends it."""
+    """Whether a time ends the run, not a number of requests."""
     return isinstance(scenario.arrivals, Closed) and scenario.arrivals.requests is None
 
 
 def left_over(folder: Path, scenario: Scenario, head: Mapping[str, Any]) -> tuple[Sequence[Planned], float, int]:
-    """What is still to be sent, the second of the run at which that begins, and how many sessions there were."""
+    """The requests still to be sent, the second of the run at which to continue, and the number of sessions so far."""
     requests = plan(scenario)
     if fingerprint(requests) != head["plan"]:
         raise UsageError(
@@ -141,14 +141,14 @@ def left_over(folder: Path, scenario: Scenario, head: Mapping[str, Any]) -> tupl
     if not (folder / "requests.jsonl").exists():
         return requests, 0.0, 0
     before = read(folder)
-    todo, offset = remaining(requests, {one.id for one in before.records})
+    todo, offset = remaining(requests, {record.id for record in before.records})
     if isinstance(scenario.arrivals, Closed):
-        offset = max((one.done for one in before.records), default=0.0)
+        offset = max((record.done for record in before.records), default=0.0)
     return todo, offset, len(before.sessions)
 
 
 async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str:
-    """All of a run, or what is left of it; returns why it ended."""
+    """Carries out a run, or the rest of it, and returns why it ended."""
     head = json.loads((folder / "run.json").read_text())
     scenario = Scenario.model_validate(head["scenario"])
     todo, offset, sessions = left_over(folder, scenario, head)
@@ -173,13 +173,13 @@ async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str
             clock=clock,
             check=scenario.checks.pictures,
             default_size=size,
-            equal_seeds=EqualSeeds.of([one.request for one in todo], scenario.checks.tolerance),
+            equal_seeds=EqualSeeds.of([planned.request for planned in todo], scenario.checks.tolerance),
             checkers=checkers,
             pictures=pictures,
         )
         asking = await stack.enter_async_context(session(headers()))
         watcher = Watcher(target.url, asking, target.dashboard, timeline)
-        await watcher.look()  # how all was before the load
+        await watcher.sample_once()  # the state before the load
         clock.start()
         journal.write({"session": sessions, "epoch": clock.epoch, "offset": clock.offset})
         title = f"{head['name']} against {target.url}"
@@ -200,7 +200,7 @@ async def carry_out(folder: Path, target: Target, *, keep_pictures: bool) -> str
 
 
 async def settle(watcher: Watcher, longest_s: float, stop: asyncio.Event, display: Display) -> None:
-    """Watches replicas and nodes go again, which a load test of an autoscaler is about as much as their coming."""
+    """Waits until replicas and nodes are as before the load, since scale-down is part of the test."""
     deadline = time.monotonic() + longest_s
     before = watcher.cluster()
     while time.monotonic() < deadline and not stop.is_set() and not watcher.settled(before):

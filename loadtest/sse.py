@@ -1,5 +1,7 @@
-"""Server-sent events out of the bytes of a stream, as https://html.spec.whatwg.org/multipage/server-sent-events.html
-says. Knows nothing of pictures."""
+"""Parses server-sent events from the bytes of a stream. Knows nothing of pictures.
+
+The format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
 
 import re
 from collections.abc import Iterator
@@ -15,20 +17,20 @@ class Event(NamedTuple):
 
 
 class Parser:
-    """A line ends with CR, LF or CRLF, and an empty one ends an event. Bytes may come in pieces of any size."""
+    """A line ends with CR, LF or CRLF, and an empty line ends an event. Chunks may have any size."""
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
         self.buffer = bytearray()
-        self.searched = 0  # of the buffer, for the end of a line
+        self.searched = 0  # bytes of the buffer without a line end
         self.begun = False
-        self.after_cr = False  # an LF that comes next belongs to it
+        self.after_cr = False  # a following LF belongs to the same line end
         self.name = ""
         self.data: list[bytes] = []
         self.held = 0  # bytes of data
 
     def feed(self, chunk: bytes) -> Iterator[Event]:
-        """The events that these bytes complete. Raises ValueError where one is longer than is allowed."""
+        """The events that these bytes complete. Raises ValueError if an event is too long."""
         self.buffer += chunk
         while (line := self.line()) is not None:
             if not line:
@@ -41,7 +43,7 @@ class Parser:
             raise ValueError(f"an event of more than {self.longest} bytes")
 
     def line(self) -> bytes | None:
-        """The next whole line, without its end."""
+        """The next complete line, without its line end."""
         if not self.begun:
             if MARK.startswith(bytes(self.buffer[:3])) and len(self.buffer) < 3:
                 return None
@@ -52,11 +54,11 @@ class Parser:
             self.after_cr = False
             if self.buffer.startswith(b"\n"):
                 del self.buffer[:1]
-        found = END.search(self.buffer, self.searched)
-        if not found:
+        match = END.search(self.buffer, self.searched)
+        if not match:
             self.searched = len(self.buffer)
             return None
-        end = found.start()
+        end = match.start()
         line = bytes(self.buffer[:end])
         self.after_cr = self.buffer[end] == ord("\r")
         del self.buffer[: end + 1]

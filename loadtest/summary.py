@@ -1,8 +1,8 @@
-"""What a run came to: counts, rates, percentiles, goodput, cost, and whether its own clocks can be trusted.
+"""Summarizes a run: counts, rates, percentiles, goodput, cost, and whether the measurement itself is valid.
 
-Percentiles come from HDR histograms of microseconds (three significant digits), which the summary carries, so that
-those of several runs can be added up. Latency counts from the time at which a request was intended to be sent: a
-client that is held up by a slow server must not shorten what it measures.
+Percentiles come from HDR histograms of microseconds with three significant digits. The summary contains the histograms,
+so that several runs can be added up. Latency counts from the time at which a request was intended to be sent, so a slow
+server that holds up the client cannot shorten the measured latencies.
 """
 
 import math
@@ -22,24 +22,26 @@ from loadtest.scenario import Scenario
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 HIGHEST_US = 24 * 3600 * 1_000_000
 DIGITS = 3
-MOST_ERRORS = 20  # kinds that are told
-LAG_SHARE, LAG_FLOOR_S = 0.01, 0.001  # of the median latency that the send lag's p99 may be, and what always is fine
+MOST_ERRORS = 20  # kinds in the report
+LAG_SHARE, LAG_FLOOR_S = 0.01, 0.001  # p99 of the send lag may be this share of the median latency, or this
 Summary = dict[str, Any]
 
 
 def summarize(run: Run) -> Summary:
     scenario = Scenario.model_validate(run.head["scenario"])
-    records = sorted(run.records, key=lambda one: one.intended)
+    records = sorted(run.records, key=lambda record: record.intended)
     within_window = window(records, scenario)
-    answered = [one for one in within_window if one.outcome == "ok"]
+    answered = [record for record in within_window if record.outcome == "ok"]
     began, ended = bounds(within_window)
     duration = max(ended - began, 1e-9)
-    outcomes = Counter(one.outcome for one in records)
-    pictures = sum(one.pictures for one in answered)
-    within = [one for one in answered if scenario.objective_s is not None and one.latency <= scenario.objective_s]
-    latency = histogram(one.latency for one in answered)
-    from_sent = histogram(one.done - one.sent for one in answered if one.sent is not None)
-    lag = histogram(one.sent - one.intended for one in within_window if one.sent is not None)
+    outcomes = Counter(record.outcome for record in records)
+    pictures = sum(record.pictures for record in answered)
+    within = [
+        record for record in answered if scenario.objective_s is not None and record.latency <= scenario.objective_s
+    ]
+    latency = histogram_of(record.latency for record in answered)
+    from_sent = histogram_of(record.done - record.sent for record in answered if record.sent is not None)
+    lag = histogram_of(record.sent - record.intended for record in within_window if record.sent is not None)
     return {
         "scenario": run.head["name"],
         "url": run.head["url"],
@@ -52,7 +54,7 @@ def summarize(run: Run) -> Summary:
         "counted": len(within_window),
         "outcomes": {name: outcomes[name] for name in OUTCOMES if outcomes[name]},
         "failed": len(records) - outcomes["ok"],
-        "compared": sum(one.compared for one in records),
+        "compared": sum(record.compared for record in records),
         "duration_s": duration,
         "offered_per_s": len(within_window) / max(intended_span(within_window), 1e-9),
         "completed_per_s": len(answered) / duration,
@@ -61,80 +63,96 @@ def summarize(run: Run) -> Summary:
         "objective_s": scenario.objective_s,
         "goodput_per_s": len(within) / duration if scenario.objective_s is not None else None,
         "goodput_share": len(within) / max(len(within_window), 1) if scenario.objective_s is not None else None,
-        "latency": told(latency),
-        "latency_from_sent": told(from_sent),
-        "first_byte": told(histogram(one.first_byte - one.intended for one in answered if one.first_byte is not None)),
-        "first_preview": told(histogram(one.preview - one.intended for one in answered if one.preview is not None)),
-        "send_lag": told(lag),
+        "latency": distribution(latency),
+        "latency_from_sent": distribution(from_sent),
+        "first_byte": distribution(
+            histogram_of(record.first_byte - record.intended for record in answered if record.first_byte is not None)
+        ),
+        "first_preview": distribution(
+            histogram_of(record.preview - record.intended for record in answered if record.preview is not None)
+        ),
+        "send_lag": distribution(lag),
         "invalid": invalid(lag, latency, outcomes["client_overload"]),
         "kinds": kinds(within_window, scenario),
         "server": server_parts(answered),
         "errors": errors(records),
-        "scale_ups": [asdict(one) | {"total": one.total} for one in scale_ups(with_load(run), run.moment)],
+        "scale_ups": [
+            asdict(scale_up) | {"total": scale_up.total} for scale_up in scale_ups(with_load(run), run.moment)
+        ],
         "most": most(run),
         **cost(run, scenario, pictures, began, ended),
     }
 
 
 def window(records: Sequence[Record], scenario: Scenario) -> list[Record]:
-    """Without what was sent to warm up, or while it ran out."""
-    last = max((one.intended for one in records), default=0.0) if scenario.duration_s is None else scenario.duration_s
-    return [one for one in records if scenario.warmup_s <= one.intended <= last - scenario.cooldown_s]
+    """The records outside warm-up and cool-down."""
+    last = (
+        max((record.intended for record in records), default=0.0)
+        if scenario.duration_s is None
+        else scenario.duration_s
+    )
+    return [record for record in records if scenario.warmup_s <= record.intended <= last - scenario.cooldown_s]
 
 
 def bounds(records: Sequence[Record]) -> tuple[float, float]:
     if not records:
         return 0.0, 0.0
-    return min(one.intended for one in records), max(one.done for one in records)
+    return min(record.intended for record in records), max(record.done for record in records)
 
 
 def intended_span(records: Sequence[Record]) -> float:
-    """As long as the schedule would be if one more request came at the end."""
+    """The length of the schedule, including a mean gap after the last request."""
     if len(records) < 2:
         return 0.0
     return (records[-1].intended - records[0].intended) * len(records) / (len(records) - 1)
 
 
-def histogram(seconds: Iterable[float]) -> HdrHistogram:
-    made = HdrHistogram(1, HIGHEST_US, DIGITS)
-    for one in seconds:
-        made.record_value(min(HIGHEST_US, max(1, round(one * 1e6))))
-    return made
+def histogram_of(seconds: Iterable[float]) -> HdrHistogram:
+    histogram = HdrHistogram(1, HIGHEST_US, DIGITS)
+    for value in seconds:
+        add(histogram, value)
+    return histogram
 
 
-def told(made: HdrHistogram) -> Summary | None:
-    """In seconds. A percentile that less than one request lies beyond is the maximum in disguise, so it is None."""
-    if not made.total_count:
+def add(histogram: HdrHistogram, seconds: float) -> None:
+    histogram.record_value(min(HIGHEST_US, max(1, round(seconds * 1e6))))
+
+
+def distribution(histogram: HdrHistogram) -> Summary | None:
+    """Mean, extremes and percentiles in seconds. A percentile beyond which there is no request is None."""
+    if not histogram.total_count:
         return None
-    count = made.total_count
+    count = histogram.total_count
     return {
         "count": count,
-        "mean": made.get_mean_value() / 1e6,
-        "min": made.get_min_value() / 1e6,
-        "max": made.get_max_value() / 1e6,
-        **{f"p{p:g}": made.get_value_at_percentile(p) / 1e6 if supported(count, p) else None for p in PERCENTILES},
-        "between": {f"p{p:g}": between_95(made, p) for p in PERCENTILES if supported(count, p)},
-        "hdr": made.encode().decode(),
+        "mean": histogram.get_mean_value() / 1e6,
+        "min": histogram.get_min_value() / 1e6,
+        "max": histogram.get_max_value() / 1e6,
+        **{f"p{p:g}": histogram.get_value_at_percentile(p) / 1e6 if supported(count, p) else None for p in PERCENTILES},
+        "between": {f"p{p:g}": between_95(histogram, p) for p in PERCENTILES if supported(count, p)},
+        "hdr": histogram.encode().decode(),
     }
 
 
-def between_95(made: HdrHistogram, percentile: float) -> tuple[float, float]:
-    """Where the percentile of all requests like these is, with a confidence of 95 %: the order statistics between which
-    the binomial distribution puts its rank. That takes them as independent, which in one queue they are not quite."""
-    count, share = made.total_count, percentile / 100
+def between_95(histogram: HdrHistogram, percentile: float) -> tuple[float, float]:
+    """The 95 % confidence interval of a percentile, from the binomial distribution of its rank.
+
+    It assumes independent requests, which requests in a common queue are only approximately.
+    """
+    count, share = histogram.total_count, percentile / 100
     reach = 1.96 * math.sqrt(count * share * (1 - share))
     ranks = max(1.0, count * share - reach), min(float(count), count * share + reach + 1)
-    low, high = (made.get_value_at_percentile(100 * rank / count) / 1e6 for rank in ranks)
+    low, high = (histogram.get_value_at_percentile(100 * rank / count) / 1e6 for rank in ranks)
     return low, high
 
 
 def supported(count: int, percentile: float) -> bool:
-    """Whether at least one request lies beyond it."""
+    """Whether at least one request is beyond the percentile."""
     return count * (100 - percentile) >= 100 - 1e-6
 
 
 def invalid(lag: HdrHistogram, latency: HdrHistogram, overloaded: int) -> list[str]:
-    """Why this run measured its own client rather than the server; empty where it did not."""
+    """The reasons why this run measured its own client instead of the server. A valid run has none."""
     reasons = []
     if lag.total_count and latency.total_count:
         highest = max(p for p in (50.0, 90.0, 95.0, 99.0) if p == 50 or supported(lag.total_count, p))
@@ -152,40 +170,42 @@ def invalid(lag: HdrHistogram, latency: HdrHistogram, overloaded: int) -> list[s
 
 def kinds(records: Sequence[Record], scenario: Scenario) -> dict[str, Summary]:
     grouped: dict[str, list[Record]] = {}
-    for one in records:
-        grouped.setdefault(one.kind, []).append(one)
-    found = {}
+    for record in records:
+        grouped.setdefault(record.kind, []).append(record)
+    by_kind = {}
     for name, group in grouped.items():
-        answered = [one for one in group if one.outcome == "ok"]
-        within = sum(scenario.objective_s is not None and one.latency <= scenario.objective_s for one in answered)
-        found[name] = {
+        answered = [record for record in group if record.outcome == "ok"]
+        within = sum(scenario.objective_s is not None and record.latency <= scenario.objective_s for record in answered)
+        by_kind[name] = {
             "requests": len(group),
             "ok": len(answered),
             "goodput_share": within / len(group) if scenario.objective_s is not None else None,
-            "latency": told(histogram(one.latency for one in answered)),
-            "first_preview": told(histogram(one.preview - one.intended for one in answered if one.preview is not None)),
+            "latency": distribution(histogram_of(record.latency for record in answered)),
+            "first_preview": distribution(
+                histogram_of(record.preview - record.intended for record in answered if record.preview is not None)
+            ),
         }
-    return found
+    return by_kind
 
 
 def server_parts(records: Sequence[Record]) -> dict[str, float]:
-    """Means of what the server says that each part took, in seconds."""
-    names = sorted({name for one in records for name in one.server or {}})
+    """Mean seconds of each part of the work, as the server reports them."""
+    names = sorted({name for record in records for name in record.server or {}})
     return {
-        name: float(np.mean([one.server[name] for one in records if one.server and name in one.server]))
+        name: float(np.mean([record.server[name] for record in records if record.server and name in record.server]))
         for name in names
     }
 
 
 def errors(records: Sequence[Record]) -> list[Summary]:
-    """Each kind of failure, those whose words differ only in numbers together, with an example."""
+    """The kinds of failure, each with an example. Messages that differ only in numbers are the same kind."""
     counts: Counter[tuple[str, int | None, str]] = Counter()
     examples: dict[tuple[str, int | None, str], str] = {}
-    for one in records:
-        if one.outcome != "ok":
-            key = one.outcome, one.status, re.sub(r"\d+", "0", one.error or "")
+    for record in records:
+        if record.outcome != "ok":
+            key = record.outcome, record.status, re.sub(r"\d+", "0", record.error or "")
             counts[key] += 1
-            examples.setdefault(key, one.error or "")
+            examples.setdefault(key, record.error or "")
     return [
         {"outcome": key[0], "status": key[1], "count": count, "example": examples[key]}
         for key, count in counts.most_common(MOST_ERRORS)
@@ -193,22 +213,22 @@ def errors(records: Sequence[Record]) -> list[Summary]:
 
 
 def in_flight(records: Sequence[Record], times: Sequence[float]) -> list[int]:
-    """At each moment, as this client counts them."""
-    sent = np.sort([one.sent for one in records if one.sent is not None])
-    done = np.sort([one.done for one in records if one.sent is not None])
+    """The number of requests in flight at each time, as this client counts them."""
+    sent = np.sort([record.sent for record in records if record.sent is not None])
+    done = np.sort([record.done for record in records if record.sent is not None])
     flying = np.searchsorted(sent, times, side="right") - np.searchsorted(done, times, side="right")
     return [int(count) for count in flying]
 
 
 def with_load(run: Run) -> list[dict[str, Any]]:
-    """The samples, each with the requests that were in flight."""
+    """The samples of the cluster, each with the number of requests in flight."""
     samples = backdated(run.timeline, run.moment)
     flying = in_flight(run.records, [sample["t"] for sample in samples])
     return [sample | {"in_flight": count} for sample, count in zip(samples, flying, strict=True)]
 
 
 def most(run: Run) -> dict[str, int]:
-    """Replicas and nodes at their most and in the end."""
+    """The highest and the final number of replicas and of nodes."""
     running = [sample["running"] for sample in run.timeline if "running" in sample]
     nodes = [sum(sample["nodes"].values()) for sample in run.timeline if "nodes" in sample]
     if not running or not nodes:
@@ -222,7 +242,7 @@ def most(run: Run) -> dict[str, int]:
 
 
 def cost(run: Run, scenario: Scenario, pictures: int, began: float, ended: float) -> Summary:
-    """Per chip as declared to Serve, and in dollars where the scenario has a price."""
+    """Images per chip-second, with the chips declared to Serve, and dollars if the scenario has a price."""
     declared = [sample["chips"] for sample in run.timeline if sample.get("chips")]
     chips = scenario.price.chips_per_replica or (declared[-1] if declared else None)
     used = chip_seconds(with_load(run), chips, began, ended) if chips else 0.0
@@ -234,16 +254,16 @@ def cost(run: Run, scenario: Scenario, pictures: int, began: float, ended: float
 
 
 def merged(summaries: Sequence[Summary]) -> Summary | None:
-    """The latency of several runs together."""
-    whole = histogram([])
-    for one in summaries:
-        if one["latency"]:
-            whole.decode_and_add(one["latency"]["hdr"].encode())
-    return told(whole)
+    """The latency distribution of several runs together."""
+    whole = histogram_of([])
+    for summary in summaries:
+        if summary["latency"]:
+            whole.decode_and_add(summary["latency"]["hdr"].encode())
+    return distribution(whole)
 
 
 def seconds(value: float | None) -> str:
-    """For people: 45.6 µs, 12.3 ms, 1.23 s."""
+    """Formats a duration for people: 45.6 µs, 12.3 ms, 1.23 s."""
     if value is None or math.isnan(value):
         return "–"
     if value < 0.001:

@@ -1,11 +1,11 @@
-"""Raises the rate until the server no longer keeps up, and closes in on the knee between. Knows nothing of HTTP."""
+"""Raises the rate until the server no longer keeps up, then bisects to find the knee. Knows nothing of HTTP."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from loadtest.summary import Summary
 
-KEEPS_UP = 0.95  # of the requests that are offered, answered in the time of the schedule and its longest answer
+KEEPS_UP = 0.95  # share of the requests that must be answered within the objective
 HALVINGS = 3
 
 
@@ -18,9 +18,10 @@ class Level:
 
 
 def judge(summary: Summary, objective_s: float) -> tuple[bool, str]:
-    """Held is a level at which nothing failed and 95 % of the answers came within the objective.
+    """Whether the server holds the level, and if not, why.
 
-    Latency counts from the intended times, so a generator that is late can make a level fail but never hold.
+    It holds if nothing failed and 95 % of the answers came within the objective. Latency counts from the intended
+    times, so a late generator can make a level fail but never hold.
     """
     blame = "; but the generator itself was late" if summary["invalid"] else ""
     if summary["failed"]:
@@ -33,7 +34,7 @@ def judge(summary: Summary, objective_s: float) -> tuple[bool, str]:
 def sweep(
     run: Callable[[float], Summary], first: float, factor: float, most: float, objective_s: float
 ) -> Iterator[Level]:
-    """Levels in the order in which they are run. The knee is the highest that held."""
+    """Yields the levels in the order of their runs. The knee is the highest level that held."""
     rate, held = first, 0.0
     while rate <= most:
         level = measured(run, rate, objective_s)

@@ -29,7 +29,7 @@ def test_dear_requests_take_more_of_the_time_than_cheap_ones() -> None:
     retry_after = on_clock(Clock())
     retry_after.finished(PLAIN, 2.0)
     dear = replace(PLAIN, guidance_scale=5.0, n=2, num_inference_steps=20)
-    assert [retry_after.seconds(asked, 1.0, 1) for asked in (dear, PLAIN, PLAIN)] == [1.0, 17.0, 19.0]
+    assert [retry_after.seconds(generation, 1.0, 1) for generation in (dear, PLAIN, PLAIN)] == [1.0, 17.0, 19.0]
 
 
 def test_several_replicas_share_the_work() -> None:

@@ -1,4 +1,4 @@
-"""When requests are to be sent, and which: the plan that a scenario draws."""
+"""The plan of a scenario: which requests are sent, and when."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def planned(arrivals: dict[str, Any], **scenario: Any) -> list[Planned]:
 
 
 def times(arrivals: dict[str, Any], **scenario: Any) -> list[float]:
-    return [one.at for one in planned(arrivals, **scenario)]
+    return [request.at for request in planned(arrivals, **scenario)]
 
 
 def test_a_constant_rate_is_evenly_spaced() -> None:
@@ -36,23 +36,23 @@ def test_steps_and_rests_come_one_after_the_other() -> None:
     assert times({"process": "constant", "stages": stages}) == [0, 0.5, 1, 1.5, 5, 6]
 
 
-def test_a_ramp_sends_as_many_as_its_mean_rate_and_ever_faster() -> None:
-    found = np.array(times({"process": "constant", "stages": [{"rate": 0, "to": 10, "duration_s": 10}]}))
-    assert len(found) == 50
-    assert np.allclose(found**2 / 2, np.arange(50)), "the integral of a rate of t"
+def test_a_ramp_has_the_count_of_its_mean_rate_and_shrinking_gaps() -> None:
+    arrivals = np.array(times({"process": "constant", "stages": [{"rate": 0, "to": 10, "duration_s": 10}]}))
+    assert len(arrivals) == 50
+    assert np.allclose(arrivals**2 / 2, np.arange(50)), "the integral of a rate of t"
 
 
 def test_a_burst_comes_at_once_on_top_of_the_stages() -> None:
     stages = [{"rate": 1, "duration_s": 3}]
-    found = times({"process": "constant", "stages": stages, "bursts": [{"at_s": 1.5, "requests": 3}]})
-    assert found == [0, 1, 1.5, 1.5, 1.5, 2]
+    arrivals = times({"process": "constant", "stages": stages, "bursts": [{"at_s": 1.5, "requests": 3}]})
+    assert arrivals == [0, 1, 1.5, 1.5, 1.5, 2]
 
 
 @pytest.mark.parametrize(("process", "cv"), [("poisson", 1.0), ("gamma", 3.0), ("gamma", 0.3)])
-def test_gaps_vary_as_much_as_asked_for(process: str, cv: float) -> None:
+def test_gaps_have_the_coefficient_of_variation_of_the_process(process: str, cv: float) -> None:
     shape = {} if process == "poisson" else {"cv": cv}
-    found = times({"process": process, "stages": [{"rate": 50, "duration_s": 400}], **shape}, max_requests=50_000)
-    gaps = np.diff(found)
+    arrivals = times({"process": process, "stages": [{"rate": 50, "duration_s": 400}], **shape}, max_requests=50_000)
+    gaps = np.diff(arrivals)
     assert gaps.mean() == pytest.approx(1 / 50, rel=0.1) and gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.1)
 
 
@@ -64,10 +64,10 @@ spans = st.builds(Span, st.floats(0, 50), st.floats(0.5, 50), st.floats(0.1, 5))
 def test_arrivals_are_in_order_and_within_their_spans(spans: list[Span], cv: float, seed: int) -> None:
     count = sum(span.count for span in spans)
     for arrived in (evenly(count, 10_000), gamma(count, 10_000, cv, np.random.default_rng(seed))):
-        found = through(spans, arrived)
-        assert len(found) == len(arrived)
-        assert np.all(np.diff(found) >= -1e-9) and np.all(found >= 0)
-        assert np.all(found <= sum(span.duration_s for span in spans) + 1e-6)
+        arrivals = through(spans, arrived)
+        assert len(arrivals) == len(arrived)
+        assert np.all(np.diff(arrivals) >= -1e-9) and np.all(arrivals >= 0)
+        assert np.all(arrivals <= sum(span.duration_s for span in spans) + 1e-6)
 
 
 def test_bursts_alone_need_no_stage_with_a_rate() -> None:
@@ -81,16 +81,17 @@ def test_the_same_seed_plans_the_same_run_and_another_another() -> None:
 
 def test_weights_decide_how_often_a_kind_is_asked_for() -> None:
     mix = [{"weight": 3, "size": "16x16"}, {"weight": 1, "kind": "big", "size": "32x32", "n": 2}]
-    found = planned({"process": "closed", "concurrency": 1, "requests": 4000}, mix=mix, checks={"repeat": 0})
-    big = [one for one in found if one.kind == "big"]
-    assert len(big) / len(found) == pytest.approx(0.25, abs=0.03)
-    assert all(one.request["n"] == 2 for one in big) and {one.kind for one in found} == {"size=16x16", "big"}
+    requests = planned({"process": "closed", "concurrency": 1, "requests": 4000}, mix=mix, checks={"repeat": 0})
+    big = [request for request in requests if request.kind == "big"]
+    assert len(big) / len(requests) == pytest.approx(0.25, abs=0.03)
+    assert all(request.request["n"] == 2 for request in big)
+    assert {request.kind for request in requests} == {"size=16x16", "big"}
 
 
 def test_some_requests_repeat_an_earlier_one_seed_and_all() -> None:
-    found = planned({"process": "closed", "concurrency": 1, "requests": 2000}, checks={"repeat": 0.2})
-    different = {json.dumps(one.request, sort_keys=True) for one in found}
-    assert 1 - len(different) / len(found) == pytest.approx(0.2, abs=0.04)
+    requests = planned({"process": "closed", "concurrency": 1, "requests": 2000}, checks={"repeat": 0.2})
+    different = {json.dumps(request.request, sort_keys=True) for request in requests}
+    assert 1 - len(different) / len(requests) == pytest.approx(0.2, abs=0.04)
 
 
 def test_prompts_come_from_a_file_of_text_or_of_fields(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_prompts_come_from_a_file_of_text_or_of_fields(tmp_path: Path) -> None:
     text.write_text("a fox\n\n")
     fields.write_text('{"prompt": "a hen", "seed": 7, "num_inference_steps": 3}\n')
     closed = {"process": "closed", "concurrency": 1, "requests": 3}
-    assert {one.request["prompt"] for one in planned(closed, prompts=str(text))} == {"a fox"}
+    assert {request.request["prompt"] for request in planned(closed, prompts=str(text))} == {"a fox"}
     mix = [{"num_inference_steps": 9}]
     assert planned(closed, prompts=str(fields), mix=mix)[0].request == {
         **{"prompt": "a hen", "seed": 7, "num_inference_steps": 3}
@@ -114,21 +115,21 @@ def test_prompts_come_from_a_file_of_text_or_of_fields(tmp_path: Path) -> None:
         ("p.txt", "\n", "holds no prompt."),
     ],
 )
-def test_what_is_wrong_with_a_prompt_file_is_told_with_its_line(
+def test_a_mistake_in_a_prompt_file_is_reported_with_its_line(
     tmp_path: Path, name: str, content: str, words: str
 ) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError) as told:
+    with pytest.raises(UsageError) as caught:
         planned({"process": "closed", "concurrency": 1, "requests": 1}, prompts=str(tmp_path / name))
-    assert words in str(told.value)
+    assert words in str(caught.value)
 
 
 def test_a_trace_is_replayed_at_its_times_from_its_first(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     later = {"timestamp": 12.0, "body": {"prompt": "b"}, "endpoint": "imagine"}
     trace.write_text("\n".join(map(json.dumps, [later, {"at": 10, "request": {"prompt": "a", "seed": 1}}])))
-    found = planned({"process": "replay", "trace": str(trace), "speed": 4})
-    assert [(one.at, one.endpoint, one.request["prompt"]) for one in found] == [
+    requests = planned({"process": "replay", "trace": str(trace), "speed": 4})
+    assert [(request.at, request.endpoint, request.request["prompt"]) for request in requests] == [
         (0.0, "generations", "a"),
         (0.5, "imagine", "b"),
     ]
@@ -143,11 +144,11 @@ def test_a_trace_is_replayed_at_its_times_from_its_first(tmp_path: Path) -> None
         ("", "holds no request."),
     ],
 )
-def test_what_is_wrong_with_a_trace_is_told_with_its_line(tmp_path: Path, line: str, words: str) -> None:
+def test_a_mistake_in_a_trace_is_reported_with_its_line(tmp_path: Path, line: str, words: str) -> None:
     (tmp_path / "t.jsonl").write_text(line)
-    with pytest.raises(UsageError) as told:
+    with pytest.raises(UsageError) as caught:
         planned({"process": "replay", "trace": str(tmp_path / "t.jsonl")})
-    assert words in str(told.value)
+    assert words in str(caught.value)
 
 
 def test_a_run_has_a_cap_on_its_requests(tmp_path: Path) -> None:
@@ -167,19 +168,19 @@ def test_the_shipped_scenarios_can_be_planned_and_say_what_they_are() -> None:
 
 
 def test_a_burst_in_a_scenario_keeps_its_requests_at_one_moment() -> None:
-    at_once = [one for one in plan(load("burst", {})) if one.at == 30]
+    at_once = [request for request in plan(load("burst", {})) if request.at == 30]
     assert len(at_once) == 40
 
 
 def test_the_quick_config_is_the_shipped_one_with_shorter_delays() -> None:
-    """One file cannot include another, so they are held to each other here."""
+    """A YAML file cannot include another, so this test compares the two."""
     shipped, quick = (yaml.safe_load((ROOT / name).read_text()) for name in ("serve_config.yaml", QUICK))
     different: dict[str, tuple[float, float]] = {}
-    for one, other in zip(*(config["applications"][0]["deployments"] for config in (shipped, quick)), strict=True):
-        before, after = (scaled.get("autoscaling_config", {}) for scaled in (one, other))
+    for ours, quicker in zip(*(config["applications"][0]["deployments"] for config in (shipped, quick)), strict=True):
+        before, after = (scaled.get("autoscaling_config", {}) for scaled in (ours, quicker))
         different |= {name: (before[name], after[name]) for name in before if before[name] != after[name]}
-        other["autoscaling_config"] = one.get("autoscaling_config")
-        one.setdefault("autoscaling_config", None)
+        quicker["autoscaling_config"] = ours.get("autoscaling_config")
+        ours.setdefault("autoscaling_config", None)
     assert shipped == quick
     delays = {"metrics_interval_s", "look_back_period_s", "upscale_delay_s", "downscale_delay_s"}
     assert set(different) == delays and all(after < before for before, after in different.values())

@@ -1,4 +1,4 @@
-"""One request at a time against a server that misbehaves as it is told: what came of it, and that it was sent once."""
+"""The outcome of single requests to a server that misbehaves on request, each of which must be sent once."""
 
 import asyncio
 import time
@@ -38,17 +38,20 @@ def send(
                     **{"equal_seeds": EqualSeeds.of(requests, 1), "pictures": None, **changes},
                 }
                 client = Client(**options)
-                return [await client.send(Planned(i, 0.0, "k", endpoint, one), 0.0) for i, one in enumerate(requests)]
+                return [
+                    await client.send(Planned(i, 0.0, "k", endpoint, request), 0.0)
+                    for i, request in enumerate(requests)
+                ]
 
     return asyncio.run(work())
 
 
-def asked(prompt: str, **fields: Any) -> dict[str, Any]:
+def fields_of(prompt: str, **fields: Any) -> dict[str, Any]:
     return {"prompt": prompt, "seed": 7, **fields}
 
 
 def test_a_good_answer_is_timed_counted_and_kept(server: Server, tmp_path: Path) -> None:
-    (record,) = send(server, asked("delay 0.2", n=2), pictures=tmp_path)
+    (record,) = send(server, fields_of("delay 0.2", n=2), pictures=tmp_path)
     assert record.outcome == "ok" and record.pictures == 2 and record.status == 200 and record.error is None
     assert record.sent is not None and record.first_byte is not None
     assert 0 <= record.sent < 0.2 <= record.first_byte <= record.done
@@ -58,18 +61,18 @@ def test_a_good_answer_is_timed_counted_and_kept(server: Server, tmp_path: Path)
 
 
 def test_a_picture_by_get_tells_its_timings_in_a_header(server: Server) -> None:
-    (record,) = send(server, asked("a", size=SIZE), endpoint="imagine")
+    (record,) = send(server, fields_of("a", size=SIZE), endpoint="imagine")
     assert record.outcome == "ok" and record.server == {"denoise": 0.0125} and server.seen[-1]["method"] == "GET"
 
 
 def test_a_stream_tells_when_its_first_preview_was_there(server: Server) -> None:
-    (record,) = send(server, asked("a", stream=True, partial_images=1))
+    (record,) = send(server, fields_of("a", stream=True, partial_images=1))
     assert record.outcome == "ok" and record.first_byte is not None and record.preview is not None
     assert record.first_byte < record.preview < record.done - 0.03
 
 
 def test_a_stream_whose_lines_end_with_crlf_is_read(server: Server) -> None:
-    (record,) = send(server, asked("crlf", stream=True, partial_images=1))
+    (record,) = send(server, fields_of("crlf", stream=True, partial_images=1))
     assert record.outcome == "ok" and record.preview is not None and record.pictures == 1
 
 
@@ -95,30 +98,30 @@ def test_a_failure_is_of_its_class_and_told_in_words(server: Server, prompt: str
     endpoints: tuple[Endpoint, ...] = ("generations", "imagine")
     for endpoint in endpoints:
         before = len(server.seen)
-        (record,) = send(server, asked(prompt), endpoint=endpoint, timeout_s=0.5)
+        (record,) = send(server, fields_of(prompt), endpoint=endpoint, timeout_s=0.5)
         assert record.outcome == outcome and record.error and words in record.error
         assert record.pictures == 0 and len(server.seen) == before + 1, "sent once"
 
 
 def test_a_broken_connection_is_told_and_not_tried_again_even_where_one_is_reused(server: Server) -> None:
     before = len(server.seen)
-    records = send(server, asked("a"), asked("drop"), endpoint="imagine")
-    assert [one.outcome for one in records] == ["ok", "reset"] and len(server.seen) == before + 2
+    records = send(server, fields_of("a"), fields_of("drop"), endpoint="imagine")
+    assert [record.outcome for record in records] == ["ok", "reset"] and len(server.seen) == before + 2
 
 
 def test_a_server_that_sheds_load_says_when_to_come_again(server: Server) -> None:
-    assert [one.retry_after for one in send(server, asked("status 503"), asked("a"))] == [1.0, None]
+    assert [record.retry_after for record in send(server, fields_of("status 503"), fields_of("a"))] == [1.0, None]
 
 
 @pytest.mark.parametrize(("prompt", "outcome"), [("fail", "server_error"), ("halt", "reset")])
 def test_a_stream_that_ends_badly_is_a_failure(server: Server, prompt: str, outcome: str) -> None:
-    (record,) = send(server, asked(prompt, stream=True))
+    (record,) = send(server, fields_of(prompt, stream=True))
     assert record.outcome == outcome and record.preview is not None
 
 
 def test_nobody_there_is_a_failed_connection(server: Server) -> None:
     nowhere = Server(url="http://127.0.0.1:9")
-    (record,) = send(nowhere, asked("a"))
+    (record,) = send(nowhere, fields_of("a"))
     assert record.outcome == "connect" and record.status is None and record.first_byte is None
 
 
@@ -127,19 +130,19 @@ def test_without_sockets_left_it_is_this_machine_that_fails(server: Server, monk
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr("aiohttp.connector.TCPConnector.connect", full)
-    (record,) = send(server, asked("a"))
+    (record,) = send(server, fields_of("a"))
     assert record.outcome == "client_overload" and "Too many open files" in str(record.error)
 
 
 def test_equal_requests_must_get_equal_pictures(server: Server) -> None:
-    records = send(server, asked("fickle"), asked("a"), asked("fickle", stream=True), asked("a"))
-    assert [one.outcome for one in records] == ["ok", "ok", "bad_image", "ok"]
+    records = send(server, fields_of("fickle"), fields_of("a"), fields_of("fickle", stream=True), fields_of("a"))
+    assert [record.outcome for record in records] == ["ok", "ok", "bad_image", "ok"]
     assert "the same request and seed got another picture before" in str(records[2].error)
-    assert [one.compared for one in records] == [False, False, False, True]
+    assert [record.compared for record in records] == [False, False, False, True]
 
 
 def test_pictures_are_kept_only_while_others_are_to_be_held_to_them(server: Server) -> None:
-    requests = [asked("a"), asked("b"), asked("a")]
+    requests = [fields_of("a"), fields_of("b"), fields_of("a")]
     held = EqualSeeds.of(requests, 1)
     send(server, *requests[:2], equal_seeds=held)
     assert len(held.first) == 1
@@ -148,11 +151,11 @@ def test_pictures_are_kept_only_while_others_are_to_be_held_to_them(server: Serv
 
 
 def test_one_grey_level_is_no_difference(server: Server) -> None:
-    records = send(server, *[asked("near")] * 12)
-    assert {one.outcome for one in records} == {"ok"} and len({one.digest for one in records}) == 2
-    exact = EqualSeeds.of([asked("near")] * 12, 0)
-    records = send(server, *[asked("near")] * 12, equal_seeds=exact)
-    assert {one.outcome for one in records} == {"ok", "bad_image"}
+    records = send(server, *[fields_of("near")] * 12)
+    assert {record.outcome for record in records} == {"ok"} and len({record.digest for record in records}) == 2
+    exact = EqualSeeds.of([fields_of("near")] * 12, 0)
+    records = send(server, *[fields_of("near")] * 12, equal_seeds=exact)
+    assert {record.outcome for record in records} == {"ok", "bad_image"}
 
 
 def test_a_request_without_a_seed_equals_none() -> None:
@@ -162,5 +165,5 @@ def test_a_request_without_a_seed_equals_none() -> None:
 
 
 def test_fewer_pictures_than_asked_for_are_bad(server: Server) -> None:
-    (record,) = send(server, asked("fewer", n=3))
+    (record,) = send(server, fields_of("fewer", n=3))
     assert record.outcome == "bad_image" and record.error == "2 pictures where 3 were asked for"

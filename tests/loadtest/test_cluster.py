@@ -73,7 +73,7 @@ ANSWERS: dict[str, Any] = {
     "/v1/stats": STATISTICS,
     "/api/serve/applications/": DETAILS,
     "/api/cluster_status": {"data": {"clusterStatus": NODES}},
-    "/nodes": {"data": {"summary": [{"raylet": one} for one in RAYLETS]}},
+    "/nodes": {"data": {"summary": [{"raylet": raylet} for raylet in RAYLETS]}},
 }
 
 
@@ -110,7 +110,7 @@ def looked(url: str, folder: Path, dashboard: bool = True) -> list[Sample]:
         with Journal(folder / "timeline.jsonl") as journal:
             async with session({}) as opened:
                 watcher = Watcher(url, opened, Dashboard(url) if dashboard else None, journal)
-                await watcher.look()
+                await watcher.sample_once()
                 return watcher.samples
 
     return asyncio.run(work())
@@ -120,30 +120,30 @@ def test_a_look_tells_replicas_nodes_and_queues_and_is_kept(tmp_path: Path) -> N
     with cluster(ANSWERS) as url:
         samples = looked(url, tmp_path)
     assert [*entries(tmp_path / "timeline.jsonl")] == samples
-    serve = next(one for one in samples if "target" in one)
+    serve = next(sample for sample in samples if "target" in sample)
     assert {name: serve[name] for name in ("deployment", "target", "running", "starting", "stopping")} == {
         **{"deployment": "app/Model", "target": 3, "running": 1, "starting": 2, "stopping": 1}
     }
     assert (serve["chips"], serve["target_ongoing"]) == (4.0, 8)
-    nodes = next(one for one in samples if "nodes" in one)
+    nodes = next(sample for sample in samples if "nodes" in sample)
     assert (nodes["nodes"], nodes["pending"]) == ({"ray_tpu": 2}, 1)
     assert nodes["node_starts"]["n2"] == {"type": "ray_tpu", "since": 90.0} and "gone" not in nodes["node_starts"]
-    told = next(one for one in samples if "waiting" in one)
-    assert (told["waiting"], told["unfinished"], told["bucket_fill"]) == (3, 5, 0.5)
-    assert told["milestones"] == {"a": {"warm": 9.0}}
+    stats = next(sample for sample in samples if "waiting" in sample)
+    assert (stats["waiting"], stats["unfinished"], stats["bucket_fill"]) == (3, 5, 0.5)
+    assert stats["milestones"] == {"a": {"warm": 9.0}}
 
 
 @pytest.mark.parametrize("broken", ["/v1/stats", "/api/serve/applications/", "/api/cluster_status", "/nodes"])
-def test_what_cannot_be_read_is_noted_and_the_rest_is_told(tmp_path: Path, broken: str) -> None:
+def test_what_cannot_be_read_is_noted_and_the_rest_is_sampled(tmp_path: Path, broken: str) -> None:
     with cluster(ANSWERS | {broken: None}) as url:
         samples = looked(url, tmp_path)
-    assert len([one for one in samples if "errors" in one]) == 1
-    assert len([one for one in samples if {"target", "waiting", "nodes"} & set(one)]) == 2
+    assert len([sample for sample in samples if "errors" in sample]) == 1
+    assert len([sample for sample in samples if {"target", "waiting", "nodes"} & set(sample)]) == 2
 
 
-def test_where_nobody_answers_that_is_what_is_told(tmp_path: Path) -> None:
+def test_a_server_without_an_answer_is_noted_in_the_samples(tmp_path: Path) -> None:
     samples = looked("http://127.0.0.1:9", tmp_path)
-    assert len(samples) == 3 and all(one["errors"] for one in samples)
+    assert len(samples) == 3 and all(sample["errors"] for sample in samples)
 
 
 def test_without_a_dashboard_only_the_server_is_asked(tmp_path: Path) -> None:
@@ -187,11 +187,19 @@ def test_it_has_settled_once_all_is_as_before_for_a_moment(tmp_path: Path) -> No
 
 
 def seen(t: float, target: int, in_flight: int, states: dict[str, str], **more: Any) -> Sample:
-    told = {
-        name: {"state": one, "node": "n2" if name == "b" else "n1", "since": 1012.0} for name, one in states.items()
+    replicas = {
+        name: {"state": state, "node": "n2" if name == "b" else "n1", "since": 1012.0} for name, state in states.items()
     }
     counts = {"running": [*states.values()].count("RUNNING"), "starting": [*states.values()].count("STARTING")}
-    return {"t": t, "target": target, "target_ongoing": 8, "in_flight": in_flight, "replicas": told, **counts, **more}
+    return {
+        "t": t,
+        "target": target,
+        "target_ongoing": 8,
+        "in_flight": in_flight,
+        "replicas": replicas,
+        **counts,
+        **more,
+    }
 
 
 NODE = {"node_starts": {"n1": {"type": "ray_tpu", "since": 1000.0}, "n2": {"type": "ray_tpu", "since": 1018.0}}}
@@ -209,12 +217,12 @@ STORY = [
 
 def test_a_scale_up_is_broken_down_from_overload_to_the_first_image() -> None:
     """The decision is when Serve began the replica, at 12, and not when that was seen, at 15."""
-    (one,) = scale_ups(STORY, lambda unix: unix - 1000)
-    assert (one.replica, one.node_type, one.new_node, one.began) == ("b", "ray_tpu", True, 5)
-    assert one.phases == {
+    (scale_up,) = scale_ups(STORY, lambda unix: unix - 1000)
+    assert (scale_up.replica, scale_up.node_type, scale_up.new_node, scale_up.began) == ("b", "ray_tpu", True, 5)
+    assert scale_up.phases == {
         **{"decision": 7, "node": 6, "process": 3, "weights": 3, "compile": 10, "ready": 1, "first image": 1.5}
     }
-    assert one.began + one.total == 36.5
+    assert scale_up.began + scale_up.total == 36.5
 
 
 def test_a_replica_on_a_node_that_was_there_waits_for_none() -> None:
@@ -222,8 +230,8 @@ def test_a_replica_on_a_node_that_was_there_waits_for_none() -> None:
     for sample in story:
         if "node_starts" in sample:
             sample["node_starts"]["n2"]["since"] = 1001.0
-    (one,) = scale_ups(story, lambda unix: unix - 1000)
-    assert not one.new_node and one.phases["node"] == 0 and one.phases["process"] == 9
+    (scale_up,) = scale_ups(story, lambda unix: unix - 1000)
+    assert not scale_up.new_node and scale_up.phases["node"] == 0 and scale_up.phases["process"] == 9
 
 
 def test_a_replica_that_replaces_another_is_no_scale_up() -> None:
@@ -233,9 +241,13 @@ def test_a_replica_that_replaces_another_is_no_scale_up() -> None:
 
 
 def test_what_was_not_seen_is_told_as_unknown() -> None:
-    story = [one for one in STORY if "milestones" not in one]
-    (one,) = scale_ups(story, lambda unix: unix - 1000)
-    assert one.phases["weights"] is None and one.phases["ready"] == 35 - 18 and one.phases["first image"] is None
+    story = [sample for sample in STORY if "milestones" not in sample]
+    (scale_up,) = scale_ups(story, lambda unix: unix - 1000)
+    assert (
+        scale_up.phases["weights"] is None
+        and scale_up.phases["ready"] == 35 - 18
+        and scale_up.phases["first image"] is None
+    )
 
 
 def test_chips_are_paid_for_while_a_replica_is_there_in_any_state() -> None:
@@ -244,7 +256,7 @@ def test_chips_are_paid_for_while_a_replica_is_there_in_any_state() -> None:
 
 
 def test_a_replica_counts_from_when_serve_says_that_it_starts() -> None:
-    told = backdated(STORY, lambda unix: unix - 1000)
-    counts = [(one["t"], one["target"], one["starting"]) for one in told if "target" in one]
+    samples = backdated(STORY, lambda unix: unix - 1000)
+    counts = [(sample["t"], sample["target"], sample["starting"]) for sample in samples if "target" in sample]
     assert counts == [(0, 1, 0), (5, 1, 0), (10, 1, 0), (12.0, 2, 1), (15, 2, 1), (35, 2, 0)]
-    assert scale_ups(told, lambda unix: unix - 1000) == scale_ups(STORY, lambda unix: unix - 1000)
+    assert scale_ups(samples, lambda unix: unix - 1000) == scale_ups(STORY, lambda unix: unix - 1000)

@@ -31,9 +31,9 @@ def shown(terminal: bool) -> str:
 
 
 def test_it_shows_rates_percentiles_failures_replicas_and_nodes() -> None:
-    told = shown(terminal=True)
+    output = shown(terminal=True)
     for words in ("smoke", "5 of 10", "250 ms", "shed 1", "1 of 3 running, 2 starting", "2 ray_tpu, 1 to come", "7"):
-        assert words in told
+        assert words in output
 
 
 def test_in_a_log_file_it_is_a_line(capsys: Any) -> None:

@@ -49,13 +49,13 @@ def prompts(folder: Path, *lines: str) -> str:
 
 
 def only_run(folder: Path) -> Path:
-    (found,) = [path.parent for path in folder.glob("*/run.json")]
-    return found
+    (run,) = [path.parent for path in folder.glob("*/run.json")]
+    return run
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((only_run(folder) / "summary.json").read_text())
-    return found
+    summary: dict[str, Any] = json.loads((only_run(folder) / "summary.json").read_text())
+    return summary
 
 
 def ran(done: subprocess.CompletedProcess[str]) -> str:
@@ -66,7 +66,7 @@ def ran(done: subprocess.CompletedProcess[str]) -> str:
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1, "one line"
+    assert done.stderr.count("\n") == 1, "a single line"
     return done.stderr.strip()
 
 
@@ -82,7 +82,7 @@ def test_a_stall_of_five_seconds_shows_in_the_percentiles(server: Server, tmp_pa
     summary = summary_of(tmp_path)
     assert summary["latency"]["p50"] > 0.8 and 4.0 < summary["latency"]["p95"] < 5.3
     assert summary["latency"]["max"] == pytest.approx(5, abs=0.4)
-    slow = [one for one in read(only_run(tmp_path)).records if one.latency > 0.5]
+    slow = [record for record in read(only_run(tmp_path)).records if record.latency > 0.5]
     assert len(slow) == pytest.approx(90, abs=8), "those of the 4.5 s that the stall has left at half a second or more"
 
 
@@ -92,10 +92,10 @@ def test_whoever_sends_late_is_told_that_the_run_is_invalid(server: Server, tmp_
     folder = only_run(tmp_path)
     lines = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
     for lag, reasons in ((0.004, 0), (0.05, 1)):
-        for one in lines:
-            if "sent" in one:
-                one["sent"] = one["intended"] + lag
-        (folder / "requests.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        for line in lines:
+            if "sent" in line:
+                line["sent"] = line["intended"] + lag
+        (folder / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert len(summarize(read(folder))["invalid"]) == reasons
     (reason,) = summarize(read(folder))["invalid"]
     assert re.match(r"requests were sent late: p95 of the send lag is 50 ms, and 5\.\d* ms is allowed", reason)
@@ -141,12 +141,14 @@ def test_the_warm_up_is_sent_and_not_counted(server: Server, tmp_path: Path) -> 
 
 
 def test_the_predecessors_flags_mean_what_they_meant(server: Server, tmp_path: Path) -> None:
-    told = ran(loadtest(tmp_path, "--url", server.url, "--num_requests", "12", "--batch_size", "3", "--save_pictures"))
+    output = ran(
+        loadtest(tmp_path, "--url", server.url, "--num_requests", "12", "--batch_size", "3", "--save_pictures")
+    )
     run = json.loads((only_run(tmp_path) / "run.json").read_text())
     assert run["scenario"]["arrivals"] == {"process": "closed", "concurrency": 3, "requests": 12}
     assert len(server.seen) == 12
     sheet = only_run(tmp_path) / "diffusion_results.png"
-    assert str(sheet) in told and sheet.read_bytes().startswith(b"\x89PNG")
+    assert str(sheet) in output and sheet.read_bytes().startswith(b"\x89PNG")
     assert not (only_run(tmp_path) / "pictures").exists(), "single pictures only on request"
 
 
@@ -176,13 +178,13 @@ def test_a_run_that_is_killed_goes_on_where_it_was(server: Server, tmp_path: Pat
     with (folder / "requests.jsonl").open("a") as file:
         file.write('{"id": 79, "kin')  # a torn line
     killed = read(folder)
-    before = {one.id for one in killed.records}
+    before = {record.id for record in killed.records}
     assert killed.ended is None and 20 <= len(before) < 80
     ran(loadtest(tmp_path, "run", "--resume", str(folder)))
     run = read(folder)
-    assert sorted(one.id for one in run.records) == [*range(80)] and run.ended == "complete"
+    assert sorted(record.id for record in run.records) == [*range(80)] and run.ended == "complete"
     assert len(run.sessions) == 2 and run.sessions[1].offset == pytest.approx(min({*range(80)} - before) / 20)
-    assert max(one.latency for one in run.records) < 1, "the pause is no latency"
+    assert max(record.latency for record in run.records) < 1, "the pause is no latency"
     assert summary_of(tmp_path)["sessions"] == 2
     assert len(server.seen) <= 80 + 5, "only what was under way is sent again"
     assert "nothing is left to send" in refused(loadtest(tmp_path, "run", "--resume", str(folder)))
@@ -195,8 +197,8 @@ def test_a_run_whose_prompts_have_changed_does_not_go_on(server: Server, tmp_pat
     lines = (folder / "requests.jsonl").read_text().splitlines()
     (folder / "requests.jsonl").write_text("\n".join(lines[:3]) + "\n")
     prompts(tmp_path, "a hen")
-    told = refused(loadtest(tmp_path, "run", "--resume", str(folder)))
-    assert "its scenario makes other requests now" in told
+    output = refused(loadtest(tmp_path, "run", "--resume", str(folder)))
+    assert "its scenario makes other requests now" in output
 
 
 def test_an_interrupted_run_writes_its_report_and_can_be_resumed(server: Server, tmp_path: Path) -> None:
@@ -206,20 +208,20 @@ def test_an_interrupted_run_writes_its_report_and_can_be_resumed(server: Server,
     while len(server.seen) < 10 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=LIMIT_S)[0]
-    assert process.returncode == 130 and "report.html" in told
+    output = process.communicate(timeout=LIMIT_S)[0]
+    assert process.returncode == 130 and "report.html" in output
     assert summary_of(tmp_path)["ended"] == "interrupted" and summary_of(tmp_path)["failed"] == 0
 
 
 def test_the_record_of_a_run_is_a_trace_that_can_be_replayed(server: Server, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     ran(loadtest(first, "--url", server.url, "--rate", "10", "--duration", "2"))
-    seen = [{**one} for one in server.seen]
+    seen = [{**request} for request in server.seen]
     trace = str(only_run(first) / "requests.jsonl")
     ran(loadtest(second, "--url", server.url, "--replay", trace, "--speed", "2"))
     again = server.seen[len(seen) :]
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, seen))
-    times = [sorted(one.intended for one in read(only_run(folder)).records) for folder in (first, second)]
+    times = [sorted(record.intended for record in read(only_run(folder)).records) for folder in (first, second)]
     assert times[1] == pytest.approx([(at - times[0][0]) / 2 for at in times[0]])
 
 
@@ -231,10 +233,12 @@ class Addresses(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.references: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [f"{tag} {name}={value}" for name, value in attrs if name in ("src", "href", "data", "action")]
+        self.references += [
+            f"{tag} {name}={value}" for name, value in attrs if name in ("src", "href", "data", "action")
+        ]
 
 
 def test_the_report_is_one_file_that_fetches_nothing_and_quotes_what_it_shows(server: Server, tmp_path: Path) -> None:
@@ -244,7 +248,7 @@ def test_the_report_is_one_file_that_fetches_nothing_and_quotes_what_it_shows(se
     page = (folder / "report.html").read_text()
     parser = Addresses()
     parser.feed(page)
-    assert parser.found == [] and "@import" not in page and "url(http" not in page
+    assert parser.references == [] and "@import" not in page and "url(http" not in page
     assert "<script>alert" not in page and "<i>me" not in page
     for words in ("Over time", "Latency by percentile", "from the intended time", "The scenario, as it was run"):
         assert words in page
@@ -276,10 +280,10 @@ def test_a_sweep_finds_the_rate_at_which_a_server_no_longer_keeps_up(server: Ser
         *("--from", "8", "--duration", "3", "--objective", "0.4"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(next(tmp_path.glob("sweep-*/sweep.json")).read_text())
-    assert 16 <= found["knee"] <= 30, done.stdout
+    sweep = json.loads(next(tmp_path.glob("sweep-*/sweep.json")).read_text())
+    assert 16 <= sweep["knee"] <= 30, done.stdout
     assert "The knee is at" in next(tmp_path.glob("sweep-*/sweep.html")).read_text()
-    assert f"Knee        {found['knee']:.3g} requests a second" in done.stdout and "does not hold: only" in done.stdout
+    assert f"Knee        {sweep['knee']:.3g} requests a second" in done.stdout and "does not hold: only" in done.stdout
 
 
 # Mistakes
@@ -287,9 +291,9 @@ def test_a_sweep_finds_the_rate_at_which_a_server_no_longer_keeps_up(server: Ser
 
 def test_a_machine_elsewhere_is_refused_without_the_flag(tmp_path: Path) -> None:
     for address in ("--url=http://192.0.2.1:8000", "--ip=192.0.2.1"):
-        said = refused(loadtest(tmp_path, address))
-        assert said.startswith("192.0.2.1 is another machine. A load test can bring a server down: ")
-        assert said.endswith(" add --allow-remote.")
+        sentence = refused(loadtest(tmp_path, address))
+        assert sentence.startswith("192.0.2.1 is another machine. A load test can bring a server down: ")
+        assert sentence.endswith(" add --allow-remote.")
     assert not list(tmp_path.iterdir())
 
 

@@ -10,48 +10,51 @@ from loadtest.records import Record, Run, Session
 from loadtest.scenario import parse
 from loadtest.summary import (
     between_95,
+    distribution,
     errors,
-    histogram,
+    histogram_of,
     in_flight,
     merged,
     seconds,
     summarize,
     supported,
-    told,
 )
 from tests.loadtest.test_display import record
 
 
 def test_percentiles_are_within_a_thousandth_of_their_rank_or_its_neighbours() -> None:
     values = np.sort(np.random.default_rng(0).lognormal(-1, 1, 20_000))
-    found = told(histogram(values))
-    assert found and found["count"] == 20_000
+    latency = distribution(histogram_of(values))
+    assert latency and latency["count"] == 20_000
     for name, rank in (("p50", 10_000), ("p90", 18_000), ("p95", 19_000), ("p99", 19_800), ("p99.9", 19_980)):
-        assert values[rank - 2] * 0.999 <= found[name] <= values[rank] * 1.001
+        assert values[rank - 2] * 0.999 <= latency[name] <= values[rank] * 1.001
 
 
 def test_a_percentile_that_no_request_lies_beyond_is_left_out() -> None:
-    found = told(histogram([1.0] * 50))
+    latency = distribution(histogram_of([1.0] * 50))
     assert (
-        found and found["p95"] is not None and found["p99"] is None and set(found["between"]) == {"p50", "p90", "p95"}
+        latency
+        and latency["p95"] is not None
+        and latency["p99"] is None
+        and set(latency["between"]) == {"p50", "p90", "p95"}
     )
     assert supported(100, 99) and not supported(99, 99) and supported(1000, 99.9)
-    assert told(histogram([])) is None
+    assert distribution(histogram_of([])) is None
 
 
 def test_the_interval_holds_the_true_percentile_in_19_of_20_samples() -> None:
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(300):
-        low, high = between_95(histogram(rng.exponential(1, 400)), 90)
+        low, high = between_95(histogram_of(rng.exponential(1, 400)), 90)
         held += low <= np.log(10) <= high
     assert 0.91 <= held / 300 <= 0.99
 
 
 def test_histograms_of_several_runs_add_up() -> None:
     parts: list[dict[str, Any]] = [
-        {"latency": told(histogram([0.1] * 90))},
-        {"latency": told(histogram([1.0] * 10))},
+        {"latency": distribution(histogram_of([0.1] * 90))},
+        {"latency": distribution(histogram_of([1.0] * 10))},
         {"latency": None},
     ]
     whole = merged(parts)
@@ -61,9 +64,9 @@ def test_histograms_of_several_runs_add_up() -> None:
 
 def test_failures_whose_words_differ_only_in_numbers_are_one_kind() -> None:
     records = [record(i, "ok" if i < 2 else "shed") for i in range(6)]
-    for i, one in enumerate(records):
-        object.__setattr__(one, "error", f"in {i} s" if i < 5 else "never")
-    assert [(one["count"], one["example"]) for one in errors(records)] == [(3, "in 2 s"), (1, "never")]
+    for i, each in enumerate(records):
+        object.__setattr__(each, "error", f"in {i} s" if i < 5 else "never")
+    assert [(error["count"], error["example"]) for error in errors(records)] == [(3, "in 2 s"), (1, "never")]
 
 
 def test_requests_in_flight_are_those_sent_and_not_done() -> None:
@@ -71,8 +74,8 @@ def test_requests_in_flight_are_those_sent_and_not_done() -> None:
 
 
 def test_seconds_are_told_in_a_unit_that_suits() -> None:
-    told = [seconds(one) for one in (None, 12e-6, 0.0123, 1.234, 123.4)]
-    assert told == ["–", "12 µs", "12.3 ms", "1.23 s", "123 s"]
+    texts = [seconds(value) for value in (None, 12e-6, 0.0123, 1.234, 123.4)]
+    assert texts == ["–", "12 µs", "12.3 ms", "1.23 s", "123 s"]
 
 
 def run_of(tmp_path: Path, scenario: dict[str, Any], timeline: list[dict[str, Any]]) -> Run:
@@ -82,11 +85,12 @@ def run_of(tmp_path: Path, scenario: dict[str, Any], timeline: list[dict[str, An
         **{"name": "t", "url": "http://127.0.0.1:1", "started": "now", "planned": 10, "model": None},
         "scenario": whole.model_dump(mode="json", exclude_none=True),
     }
-    asked = {"prompt": "a"}
+    request = {"prompt": "a"}
     records = [
-        Record(i, "all", "generations", asked, i, i, None, None, i + (i + 1) / 10, "ok", pictures=2) for i in range(10)
+        Record(i, "all", "generations", request, i, i, None, None, i + (i + 1) / 10, "ok", pictures=2)
+        for i in range(10)
     ]
-    samples = [one | {"t": float(one["unix"])} for one in timeline]
+    samples = [sample | {"t": float(sample["unix"])} for sample in timeline]
     return Run(tmp_path, head, [Session(0.0, 0.0)], records, "complete", samples)
 
 
@@ -99,8 +103,8 @@ def test_goodput_counts_answers_within_the_objective(tmp_path: Path) -> None:
 
 def test_chips_and_dollars_are_those_of_the_replicas_that_were_there(tmp_path: Path) -> None:
     replicas = {"a": {"state": "RUNNING", "node": "n", "since": -5.0}}
-    one = {"target": 1, "running": 1, "starting": 0, "stopping": 0, "chips": 4, "replicas": replicas}
-    timeline: list[dict[str, Any]] = [one | {"unix": unix} for unix in range(0, 11)] + [
+    sample = {"target": 1, "running": 1, "starting": 0, "stopping": 0, "chips": 4, "replicas": replicas}
+    timeline: list[dict[str, Any]] = [sample | {"unix": unix} for unix in range(0, 11)] + [
         {"unix": 5, "nodes": {"ray_tpu": 1}}
     ]
     timeline.sort(key=lambda sample: sample["unix"])

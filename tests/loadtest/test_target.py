@@ -14,13 +14,13 @@ from loadtest.session import guard
 from tests.loadtest.test_cluster import ANSWERS, cluster
 
 
-def asked(tmp_path: Path, *arguments: str) -> Any:
+def options(tmp_path: Path, *arguments: str) -> Any:
     return parser(None).parse_args(["run", *arguments, "--run-dir", str(tmp_path)])
 
 
 def test_without_a_cluster_it_is_port_8000_of_this_machine(tmp_path: Path) -> None:
-    found = target_of(asked(tmp_path))
-    assert (found.url, found.dashboard) == ("http://127.0.0.1:8000", None)
+    target = target_of(options(tmp_path))
+    assert (target.url, target.dashboard) == ("http://127.0.0.1:8000", None)
     assert local(tmp_path / "nowhere") == (None, None)
 
 
@@ -30,11 +30,11 @@ def test_a_dashboard_that_is_named_is_asked_with_the_token(tmp_path: Path, monke
     for module in ("loadtest.__main__", "cluster.places"):
         monkeypatch.setattr(f"{module}.token_file", lambda: token)
     with cluster(ANSWERS) as url:
-        found = target_of(asked(tmp_path, "--dashboard", url)).dashboard
-        assert found and found.headers == {"Authorization": "Bearer abc"}
-        assert found.details() == json.loads(json.dumps(ANSWERS["/api/serve/applications/"]))
+        dashboard = target_of(options(tmp_path, "--dashboard", url)).dashboard
+        assert dashboard and dashboard.headers == {"Authorization": "Bearer abc"}
+        assert dashboard.details() == json.loads(json.dumps(ANSWERS["/api/serve/applications/"]))
     with pytest.raises(UsageError, match="is another machine"):
-        target_of(asked(tmp_path, "--dashboard", "http://192.0.2.1:8265"))
+        target_of(options(tmp_path, "--dashboard", "http://192.0.2.1:8265"))
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://localhost:8000/", "http://[::1]:8000"])
@@ -54,10 +54,10 @@ def test_this_machine_by_its_own_address_may_be_loaded() -> None:
 
 
 def test_a_name_is_told_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    def found(*_: object, **__: object) -> list[object]:
+    def resolve(*_: object, **__: object) -> list[object]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 80))]
 
-    monkeypatch.setattr(socket, "getaddrinfo", found)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with pytest.raises(UsageError, match=r"^api\.example, which is 192\.0\.2\.7, is another machine\."):
         guard("http://api.example", allow_remote=False)
 
@@ -79,7 +79,7 @@ FLAGS = ("--save_pictures", "--save-pictures")
     ],
 )
 def test_a_switch_is_understood_as_the_predecessor_took_it(flag: str, value: list[str], wanted: bool) -> None:
-    joined = [f"{flag}={one}" for one in value] or [flag]
+    joined = [f"{flag}={part}" for part in value] or [flag]
     for words in ([flag, *value], joined):
         options = parser(None).parse_args(["run", *words])
         assert options.save_pictures is wanted and options.scenario is None
