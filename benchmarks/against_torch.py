@@ -21,9 +21,9 @@ import numpy as np
 
 from benchmarks.figures import Figure, conclude
 from benchmarks.report import machine
+from cluster import ROOT
 from cluster.cli import Parser, UserError, run_command
 
-ROOT = Path(__file__).parents[1]
 GUIDED = 2  # rows of a step
 TEXT_LENGTH = 77
 AGREE = 1e-3  # largest difference, as a share of the largest value

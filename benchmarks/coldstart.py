@@ -21,10 +21,10 @@ from typing import Any
 
 from benchmarks.figures import Figure, conclude
 from benchmarks.report import machine
+from cluster import ROOT
 from cluster.cli import Parser, UserError, run_command
 from tests import tiny
 
-ROOT = Path(__file__).parents[1]
 BAR = 0.3
 MODEL = "sd1-narrow"
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from app.engine.engine import Engine
 from app.engine.verbs import Verbs
@@ -12,8 +11,8 @@ from benchmarks.load import GUIDANCE_SCALE, Submit
 from benchmarks.paced import Pace, PacedPipeline, Size
 from benchmarks.report import log
 from benchmarks.whole_batch import PREDECESSOR
+from cluster import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (1, 2, 4, 8, 16)
 PACED_EQUAL = {0.3: 40, 0.6: 160, 0.9: 100}  # most requests where the bars are close: p50 of 64 varies by a tenth
 ENGINE_QUEUE = 1_000_000

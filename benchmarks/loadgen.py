@@ -33,8 +33,8 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.report import machine, write
+from cluster import ROOT
 from cluster.cli import Parser, run_command
-from cluster.local.state import ROOT
 
 RATE_BAR = 1000.0  # requests a second
 SHARE_BAR, FLOOR_BAR_S = 0.02, 0.001

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from cluster import processes
-from cluster.local.state import ROOT
+from cluster import ROOT, processes
 
 PORTS = range(19000, 20000)  # `make up` and the tests choose from other ranges
 TIMEOUT_S = 1800.0

@@ -27,13 +27,14 @@ from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
 from app.engine.verbs import Verbs
 from app.types import Generation
-from benchmarks.devices import ROOT, demo_pipeline, served_by_engine
+from benchmarks.devices import demo_pipeline, served_by_engine
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import GUIDANCE_SCALE, equal_requests, offer_all, request
 from benchmarks.local_cluster import TIMEOUT_S, leave, local_cluster
 from benchmarks.paced import Pace, PacedPipeline
 from benchmarks.report import log, machine
 from benchmarks.whole_batch import Images, Picture, draw
+from cluster import ROOT
 from cluster.cli import Parser, run_command
 from cluster.local.state import running
 

@@ -15,7 +15,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-OUTPUTS = Path(__file__).parents[1] / "outputs"
+from cluster import ROOT
+
+OUTPUTS = ROOT / "outputs"
 WIDTH = 120  # of tables when the output is not a terminal
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "ray")
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from app.aot.libtpu_flags import set_flags
 from capacity.chips import SHAPES, Host
+from cluster import ROOT
 from cluster.cli import UserError, run_command
 from cluster.terminal import say
 
-ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements" / "tpu.txt"
 HOME = Path(os.environ.get("IMAGINE_HOME", ROOT)).expanduser()  # on a head elsewhere, where what we install stays
 FOLDER = HOME / ".cache" / "libtpu"

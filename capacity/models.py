@@ -13,8 +13,8 @@ from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.models.unet import UNet
 from app.diffusion.models.vae import VAE
 from capacity.served import NAMES
+from cluster import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESETS = Path(__file__).parent / "presets"  # full-size architectures; {part: content of its configuration file}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from app.types import PipelineSpec
 from capacity.chips import Host
 from capacity.price import Price
+from cluster import ROOT
 
 ATTEMPTS = 2  # what ends a process once may not do so again
 WORKERS = 2  # each compiles with more than one thread, and needs up to 3 GB for a full-size UNet
@@ -144,7 +145,7 @@ def start() -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=ROOT,
     )
 
 

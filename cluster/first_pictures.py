@@ -13,10 +13,10 @@ from urllib.request import Request, urlopen
 from PIL import Image
 
 from app.diffusion.images import contact_sheet
-from cluster import processes
+from cluster import ROOT, processes
 from cluster.cli import Parser, UserError, run_command
 from cluster.dashboard import serve_address
-from cluster.local.state import ROOT, RUN_DIR, running
+from cluster.local.state import RUN_DIR, running
 from cluster.terminal import Progress, format_duration, say
 
 PROMPTS = (  # in the words of the bundled model, which demo/scenes.py lists

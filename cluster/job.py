@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from cluster import ROOT
 from cluster.cli import Parser, UserError, run_command
 from cluster.dashboard import Dashboard, reason
-from cluster.local.state import ROOT, RUN_DIR
+from cluster.local.state import RUN_DIR
 from cluster.places import LOCAL, dashboard_of, isolate
 from cluster.terminal import Progress, format_duration, make_command, say
 

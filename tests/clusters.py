@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from cluster import processes
-from cluster.local.state import ROOT, Cluster
+from cluster import ROOT, processes
+from cluster.local.state import Cluster
 from jobs import entry
 
 

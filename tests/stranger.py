@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local.state import ROOT
+from cluster import ROOT
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")

@@ -18,8 +18,8 @@ from app import builders
 from app.builders import Args, locate, text_to_image
 from app.serving.replica import StableDiffusion
 from app.types import PipelineSpec
+from cluster import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("sd*.yaml"))]
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 

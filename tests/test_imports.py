@@ -15,8 +15,8 @@ from typing import NamedTuple
 import pytest
 
 from app.aot.sources import imported_by, module_of, packages_of
+from cluster import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "benchmarks", "capacity", "cluster", "demo", "jobs", "loadtest")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers"}
 HTTP = {"starlette", "fastapi", "uvicorn", "aiohttp"}

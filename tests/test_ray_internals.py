@@ -19,8 +19,8 @@ import yaml
 import app.ray_internals
 from app import builders
 from app.ray_internals import autoscaler, core, serve
+from cluster import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "benchmarks", "capacity", "cluster", "demo", "jobs", "loadtest")
 PRIVATE = re.compile(r"ray(\.\w+)*\.(_\w+)")  # ray._private, ray.serve._private.api, ray._common
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())

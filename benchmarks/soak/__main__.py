@@ -27,9 +27,9 @@ from benchmarks.local_cluster import leave, local_cluster
 from benchmarks.soak.records import Run, read
 from benchmarks.soak.run import soak
 from benchmarks.soak.verdict import Verdict, judge
-from cluster import processes
+from cluster import ROOT, processes
 from cluster.cli import Parser, UsageError, run_command
-from cluster.local.state import ROOT, RUN_DIR, running
+from cluster.local.state import RUN_DIR, running
 from loadtest.session import Target, described
 
 RATE = 1.2  # clients a second, about half of what two cores can draw

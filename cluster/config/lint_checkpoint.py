@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from app.builders import ROOT, Args
+from app.builders import Args
 from app.diffusion.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig, mismatches
 from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.models.shapes import Shape, text_encoder_tensors, unet_tensors, vae_tensors
@@ -17,6 +17,7 @@ from app.diffusion.models.tensor_names import NOT_WEIGHTS, current_name, squeeze
 from app.diffusion.models.tokenizer_files import tokenizer_problems
 from app.diffusion.samplers import Schedule, default_sampler, make_table
 from app.types import parse_size
+from cluster import ROOT
 from cluster.config.documents import Document, Finding, Key
 from cluster.config.lint_serve import apps
 from cluster.config.safetensors_header import Tensor, tensors_of

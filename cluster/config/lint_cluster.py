@@ -17,13 +17,13 @@ import ray.autoscaler
 
 from app.ray_internals.autoscaler import PROVIDER_KEYS, check_google_node_type, prepare_config, validate_config
 from app.ray_internals.core import tpu
+from cluster import ROOT
 from cluster.config.documents import Document, Finding, Key, nearest
 from cluster.config.google_names import check_names
 from cluster.processes import PROXY_CALLBACK, PROXY_GUARDS
 
 logging.getLogger(prepare_config.__module__).setLevel(logging.WARNING)  # else it tells each bound that it fills in
 
-ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 CLOSED_PORT = "RAY_preload_python_modules=cluster.closed_port"

@@ -10,7 +10,6 @@ import sys
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -22,9 +21,9 @@ from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 from app.builders import Args
 from app.ray_internals.serve import deployment_names
 from app.types import InvalidField
+from cluster import ROOT
 from cluster.config.documents import Document, Finding, Key, nearest
 
-ROOT = Path(__file__).resolve().parents[2]
 Model = TypeVar("Model", bound=BaseModel)
 
 # Names that Ray had once. Some of them it still takes, as deprecated.

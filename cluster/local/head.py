@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import yaml
 
-from cluster import auth_token, nodes, ownership, processes
+from cluster import ROOT, auth_token, nodes, ownership, processes
 from cluster.cli import UserError
 from cluster.local import autoscaler_config
 from cluster.local.autoscaler_config import NodeTypes
-from cluster.local.state import METADATA_PORT, PORT_OPTIONS, PORT_VARIABLES, ROOT, Cluster
+from cluster.local.state import METADATA_PORT, PORT_OPTIONS, PORT_VARIABLES, Cluster
 from cluster.terminal import Progress, say
 
 OBJECT_STORE_BYTES = 256 << 20

@@ -13,13 +13,12 @@ from typing import Any, Self
 
 import psutil
 
-from cluster import auth_token, ownership, processes
+from cluster import ROOT, auth_token, ownership, processes
 from cluster.cli import UserError
 from cluster.dashboard import Dashboard
 from cluster.local.autoscaler_config import Timings
 from cluster.processes import Recorded
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN_DIR = ROOT / ".run"
 TWIN = ROOT / "cluster.yaml"
 DASHBOARD_PORT = 8265  # where `serve` and `ray job` look by default

@@ -23,7 +23,7 @@ from openai import OpenAI
 from app.api.ingress import APIIngress
 from app.api.messages import Accepted, Preview
 from app.api.settings import Limits
-from cluster.local.state import ROOT
+from cluster import ROOT
 from tests.api.test_api_keys import entry, write
 from tests.api.test_ingress import SERVICE, Replicas, stream_of
 from tests.api.test_sse import serving

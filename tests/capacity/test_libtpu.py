@@ -3,13 +3,13 @@ charge."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from capacity.chips import CHIPS
 from capacity.libtpu import missing
 from capacity.price import KERNEL_SHARE
+from cluster import ROOT
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())  # CI has it: `make tpu-check` goes first
 
@@ -51,7 +51,7 @@ print(found.parts["self-attention"], found.cycles)
 
 def said(program: str) -> str:
     command = [sys.executable, "-c", PRELUDE + program]
-    return subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def test_what_does_not_fit_is_told_in_the_compilers_words() -> None:

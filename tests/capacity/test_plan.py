@@ -16,11 +16,11 @@ from capacity.plan import MOST_HOSTS, cluster_fragment, plan, serve_fragment, wr
 from capacity.price import GIB
 from capacity.pricing import Outcome
 from capacity.served import NAMES
+from cluster import ROOT
 from cluster.cli import UserError
 from cluster.config.lint import lint
 from tests.capacity.test_pricing import PRICE
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = (512, 512)
 EVALUATIONS = 51
 

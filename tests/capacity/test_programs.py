@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import pytest
@@ -15,6 +14,7 @@ from app.diffusion.pipeline import Pipeline
 from app.types import PipelineSpec
 from capacity.chips import Host, host_of
 from capacity.programs import keys_of, pipeline_of, resident_bytes, shards_of
+from cluster import ROOT
 
 HOST = host_of("v5litepod-4")
 SERVED = PipelineSpec("demo", ((128, 128), (64, 128)), (1, 2), 20)
@@ -32,7 +32,7 @@ def this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_programs_priced_from_shapes_are_those_that_the_engine_runs() -> None:
     ours = pipeline_of(SERVED, HOST)
-    model = str(Path(__file__).parents[2] / "assets" / "demo-model")
+    model = str(ROOT / "assets" / "demo-model")
     served = Pipeline.load(
         replace(SERVED, model=model),
         devices=jax.local_devices()[:1],

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from app.api.api_keys import ApiKeys, parse
-from cluster import api_key
+from cluster import ROOT, api_key
 from cluster.cli import UserError
-from cluster.local.state import ROOT
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config, with_e
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.scripts.scripts import start
 
-ROOT = Path(__file__).resolve().parents[2]
+from cluster import ROOT
+
 BASE = ROOT / "cluster.yaml"
 CLUSTERS = [BASE, *sorted((ROOT / "configs").glob("cluster-*.yaml"))]
 each_cluster = pytest.mark.parametrize("path", CLUSTERS, ids=[path.stem for path in CLUSTERS])

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster import ROOT
 from cluster.config.documents import read
 from cluster.config.google_names import check_names
-from cluster.local.state import ROOT
 
 TPU = ("available_node_types", "ray_tpu", "node_config")
 HEAD = ("available_node_types", "head", "node_config")

@@ -6,9 +6,9 @@ from zipfile import ZipFile
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
+from cluster import ROOT
 from cluster.cli import UserError
 from cluster.job import TRAVELS, amounts, modules, packed, words
-from cluster.local.state import ROOT
 
 
 def test_the_code_travels_to_a_head_elsewhere_and_nothing_else_does(tmp_path: Path) -> None:

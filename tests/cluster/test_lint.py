@@ -14,12 +14,12 @@ import yaml
 
 from app import builders
 from app.ray_internals import autoscaler
+from cluster import ROOT
 from cluster.cli import run_command
 from cluster.config import lint_cluster
 from cluster.config.documents import Document, Key, child, dotted
 from cluster.config.lint import lint, main
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "serve_config.yaml", ROOT / "cluster.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
 Edit = Callable[[str], str]
 

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from cluster import ROOT
 from cluster.config.lint import lint
 from tests.diffusion.test_models import OLD_VAE_NAMES
 from tests.tiny import tensor_shapes, write_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 Change = Callable[[Path], object]

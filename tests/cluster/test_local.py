@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import processes
+from cluster import ROOT, processes
 from cluster.cli import UserError
 from cluster.local import head, verbs
 from cluster.local import state as clusters
@@ -140,7 +140,7 @@ def test_somebody_elses_ray_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, ru
     cluster = clusters.new(run_dir, 8265)
     environment = head.environment(cluster)
     assert "elsewhere" not in "".join(environment.values())
-    assert environment["PYTHONPATH"] == str(clusters.ROOT)
+    assert environment["PYTHONPATH"] == str(ROOT)
     assert environment["no_proxy"] == "internal.example,127.0.0.1,localhost"
     assert environment[MARK] == cluster.mark
 

@@ -15,10 +15,9 @@ import psutil
 import pytest
 from ray.scripts.scripts import drain_node
 
-from cluster import node_watcher
+from cluster import ROOT, node_watcher
 from cluster.cli import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 30.0
 # In the place of Ray's command line: hands its arguments to the server below, and fails if that says so.
 FAKE_RAY = """

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import auth_token, ownership, processes
+from cluster import ROOT, auth_token, ownership, processes
 from cluster.cli import UserError
 from cluster.local import state as clusters
 from cluster.local import verbs
-from cluster.local.state import ROOT, Cluster
+from cluster.local.state import Cluster
 from tests import stranger
 from tests.clusters import refuses
 

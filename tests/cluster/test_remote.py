@@ -16,10 +16,10 @@ import pytest
 import yaml
 from ray.scripts.scripts import cli
 
-from cluster import deploy, places, processes
+from cluster import ROOT, deploy, places, processes
 from cluster.cli import UserError
 from cluster.dashboard import Dashboard
-from cluster.local.state import ROOT, new
+from cluster.local.state import new
 from cluster.remote import preflight, verbs
 from cluster.remote.tunnel import tunnel
 from cluster.terminal import make_command

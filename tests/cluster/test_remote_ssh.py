@@ -25,8 +25,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import processes
-from cluster.local.state import ROOT
+from cluster import ROOT, processes
 from tests.clusters import refuses, soon, succeeds
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import install, processes
+from cluster import ROOT, install, processes
 from cluster.local import head
 from cluster.local import state as clusters
-from cluster.local.state import ROOT
 from tests.clusters import surroundings
 
 STRAY = {name: "1" for name in processes.STRAYS} | {"PYTHONPATH": "/another", "PYTHONHOME": "/another"}

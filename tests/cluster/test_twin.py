@@ -14,14 +14,14 @@ import yaml
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
-from cluster import auth_token, node_watcher, nodes, shell
+from cluster import ROOT, auth_token, node_watcher, nodes, shell
 from cluster.cli import UserError
 from cluster.dashboard import Dashboard, Refused
 from cluster.local import autoscaler_config, metadata_server, node_provider
 from cluster.local.autoscaler_config import Timings
 from cluster.local.metadata_server import Metadata
 from cluster.local.node_provider import NOTICE_S, OutOfStock, TwinProvider
-from cluster.local.state import ROOT, new
+from cluster.local.state import new
 
 CLUSTERS = [ROOT / "cluster.yaml", *sorted((ROOT / "configs").glob("cluster-*.yaml"))]
 each_cluster = pytest.mark.parametrize("path", CLUSTERS, ids=[path.stem for path in CLUSTERS])

@@ -17,11 +17,10 @@ from safetensors.numpy import load_file, save_file
 from app.diffusion.models.loading import finite, load_checkpoint
 from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.samplers import Schedule, make_table
-from cluster import processes
+from cluster import ROOT, processes
 from tests import tiny
 from tests.hub_server import Hub, serving
 
-ROOT = Path(__file__).resolve().parents[2]
 REPO = "somebody/tiny"
 BETAS = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster import ROOT
 from tests.tiny import tensor_shapes, write_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import sys
 import jax, numpy as np

@@ -17,8 +17,7 @@ import yaml
 from app.aot.libtpu_flags import VARIABLE, set_flags
 from app.aot.store import ENVELOPE, read
 from capacity import libtpu
-
-ROOT = Path(__file__).parents[2]
+from cluster import ROOT
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from app.types import Generation
+from cluster import ROOT
 from cluster.cli import UsageError
 from demo import scenes
 from jobs.evaluate import Distances, Drawn, claims, figures, page, setting_of
 from jobs.settings import Settings
 
-BASE = Settings.read(Path(__file__).resolve().parents[2] / "serve_config.yaml")
+BASE = Settings.read(ROOT / "serve_config.yaml")
 
 
 def pictures(seed: int = 0) -> np.ndarray:  # [2, H, W, 3]

@@ -16,14 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 from app.diffusion.models.loading import load_checkpoint, to_tensors
 from app.diffusion.models.tokenizer import Tokenizer
-from cluster import processes
+from cluster import ROOT, processes
 from jobs import fetch_weights
 from tests.clusters import in_this_process
 from tests.hub_server import COMMIT, Hub, serving
 from tests.one_file import write_one_file
 from tests.tiny import PROMPTS, tensor_shapes, write_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 REPO = "somebody/tiny"
 Done = subprocess.CompletedProcess[str]
 

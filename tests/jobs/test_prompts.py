@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster import ROOT
 from cluster.cli import UsageError
 from jobs.prompts import Bad, Row, read
 from jobs.settings import Settings
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings.of({"model": "assets/demo-model", "sizes": ["128x128", "64x64"]}, "here")
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster import ROOT
 from cluster.cli import UserError
 from jobs.entry import report
 from jobs.unfinished import PREFIX, STALE_S, drafts, write
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def names(folder: Path) -> set[str]:

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import ROOT
 from cluster.cli import UsageError
-from cluster.local.state import ROOT
 from loadtest.arrivals import Span, evenly, gamma, through, with_bursts
 from loadtest.plan import Planned, plan
 from loadtest.scenario import load, names, parse

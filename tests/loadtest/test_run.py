@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from cluster import ROOT
 from cluster.cli import UsageError
-from cluster.local.state import ROOT
 from loadtest.records import read
 from loadtest.scaling import PHASES
 from loadtest.summary import summarize

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.local.state import ROOT
+from cluster import ROOT
 from tests.clusters import Verbs, one_node_cluster, succeeds
 
 

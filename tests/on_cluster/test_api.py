@@ -28,8 +28,8 @@ from ray.serve.metrics import Counter, Histogram
 from ray.util.metrics import Metric
 
 from app.serving.metrics import Metrics
-from cluster import first_pictures
-from cluster.local.state import ROOT, Cluster
+from cluster import ROOT, first_pictures
+from cluster.local.state import Cluster
 from tests import crowd
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds
 from tests.docs_commands import API, commands

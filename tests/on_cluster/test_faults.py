@@ -26,7 +26,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from cluster.local.state import ROOT
+from cluster import ROOT
 from cluster.places import dashboard_of
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds
 

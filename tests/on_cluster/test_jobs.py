@@ -25,7 +25,7 @@ from app.aot import program
 from app.aot.cache_key import fingerprint
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.pipeline import Pipeline
-from cluster.local.state import ROOT
+from cluster import ROOT
 from jobs.profile import operations
 from jobs.settings import Settings
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds

@@ -22,8 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from cluster import nodes, processes
-from cluster.local.state import ROOT
+from cluster import ROOT, nodes, processes
 from tests.clusters import Verbs, fetch, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.scaling

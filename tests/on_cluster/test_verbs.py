@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import auth_token, ownership, processes
-from cluster.local.state import ROOT, Cluster
+from cluster import ROOT, auth_token, ownership, processes
+from cluster.local.state import Cluster
 from tests import stranger
 from tests.clusters import Verbs, fetch, refuses, succeeds
 
