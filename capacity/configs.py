@@ -1,4 +1,4 @@
-"""What a serve config and a cluster file say about what is compiled, and for which TPU."""
+"""Reads a Serve config for the programs that it has compiled, and a cluster file for the TPUs that will run them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,15 +8,12 @@ from app.builders import Args
 from app.types import PipelineSpec, parse_size
 from capacity.chips import CHIPS, Host, host_of
 from cluster.cli import UserError
-from cluster.config.documents import Document, read
-from cluster.config.lint import refuse_errors
-from cluster.config.lint_cluster import node_types
-from cluster.config.lint_serve import apps
+from cluster.config import cluster_config, serve_config
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A config's model and shapes, and what a request is that says nothing."""
+    """A config's model and compiled shapes, and the defaults of a request."""
 
     served: PipelineSpec
     sampler: str | None
@@ -26,19 +23,19 @@ class Asked:
 
 
 def asked_of(config: Path, model: str = "", size: str = "") -> Asked:
-    """Of the first application here that is built from app.builders' Args; another `model` in bfloat16, as one would
-    serve it on a TPU. Raises UserError with what is wrong."""
-    args = next(
-        (app.args for app in apps(sound(config, "applications", "a serve config")) if isinstance(app.args, Args)), None
-    )
-    if args is None:
-        raise UserError(f"{config} has no application that app.builders:text_to_image builds.")
-    return of_args(args, model, size)
+    """Reads the first application of app.builders:text_to_image. Raises UserError with the mistakes in its args.
+
+    `model` replaces the config's model, in bfloat16, as it would be served on a TPU; `size` replaces its sizes.
+    """
+    applications = serve_config.read(config).image_applications
+    if not applications:
+        raise UserError(f"{config} has no application that {serve_config.BUILDER} builds.")
+    return of_args(applications[0].image_args(), model, size)
 
 
 def of_args(args: Args, model: str = "", size: str = "") -> Asked:
     try:
-        sizes = tuple(parse_size(one) for one in ([size] if size else args.sizes))
+        sizes = tuple(parse_size(text) for text in ([size] if size else args.sizes))
     except ValueError:
         raise UserError(f"SIZE must be WIDTHxHEIGHT, such as 512x512, got {size}.") from None
     served = replace(args.pipeline_spec(model or args.model), sizes=sizes, dtype="bfloat16" if model else args.dtype)
@@ -47,16 +44,14 @@ def of_args(args: Args, model: str = "", size: str = "") -> Asked:
 
 
 def hosts_of(tpus: str, cluster: Path, dollars: str = "") -> list[Host]:
-    """`v5litepod-4,v6e-8`, or else what the cluster file's TPU nodes are; at these `dollars` for a chip's hour, such as
-    `v5e=0.9,v6e=1.5`. Raises UserError."""
+    """The hosts that `tpus` names, such as v5litepod-4,v6e-8, or else those of the cluster file's TPU node types.
+
+    `dollars` replaces the prices of a chip-hour, such as v5e=0.9,v6e=1.5. Raises UserError.
+    """
     prices = prices_of(dollars)
     names = [name.strip() for name in tpus.split(",") if name.strip()]
     if not names:
-        names = [
-            one["slice"].name
-            for one in node_types(sound(cluster, "available_node_types", "a cluster file")).values()
-            if one["slice"]
-        ]
+        names = [node.slice.name for node in cluster_config.read(cluster).node_types.values() if node.slice]
         if not names:
             raise UserError(f"{cluster} has no TPU nodes. Name a TPU: TPU=v5litepod-4")
     try:
@@ -70,24 +65,14 @@ def hosts_of(tpus: str, cluster: Path, dollars: str = "") -> list[Host]:
 
 
 def prices_of(dollars: str) -> dict[str, float]:
-    found = {}
+    prices = {}
     for entry in filter(None, (entry.strip() for entry in dollars.split(","))):
         name, _, amount = entry.partition("=")
         try:
-            found[name] = float(amount)
-            if name not in CHIPS or not 0 < found[name] < math.inf:
+            prices[name] = float(amount)
+            if name not in CHIPS or not 0 < prices[name] < math.inf:
                 raise ValueError
         except ValueError:
             known = ", ".join(CHIPS)
             raise UserError(f"DOLLARS must be like v5e=0.9,v6e=1.5, a chip's hour of {known}, got {entry}.") from None
-    return found
-
-
-def sound(path: Path, key: str, kind: str) -> Document:
-    """The file, if the linter finds no error in it and it is of this kind."""
-    refuse_errors([path])
-    document, _ = read(path)
-    assert document is not None
-    if not document.has((key,)):
-        raise UserError(f"{path} must be {kind}, with {key}.")
-    return document
+    return prices

@@ -28,7 +28,7 @@ from capacity.libtpu import missing
 from capacity.served import NAMES
 from capacity.simulate import Load, Simulated, Timings, simulate
 from cluster.cli import Parser, UsageError, UserError, run_command
-from cluster.config.lint_cluster import ACCELERATOR_LABEL, RUNTIMES, Slice
+from cluster.config.cluster_config import ACCELERATOR_LABEL, RUNTIMES, Slice
 from cluster.terminal import say
 from loadtest.arrivals import Seconds, poisson
 

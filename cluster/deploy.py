@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster import processes
 from cluster.cli import Parser, UserError, run_command
-from cluster.config.documents import loaded
+from cluster.config.documents import load_yaml
 from cluster.dashboard import Dashboard, Details, log_places, reason, serves
 from cluster.local.state import RUN_DIR, TWIN, Cluster, running
 from cluster.local.verbs import port
@@ -102,7 +102,7 @@ def lint_first(path: Path, cluster: str, run_dir: Path) -> None:
         refuse_errors([path, Path(cluster)])
         return
     up = Cluster.load(run_dir)
-    refuse_errors([path, Path(os.path.relpath(up.file if up else TWIN))], twin=True)
+    refuse_errors([path, Path(os.path.relpath(up.file if up else TWIN))], local=True)
 
 
 def reload(cluster: str) -> str:
@@ -111,7 +111,7 @@ def reload(cluster: str) -> str:
 
 
 def read(path: Path, serve_port: int | None) -> "ServeDeploySchema":
-    content = loaded(path, f"There is no file {path}. Name the config with: make deploy CONFIG=...")
+    content = load_yaml(path, f"There is no file {path}. Name the config with: make deploy CONFIG=...")
     if not isinstance(content, dict) or not content.get("applications"):
         raise UserError(f"{path} must have a list `applications`, as Ray Serve's config files do.")
     if serve_port and isinstance(content.setdefault("http_options", {}), dict):

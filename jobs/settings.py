@@ -1,4 +1,4 @@
-"""What a job takes from a Serve config: the model and how it is run, as the replicas have it."""
+"""Reads a Serve config for a job: the model, and how the replicas run it."""
 
 import dataclasses
 import hashlib
@@ -12,41 +12,42 @@ from pydantic import ValidationError
 from app.api.settings import Service
 from app.builders import Args, locate
 from app.diffusion.models.config import STEMS
+from app.serving.replica import StableDiffusion
 from app.types import PipelineSpec
 from cluster.cli import UsageError, UserError
-from cluster.config.documents import loaded
+from cluster.config import serve_config
 from jobs import hub
 from jobs.entry import path
 
-BUILDER = "app.builders:text_to_image"
-DEPLOYMENT = "StableDiffusion"
+DEPLOYMENT = StableDiffusion.__name__
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The `args:` of the application that draws, with folders as this cluster has them."""
+    """The `args:` of the application of app.builders:text_to_image, with folders as they are on this cluster."""
 
     args: Args
     model: str  # a folder, or a repo id
     name: str
-    chips: int = 0  # that a replica has, all of a TPU host; 0: no TPU
+    chips: int = 0  # of a replica, which are all of a TPU host; 0: no TPU
 
     @classmethod
     def read(cls, file: Path) -> "Settings":
         try:
-            content = loaded(file, f"--config: there is no file {file}.")
+            applications = serve_config.read(file).image_applications
         except UserError as reason:
-            raise UsageError(str(reason)) from None
-        applications = content.get("applications") if isinstance(content, dict) else None
-        ours = [app for app in applications or () if isinstance(app, dict) and app.get("import_path") == BUILDER]
-        if len(ours) != 1:
-            raise UsageError(f"--config: {file} must have one application of {BUILDER}, got {len(ours)}.")
-        return cls.of(ours[0].get("args") or {}, str(file), chips_of(ours[0]))
+            raise UsageError(f"--config: {reason}") from None
+        if (count := len(applications)) != 1:
+            raise UsageError(f"--config: {file} must have one application of {serve_config.BUILDER}, got {count}.")
+        (application,) = applications
+        model = application.deployment(StableDiffusion)
+        chips = int(model.actor.resources.get("TPU", 0)) if model else 0
+        return cls.of(application.at("args") or {}, str(file), chips)
 
     @classmethod
-    def of(cls, given: dict[str, Any], where: str, chips: int = 0) -> "Settings":
+    def of(cls, options: Mapping[str, Any], where: str, chips: int = 0) -> "Settings":
         try:
-            args = Args.model_validate(given)
+            args = Args.model_validate(options)
             folder = path(args.model)
             model, name = locate(str(folder) if folder.is_dir() else args.model)
         except ValidationError as error:
@@ -56,13 +57,15 @@ class Settings:
             raise UsageError(f"{where}: {error}") from None
         return cls(args, model, name, chips)
 
-    def changed(self, given: Mapping[str, Any], where: str) -> "Settings":
-        return Settings.of({**self.args.model_dump(exclude_unset=True), **given}, where, self.chips)
+    def changed(self, changes: Mapping[str, Any], where: str) -> "Settings":
+        return Settings.of({**self.args.model_dump(exclude_unset=True), **changes}, where, self.chips)
 
     @cached_property
     def identity(self) -> list[str | None]:
-        """What of the model decides its pictures: what a folder holds, wherever it stands, or a repo at its revision;
-        and the dtype. Reads all weights."""
+        """What decides the pictures: the content of a model's folder, or a repo and its revision; and the dtype.
+
+        Reads all weights.
+        """
         folder = Path(self.model)
         which = [fingerprint(folder)] if folder.is_dir() else [self.model, self.args.revision]
         return [*which, self.args.dtype]
@@ -93,23 +96,18 @@ class Settings:
 
 
 def fingerprint(folder: Path) -> str:
-    """What stands for a commit where there is none: the hash of all that is loaded from a folder in diffusers layout.
-    What is missing there, the loader says."""
+    """The hash of all files that are loaded from a folder in diffusers layout, in place of a commit.
+
+    Files that are missing are the loader's concern.
+    """
     weights = [folder / part / f"{stem}.safetensors" for part, stem in STEMS.items()]
     files = [*filter(Path.is_file, weights), *sorted([*folder.glob("*/*.json"), *folder.glob("tokenizer/*.txt")])]
     hashes = "".join(f"{file.relative_to(folder)} {hub.sha256_of(file)}\n" for file in files)
     return f"files {hashlib.sha256(hashes.encode()).hexdigest()}"
 
 
-def chips_of(application: Mapping[str, Any]) -> int:
-    for deployment in application.get("deployments") or ():
-        if deployment.get("name") == DEPLOYMENT:
-            return int(((deployment.get("ray_actor_options") or {}).get("resources") or {}).get("TPU", 0))
-    return 0
-
-
 def resources(chips: int) -> dict[str, float]:
-    """What an actor or a task asks for that is to have a TPU host as a replica has it."""
+    """The resources of an actor or a task that needs a whole TPU host, as a replica does."""
     return {"TPU": chips} if chips else {}
 
 
@@ -118,5 +116,5 @@ def waiting(chips: int) -> str:
 
 
 def config(text: str) -> Path:
-    """A config travels with the job's code; one that did not is looked for where relative paths start."""
+    """A config is packed with the job's code; any other is looked up where relative paths start."""
     return Path(text).absolute() if Path(text).is_file() else path(text)

@@ -168,6 +168,18 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     assert {*circle(tmp_path)} == {"cluster.a", "cluster.b", "jobs.c"}
 
 
+def test_a_config_is_read_through_its_model_and_not_through_the_linter() -> None:
+    """Only commands that refuse errors before they begin import the linter, and only the linter imports rules."""
+    linters, rules = set(), set()
+    for file in (file for package in ("app", "capacity", "cluster", "jobs") for file in (ROOT / package).rglob("*.py")):
+        module = module_of(file, ROOT)
+        names = set(imports(file, module, anywhere=True))
+        linters |= {module for name in names if within(name, {"cluster.config.lint"})}
+        rules |= {module for name in names if within(name, {"cluster.config.rules"})}
+    assert linters == {"cluster.deploy", "cluster.remote.preflight"}
+    assert rules == {"cluster.config.lint"}
+
+
 def test_every_rule_is_about_a_module_that_exists() -> None:
     files = modules(ROOT)
     for name in (*MAY_IMPORT, *(rule.modules for rule in RULES)):

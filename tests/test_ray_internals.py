@@ -48,9 +48,8 @@ def private_names(file: Path) -> list[str]:
 
 def test_no_other_module_names_a_private_module_of_ray() -> None:
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
-    by_file = {str(file.relative_to(ROOT)): private_names(file) for file in files}
-    used = {file for file, names in by_file.items() if names}
-    assert used == {f"app/ray_internals/{name}.py" for name in ("core", "serve", "autoscaler")}
+    users = {str(file.relative_to(ROOT)) for file in files if private_names(file)}
+    assert users == {f"app/ray_internals/{name}.py" for name in ("core", "serve", "autoscaler")}
 
 
 @pytest.mark.parametrize(

@@ -1,158 +1,192 @@
-"""Lints serve configs and cluster files, because Ray takes much of what is wrong in them without a word:
+"""Checks Serve configs and cluster files for mistakes that Ray would ignore, or would notice only minutes later:
 
     python -m cluster.config.lint serve_config.yaml cluster.yaml
 
-Its content says which of the two a file is. Each serve config is held against each cluster file that is named with it.
-No cluster and no network is asked. The exit status is 0, also with advice, 1 with errors, 2 after a wrong call.
+Each Serve config is also held against each cluster file of the same call. No cluster and no network is asked. The exit
+status is 0 without errors, also with advice; 1 with errors; 2 after a wrong call.
+
+To add a rule:
+1. Choose the module of cluster/config/rules/ that it belongs to. Its list below says what part of a config it gets.
+2. Write `check_...` there. It yields `error(key, text)` for what would fail, and `advice(key, text)` for the rest.
+3. `text` follows the key in a sentence, with the offender and the allowed range: "must be above 40, ..., got 5."
+4. Add the function to its list below, and nowhere else.
+5. Add a slip and its message to the table of the test of that list (tests/cluster/test_lint_*.py); the shipped files
+   must stay without findings: `make check-config`.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from app.serving.replica import StableDiffusion
+from app.builders import Args
 from cluster.cli import Parser, UsageError, UserError, run_command
-from cluster.config.documents import Document, Finding, nearest, read
-from cluster.config.lint_checkpoint import check_checkpoints
-from cluster.config.lint_cluster import check_cluster, most_workers, node_types
-from cluster.config.lint_models import check_keys, check_values
-from cluster.config.lint_serve import App, Deployment, apps, check_fit
+from cluster.config import cluster_config, serve_config
+from cluster.config.cluster_config import ClusterConfig, NodeType, Slice
+from cluster.config.documents import Document, Finding, did_you_mean, read
+from cluster.config.rules import (
+    checkpoint,
+    cluster_file,
+    cluster_tpus,
+    google_cloud,
+    google_names,
+    placement,
+    serve_builder,
+    serve_keys,
+    serve_limits,
+)
+from cluster.config.serve_config import Application, Deployment, ServeConfig
 from cluster.terminal import say
 
-SERVE, CLUSTER = "applications", ("available_node_types", "provider")  # the keys that tell the two apart
+# Of each application, before anything else is known to be valid.
+BUILDER_RULES: list[Callable[[Application], Iterator[Finding]]] = [serve_builder.check_builder]
+
+# The following get a Serve config whose every value is valid by itself.
+SERVE_RULES: list[Callable[[ServeConfig], Iterator[Finding]]] = [serve_limits.check_access]
+DEPLOYMENT_RULES: list[Callable[[Deployment], Iterator[Finding]]] = [
+    serve_limits.check_chip_count,
+    serve_limits.check_shutdown,
+    serve_limits.check_window,
+]
+IMAGE_RULES: list[Callable[[Application, Args], Iterator[Finding]]] = [  # of applications with app.builders' Args
+    serve_limits.check_request_limits,
+    serve_limits.check_images_at_once,
+    serve_limits.check_queues,
+    serve_limits.check_target,
+    serve_limits.check_chips_are_used,
+    serve_limits.check_timeouts,
+    serve_limits.check_health,
+    checkpoint.check_checkpoint,
+]
+
+# The following get a cluster file that fits Ray's schema.
+CLUSTER_FILE_RULES: list[Callable[[Document], Iterator[Finding]]] = [cluster_file.check_file_mounts]
+GOOGLE_RULES: list[Callable[[Document], Iterator[Finding]]] = [
+    google_names.check_names,
+    google_cloud.check_zone,
+    google_cloud.check_commands,
+    google_cloud.check_security,
+]
+
+# The following get a cluster file whose nodes Ray could start.
+NODE_TYPE_RULES: list[Callable[[ClusterConfig, NodeType], Iterator[Finding]]] = [cluster_file.check_workers]
+SLICE_RULES: list[Callable[[NodeType, Slice], Iterator[Finding]]] = [  # of TPU node types on Google Cloud
+    cluster_tpus.check_resources,
+    cluster_tpus.check_labels,
+    cluster_tpus.check_hosts,
+    cluster_tpus.check_runtime,
+]
+
+# The following hold a Serve config against a cluster file.
+FILE_PLACEMENT_RULES: list[Callable[[Application, ClusterConfig], Iterator[Finding]]] = [placement.check_api_keys_file]
+PLACEMENT_RULES: list[Callable[[Deployment, ClusterConfig], Iterator[Finding]]] = [
+    placement.check_capacity,
+    placement.check_model_has_chips,
+]
 
 
-def lint(paths: Sequence[Path], twin: bool = False) -> list[Finding]:
-    """All that is to be said about these files, in their order; `twin`: where the clusters' nodes are all this machine.
-    Raises OSError."""
-    found: dict[str, list[Finding]] = {}
-    serves: list[Document] = []
-    clusters: list[Document] = []
+def lint(paths: Sequence[Path], local: bool = False) -> list[Finding]:
+    """All findings, file by file in the order of their lines. Raises OSError.
+
+    `local` says that all nodes run on this machine and see its files.
+    """
+    findings: dict[str, list[Finding]] = {}
+    serve_configs: list[ServeConfig] = []
+    cluster_configs: list[ClusterConfig] = []
     for path in paths:
-        document, found[str(path)] = read(path)
+        document, findings[str(path)] = read(path)
         if document:
-            said, sound = check(document)
-            found[str(path)] += said
-            if sound:
-                (serves if SERVE in document.value else clusters).append(document)
-    for serve in serves:
-        for cluster in clusters:
-            found[serve.file] += check_together(serve, cluster, twin)
-    return [one for file in found.values() for one in sorted(file, key=lambda finding: finding.line)]
+            more, config = check(document)
+            findings[str(path)] += more
+            if isinstance(config, ServeConfig):
+                serve_configs.append(config)
+            elif config:
+                cluster_configs.append(config)
+    for serve in serve_configs:
+        for cluster in cluster_configs:
+            findings[serve.document.file] += check_together(serve, cluster, local)
+    return [finding for file in findings.values() for finding in sorted(file, key=lambda finding: finding.line)]
 
 
-def refuse_errors(paths: Sequence[Path], twin: bool = False) -> None:
-    """Tells what is advice, and raises UserError where there are errors."""
+def refuse_errors(paths: Sequence[Path], local: bool = False) -> None:
+    """Prints advice, and raises UserError with the errors, for a command that is about to use these files."""
     try:
-        found = lint(paths, twin)
+        findings = lint(paths, local)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None
-    for advice in (finding for finding in found if not finding.error):
+    for advice in (finding for finding in findings if not finding.error):
         say(str(advice))
-    if errors := [str(finding) for finding in found if finding.error]:
-        raise UserError("\n".join([*errors, "Nothing was begun. Put that right, and run the same again."]))
+    if errors := [str(finding) for finding in findings if finding.error]:
+        raise UserError("\n".join([*errors, "Nothing was started. Correct this, and run the same command again."]))
 
 
-def check(document: Document) -> tuple[list[Finding], bool]:
-    """What is to be said about a file by itself, and whether it is sound enough to be held against others."""
+def check(document: Document) -> tuple[list[Finding], ServeConfig | ClusterConfig | None]:
+    """The findings of one file, and its model if the file is sound enough to be held against others."""
     keys = document.value if isinstance(document.value, dict) else {}
-    if SERVE in keys:
-        found, wrong = [*check_keys(document)], [*check_values(document)]
-        broken = any(finding.error for finding in wrong)
-        fits = () if broken else (*check_fit(document), *check_checkpoints(document))
-        return [*found, *wrong, *fits], not broken
-    if any(name in keys for name in CLUSTER):
+    if serve_config.KEY in keys:
+        return check_serve(document)
+    if cluster_config.KEY in keys or "provider" in keys:
         return check_cluster(document)
-    near = next(filter(None, (nearest(name, (SERVE, *CLUSTER)) for name in keys)), "")
-    text = f"it has neither {SERVE}, as a serve config, nor {CLUSTER[0]}, as a cluster file.{near}"
-    return [document.error((), text)], False
+    known = (serve_config.KEY, cluster_config.KEY, "provider")
+    similar = next(filter(None, (did_you_mean(name, known) for name in keys)), "")
+    text = f"it has neither {serve_config.KEY}, as a Serve config, nor {cluster_config.KEY}, as a cluster file."
+    return [document.error((), f"{text}{similar}")], None
 
 
-def check_together(serve: Document, cluster: Document, twin: bool) -> Iterator[Finding]:
-    for app in apps(serve):
-        if not twin:  # whose nodes all see this machine's files
-            yield from check_mount(serve, cluster, app)
+def check_serve(document: Document) -> tuple[list[Finding], ServeConfig | None]:
+    config, findings = ServeConfig(document), [*serve_keys.check_keys(document)]
+    invalid = serve_config.problems(document)
+    invalid += [finding for app in config.applications for rule in BUILDER_RULES for finding in rule(app)]
+    findings += dict.fromkeys(invalid)
+    if has_errors(invalid):
+        return findings, None
+    findings += (finding for rule in SERVE_RULES for finding in rule(config))
+    for app in config.applications:
         for deployment in app.deployments:
-            yield from check_room(serve, cluster, deployment)
-            if deployment.name == StableDiffusion.__name__:
-                yield from check_chips(serve, cluster, deployment)
+            findings += (finding for rule in DEPLOYMENT_RULES for finding in rule(deployment))
+        if isinstance(app.args, Args):
+            findings += (finding for rule in IMAGE_RULES for finding in rule(app, app.args))
+    return findings, config
 
 
-def check_mount(serve: Document, cluster: Document, app: App) -> Iterator[Finding]:
-    """Whether the nodes get the file with the API's keys: the ingress may be placed on any."""
-    name = getattr(app.args, "api_keys_file", None)
-    if name is None or name.startswith(("~", "/")):
-        return
-    mounted = (cluster.at(("file_mounts",)) or {}).values()
-    if not any(Path(name).is_relative_to(local) for local in mounted):
-        text = f"is {name}, which {cluster.file}'s file_mounts bring to no node."
-        yield serve.error((*app.key, "args", "api_keys_file"), text)
+def check_cluster(document: Document) -> tuple[list[Finding], ClusterConfig | None]:
+    config, findings = ClusterConfig(document), [*cluster_file.check_keys(document)]
+    if invalid := [*cluster_config.schema_problems(document)]:
+        return findings + invalid, None
+    rules = CLUSTER_FILE_RULES + (GOOGLE_RULES if config.is_google else [])
+    findings += (finding for rule in rules for finding in rule(document))
+    if invalid := cluster_config.problems(document):
+        return findings + invalid, None
+    for node_type in config.node_types.values():
+        findings += (finding for rule in NODE_TYPE_RULES for finding in rule(config, node_type))
+        if config.is_google and node_type.slice:
+            findings += (finding for rule in SLICE_RULES for finding in rule(node_type, node_type.slice))
+    return findings, config
 
 
-def check_room(serve: Document, cluster: Document, deployment: Deployment) -> Iterator[Finding]:
-    """Whether a replica fits on a node, and all replicas on as many nodes as there may be."""
-    needs, types = needs_of(deployment), node_types(cluster)
-    if cluster.at(("provider", "type")) == "local":  # Ray asks the machines themselves what they have
-        return
-    fitting = {name: replicas_on(needs, one["resources"], deployment) for name, one in types.items()}
-    if not any(fitting.values()):
-        asked = ", ".join(f"{name} {amount:g}" for name, amount in needs.items() if amount)
-        has = "; ".join(f"{name}: {amounts(one['resources'])}" for name, one in types.items())
-        text = f"ask for {asked}, which no node type of {cluster.file} has ({has})."
-        yield serve.error((*deployment.key, "ray_actor_options"), text)
-        return
-    head, left, room = cluster.value.get("head_node_type"), most_workers(cluster), 0.0
-    for name in sorted(fitting, key=lambda name: -fitting[name]):
-        nodes = 1 if name == head else min(types[name]["max_workers"], left)
-        left -= 0 if name == head else nodes
-        room += fitting[name] * nodes if fitting[name] else 0
-    if deployment.most_replicas > room:
-        text = f"is {deployment.most_replicas}, and {cluster.file}'s max_workers leave room for {room:g}."
-        yield serve.error(deployment.most_replicas_key, text)
+def check_together(serve: ServeConfig, cluster: ClusterConfig, local: bool) -> Iterator[Finding]:
+    for app in serve.applications:
+        if not local:
+            yield from (finding for rule in FILE_PLACEMENT_RULES for finding in rule(app, cluster))
+        for deployment in app.deployments:
+            yield from (finding for rule in PLACEMENT_RULES for finding in rule(deployment, cluster))
 
 
-def needs_of(deployment: Deployment) -> dict[str, float]:
-    actor = deployment.actor
-    needs = {"CPU": 1.0 if actor.num_cpus is None else actor.num_cpus, "GPU": actor.num_gpus or 0, **actor.resources}
-    if actor.accelerator_type:
-        needs[f"accelerator_type:{actor.accelerator_type}"] = 0.001
-    return needs
-
-
-def replicas_on(needs: dict[str, float], has: dict[str, float], deployment: Deployment) -> float:
-    most = min((has.get(name, 0) // amount for name, amount in needs.items() if amount), default=math.inf)
-    return min(most, deployment.said.get("max_replicas_per_node") or math.inf)
-
-
-def amounts(resources: dict[str, float]) -> str:
-    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items() if ":" not in name and "-" not in name)
-
-
-def check_chips(serve: Document, cluster: Document, model: Deployment) -> Iterator[Finding]:
-    hosts = {one["slice"].name: one["resources"].get("TPU", 0) for one in node_types(cluster).values() if one["slice"]}
-    key = (*model.key, "ray_actor_options", "resources")
-    if hosts and not model.chips:
-        yield serve.advice(key, f"ask for no TPU, so {model.name} computes on the CPU, and {cluster.file}'s TPUs idle.")
-    for name, chips in hosts.items():
-        if model.chips == 4 and chips == 8:  # Ray sets which chips are visible, but not their bounds
-            text = (
-                f"ask for 4 of the 8 chips of a {name} in {cluster.file}; Ray 2.60 does not tell libtpu how they lie."
-            )
-            yield serve.advice(key, text)
+def has_errors(findings: Iterable[Finding]) -> bool:
+    return any(finding.error for finding in findings)
 
 
 def main() -> int:
-    parser = Parser(__doc__, hint="For example: python -m cluster.config.lint serve_config.yaml cluster.yaml")
+    description = (__doc__ or "").partition("\nTo add a rule")[0]
+    parser = Parser(description, hint="For example: python -m cluster.config.lint serve_config.yaml cluster.yaml")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     files: list[Path] = parser.parse_args().files
     try:
-        found = lint(files)
+        findings = lint(files)
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}.") from None
-    for finding in found:
+    for finding in findings:
         say(str(finding))
-    errors = sum(finding.error for finding in found)
-    counts = f"{errors or 'no'} error{'' if errors == 1 else 's'}, {len(found) - errors or 'no'} advice"
+    errors = sum(finding.error for finding in findings)
+    counts = f"{errors or 'no'} error{'' if errors == 1 else 's'}, {len(findings) - errors or 'no'} advice"
     say(f"Checked {', '.join(map(str, files))}: {counts}.")
     return int(bool(errors))
 

@@ -1,6 +1,6 @@
-"""The header of a safetensors file: which tensors it says it holds, and whether the file can hold them.
+"""Reads the header of a safetensors file, and checks that the file holds the tensors that the header lists.
 
-A few kilobytes are read of a file of gigabytes. Knows nothing of models.
+Reads a few kilobytes of a file of gigabytes. Knows nothing of models.
 """
 
 import json
@@ -20,7 +20,7 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:
-    """Raises ValueError, in words that follow the file's name, and OSError."""
+    """The tensors by name. Raises OSError, and ValueError with a text that follows the file's name."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(len(LFS_POINTER))
@@ -51,7 +51,7 @@ def tensors_of(file: Path) -> dict[str, Tensor]:
 
 
 def entry_of(name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
-    """One tensor and where its bytes lie. Raises ValueError if they cannot be its bytes."""
+    """One tensor, and the range of its bytes. Raises ValueError if the range does not fit the shape."""
     try:
         dtype, shape, (first, last) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         fits = min((first, *shape)) >= 0 and last - first == BYTES[dtype] * math.prod(shape)

@@ -69,37 +69,27 @@ class NodeTypes:
 
 
 def read(path: Path) -> NodeTypes:
-    """Raises UserError where the linter finds an error."""
-    from cluster.config import documents, lint_cluster  # with Ray, which takes a second and more to import
+    """Raises UserError where the file is no cluster file, or Ray could not start its nodes."""
+    from cluster.config import cluster_config  # imports Ray, which takes a second
 
     try:
-        document, found = documents.read(path)
+        path.open().close()
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}. Name the cluster file with: make up TWIN=..."
         ) from None
-    sound = False
-    if document and isinstance(document.value, dict) and "available_node_types" in document.value:
-        said, sound = lint_cluster.check_cluster(document)
-        found += said
-    elif document:
-        found.append(document.error((), "it has no available_node_types, so it is no cluster file."))
-    errors = [str(one) for one in found if one.error]
-    if errors or not document or not sound:
-        raise UserError("\n".join(errors))
-    head = document.value["head_node_type"]
-    types = {
+    config = cluster_config.read(path)
+    types: dict[str, dict[str, Any]] = {
         name: {
-            "resources": {key: amount for key, amount in one["resources"].items() if not key.startswith("node:")},
-            "labels": one["labels"],
-            "min_workers": one["min_workers"],
-            "max_workers": one["max_workers"],
+            "resources": {key: amount for key, amount in node.resources.items() if not key.startswith("node:")},
+            "labels": node.labels,
+            "min_workers": node.min_workers,
+            "max_workers": node.max_workers,
             "node_config": {},
         }
-        for name, one in lint_cluster.node_types(document).items()
+        for name, node in config.node_types.items()
     }
-    idle_minutes = float(document.at(("idle_timeout_minutes",)) or 5)  # 5 is Ray's own
-    return NodeTypes(str(path), head, types, lint_cluster.most_workers(document), idle_minutes)
+    return NodeTypes(str(path), config.head, types, config.max_workers, config.idle_timeout_minutes)
 
 
 def autoscaling(types: NodeTypes, behaviour: Timings, **provider: object) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli import UserError
-from cluster.config.documents import loaded, read
+from cluster.config.documents import load_yaml, read
 
 PROGRAMS = {"ssh": "openssh-client", "rsync": "rsync"}  # and the packages of Debian and Ubuntu that bring them
 
@@ -34,7 +34,7 @@ def ready_to_start(path: Path) -> None:
 
 def content(path: Path) -> dict[str, Any]:
     """A cluster file's. The linter says more about one that is not as it should be."""
-    said = loaded(path, f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml")
+    said = load_yaml(path, f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml")
     provider = said.get("provider") if isinstance(said, dict) else None
     if not isinstance(provider, dict) or not provider.get("type") or not said.get("cluster_name"):
         raise UserError(f"{path} must have a cluster_name and a provider with a type, as files for `ray up` do.")

@@ -117,7 +117,7 @@ def test_the_fragments_make_files_that_the_linter_accepts(asked: Asked, tmp_path
     assert cluster["available_node_types"]["ray_tpu"]["node_config"]["acceleratorType"] == "v5litepod-4"
 
 
-def test_a_config_with_a_mistake_is_refused_as_the_linter_does(tmp_path: Path) -> None:
+def test_a_config_with_a_mistake_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("applications: 3\n")
     with pytest.raises(UserError):
         asked_of(tmp_path / "a.yaml")

@@ -1,4 +1,4 @@
-"""cluster/config/google_names.py: what Google Cloud would refuse is refused before anything is started."""
+"""cluster/config/rules/google_names.py: what Google Cloud would refuse is refused before anything is started."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import yaml
 
 from cluster import ROOT
 from cluster.config.documents import read
-from cluster.config.google_names import check_names
+from cluster.config.rules.google_names import check_names
 
 TPU = ("available_node_types", "ray_tpu", "node_config")
 HEAD = ("available_node_types", "head", "node_config")

@@ -1,4 +1,4 @@
-"""cluster/config/lint_checkpoint.py: checkpoints with one thing wrong, as `make deploy` sees them before it stops
+"""cluster/config/rules/checkpoint.py: checkpoints with one thing wrong, as `make deploy` sees them before it stops
 anything."""
 
 import json

@@ -170,7 +170,7 @@ def called(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_mistake_in_the_file_stops_up_before_anything_begins(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(home / "cluster.yaml", BASE.replace("acceleratorType: v5litepod-4", "acceleratorType: v5e-4"))
-    with pytest.raises(UserError, match=r"error: .*Did you mean v5litepod-4\?\nNothing was begun\."):
+    with pytest.raises(UserError, match=r"error: .*Did you mean v5litepod-4\?\nNothing was started\."):
         verbs.up(path, home / "run")
     assert capsys.readouterr().out == ""
     assert not (home / "run").exists()
@@ -184,7 +184,7 @@ def test_a_mistake_in_the_config_stops_deploy_and_advice_does_not(home: Path, ou
     deploy.lint_first(advised, "local", run_dir)
     wrong = write(home / "wrong.yaml", config.replace("TPU: 4", "TPU: 8"))
     for cluster in (str(ours), "local"):
-        with pytest.raises(UserError, match=r"wrong.yaml:\d+: error: .*\nNothing was begun\."):
+        with pytest.raises(UserError, match=r"wrong.yaml:\d+: error: .*\nNothing was started\."):
             deploy.lint_first(wrong, cluster, run_dir)
     run_dir.mkdir()
     eight = BASE.replace("acceleratorType: v5litepod-4", "acceleratorType: v5litepod-8").replace("TPU: 4", "TPU: 8")

@@ -63,7 +63,7 @@ def test_nothing_of_google_is_left_in_it() -> None:
     ],
     ids=["serve config", "list", "broken", "banana"],
 )
-def test_a_file_that_the_linter_refuses_starts_nothing(tmp_path: Path, content: str, reason: str) -> None:
+def test_a_file_that_is_no_cluster_file_starts_nothing(tmp_path: Path, content: str, reason: str) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text(content)
     with pytest.raises(UserError, match=reason):

@@ -208,7 +208,7 @@ def test_weights_that_are_cut_off_are_refused_and_nothing_is_stopped(
     with fault("weights cut off, deployed over a good config", api) as client:
         before = len(client.seen)
         failure = refuses(verbs.deploy(changed(config, tmp_path / "cut.yaml", model=str(model))))
-        assert "is cut off: by its header it has" in failure and "Nothing was begun" in failure
+        assert "is cut off: by its header it has" in failure and "Nothing was started" in failure
         assert {outcome for _, _, outcome in client.seen[before:]} == {"200"}
 
 

@@ -1,5 +1,6 @@
-"""The rules that Google Cloud has for names, and where a cluster file has names that Google will see. Ray checks none
-of them: Google refuses the machine, minutes later and in words of its own. Asks no network.
+"""Rules of Google Cloud for names: of the cluster, the place, the project, node types, labels, tags and networks.
+
+Ray checks none of these names. Google would refuse the machine, minutes later. Asks no network.
 """
 
 import re
@@ -10,47 +11,47 @@ from dataclasses import dataclass
 from app.ray_internals.autoscaler import GOOGLE_HEAD_NAME, GOOGLE_NAME_SUFFIX, GOOGLE_WORKER_NAME
 from cluster.config.documents import Document, Finding, Key
 
-MOST = 63  # of a machine's name
+MAX_LENGTH = 63  # of a machine's name
 
 
 @dataclass(frozen=True)
-class Rule:
+class Form:
     pattern: str
-    words: str
+    description: str
 
     def __call__(self, name: str) -> bool:
         return re.fullmatch(self.pattern, name) is not None
 
 
 # cloud.google.com/compute/docs/naming-resources, .../vpc/docs/add-remove-network-tags
-NAME = Rule(
+NAME = Form(
     "[a-z]([-a-z0-9]{0,61}[a-z0-9])?",
     "1 to 63 lower-case letters, digits and hyphens, beginning with a letter and not ending with a hyphen",
 )
 # cloud.google.com/resource-manager/docs/creating-managing-projects; an old one may belong to a domain: example.com:name
-PROJECT = Rule(
+PROJECT = Form(
     r"([a-z0-9.-]+\.[a-z]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]",
     "the project's id, not its name: 6 to 30 lower-case letters, digits and hyphens, beginning with a letter and not "
     "ending with a hyphen",
 )
 # cloud.google.com/compute/docs/regions-zones
-REGION = Rule("[a-z]+-[a-z]+[0-9]+", "a region, such as us-central1")
-ZONE = Rule("[a-z]+-[a-z]+[0-9]+-[a-z][a-z0-9]*", "a zone, such as us-central1-a")
+REGION = Form("[a-z]+-[a-z]+[0-9]+", "a region, such as us-central1")
+ZONE = Form("[a-z]+-[a-z]+[0-9]+-[a-z][a-z0-9]*", "a zone, such as us-central1-a")
 # cloud.google.com/compute/docs/labeling-resources: letters of all alphabets that are not upper-case
 LABEL_KEY = "1 to 63 lower-case letters, digits, hyphens and underscores, beginning with a letter"
 LABEL_VALUE = "at most 63 lower-case letters, digits, hyphens and underscores"
-MOST_LABELS = MOST_TAGS = 64
+MAX_LABELS = MAX_TAGS = 64
 
 
 def check_names(document: Document) -> Iterator[Finding]:
     yield from check_cluster_name(document)
-    for field, rule in (("region", REGION), ("availability_zone", ZONE), ("project_id", PROJECT)):
+    for field, form in (("region", REGION), ("availability_zone", ZONE), ("project_id", PROJECT)):
         value = document.at(("provider", field))
-        if value is not None and not rule(str(value)):
-            yield wrong(document, ("provider", field), rule.words, value)
+        if value is not None and not form(str(value)):
+            yield wrong(document, ("provider", field), form.description, value)
     for name in document.at(("available_node_types",)) or {}:
         key: Key = ("available_node_types", name)
-        if not label_value(str(name)):
+        if not is_label_value(str(name)):
             yield wrong(
                 document, key, f"a name that can be a label's value, which Ray makes of it: {LABEL_VALUE}", name
             )
@@ -67,13 +68,13 @@ def check_cluster_name(document: Document) -> Iterator[Finding]:
         if node_type != document.at(("head_node_type",)):
             compute = document.has(("available_node_types", node_type, "node_config", "machineType"))
             machines.append(GOOGLE_WORKER_NAME + GOOGLE_NAME_SUFFIX + ("-compute" if compute else "-tpu"))
-    longest = MOST - max(len(machine.format("")) for machine in machines)
+    longest = MAX_LENGTH - max(len(machine.format("")) for machine in machines)
     if not NAME(name) or len(name) > longest:
-        words = NAME.words.replace("1 to 63", f"1 to {longest}")
+        form = NAME.description.replace("1 to 63", f"1 to {longest}")
         yield wrong(
             document,
             ("cluster_name",),
-            f"{words}, as machines are called by it ({GOOGLE_HEAD_NAME.format(name)}-...)",
+            f"{form}, as machines are called by it ({GOOGLE_HEAD_NAME.format(name)}-...)",
             name,
         )
 
@@ -82,31 +83,31 @@ def check_labels(document: Document, key: Key) -> Iterator[Finding]:
     labels = document.at(key)
     if not isinstance(labels, dict):
         return
-    if len(labels) > MOST_LABELS:
-        yield document.error(key, f"must be at most {MOST_LABELS}, got {len(labels)}.")
+    if len(labels) > MAX_LABELS:
+        yield document.error(key, f"must be at most {MAX_LABELS}, got {len(labels)}.")
     for name, value in labels.items():
-        if not (str(name)[:1].isalpha() and label_value(str(name))):
+        if not (str(name)[:1].isalpha() and is_label_value(str(name))):
             yield wrong(document, (*key, name), f"called by {LABEL_KEY}", name)
-        if not isinstance(value, str) or not label_value(value):
+        if not isinstance(value, str) or not is_label_value(value):
             yield wrong(document, (*key, name), f"a text of {LABEL_VALUE}", value)
 
 
-def label_value(text: str) -> bool:
-    return len(text) <= MOST and all(c in "-_" or unicodedata.category(c) in ("Ll", "Lo", "Nd") for c in text)
+def is_label_value(text: str) -> bool:
+    return len(text) <= MAX_LENGTH and all(c in "-_" or unicodedata.category(c) in ("Ll", "Lo", "Nd") for c in text)
 
 
 def check_tags(document: Document, key: Key) -> Iterator[Finding]:
-    """Of firewall rules. Compute Engine has them below `items`, Cloud TPU has a list."""
+    """Tags for firewall rules: below `items` for Compute Engine, and a list for Cloud TPU."""
     if isinstance(document.at(key), dict):
         key = (*key, "items")
     tags = document.at(key)
     if not isinstance(tags, list):
         return
-    if len(tags) > MOST_TAGS:
-        yield document.error(key, f"must be at most {MOST_TAGS}, got {len(tags)}.")
+    if len(tags) > MAX_TAGS:
+        yield document.error(key, f"must be at most {MAX_TAGS}, got {len(tags)}.")
     for i, tag in enumerate(tags):
         if not isinstance(tag, str) or not NAME(tag):
-            yield wrong(document, (*key, i), NAME.words, tag)
+            yield wrong(document, (*key, i), NAME.description, tag)
 
 
 def check_networks(document: Document, key: Key) -> Iterator[Finding]:
@@ -116,8 +117,10 @@ def check_networks(document: Document, key: Key) -> Iterator[Finding]:
         for field in ("network", "subnetwork"):
             value = document.at((*place, field))
             if value is not None and not NAME(str(value).rpartition("/")[2]):  # a name, or a path that ends with one
-                yield wrong(document, (*place, field), f"a name, or a path that ends with one: {NAME.words}", value)
+                yield wrong(
+                    document, (*place, field), f"a name, or a path that ends with one: {NAME.description}", value
+                )
 
 
-def wrong(document: Document, key: Key, words: str, value: object) -> Finding:
-    return document.error(key, f"must be {words}, got {value}.")
+def wrong(document: Document, key: Key, form: str, value: object) -> Finding:
+    return document.error(key, f"must be {form}, got {value}.")

@@ -1,7 +1,7 @@
-"""Whether the checkpoint that a Serve config names can be loaded, as far as its small files and the headers of its
-weights tell. A replica would find out only after the replicas that run have been stopped for it.
+"""Rules about the checkpoint that a Serve config names: whether it can be loaded, by its small files and its headers.
 
-Reads no weights and imports no JAX. What only the weights tell, such as a NaN, the replica says at its start.
+A replica would notice only at its start, when the running replicas have already been stopped for it. Reads no weights
+and imports no JAX. What only the weights show, such as a NaN, the replica reports.
 """
 
 import json
@@ -18,9 +18,9 @@ from app.diffusion.models.tokenizer_files import tokenizer_problems
 from app.diffusion.samplers import Schedule, default_sampler, make_table
 from app.types import parse_size
 from cluster import ROOT
-from cluster.config.documents import Document, Finding, Key
-from cluster.config.lint_serve import apps
+from cluster.config.documents import Finding, Key
 from cluster.config.safetensors_header import Tensor, tensors_of
+from cluster.config.serve_config import Application
 
 CONFIGS = {
     "unet": "unet/config.json",
@@ -29,35 +29,32 @@ CONFIGS = {
     "scheduler": "scheduler/scheduler_config.json",
 }
 LOADED = ("F32", "F16", "BF16")
-MOST = 3  # problems of one kind that are told one by one
+LISTED = 3  # problems of one kind that are listed; the rest are counted
 
 Problems = list[str]
+Report = Callable[[Key, str], Finding]
 
 
-def check_checkpoints(document: Document) -> Iterator[Finding]:
-    for app in apps(document):
-        if isinstance(app.args, Args):
-            yield from check_checkpoint(document, (*app.key, "args"), app.args)
-
-
-def check_checkpoint(document: Document, key: Key, args: Args) -> Iterator[Finding]:
+def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
     folder = (ROOT / Path(args.model).expanduser()).resolve()
+    report: Report
     if folder.is_dir():
-        say, told = document.error, "cannot be loaded"
-    elif cached := cached_folder(args.model, args.revision):  # the nodes may have another one, or fetch it anew
-        folder, say, told = cached, document.advice, "in this machine's Hub cache cannot be loaded"
+        report, verdict = app.error, f"{args.model} cannot be loaded"
+    elif cached := cached_folder(args.model, args.revision):  # the nodes may have another copy, or download it again
+        folder, report, verdict = cached, app.advice, f"{args.model} in this machine's Hub cache cannot be loaded"
     else:
         return
+    key = ("args", "model")
     problems: Problems = []
     files = {part: read_json(folder / name, problems) for part, name in CONFIGS.items()}
     if problems:
-        yield from (say((*key, "model"), f"{args.model} {told}: {problem}") for problem in problems)
+        yield from (report(key, f"{verdict}: {problem}") for problem in problems)
         return
     unet = UNetConfig.from_json(files["unet"], problems)
     vae = VAEConfig.from_json(files["vae"], problems)
     text_encoder = CLIPTextConfig.from_json(files["text_encoder"], problems)
-    yield from check_schedule(files["scheduler"], key, args, say, problems)
-    if not problems:  # else the architecture is not known
+    yield from check_schedule(files["scheduler"], args, report, problems)
+    if not problems:  # otherwise the architecture is unknown
         problems += mismatches(unet, vae, text_encoder)
         problems += tokenizer_problems(folder / "tokenizer", text_encoder)
         expected = {
@@ -70,17 +67,17 @@ def check_checkpoint(document: Document, key: Key, args: Args) -> Iterator[Findi
         multiple = vae.scale_factor * unet.scale_factor
         for size in args.sizes:
             if any(side % multiple for side in parse_size(size)):
-                yield say((*key, "sizes"), f"must be multiples of {multiple} for {args.model}, got {size}.")
+                yield report(("args", "sizes"), f"must be multiples of {multiple} for {args.model}, got {size}.")
     for problem in problems:
-        yield say((*key, "model"), f"{args.model} {told}: {problem}")
+        yield report(key, f"{verdict}: {problem}")
 
 
 def cached_folder(model: str, revision: str | None) -> Path | None:
-    """Where a download from the Hub left a model, if it lies on this machine."""
+    """The folder of a model that was downloaded from the Hub to this machine."""
     import huggingface_hub  # takes a second
 
-    found = huggingface_hub.try_to_load_from_cache(model, "model_index.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    file = huggingface_hub.try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def read_json(file: Path, problems: Problems) -> Mapping[str, Any]:
@@ -98,10 +95,8 @@ def read_json(file: Path, problems: Problems) -> Mapping[str, Any]:
     return {}
 
 
-def check_schedule(
-    content: Mapping[str, Any], key: Key, args: Args, say: Callable[[Key, str], Finding], problems: Problems
-) -> Iterator[Finding]:
-    """Whether requests that name neither sampler nor steps can be drawn with this checkpoint."""
+def check_schedule(content: Mapping[str, Any], args: Args, report: Report, problems: Problems) -> Iterator[Finding]:
+    """A request that names neither sampler nor steps must be possible with this checkpoint."""
     try:
         schedule = Schedule.from_config(corrected(content)[0])
     except ValueError as error:
@@ -110,25 +105,25 @@ def check_schedule(
     try:
         make_table(args.defaults.sampler or default_sampler(schedule), args.defaults.num_inference_steps, schedule)
     except ValueError as error:
-        yield say((*key, "defaults"), f"do not suit {args.model}: {error}")
+        yield report(("args", "defaults"), f"do not suit {args.model}: {error}")
 
 
 def weight_problems(file: Path, expected: Mapping[str, Shape]) -> Problems:
     name = f"{file.parent.name}/{file.name}"
     try:
-        found = tensors_of(file)
+        stored = tensors_of(file)
     except FileNotFoundError:
         return [f"{name} is missing."]
     except OSError as error:
         return [f"{name} cannot be read: {error.strerror}."]
     except ValueError as error:
         return [f"{name} {error}"]
-    tensors = {current_name(key): tensor for key, tensor in found.items() if current_name(key) not in NOT_WEIGHTS}
-    return [f"{name}: {problem}" for kind in differences(tensors, expected) for problem in cut(kind)]
+    tensors = {current_name(key): tensor for key, tensor in stored.items() if current_name(key) not in NOT_WEIGHTS}
+    return [f"{name}: {problem}" for kind in differences(tensors, expected) for problem in shortened(kind)]
 
 
 def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> Iterator[Problems]:
-    """From what the architecture has, by kind."""
+    """How the stored tensors differ from the architecture's, by kind."""
     yield [f"tensor {name} is missing." for name in sorted(expected.keys() - tensors.keys())]
     surplus = sorted(tensors.keys() - expected.keys())
     yield [f"tensor {name} is not one that its config.json describes." for name in surplus]
@@ -145,6 +140,6 @@ def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]) ->
     ]
 
 
-def cut(problems: Problems) -> Problems:
-    more = len(problems) - MOST
-    return problems if more <= 1 else [*problems[:MOST], f"and {more} more of that kind."]
+def shortened(problems: Problems) -> Problems:
+    more = len(problems) - LISTED
+    return problems if more <= 1 else [*problems[:LISTED], f"and {more} more of that kind."]
