@@ -80,6 +80,13 @@ def test_every_path_in_backticks_exists(page: Path) -> None:
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
+@each_page
+def test_every_test_that_is_named_exists(page: Path) -> None:
+    named = {code for code in inline_code(page) if re.fullmatch(r"test_\w+", code)}
+    sources = "".join(file.read_text() for file in sorted((ROOT / "tests").rglob("test_*.py"))) if named else ""
+    assert not {name for name in named if f"def {name}(" not in sources}
+
+
 def test_the_readme_is_a_front_page() -> None:
     assert len((ROOT / "README.md").read_bytes()) < README_BYTES
 
