@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster import ROOT
 from cluster.cli import run_command
 from cluster.config.lint import lint, main
-from tests.cluster.slips import ACTOR, CLUSTER, MODEL, ROOT, SCALING, SERVE, edited, findings_of, put, rename
+from tests.cluster.slips import ACTOR, CLUSTER, MODEL, SCALING, SERVE, edited, findings_of, put, rename
 
 SHIPPED = [ROOT / "serve_config.yaml", ROOT / "cluster.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
 

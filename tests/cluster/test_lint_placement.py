@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from app import builders
+from cluster import ROOT
 from cluster.config.documents import Key, dotted
 from cluster.config.rules import cluster_file
 from tests.cluster.slips import (
@@ -14,7 +15,6 @@ from tests.cluster.slips import (
     INGRESS,
     MODEL,
     NODE,
-    ROOT,
     SCALING,
     SERVE,
     TPU,

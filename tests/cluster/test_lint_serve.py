@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster import ROOT
 from cluster.config.documents import Document, Key, dotted
 from tests.cluster.slips import (
     ACTOR,
@@ -13,7 +14,6 @@ from tests.cluster.slips import (
     IN_MODEL,
     INGRESS,
     MODEL,
-    ROOT,
     SCALING,
     SERVE,
     Edit,
