@@ -96,7 +96,7 @@ def compare(runs: int, count: int) -> list[Figure]:
     size = pipeline.sizes[0]
     evaluations = len(pipeline.table(None, STEPS))
     for run in range(runs):
-        pipeline.measure()  # again in each run, as the machine's pace changes
+        pipeline.calibrate()  # again in each run, as the machine's pace changes
         timings = timings_of(pipeline)
         image_s = evaluations * min(timings.step_s[2 * images] / images for images in BUCKETS)
         image_s += min(seconds / images for images, seconds in timings.decode_s.items())

@@ -149,7 +149,8 @@ def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -
     from flax import nnx
     from jax.sharding import SingleDeviceSharding
 
-    from app.diffusion.pipeline import ROWS_TOGETHER, predict_noise
+    from app.diffusion.device_programs import predict_noise
+    from app.diffusion.sharding import ROWS_TOGETHER
     from capacity.models import shapes_of
 
     checkpoint = shapes_of(model, jnp.dtype(dtype))

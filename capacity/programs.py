@@ -52,7 +52,7 @@ def shards_of(program: Program) -> int:
 
 def resident_bytes(pipeline: Pipeline) -> int:
     """What lies on each chip all the time: all weights, and the states of all sizes."""
-    states = [pipeline._state_shapes(size) for size in pipeline.sizes]
+    states = [pipeline.shapes.state(size) for size in pipeline.sizes]
     return sum(nbytes(leaf) for leaf in jax.tree.leaves((pipeline.params, states)))
 
 

@@ -21,6 +21,7 @@ HOST_ONLY = {
     "app.aot.cache_key",
     "app.aot.sources",
     "app.aot.program",
+    "app.diffusion.calibration",  # what it measures reaches programs as arguments
 }
 
 

@@ -37,6 +37,8 @@ def test_they_are_what_importing_the_pipeline_imports_but_for_what_stays_on_the_
     assert HOST_ONLY <= imported
     assert {
         "app.diffusion.pipeline",
+        "app.diffusion.device_programs",
+        "app.diffusion.sharding",
         "app.diffusion.samplers",
         "app.diffusion.models",
         "app.diffusion.models.unet",

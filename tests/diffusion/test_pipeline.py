@@ -11,7 +11,9 @@ import pytest
 
 import app.diffusion.pipeline
 from app.aot.program import CompileWatch, compiled
-from app.diffusion.pipeline import Pipeline, row_sharding, rows_of
+from app.diffusion.device_programs import rows_of
+from app.diffusion.pipeline import Pipeline
+from app.diffusion.sharding import row_sharding
 from app.types import ActiveSlot, PipelineSpec
 from tests.tiny import tensor_shapes, write_checkpoint
 
@@ -114,13 +116,13 @@ def test_without_guidance_the_negative_prompt_is_nothing(pipeline: Pipeline) -> 
     assert far(drawn("rain", 6.0), drawn("", 6.0)) > 1
 
 
-def test_a_guided_lane_costs_two_rows_and_padding_reaches_no_slot() -> None:
-    rows = rows_of([ActiveSlot(5, True), ActiveSlot(2, False), ActiveSlot(0, True)], buckets=(1, 2, 4, 8), nobody=16)
+def test_a_guided_slot_costs_two_rows_and_padding_reaches_no_slot() -> None:
+    rows = rows_of([ActiveSlot(5, True), ActiveSlot(2, False), ActiveSlot(0, True)], buckets=(1, 2, 4, 8), padding=16)
     assert rows.slots.tolist() == [5, 2, 0, 16, 16, 16, 16, 16]
-    assert rows.lane.tolist() == [0, 0, 1, 2, 2, 0, 0, 0]
-    assert rows.half.tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
+    assert rows.owner.tolist() == [0, 0, 1, 2, 2, 0, 0, 0]
+    assert rows.conditional.tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
     assert (rows.uncond[:3].tolist(), rows.cond[:3].tolist()) == ([0, 2, 3], [1, 2, 4])
-    assert len(rows_of([ActiveSlot(0, False)], buckets=(1, 2), nobody=4).slots) == 1
+    assert len(rows_of([ActiveSlot(0, False)], buckets=(1, 2), padding=4).slots) == 1
 
 
 def test_a_step_leaves_all_other_slots_alone(pipeline: Pipeline) -> None:

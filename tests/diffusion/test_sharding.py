@@ -14,7 +14,8 @@ from tests.tiny import tensor_shapes, write_checkpoint
 CHILD = """
 import sys
 import jax, numpy as np
-from app.diffusion.pipeline import ROWS_TOGETHER, Pipeline, passes_of, row_sharding, strips_of
+from app.diffusion.pipeline import Pipeline
+from app.diffusion.sharding import ROWS_TOGETHER, passes_of, row_sharding, strips_of
 from app.aot.program import CompileWatch
 from app.types import ActiveSlot, PipelineSpec
 

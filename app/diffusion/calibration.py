@@ -1,0 +1,129 @@
+"""Measurements at warm-up: what each step and decode takes, and which colours previews have.
+
+Runs on the host, by the verbs of a pipeline. Nothing here is part of a compiled program.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from app.types import ActiveSlot, Size
+
+logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
+
+TIMED_RUNS, TIMED_S = 3, 2.0  # how often each program is timed, and for how long at most
+PREVIEW_STEPS, PREVIEW_S = 10, 2.0  # steps of the images that the preview map is fitted to, and for how long at most
+
+
+class Calibration(NamedTuple):
+    step_s: dict[tuple[Size, int], float]  # seconds of a step by size and row bucket
+    decode_s: dict[tuple[Size, int], float]  # seconds of a decode by size and decode bucket
+    preview_maps: dict[Size, np.ndarray]  # float32 [C + 1, 3]
+
+
+class Verbs(Protocol):
+    """What is measured of a pipeline."""
+
+    sizes: tuple[Size, ...]
+    row_buckets: tuple[int, ...]
+    decode_buckets: tuple[int, ...]
+    num_slots: int
+    max_steps: int
+
+    def encode(self, texts: Sequence[str]) -> list[Any]: ...
+    def empty_state(self, size: Size) -> Any: ...
+    def table(self, sampler: str | None, num_inference_steps: int) -> Any: ...
+    def insert(
+        self, state: Any, slot: int, prompt: Any, negative_prompt: Any, table: Any, guidance_scale: float, seed: int
+    ) -> Any: ...
+    def step(self, state: Any, active: Sequence[ActiveSlot], count: int = 1) -> Any: ...
+    def decode(self, state: Any, slots: Sequence[int]) -> Any: ...
+    def preview(self, state: Any, slot: int) -> Any: ...
+
+
+def calibrate(pipeline: Verbs) -> Calibration:
+    """Runs every program at least once."""
+    measured = Calibration({}, {}, {})
+    (text,) = pipeline.encode(["warm-up"])
+    for size in pipeline.sizes:
+        steps, decodes = times(pipeline, size, text)
+        measured.step_s.update({(size, rows): seconds for rows, seconds in steps.items()})
+        measured.decode_s.update({(size, images): seconds for images, seconds in decodes.items()})
+        measured.preview_maps[size] = preview_map(pipeline, size, text, steps)
+        logger.info(
+            "warm %dx%d ms a step by rows: %s",
+            *size,
+            ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in steps.items()),
+        )
+    return measured
+
+
+def times(pipeline: Verbs, size: Size, text: Any) -> tuple[dict[int, float], dict[int, float]]:
+    """Seconds of a step by row bucket, and of a decode by decode bucket."""
+    state = filled(pipeline, size, text, pipeline.num_slots, pipeline.table(None, 1))
+
+    def step(rows: int) -> jax.Array:
+        nonlocal state
+        active = [ActiveSlot(slot, True) for slot in range(rows // 2)] + [ActiveSlot(rows // 2, False)] * (rows % 2)
+        state, done = pipeline.step(state, active)
+        return done
+
+    def decode(images: int) -> Any:
+        return pipeline.decode(state, range(images))
+
+    measured = timed(step, pipeline.row_buckets), timed(decode, pipeline.decode_buckets)
+    jax.block_until_ready(pipeline.preview(state, 0))
+    return measured
+
+
+def timed(dispatch: Callable[[int], jax.Array], buckets: Sequence[int]) -> dict[int, float]:
+    """Seconds of each bucket's quickest run of a few, after one that does not count.
+
+    The buckets take turns, so that other work on the machine does not make one of them look slow beside the others.
+    """
+    for bucket in buckets:
+        jax.block_until_ready(dispatch(bucket))
+    seconds = dict.fromkeys(buckets, math.inf)
+    began = time.perf_counter()
+    for _ in range(TIMED_RUNS):
+        for bucket in buckets:
+            started = time.perf_counter()
+            jax.block_until_ready(dispatch(bucket))
+            seconds[bucket] = min(seconds[bucket], time.perf_counter() - started)
+        if time.perf_counter() - began > TIMED_S * len(buckets):
+            break
+    return seconds
+
+
+def preview_map(pipeline: Verbs, size: Size, text: Any, step_s: dict[int, float]) -> np.ndarray:
+    """The map that comes closest to what this VAE makes of a few images."""
+    count = pipeline.decode_buckets[-1]
+    seconds = step_s[next(rows for rows in pipeline.row_buckets if rows >= count)]
+    table = pipeline.table(None, max(1, min(PREVIEW_STEPS, pipeline.max_steps, int(PREVIEW_S / seconds))))
+    state = filled(pipeline, size, text, count, table)
+    state, _ = pipeline.step(state, [ActiveSlot(slot, False) for slot in range(count)], len(table))
+    pixels = np.asarray(pipeline.decode(state, range(count)))
+    return fitted_map(np.asarray(state.latents)[:count], pixels)
+
+
+def fitted_map(latents: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """[C + 1, 3]: the least-squares map from scaled latents, and a one, to colours in [-1, 1]."""
+    count, h, w, channels = latents.shape
+    height, width = pixels.shape[1:3]
+    colours = pixels.astype(np.float32) / 127.5 - 1
+    blocks = colours.reshape(count, h, height // h, w, width // w, 3).mean(axis=(2, 4))
+    inputs = np.concatenate([latents, np.ones((count, h, w, 1), np.float32)], axis=-1)
+    return np.asarray(np.linalg.lstsq(inputs.reshape(-1, channels + 1), blocks.reshape(-1, 3))[0], np.float32)
+
+
+def filled(pipeline: Verbs, size: Size, text: Any, count: int, table: Any) -> Any:
+    """A state with images in its first slots."""
+    state = pipeline.empty_state(size)
+    for slot in range(count):
+        state = pipeline.insert(state, slot, text, text, table, 1.0, slot)
+    return state

@@ -1,0 +1,189 @@
+"""What runs on the device: pure functions over a `DenoiseState`, which are compiled once per shape.
+
+Knows nothing of requests and queues, nor of how programs are declared, compiled and kept.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from app.diffusion.samplers import Coefficients, update
+from app.diffusion.sharding import divided, passes_of, strips_of, together_on
+from app.types import ActiveSlot, Size
+
+
+class DenoiseState(NamedTuple):
+    """S slots of one size. A slot holds everything that an unfinished image depends on."""
+
+    latents: jax.Array  # float32 [S, h, w, C], variance-preserving
+    history: jax.Array  # float32 [S, HISTORY - 1, h, w, C], newest first
+    prompt_embeds: jax.Array  # [S, 2, T, D]: unconditional, conditional
+    guidance_scale: jax.Array  # float32 [S]
+    seed: jax.Array  # uint32 [S]
+    step: jax.Array  # int32 [S], the next row of the slot's table
+    timesteps: jax.Array  # float32 [S, N]
+    preview: jax.Array  # float32 [S, N, 2]
+    table: Coefficients  # p, q, a, n float32 [S, N]; b float32 [S, N, HISTORY]
+
+
+class Rows(NamedTuple):
+    """Which slots share a step, and which rows the UNet gets for them. R rows hold at most R active slots."""
+
+    slots: np.ndarray  # int32 [R], the active slots, padded with a number that no slot has
+    owner: np.ndarray  # int32 [R], the row's position in `slots`
+    conditional: np.ndarray  # int32 [R], 0: unconditional, 1: conditional
+    uncond: np.ndarray  # int32 [R], for each of `slots` the row of its unconditional output
+    cond: np.ndarray  # int32 [R], likewise of its conditional output; the same row where there is no guidance
+
+
+def rows_of(active: Sequence[ActiveSlot], buckets: Sequence[int], padding: int) -> Rows:
+    """The rows of the active slots in the smallest bucket that holds them. A guided slot's two rows are neighbours."""
+    needed = sum(slot.rows for slot in active)
+    bucket = next(bucket for bucket in buckets if bucket >= needed)
+    rows = Rows(np.full(bucket, padding, np.int32), *(np.zeros(bucket, np.int32) for _ in range(4)))
+    row = 0
+    for position, slot in enumerate(active):
+        rows.slots[position] = slot.slot
+        rows.uncond[position], rows.cond[position] = row, row + slot.guided
+        rows.owner[row : row + slot.rows] = position
+        rows.conditional[row : row + slot.rows] = [0, 1] if slot.guided else [1]
+        row += slot.rows
+    return rows
+
+
+def network_of(graph: Any, tree: Any, params: Sequence[jax.Array]) -> Any:
+    return nnx.merge(graph, jax.tree.unflatten(tree, params))
+
+
+def encode_program(text_encoder: Any, params: Any, input_ids: jax.Array, count: jax.Array) -> list[jax.Array]:
+    """Encodes the first `count` texts one after the other, so padding costs nothing and neighbours change no bit."""
+    module = text_encoder(params)
+    single = jax.eval_shape(module, input_ids[:1])
+
+    def encode(i: jax.Array, embeds: jax.Array) -> jax.Array:
+        ids = jax.lax.dynamic_slice_in_dim(input_ids, i, 1)
+        return jax.lax.dynamic_update_slice_in_dim(embeds, module(ids), i, axis=0)
+
+    embeds = jax.lax.fori_loop(0, count, encode, jnp.zeros((len(input_ids), *single.shape[1:]), single.dtype))
+    return list(embeds)
+
+
+def insert_program(
+    state: DenoiseState,
+    slot: jax.Array,
+    uncond_embeds: jax.Array,
+    cond_embeds: jax.Array,
+    guidance_scale: jax.Array,
+    seed: jax.Array,
+    initial_scale: jax.Array,
+    timesteps: jax.Array,
+    preview: jax.Array,
+    table: Coefficients,
+) -> DenoiseState:
+    """Starts an image in a slot, as noise that its seed alone decides."""
+    noise = slot_noise(seed, jnp.int32(0), state.latents.shape[1:])
+    image = DenoiseState(
+        latents=initial_scale * noise,
+        history=jnp.zeros(state.history.shape[1:]),
+        prompt_embeds=jnp.stack([uncond_embeds, cond_embeds]),
+        # As in diffusers, a scale of 1 or less means no guidance.
+        guidance_scale=jnp.maximum(guidance_scale, 1.0),
+        seed=seed,
+        step=jnp.int32(0),
+        timesteps=timesteps,
+        preview=preview,
+        table=table,
+    )
+    return jax.tree.map(lambda slots, value: slots.at[slot].set(value.astype(slots.dtype)), state, image)
+
+
+def step_program(
+    unet: Any, sharding: NamedSharding, params: Any, state: DenoiseState, rows: Rows, count: jax.Array
+) -> tuple[DenoiseState, jax.Array]:
+    """Gathers the active slots, `count` times runs the UNet over their rows and applies the tables, and scatters."""
+    active: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
+    positions = jnp.arange(len(rows.slots))
+    embeds = active.prompt_embeds[rows.owner, rows.conditional]
+    predict = divided(partial(predict_noise, unet, together_on(sharding)), sharding)
+    replicated = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(sharding.mesh, PartitionSpec()))
+
+    def step(_: jax.Array, moving: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        latents, history, at = moving
+        timesteps = active.timesteps[positions, at]
+        noise_pred = replicated(predict(params, latents[rows.owner], timesteps[rows.owner], embeds))
+        uncond, cond = noise_pred[rows.uncond], noise_pred[rows.cond]
+        noise_pred = uncond + active.guidance_scale[:, None, None, None] * (cond - uncond)
+        fresh = jax.vmap(partial(slot_noise, shape=latents.shape[1:]))(active.seed, at + 1)
+        coefficients = jax.tree.map(lambda x: x[positions, at], active.table)
+        latents, history = update(latents, noise_pred, history, fresh, coefficients)
+        return latents, history, at + 1
+
+    latents, history, at = jax.lax.fori_loop(0, count, step, (active.latents, active.history, active.step))
+    state = state._replace(
+        latents=state.latents.at[rows.slots].set(latents, mode="drop"),
+        history=state.history.at[rows.slots].set(history, mode="drop"),
+        step=state.step.at[rows.slots].set(at, mode="drop"),
+    )
+    return state, at[0]
+
+
+def predict_noise(
+    unet: Any, together: int | None, params: Any, latents: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array
+) -> jax.Array:
+    """The UNet over one chip's rows: `together` of them at a time, one pass after the other."""
+    module, (rows, height) = unet(params), latents.shape[:2]
+    passes = passes_of(rows, together)
+    coarsest = height // module.config.scale_factor
+    predict = partial(module, strips=strips_of(rows // passes, coarsest, together))
+    if passes == 1:
+        noise_pred = predict(latents, timesteps, prompt_embeds)
+    else:
+        parts = [x.reshape(passes, -1, *x.shape[1:]) for x in (latents, timesteps, prompt_embeds)]
+        noise_pred = jax.lax.map(lambda part: predict(*part), tuple(parts)).reshape(latents.shape)
+    return noise_pred.astype(jnp.float32)
+
+
+def decode_program(vae: Any, sharding: NamedSharding, params: Any, latents: jax.Array, slots: jax.Array) -> jax.Array:
+    """The images of these slots: uint8 [R, H, W, 3]."""
+    decode = divided(partial(decode_rows, vae, together_on(sharding)), sharding)
+    return decode(params, latents.at[slots].get(mode="clip"))
+
+
+def decode_rows(vae: Any, together: int | None, params: Any, latents: jax.Array) -> jax.Array:
+    """Where the strips of one image fill a chip, images are decoded one by one: intermediate arrays are smallest so."""
+    decode = partial(vae(params).decode, strips=strips_of(1, latents.shape[1], together))
+    if together is None or len(latents) == 1:
+        return as_pixels(decode(latents))
+    return jax.lax.map(lambda image: as_pixels(decode(image[None])[0]), latents)
+
+
+def preview_program(
+    size: Size,
+    preview_map: jax.Array,
+    latents: jax.Array,
+    history: jax.Array,
+    preview: jax.Array,
+    step: jax.Array,
+    slot: jax.Array,
+) -> jax.Array:
+    """The denoised image that the slot's last step predicted, by a linear map from latents to colours."""
+    weights = preview[slot, jnp.maximum(step[slot] - 1, 0)]
+    denoised = weights[0] * latents[slot] + weights[1] * history[slot, 0]  # [h, w, C]
+    colours = denoised @ preview_map[:-1] + preview_map[None, None, -1]
+    return as_pixels(jax.image.resize(colours, (size[1], size[0], 3), "linear"))[None]
+
+
+def as_pixels(colours: jax.Array) -> jax.Array:
+    """Colours around [-1, 1] as uint8."""
+    return jnp.round(jnp.clip(colours.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
+
+
+def slot_noise(seed: jax.Array, number: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise that depends on the seed and the step's number alone: not on slot, bucket or neighbours."""
+    return jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), shape)

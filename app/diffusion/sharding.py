@@ -1,0 +1,71 @@
+"""How the rows of a step are divided: over the chips of a host, and on each chip into passes and strips.
+
+The state and the weights are replicated on every chip. Knows nothing of samplers or of the networks' layers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# How many rows go through a network together on one chip. More bring no speed: these fill a TPU's matrix units, and
+# larger intermediate arrays no longer fit in its VMEM. Fewer rows take nearly as long as these, so their images are cut
+# into strips until there are as many.
+ROWS_TOGETHER = {"tpu": 8}
+
+
+def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of the largest power of two of these devices, with axes of length two.
+
+    So any number of rows that is a power of two can be divided among the devices, even if it is smaller than theirs.
+    """
+    halvings = len(devices).bit_length() - 1
+    shape = [2] * halvings or [1]
+    return Mesh(np.array(devices[: 2**halvings]).reshape(shape), [f"data{i}" for i in range(len(shape))])
+
+
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Divides rows over as many devices as divide their number."""
+    halvings = next(n for n in range(len(mesh.axis_names), -1, -1) if rows % 2**n == 0)
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names[:halvings] or None))
+
+
+def placed(params: Any, sharding: NamedSharding) -> Any:
+    """Weights on the devices. Mere shapes stay shapes: capacity/programs.py compiles for them and runs nothing."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.device_put(params, sharding)
+
+
+def divided(function: Callable[..., jax.Array], sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """`function(params, *rows)` with each chip at its own rows, without communication between chips."""
+    if sharding.is_fully_replicated:
+        return function
+
+    def call(params: Any, *rows: jax.Array) -> jax.Array:
+        specs = (PartitionSpec(), *[sharding.spec] * len(rows))
+        # shard_map's check does not support `platform_dependent`.
+        per_chip = jax.shard_map(function, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False)
+        return per_chip(params, *rows)
+
+    return call
+
+
+def together_on(sharding: NamedSharding) -> int | None:
+    """How many rows these devices take together; None: all."""
+    return ROWS_TOGETHER.get(sharding.mesh.devices.flat[0].platform)
+
+
+def passes_of(rows: int, together: int | None) -> int:
+    """Into how many equal parts one chip's rows are split, which go through the UNet one after the other."""
+    return rows // together if together and rows % together == 0 else 1
+
+
+def strips_of(rows: int, height: int, together: int | None) -> int:
+    """Into how many strips the images of these rows are cut. The height at each level must be divisible by it."""
+    strips = 1
+    while together and 2 * strips * rows <= together and height % (2 * strips) == 0:
+        strips *= 2
+    return strips
