@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from app.engine.engine import Engine
 from app.engine.verbs import Verbs
-from app.types import PipelineSpec
+from app.types import PipelineSpec, Size
 from benchmarks.load import GUIDANCE_SCALE, Submit
-from benchmarks.paced import Pace, PacedPipeline, Size
+from benchmarks.paced import Pace, PacedPipeline
 from benchmarks.report import log
 from benchmarks.whole_batch import PREDECESSOR
 from cluster import ROOT

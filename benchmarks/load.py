@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from app.types import Generation
-from benchmarks.paced import Size, sleep_until
+from app.engine.virtual import RealClock
+from app.types import Generation, Size
 from loadtest.arrivals import Seconds
 
 Submit = Callable[[Generation], "Future[Any]"]  # its result is an array of pixels, or has one as `pixels`
@@ -78,12 +78,13 @@ def offer(submit: Submit, requests: Sequence[Generation], arrivals: Seconds) -> 
         done.release()
 
     gc.collect()
-    began = time.monotonic() + HEAD_START_S
+    clock = RealClock()
+    began = clock() + HEAD_START_S
     intended = began + arrivals
     lag = 0.0
     for index, (generation, at) in enumerate(zip(requests, intended, strict=True)):
-        sleep_until(at)
-        lag = max(lag, time.monotonic() - at)
+        clock.reach(at)
+        lag = max(lag, clock() - at)
         submit(generation).add_done_callback(lambda future, index=index: note(index, future))  # type: ignore[misc]
     for _ in requests:
         if not done.acquire(timeout=TIMEOUT_S):

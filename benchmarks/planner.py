@@ -17,11 +17,10 @@ import numpy as np
 
 from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
-from app.types import Generation
+from app.types import Generation, Size
 from benchmarks.devices import demo_pipeline
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import equal_requests, offer
-from benchmarks.paced import Size
 from benchmarks.report import log, machine
 from capacity.simulate import Load, Timings, simulate
 from cluster.cli import Parser, run_command
@@ -40,7 +39,6 @@ def timings_of(pipeline: Pipeline) -> Timings:
     for number in range(10):
         pipeline.encode([f"text {number}"])[0].embeds.block_until_ready()
     return Timings(
-        size,
         {rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets},
         {images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets},
         (time.perf_counter() - began) / 10,
@@ -72,7 +70,6 @@ def paced(timings: Timings, step_times: Sequence[float]) -> Timings:
     pace = float(np.mean(step_times)) / min(timings.step_s.values())
     log(f"  steps took {pace:.2f} times as long as at warm-up")
     return Timings(
-        timings.size,
         {rows: pace * seconds for rows, seconds in timings.step_s.items()},
         {images: pace * seconds for images, seconds in timings.decode_s.items()},
         pace * timings.encode_s,

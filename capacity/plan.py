@@ -75,7 +75,6 @@ def plan(priced: Priced, asked: Asked, evaluations: int, rate: float, slo_s: flo
         return failed(about, f"a picture takes {alone_s:.2f} s alone, more than the {slo_s:g} s asked for")
     encode = priced.price("encode")
     timings = Timings(
-        size,
         {rows: price.seconds for rows, price in priced.steps(size).items() if rows <= 2 * best.images},
         {images: price.seconds for images, price in priced.decodes(size).items()},
         encode.seconds if encode else 0.0,

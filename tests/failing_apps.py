@@ -16,9 +16,10 @@ from starlette.routing import Route
 
 from app import builders
 from app.api import ingress
+from app.engine.virtual import Encoded
 from app.serving.replica import StableDiffusion
 from app.types import PipelineSpec
-from tests.fake_pipeline import Encoded, FakePipeline
+from tests.fake_pipeline import FakePipeline
 
 
 class APIIngress(ingress.APIIngress):

@@ -14,6 +14,7 @@ from aiohttp import web
 from app.builders import Args
 from app.diffusion.models.config import UNetConfig
 from app.engine.engine import Engine
+from app.engine.virtual import Done, State, number_of
 from app.types import ActiveSlot, Generation
 from benchmarks.against_torch import CASES, read
 from benchmarks.figures import Figure, missed, table_of
@@ -52,11 +53,11 @@ class Recorded(PacedPipeline):
         self.steps: list[tuple[int, int]] = []
         self.fail = False
 
-    def step(self, state: Any, active: Sequence[ActiveSlot], count: int = 1) -> tuple[Any, float]:
+    def step(self, state: State, active: Sequence[ActiveSlot], count: int) -> tuple[State, Done]:
         if self.fail:
             self.fail = False
             raise RuntimeError("step failed")
-        self.steps.append((sum(lane.rows for lane in active), count))
+        self.steps.append((sum(slot.rows for slot in active), count))
         return super().step(state, active, count)
 
 
@@ -64,9 +65,15 @@ def ask(seed: int, *, steps: int = 3, **other: Any) -> Generation:
     return request(SIZE, seed, steps=steps, **other)
 
 
-def greys(pixels: np.ndarray) -> list[int]:
+def shown(pixels: np.ndarray) -> list[int]:
     assert pixels.shape[1:] == (SIZE[1], SIZE[0], 3) and pixels.dtype == np.uint8
-    return [int(image.max()) for image in pixels]
+    return [number_of(image) for image in pixels]
+
+
+def inserted(pipeline: PacedPipeline, state: State, slot: int) -> State:
+    """The state with a guided image of a hundred steps in the slot."""
+    (prompt,) = pipeline.encode(["a boat"])
+    return pipeline.insert(state, slot, prompt, prompt, pipeline.table(None, 100), 7.5, 0)
 
 
 # The paced pipeline
@@ -74,9 +81,9 @@ def greys(pixels: np.ndarray) -> list[int]:
 
 def test_a_paced_picture_is_its_seed_and_its_steps(paced: PacedPipeline) -> None:
     state, pixels = draw(paced, paced.empty_state(SIZE), [Picture(ask(10), 0), Picture(ask(20), 1)])
-    assert greys(pixels) == [13, 24]
+    assert shown(pixels) == [13, 24]
     _, pixels = draw(paced, state, [Picture(ask(250, steps=7), 0)])
-    assert greys(pixels) == [1]
+    assert shown(pixels) == [257]
 
 
 def test_paced_steps_are_flat_up_to_the_chips_and_then_in_proportion() -> None:
@@ -89,19 +96,20 @@ def test_paced_steps_are_flat_up_to_the_chips_and_then_in_proportion() -> None:
 def test_verbs_queue_on_the_device_and_wait_returns_when_the_step_is_done(paced: PacedPipeline) -> None:
     began = time.monotonic()
     active = [ActiveSlot(0, True), ActiveSlot(1, True)]  # four rows on two chips
-    state, first = paced.step(paced.empty_state(SIZE), active, 50)
+    state = inserted(paced, inserted(paced, paced.empty_state(SIZE), 0), 1)
+    state, first = paced.step(state, active, 50)
     _, second = paced.step(state, active, 50)
-    assert second - first == pytest.approx(50 * 2e-4)
-    assert first >= began + 50 * 2e-4
+    assert second.ready_at - first.ready_at == pytest.approx(50 * 2e-4)
+    assert first.ready_at >= began + 50 * 2e-4
     paced.wait(second)
-    assert time.monotonic() >= second
+    assert time.monotonic() >= second.ready_at
 
 
 def test_a_consumed_state_cannot_be_used_again(paced: PacedPipeline) -> None:
-    state = paced.empty_state(SIZE)
-    paced.step(state, [ActiveSlot(0, False)], 1)
+    state = inserted(paced, paced.empty_state(SIZE), 0)
+    paced.step(state, [ActiveSlot(0, True)], 1)
     with pytest.raises(AssertionError, match="used again"):
-        paced.step(state, [ActiveSlot(0, False)], 1)
+        paced.step(state, [ActiveSlot(0, True)], 1)
 
 
 # The baseline
@@ -142,12 +150,12 @@ def served(pipeline: Recorded, setting: Setting, requests: Sequence[Generation])
 def test_whole_batches_answer_each_request_with_its_own_pictures(recorded: Recorded) -> None:
     requests = [ask(10), ask(20, n=3), ask(30, steps=5), ask(40, guidance_scale=1.0)]
     pictures = served(recorded, Setting(4, 0.05), requests)
-    assert [greys(pixels) for pixels in pictures] == [[13], [23, 24, 25], [35], [43]]
+    assert [shown(pixels) for pixels in pictures] == [[13], [23, 24, 25], [35], [43]]
 
 
 def test_a_request_may_need_several_batches(recorded: Recorded) -> None:
     (pictures,) = served(recorded, Setting(2, 0.0), [ask(10, n=5)])
-    assert greys(pictures) == [13, 14, 15, 16, 17]
+    assert shown(pictures) == [13, 14, 15, 16, 17]
     assert recorded.steps == [(4, 3), (4, 3), (2, 3)]
 
 
@@ -164,7 +172,7 @@ def test_a_batch_that_fails_fails_its_requests_and_the_next_one_runs(recorded: R
     try:
         with pytest.raises(RuntimeError, match="step failed"):
             server.submit(ask(10)).result(WAIT_S)
-        assert greys(server.submit(ask(20)).result(WAIT_S)) == [23]
+        assert shown(server.submit(ask(20)).result(WAIT_S)) == [23]
     finally:
         server.close()
 
@@ -232,7 +240,7 @@ def test_the_engine_and_the_baseline_make_the_same_pictures(engine: Engine, reco
     requests = mixed_requests(40, SIZE, np.random.default_rng(5))
     by_engine = [future.result(WAIT_S).pixels for future in [engine.submit(generation) for generation in requests]]
     by_baseline = served(recorded, Setting(4, 0.0), requests)
-    assert list(map(greys, by_engine)) == list(map(greys, by_baseline))
+    assert list(map(shown, by_engine)) == list(map(shown, by_baseline))
 
 
 def test_clients_ask_for_each_picture_once_and_a_refusal_is_an_error() -> None:

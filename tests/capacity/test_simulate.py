@@ -8,10 +8,9 @@ import pytest
 from capacity.simulate import Load, Simulated, Timings, simulate
 from loadtest.arrivals import poisson
 
-SIZE = (512, 512)
 # Sharing a step costs nothing, or gains nothing.
-FREE = Timings(SIZE, {1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01}, {1: 0.1, 2: 0.1, 4: 0.1})
-SERIAL = Timings(SIZE, {1: 0.01, 2: 0.02, 4: 0.04, 8: 0.08}, {1: 0.1, 2: 0.2, 4: 0.4})
+FREE = Timings({1: 0.01, 2: 0.01, 4: 0.01, 8: 0.01}, {1: 0.1, 2: 0.1, 4: 0.1})
+SERIAL = Timings({1: 0.01, 2: 0.02, 4: 0.04, 8: 0.08}, {1: 0.1, 2: 0.2, 4: 0.4})
 
 
 def simulated(timings: Timings, arrivals: list[float], evaluations: int = 10, max_waiting: int = 100) -> Simulated:
@@ -19,13 +18,13 @@ def simulated(timings: Timings, arrivals: list[float], evaluations: int = 10, ma
 
 
 def test_a_picture_alone_takes_its_steps_and_its_decode() -> None:
-    found = simulated(SERIAL, [5.0])
-    assert found.latencies == pytest.approx([10 * 0.02 + 0.1])
-    assert found.makespan_s == pytest.approx(5.3)
+    outcome = simulated(SERIAL, [5.0])
+    assert outcome.latencies == pytest.approx([10 * 0.02 + 0.1])
+    assert outcome.makespan_s == pytest.approx(5.3)
 
 
 def test_texts_are_encoded_before_the_first_step() -> None:
-    timings = Timings(SIZE, FREE.step_s, FREE.decode_s, encode_s=0.05)
+    timings = Timings(FREE.step_s, FREE.decode_s, encode_s=0.05)
     assert simulated(timings, [0.0]).latencies == pytest.approx([2 * 0.05 + 10 * 0.01 + 0.1])
     # The negative prompt is known from the first one.
     assert simulated(timings, [0.0, 9.0]).latencies[1] == pytest.approx(0.05 + 10 * 0.01 + 0.1)
@@ -48,9 +47,9 @@ def test_a_newcomer_joins_the_next_step_and_not_the_next_batch() -> None:
 
 
 def test_a_full_queue_refuses_and_those_that_were_taken_are_answered() -> None:
-    found = simulated(SERIAL, [0.0] * 10, max_waiting=3)
-    assert found.refused > 0
-    assert len(found.latencies) + found.refused == 10
+    outcome = simulated(SERIAL, [0.0] * 10, max_waiting=3)
+    assert outcome.refused > 0
+    assert len(outcome.latencies) + outcome.refused == 10
 
 
 def test_a_heavier_load_waits_longer_and_the_same_load_as_long_again() -> None:
@@ -65,14 +64,14 @@ def test_a_heavier_load_waits_longer_and_the_same_load_as_long_again() -> None:
 def test_a_queue_of_one_server_is_what_theory_says() -> None:
     """M/D/1 at 60 %: the mean wait is 0.6 / (2 * 0.4) of a service time (Pollaczek and Khinchin)."""
     service_s = 10 * 0.02 + 0.1
-    timings = Timings(SIZE, {1: 0.01, 2: 0.02}, {1: 0.1})
+    timings = Timings({1: 0.01, 2: 0.02}, {1: 0.1})
     load = Load(poisson(4000, np.random.default_rng(3)) * service_s / 0.6, 10)
-    found = simulate(timings, load, gain=0.05, max_waiting=1000)
-    assert found.latencies.mean() / service_s == pytest.approx(1.75, rel=0.1)
+    outcome = simulate(timings, load, gain=0.05, max_waiting=1000)
+    assert outcome.latencies.mean() / service_s == pytest.approx(1.75, rel=0.1)
 
 
 def test_no_time_passes_that_the_simulation_tells_of() -> None:
     began = time.monotonic()
-    found = simulated(SERIAL, list(np.arange(100) * 36.0))
-    assert found.makespan_s > 3500
+    outcome = simulated(SERIAL, list(np.arange(100) * 36.0))
+    assert outcome.makespan_s > 3500
     assert time.monotonic() - began < 30

@@ -23,22 +23,10 @@ from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
 from app.engine.failures import MOST_FAILURES
 from app.engine.request import Generated
 from app.engine.scheduler import AGEING, CLOSED_DISPATCH_S, DISPATCH_S
-from app.types import Generation
-from tests.fake_pipeline import (
-    LARGE,
-    SMALL,
-    WAIT_S,
-    Call,
-    FakePipeline,
-    Fault,
-    Hand,
-    Size,
-    flat,
-    number,
-    numbers,
-    request,
-    serial,
-)
+from app.engine.virtual import Call, number_of
+from app.types import Generation, Size
+from tests.engine.driver import Driver
+from tests.fake_pipeline import LARGE, SMALL, WAIT_S, FakePipeline, Fault, flat, numbers, request, serial
 
 SCHEDULES = int(os.environ.get("SCHEDULES", 0))
 
@@ -82,7 +70,7 @@ class Asked:
 
     def show(self, index: int, pixels: np.ndarray) -> None:
         assert not self.future.done()
-        self.shown.append((index, number(pixels)))
+        self.shown.append((index, number_of(pixels)))
 
     def end(self, future: "Future[Generated]") -> None:
         self.ended += 1
@@ -114,7 +102,7 @@ class Schedules(RuleBasedStateMachine):
         self.stopped = False
 
     @initialize(
-        profile=st.sampled_from([serial, flat, knee, fast]),
+        step_time=st.sampled_from([serial, flat, knee, fast]),
         images_at_once=st.sampled_from([None, None, 1, 3]),
         num_slots=st.sampled_from([3, 4, 8]),
         decode_buckets=st.sampled_from([(1,), (1, 2), (2, 4)]),
@@ -124,7 +112,7 @@ class Schedules(RuleBasedStateMachine):
     )
     def begin(
         self,
-        profile: Callable[[Size, int], float],
+        step_time: Callable[[Size, int], float],
         images_at_once: int | None,
         num_slots: int,
         decode_buckets: tuple[int, ...],
@@ -133,16 +121,18 @@ class Schedules(RuleBasedStateMachine):
         max_waiting: int,
     ) -> None:
         self.fake = FakePipeline(
-            profile=profile,
+            step_time=step_time,
             row_buckets=(1, 2, 4, 8),
             num_slots=num_slots,
             decode_buckets=decode_buckets,
-            decoding=lambda size, images: decode_s[0] * images + decode_s[1],
+            decode_time=lambda size, images: decode_s[0] * images + decode_s[1],
             before_step=self.check_step,
         )
         self.max_waiting = max_waiting
-        self.hand = Hand(self.fake, max_waiting=max_waiting, images_at_once=images_at_once, prompt_cache=prompt_cache)
-        self.clock, self.engine = self.hand.clock, self.hand.engine
+        self.driver = Driver(
+            self.fake, max_waiting=max_waiting, images_at_once=images_at_once, prompt_cache=prompt_cache
+        )
+        self.clock, self.engine = self.driver.clock, self.driver.engine
 
     # What clients do
 
@@ -158,7 +148,7 @@ class Schedules(RuleBasedStateMachine):
         asked.due = sorted({round(asked.steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, asked.steps})
         full = self.engine.stats()["waiting"] >= self.max_waiting
         try:
-            asked.future = self.hand.submit(
+            asked.future = self.driver.submit(
                 generation, timeout_s=timeout_s, previews=previews, on_preview=asked.show if previews else None
             )
         except EngineStopped:
@@ -225,12 +215,12 @@ class Schedules(RuleBasedStateMachine):
             seated = [seed for seed in inserted - decoded if not self.owners[seed].future.done()]
             assert self.engine.stats()["active_slots"] == len(seated)
 
-    @precondition(lambda self: self.hand.fetcher.pending)
+    @precondition(lambda self: self.driver.fetcher.pending)
     @rule(all_of_them=st.booleans())
     def fetch(self, all_of_them: bool) -> None:
-        while self.hand.fetcher.pending:
-            self.clock.reach(self.hand.fetcher.next_at())
-            self.hand.fetcher.run()
+        while self.driver.fetcher.pending:
+            self.clock.reach(self.driver.fetcher.next_at())
+            self.driver.fetcher.run()
             if not all_of_them:
                 break
 
@@ -249,7 +239,7 @@ class Schedules(RuleBasedStateMachine):
         self.stopped = True
         while draining.is_alive():
             try:
-                busy = self.hand.tick()
+                busy = self.driver.tick()
             except RuntimeError:
                 self.engine.close()
                 break
@@ -319,10 +309,10 @@ class Schedules(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_broken(self) -> None:
-        if not hasattr(self, "hand"):
+        if not hasattr(self, "driver"):
             return
         assert not self.fake.broken, self.fake.broken
-        self.hand.check()
+        self.driver.check()
         stats = self.engine.stats()
         outcomes = stats["requests"]
         assert {key: outcomes[key] for key in self.refused} == self.refused
@@ -346,12 +336,12 @@ class Schedules(RuleBasedStateMachine):
                 self.check_previews(asked)
 
     def teardown(self) -> None:
-        if not hasattr(self, "hand"):
+        if not hasattr(self, "driver"):
             return
-        self.fake._plans.clear()
+        self.fake.forget_faults()
         while not self.stopped:
             try:
-                if not self.hand.tick():
+                if not self.driver.tick():
                     break
             except RuntimeError:
                 self.engine.close()

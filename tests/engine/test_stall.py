@@ -9,18 +9,20 @@ import pytest
 from app.engine.engine import Engine
 from app.engine.errors import EngineStalled
 from app.engine.stall import LOOK_S, STALL_TIMES, StallWatch
+from app.engine.virtual import VirtualClock
+from tests.engine.driver import Driver
 from tests.engine.test_engine import wide
-from tests.fake_pipeline import VERBS, WAIT_S, Clock, FakePipeline, Hand, flat, numbers, request
+from tests.fake_pipeline import START, VERBS, WAIT_S, FakePipeline, flat, numbers, request
 
 # The watch
 
 
-def watched(stall_s: float = 60.0) -> tuple[StallWatch, Clock, list[str]]:
-    clock, reports = Clock(), list[str]()
+def watched(stall_s: float = 60.0) -> tuple[StallWatch, VirtualClock, list[str]]:
+    clock, reports = VirtualClock(START), list[str]()
     return StallWatch(stall_s, reports.append, clock), clock, reports
 
 
-def look_until(watch: StallWatch, clock: Clock, moment: float) -> None:
+def look_until(watch: StallWatch, clock: VirtualClock, moment: float) -> None:
     while clock() < moment and not watch.stalled:
         clock.reach(clock() + LOOK_S)
         watch.look()
@@ -66,7 +68,7 @@ def test_time_for_which_the_process_was_frozen_is_no_stall() -> None:
 # The engine, on a virtual clock
 
 
-class LookedAt(Clock):
+class LookedAt(VirtualClock):
     """Moves on from look to look, as a real one does under the watch's thread."""
 
     watch: StallWatch | None = None
@@ -80,15 +82,15 @@ class LookedAt(Clock):
 
 @pytest.mark.parametrize(("pace", "stalls"), [(1.0, False), (5.0, False), (100.0, True)])
 def test_a_long_queue_and_a_slow_device_are_no_stall_and_a_hundred_times_slower_is(pace: float, stalls: bool) -> None:
-    clock = LookedAt()
-    fake = FakePipeline(profile=lambda size, rows: 20.0, decoding=lambda size, images: 30.0, clock=clock)
-    hand = Hand(fake, stall_s=60.0)
-    clock.watch = hand.engine._watch
+    clock = LookedAt(START)
+    fake = FakePipeline(step_time=lambda size, rows: 20.0, decode_time=lambda size, images: 30.0, clock=clock)
+    driver = Driver(fake, stall_s=60.0)
+    clock.watch = driver.engine._watch
     fake.pace = pace
-    futures = [hand.submit(request(steps=3, seed=100 * i)) for i in range(10)]
+    futures = [driver.submit(request(steps=3, seed=100 * i)) for i in range(10)]
     while not all(future.done() for future in futures):
-        hand.tick()
-    assert bool(hand.engine.stalled) == stalls and hand.engine.healthy == (not stalls)
+        driver.tick()
+    assert bool(driver.engine.stalled) == stalls and driver.engine.healthy == (not stalls)
     for i, future in enumerate(futures):
         if stalls:
             assert isinstance(future.exception(0), EngineStalled)

@@ -27,10 +27,11 @@ from app.api.messages import Accepted, Description, ImageRequest, Images, Previe
 from app.api.settings import Encoding
 from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
+from app.engine.virtual import number_of
 from app.serving.replica import StableDiffusion, refusal
 from app.types import Generation, PipelineSpec
 from tests.clusters import soon as soon_true
-from tests.fake_pipeline import SMALL, FakePipeline, number
+from tests.fake_pipeline import SMALL, FakePipeline
 from tests.serving.test_metrics import Recorded, recorded
 
 __all__ = ["recorded"]  # a fixture
@@ -46,7 +47,7 @@ class Pipeline(FakePipeline):
 
     @classmethod
     def load(cls, spec: PipelineSpec) -> "Pipeline":
-        pipeline = cls(sizes=(SMALL,), decoding=lambda size, images: 0.01)
+        pipeline = cls(sizes=(SMALL,), decode_time=lambda size, images: 0.01)
         pipeline.events = [("load", spec)]
         return pipeline
 
@@ -149,7 +150,7 @@ def test_an_answer_says_what_made_it_and_how_long_that_took(replica: Any) -> Non
 
 def test_each_png_holds_the_seed_that_makes_it_alone(replica: Any) -> None:
     files = generate(replica).encoded
-    assert [number(decoded(file)) for file in files] == [2**32 - 1 + 5, 0 + 5]
+    assert [number_of(decoded(file)) for file in files] == [2**32 - 1 + 5, 0 + 5]
     first, second = (Image.open(BytesIO(file)).info for file in files)
     assert first == {
         "prompt": "a secret garden",
@@ -193,7 +194,7 @@ def test_a_stream_is_acceptance_previews_in_order_and_the_same_picture(replica: 
     accepted, first, second, images = streamed(replica, partial_images=2, seed=100)
     assert accepted == Accepted()
     assert isinstance(first, Preview) and isinstance(second, Preview) and (first.index, second.index) == (0, 1)
-    seen = [number(decoded(preview.encoded)) for preview in (first, second)]
+    seen = [number_of(decoded(preview.encoded)) for preview in (first, second)]
     assert 100 < seen[0] < seen[1] < 105, "pictures in the making"
     assert isinstance(images, Images) and images.encoded == generate(replica, n=1, seed=100).encoded
 
@@ -294,7 +295,7 @@ def test_cancelling_a_request_frees_its_slots_and_leaves_others_alone(replica: A
         return await staying
 
     images = asyncio.run(leave())
-    assert [number(decoded(file)) for file in images.encoded] == [1 + 5, 2 + 5]
+    assert [number_of(decoded(file)) for file in images.encoded] == [1 + 5, 2 + 5]
     assert sorted(outcomes(recorded)) == ["cancelled", "completed"]
     assert replica.engine.stats()["active_slots"] == 0
 

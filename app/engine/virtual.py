@@ -1,0 +1,268 @@
+"""A stand-in for a pipeline, with a device that only takes time: for tests, for the planner and for paced benchmarks.
+
+The device works through a timeline with as many seconds for each program as a table says. On a virtual clock that time
+passes at once; on the real one `wait` sleeps. An image shows its seed plus the number of its steps, so what a request
+should get can be computed by hand. Knows nothing of networks, and of engines only the verbs that they call.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from app.diffusion.samplers import HISTORY, SamplerTable
+from app.types import ActiveSlot, Size
+
+LONGEST_TEXT = 40  # characters; longer texts are truncated
+NUMBER_BYTES = 8  # of an image, at its beginning
+
+
+class Clock(Protocol):
+    def __call__(self) -> float: ...
+    def reach(self, moment: float) -> None: ...
+
+
+class VirtualClock:
+    """Stands still until somebody moves it."""
+
+    def __init__(self, now: float = 0.0):
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def reach(self, moment: float) -> None:
+        self.now = max(self.now, moment)
+
+
+class RealClock:
+    def __call__(self) -> float:
+        return time.monotonic()
+
+    def reach(self, moment: float) -> None:
+        while (left := moment - time.monotonic()) > 0:
+            time.sleep(left)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a verb; "read" is that of `np.asarray` on pixels."""
+
+    verb: str
+    size: Size | None = None
+    seeds: tuple[int, ...] = ()  # of the images that it is about
+    slots: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    count: int = 0  # steps
+    bucket: int = 0
+    at: float = 0.0
+    seconds: float = 0.0  # on the device
+
+
+@dataclass(frozen=True)
+class Encoded:
+    text: str
+    truncated: bool
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """An image in its slot."""
+
+    seed: int
+    steps: int
+    guided: bool
+    taken: int = 0  # steps so far
+
+
+@dataclass
+class State:
+    """The slots of one size; `error` is what the device reports to whoever waits for anything made of them."""
+
+    size: Size
+    slots: list[SlotState | None]
+    error: Exception | None = None
+    consumed: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    ready_at: float
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images on the device, as many as the bucket holds; `np.asarray` waits for them."""
+
+    pipeline: "VirtualPipeline"
+    size: Size
+    seeds: tuple[int, ...]
+    numbers: tuple[int, ...]
+    bucket: int
+    ready_at: float
+    error: Exception | None = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[np.uint8]:
+        self.pipeline.called(Call("read", self.size, self.seeds))
+        self.pipeline.clock.reach(self.ready_at)
+        if self.error:
+            raise self.error
+        width, height = self.size
+        images = np.zeros((self.bucket, height, width, 3), np.uint8)
+        for image, number in zip(images.reshape(self.bucket, -1), self.numbers, strict=False):
+            image[:NUMBER_BYTES] = np.frombuffer(number.to_bytes(NUMBER_BYTES), np.uint8)
+        return images
+
+
+def number_of(pixels: npt.NDArray[np.uint8]) -> int:
+    """What an image shows: its seed plus the steps that it took."""
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    return int.from_bytes(pixels.tobytes()[:NUMBER_BYTES])
+
+
+class VirtualPipeline:
+    """The verbs over a device's timeline. Raises AssertionError for what no engine may do to a pipeline."""
+
+    default_sampler = "ddim"
+
+    def __init__(
+        self,
+        step_s: Mapping[tuple[Size, int], float],
+        decode_s: Mapping[tuple[Size, int], float],
+        *,
+        num_slots: int,
+        encode_s: float = 0.0,
+        clock: Clock,
+    ):
+        """Seconds of each program: of a step by size and rows, of a decode by size and images, of encoding a text."""
+        self.step_s, self.decode_s, self.encode_s = step_s, decode_s, encode_s
+        self.sizes = tuple(dict.fromkeys(size for size, _ in step_s))
+        self.row_buckets = tuple(sorted({rows for _, rows in step_s}))
+        self.decode_buckets = tuple(sorted({images for _, images in decode_s}))
+        self.num_slots = num_slots
+        self.clock = clock
+        self.pace = 1.0  # how many times longer than the tables say it takes
+        self.idle_at = clock()  # when the device will have done what it was given
+        self.busy_s = 0.0
+
+    def called(self, call: Call) -> Exception | None:
+        """Tests override it to record calls, to raise, or to return an error which appears when somebody waits."""
+        return None
+
+    def refuse(self, what: str) -> NoReturn:
+        """Called for what no engine may do to a pipeline."""
+        raise AssertionError(what)
+
+    def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable:
+        return blank_table(num_inference_steps)
+
+    def empty_state(self, size: Size) -> State:
+        return State(size, [None] * self.num_slots)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        if not texts or len(set(texts)) < len(texts):
+            self.refuse(f"encode of {texts}")
+        error = self.called(Call("encode", texts=tuple(texts)))
+        self._occupy(len(texts) * self.encode_s)
+        return [Encoded(text, len(text) > LONGEST_TEXT, error) for text in texts]
+
+    def insert(
+        self,
+        state: State,
+        slot: int,
+        prompt: Encoded,
+        negative_prompt: Encoded,
+        table: SamplerTable,
+        guidance_scale: float,
+        seed: int,
+    ) -> State:
+        slots = self._consume(state)
+        if not 0 <= slot < self.num_slots:
+            self.refuse(f"insert into slot {slot}")
+        slots[slot] = SlotState(seed, len(table), guidance_scale > 1)
+        error = self.called(Call("insert", state.size, (seed,), (slot,), (prompt.text, negative_prompt.text)))
+        return State(state.size, slots, state.error or prompt.error or negative_prompt.error or error)
+
+    def step(self, state: State, active: Sequence[ActiveSlot], count: int) -> tuple[State, Done]:
+        slots = self._consume(state)
+        numbers = tuple(slot.slot for slot in active)
+        rows = sum(slot.rows for slot in active)
+        if not active or len(set(numbers)) < len(numbers) or rows > self.row_buckets[-1] or count < 1:
+            self.refuse(f"{count} steps of {active}")
+        seeds = []
+        for number, guided in active:
+            slot = slots[number]
+            if slot is None or slot.guided != guided or slot.taken + count > slot.steps:
+                self.refuse(f"{count} steps of {slot} in slot {number}, guided: {guided}")
+            slots[number] = SlotState(slot.seed, slot.steps, slot.guided, slot.taken + count)
+            seeds.append(slot.seed)
+        bucket = smallest(self.row_buckets, rows)
+        seconds = count * self.step_s[state.size, bucket] * self.pace
+        call = Call("step", state.size, tuple(seeds), numbers, (), count, bucket, self.clock(), seconds)
+        error = self.called(call) or state.error
+        return State(state.size, slots, error), Done(self._occupy(seconds), error)
+
+    def decode(self, state: State, slots: Sequence[int]) -> Pixels:
+        images = self._images(state, slots)
+        if len(slots) > self.decode_buckets[-1] or any(image.taken < image.steps for image in images):
+            self.refuse(f"decode of {images}")
+        bucket = smallest(self.decode_buckets, len(slots))
+        for slot in slots:
+            state.slots[slot] = None
+        return self._pixels("decode", state, slots, images, bucket, self.decode_s[state.size, bucket] * self.pace)
+
+    def preview(self, state: State, slot: int) -> Pixels:
+        return self._pixels("preview", state, [slot], self._images(state, [slot]), 1, 0.0)
+
+    def wait(self, done: Done) -> None:
+        self.called(Call("wait"))
+        self.clock.reach(done.ready_at)
+        if done.error:
+            raise done.error
+
+    def _images(self, state: State, slots: Sequence[int]) -> list[SlotState]:
+        """Those in slots that may be read."""
+        images = [image for slot in slots if (image := state.slots[slot])]
+        if state.consumed or not slots or len(set(slots)) < len(slots) or len(images) < len(slots):
+            self.refuse(f"decode of slots {slots} of {state}")
+        return images
+
+    def _pixels(
+        self, verb: str, state: State, slots: Sequence[int], images: Sequence[SlotState], bucket: int, seconds: float
+    ) -> Pixels:
+        seeds = tuple(image.seed for image in images)
+        error = self.called(Call(verb, state.size, seeds, tuple(slots), (), 0, bucket, self.clock(), seconds))
+        numbers = tuple(image.seed + image.taken for image in images)
+        return Pixels(self, state.size, seeds, numbers, bucket, self._occupy(seconds), state.error or error)
+
+    def _consume(self, state: State) -> list[SlotState | None]:
+        """The slots of a state that nobody may use again, like a donated array on a device."""
+        if state.consumed:
+            self.refuse("a state that was consumed is used again")
+        state.consumed = True
+        return state.slots[:]
+
+    def _occupy(self, seconds: float) -> float:
+        """Queues so much work behind what is queued; returns when it will be done."""
+        self.idle_at = max(self.idle_at, self.clock()) + seconds
+        self.busy_s += seconds
+        return self.idle_at
+
+
+@lru_cache
+def blank_table(evaluations: int) -> SamplerTable:
+    """A table of the right length; nothing reads its values."""
+    columns = {name: np.zeros(evaluations, np.float32) for name in ("timesteps", "p", "q", "a", "n")}
+    b, preview = np.zeros((evaluations, HISTORY), np.float32), np.zeros((evaluations, 2), np.float32)
+    return SamplerTable(**columns, b=b, preview=preview, initial_scale=1.0)
+
+
+def smallest(buckets: Sequence[int], size: int) -> int:
+    """The smallest bucket that holds `size`."""
+    return next(bucket for bucket in buckets if bucket >= size)
