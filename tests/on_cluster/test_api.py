@@ -137,14 +137,14 @@ LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "seed": 7}
 def stats(api: str) -> dict[str, Any]:
     status, body, _ = fetch(f"{api}/v1/stats")
     assert status == 200
-    told: dict[str, Any] = json.loads(body)
-    return told
+    sums: dict[str, Any] = json.loads(body)
+    return sums
 
 
 def the_replica(api: str) -> dict[str, Any]:
     """The one that runs; load may have asked for a second one, for which this twin may have no node."""
-    (one,) = [told for told in stats(api)["replicas"].values() if "error" not in told]
-    return dict(one)
+    (replica,) = [own for own in stats(api)["replicas"].values() if "error" not in own]
+    return dict(replica)
 
 
 @contextmanager
@@ -205,8 +205,8 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(api: str) -> None:
 def test_under_overload_some_are_refused_and_all_others_answered(api: str) -> None:
     ask = {"prompt": PROMPT, "num_inference_steps": 10}
     with ThreadPoolExecutor(80) as pool:
-        asked = [pool.submit(fetch, f"{api}/v1/images/generations", ask | {"seed": seed}) for seed in range(80)]
-        answers = [one.result() for one in asked]
+        futures = [pool.submit(fetch, f"{api}/v1/images/generations", ask | {"seed": seed}) for seed in range(80)]
+        answers = [future.result() for future in futures]
     refused = [refusal(answer) for answer in answers if answer[0] != 200]
     assert refused and all((status, error["code"]) == (503, "queue_full") for status, error in refused)
     answered = {seed: json.loads(body) for seed, (status, body, _) in enumerate(answers) if status == 200}
@@ -294,8 +294,8 @@ def test_every_metric_is_at_the_nodes_metrics_endpoint(api: str, verbs: Verbs) -
     wanted = {f"ray_{name}{suffix.get(type(metric), '')}" for name, metric in names.items()}
 
     def exported() -> dict[str, str]:
-        (found,) = json.loads(discovery.read_text())  # as Prometheus finds them
-        texts = [fetch(f"http://{target}/metrics")[1].decode() for target in found["targets"]]
+        (discovered,) = json.loads(discovery.read_text())  # as Prometheus finds them
+        texts = [fetch(f"http://{target}/metrics")[1].decode() for target in discovered["targets"]]
         lines = [line for text in texts for line in text.splitlines()]
         return {line.partition("{")[0]: line for line in lines if line.startswith("ray_imagine_")}
 
@@ -314,7 +314,7 @@ def test_nothing_is_compiled_while_it_serves_whatever_is_mixed(api: str) -> None
     mix += [{"stream": True, "partial_images": 1 + i, "num_inference_steps": 8} for i in range(3)]
     mix += [{"prompt": "long " * 200, "num_inference_steps": 1}]
     with ThreadPoolExecutor(len(mix)) as pool:
-        answers = list(pool.map(lambda one: fetch(f"{api}/v1/images/generations", {"prompt": PROMPT} | one), mix))
+        answers = list(pool.map(lambda fields: fetch(f"{api}/v1/images/generations", {"prompt": PROMPT} | fields), mix))
     assert [status for status, _, _ in answers] == [200] * len(mix)
     assert the_replica(api)["compiles_after_ready"] == 0
 
@@ -353,11 +353,11 @@ def test_a_replica_that_is_killed_fails_its_requests_cleanly_and_is_replaced(api
 
 
 def test_the_demonstration_draws_a_sheet_and_says_how_to_go_on(api: str, verbs: Verbs, tmp_path: Path) -> None:
-    said = succeeds(verbs("first_pictures", "--out", str(tmp_path)))
+    output = succeeds(verbs("first_pictures", "--out", str(tmp_path)))
     assert len(list(tmp_path.glob("[1-8]-*.png"))) == 8
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 512
-    assert said.count("curl ") == 3 and "make down" in said and api in said
+    assert output.count("curl ") == 3 and "make down" in output and api in output
 
 
 # The door. With X-Forwarded-For uvicorn tells the routes what it would tell of a caller from elsewhere.
@@ -381,9 +381,10 @@ def test_a_load_test_finds_the_cluster_by_itself_and_tells_how_it_fared(api: str
     assert summary["most"] == {"replicas": 1, "replicas_at_end": 1, "nodes": 1, "nodes_at_end": 1}
     assert set(summary["server"]) >= {"queue", "denoise"}
     samples = [json.loads(line) for line in (folder / "timeline.jsonl").read_text().splitlines()]
-    (milestones,) = next(one["milestones"] for one in samples if one.get("milestones")).values()
+    (milestones,) = next(sample["milestones"] for sample in samples if sample.get("milestones")).values()
     assert {"process", "constructor", "weights", "warm"} <= set(milestones)
-    assert any(one.get("target") == 1 for one in samples) and any(one.get("nodes") == {"ray_tpu": 1} for one in samples)
+    assert any(sample.get("target") == 1 for sample in samples)
+    assert any(sample.get("nodes") == {"ray_tpu": 1} for sample in samples)
 
 
 def test_without_keys_whoever_comes_from_elsewhere_is_refused(api: str) -> None:

@@ -118,8 +118,8 @@ def fault(name: str, api: str) -> Iterator[Client]:
         assert soon(lambda: client.serves(began), RECOVERY_S), Counter(outcome for _, _, outcome in client.seen)
     finally:
         client.left.set()
-        for one in asking:
-            one.result()
+        for thread in asking:
+            thread.result()
         client.pool.shutdown()
     bad = [(at, until, outcome) for at, until, outcome in client.seen if until > began and outcome != "200"]
     served = min(until for at, until, outcome in client.seen if at > began and outcome == "200")
@@ -131,12 +131,12 @@ def fault(name: str, api: str) -> Iterator[Client]:
 def replica_pid(verbs: Verbs, deployment: str) -> int:
     with dashboard_of("local", verbs.run_dir) as dashboard:
         app = dashboard.details()["applications"]["text-to-image"]
-    (replica,) = [one for one in app["deployments"][deployment]["replicas"] if one["state"] == "RUNNING"]
+    (replica,) = [replica for replica in app["deployments"][deployment]["replicas"] if replica["state"] == "RUNNING"]
     return int(replica["pid"])
 
 
 def proxy_pid(verbs: Verbs) -> int:
-    (proxy,) = [one for one in verbs.cluster.search() if "ProxyActor" in " ".join(one.cmdline()[:1])]
+    (proxy,) = [process for process in verbs.cluster.search() if "ProxyActor" in " ".join(process.cmdline()[:1])]
     return proxy.pid
 
 
@@ -231,15 +231,15 @@ def test_a_config_that_fails_at_its_start_is_followed_by_what_ran_before(
 def test_two_hundred_clients_leave_health_and_model_quick_to_answer_and_come_back_at_different_times(api: str) -> None:
     body = {"prompt": "a", "num_inference_steps": 20}
     with ThreadPoolExecutor(200) as pool:
-        asked = [pool.submit(fetch, f"{api}/v1/images/generations", body | {"seed": seed}) for seed in range(200)]
+        futures = [pool.submit(fetch, f"{api}/v1/images/generations", body | {"seed": seed}) for seed in range(200)]
         times, codes = [], Counter[str]()
-        while not all(one.done() for one in asked):
+        while not all(future.done() for future in futures):
             began = time.monotonic()
             codes[ask(f"{api}/healthz")] += 1
             codes[ask(f"{api}/v1/models")] += 1
             times.append((time.monotonic() - began) / 2)
             time.sleep(0.05)
-    refused = [headers for status, _, headers in (one.result() for one in asked) if status == 503]
+    refused = [headers for status, _, headers in (future.result() for future in futures) if status == 503]
     retries = [int({name.lower(): value for name, value in headers.items()}["retry-after"]) for headers in refused]
     print(f"/healthz and /v1/models under 200 clients: {len(times)} times, at most {max(times):.2f} s, {dict(codes)}")
     print(f"{len(refused)} refused; Retry-After {dict(sorted(Counter(retries).items()))}")

@@ -34,9 +34,9 @@ def port(api: str, verbs: Verbs) -> int:
 
 @pytest.fixture
 def front(verbs: Verbs, port: int) -> dict[str, psutil.Process]:
-    found = http_fuzz.front_of(verbs.cluster)
-    assert set(found) == {"proxy", "ingress"}
-    return found
+    processes_in_front = http_fuzz.front_of(verbs.cluster)
+    assert set(processes_in_front) == {"proxy", "ingress"}
+    return processes_in_front
 
 
 def total(port: int) -> dict[str, Any]:

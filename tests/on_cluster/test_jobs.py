@@ -66,11 +66,11 @@ def until(process: subprocess.Popen[str], words: str) -> str:
 
 def running(verbs: Verbs, beginning: str) -> list[psutil.Process]:
     """The cluster's processes whose command line begins so."""
-    found = []
-    for one in verbs.cluster.search():
+    processes = []
+    for process in verbs.cluster.search():
         with contextlib.suppress(psutil.Error):
-            found += [one] if " ".join(one.cmdline()).startswith(beginning) else []
-    return found
+            processes += [process] if " ".join(process.cmdline()).startswith(beginning) else []
+    return processes
 
 
 # `make job` and `make jobs` themselves, with the smallest job that there is.
@@ -89,8 +89,8 @@ def test_ctrl_c_stops_the_job(verbs: Verbs, tmp_path: Path) -> None:
     until(process, "Running entrypoint")
     (driver,) = running(verbs, "python -m demo.quality ")
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.splitlines()[-1].endswith("is stopped.")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and output.splitlines()[-1].endswith("is stopped.")
     assert soon(lambda: not driver.is_running())
     assert "stopped  demo_quality --count 9999" in succeeds(verbs("job", "list"))
 
@@ -103,8 +103,8 @@ def test_one_that_runs_can_be_followed_again_and_stopped(verbs: Verbs, tmp_path:
     again = beside(verbs, "--id", job)
     until(again, "Running entrypoint")
     assert f"{job} is stopped." in succeeds(verbs("job", "stop", "--id", job))
-    said, _ = again.communicate(timeout=60)
-    assert again.returncode == 1 and f"{job} was stopped after" in said
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 1 and f"{job} was stopped after" in output
     assert "had ended already" in succeeds(verbs("job", "stop", "--id", job))
 
 
@@ -123,8 +123,8 @@ def test_mistakes_are_told_before_anything_is_submitted(verbs: Verbs) -> None:
 
 def test_fetched_weights_are_the_models_in_bf16(verbs: Verbs, tmp_path: Path) -> None:
     out = tmp_path / "it's here"  # as a shell must quote it; a relative path starts where the repository is
-    said = succeeds(submitted(verbs, "fetch_weights", "assets/demo-model", "--out", out))
-    assert f"Deploy it with `model: {out}`." in said
+    output = succeeds(submitted(verbs, "fetch_weights", "assets/demo-model", "--out", out))
+    assert f"Deploy it with `model: {out}`." in output
     checkpoint = load_checkpoint(out, dtype=jnp.bfloat16)
     assert checkpoint.unet.config == load_checkpoint(ROOT / "assets/demo-model").unet.config
 
@@ -147,17 +147,17 @@ def test_a_batch_that_is_killed_twice_is_whole_and_drawn_once(verbs: Verbs, prom
     def records() -> dict[str, int]:
         return {file.name: file.stat().st_mtime_ns for file in (out / "rows").glob("*")}
 
-    def drawing(process: subprocess.Popen[str], more: int, name: str) -> psutil.Process:
-        until(process, "Waiting for a TPU host")
+    def drawing(job: subprocess.Popen[str], more: int, name: str) -> psutil.Process:
+        until(job, "Waiting for a TPU host")
         had = len(records())
         assert soon(lambda: len(records()) >= had + more)
-        (found,) = running(verbs, name)
-        return found
+        (process,) = running(verbs, name)
+        return process
 
     first = started(verbs, "batch_generate", "--prompts", prompts, "--out", out)
     drawing(first, 8, "python -m jobs.batch_generate ").kill()  # the driver
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode not in (0, 2) and "has failed after" in said
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode not in (0, 2) and "has failed after" in output
     assert soon(lambda: not running(verbs, "ray::MapWorker"))
     kept = records()
     assert 8 <= len(kept) < BATCH
@@ -167,22 +167,22 @@ def test_a_batch_that_is_killed_twice_is_whole_and_drawn_once(verbs: Verbs, prom
     kept |= records()
     assert len(kept) < BATCH
     worker.kill()
-    said, wrong = second.communicate(timeout=120)
-    assert second.returncode == 0, said + wrong
-    assert f"{BATCH} pictures of {BATCH} rows are in {out}, 1 rows were skipped." in said
+    output, wrong = second.communicate(timeout=120)
+    assert second.returncode == 0, output + wrong
+    assert f"{BATCH} pictures of {BATCH} rows are in {out}, 1 rows were skipped." in output
     assert {name: records()[name] for name in kept} == kept  # what was finished was not drawn again
 
-    told = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    assert [record["row"] for record in told] == [*range(1, BATCH + 2)]
-    assert told.pop()["error"] == "n must be an integer between 1 and 4, got 99."
-    files = [out / name for record in told for name in record["files"]]
+    records_drawn = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [record["row"] for record in records_drawn] == [*range(1, BATCH + 2)]
+    assert records_drawn.pop()["error"] == "n must be an integer between 1 and 4, got 99."
+    files = [out / name for record in records_drawn for name in record["files"]]
     assert set(files) == set((out / "images").iterdir()) and len(files) == BATCH
-    for record, file in zip(told, files, strict=True):
+    for record, file in zip(records_drawn, files, strict=True):
         with Image.open(file) as picture:
             picture.load()
             assert picture.text["prompt"] == record["prompt"]  # type: ignore[attr-defined]
     assert pq.read_table(out / "manifest.parquet").num_rows == BATCH + 1
-    assert {one.name for one in out.iterdir()} == {"images", "rows", "manifest.jsonl", "manifest.parquet"}
+    assert {path.name for path in out.iterdir()} == {"images", "rows", "manifest.jsonl", "manifest.parquet"}
 
     before = records()
     again = succeeds(submitted(verbs, "batch_generate", "--prompts", prompts, "--out", out))
@@ -205,8 +205,8 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
     verbs: Verbs, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = config.parent / "programs"
-    said = succeeds(submitted(verbs, "compile_ahead", "--config", config))
-    assert f"{folder} has all 6 programs for cpu, 6 of them compiled now" in said
+    output = succeeds(submitted(verbs, "compile_ahead", "--config", config))
+    assert f"{folder} has all 6 programs for cpu, 6 of them compiled now" in output
     assert not (folder / ".draft").exists()
     before = {file.name for file in folder.iterdir()}
     assert len(before) == 6 + 1  # published.json
@@ -234,23 +234,23 @@ def test_two_settings_stand_side_by_side_and_what_was_drawn_is_kept(verbs: Verbs
         settings = ["--reference", "num_inference_steps=3", "--candidate", candidate]
         return succeeds(submitted(verbs, "evaluate", *settings, "--count", 3, "--out", tmp_path))
 
-    said = evaluated("num_inference_steps=2")
-    assert said.count("3 rows: 0 finished before") == 2
-    assert re.search(r"^1 object, everything said +\d/2 +\d/2$", said, re.M)
-    told = json.loads((tmp_path / "figures.json").read_text())
-    assert len(told["pictures"]) == 3 and all(0 < one["ssim"] < 1 for one in told["pictures"])
+    output = evaluated("num_inference_steps=2")
+    assert output.count("3 rows: 0 finished before") == 2
+    assert re.search(r"^1 object, everything said +\d/2 +\d/2$", output, re.M)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures["pictures"]) == 3 and all(0 < image["ssim"] < 1 for image in figures["pictures"])
     assert (tmp_path / "report.html").read_text().count("<figure>") == 3
 
     min((tmp_path / "images").iterdir()).unlink()  # as if it had been stopped
     again = evaluated("num_inference_steps=3")
     assert re.findall(r"3 rows: (\d) finished before", again) in (["2", "3"], ["3", "3"])
     same = json.loads((tmp_path / "figures.json").read_text())
-    assert [one["ssim"] for one in same["pictures"]] == [1, 1, 1]
+    assert [image["ssim"] for image in same["pictures"]] == [1, 1, 1]
 
 
 def test_a_training_that_is_stopped_goes_on_and_what_it_made_is_judged(verbs: Verbs, tmp_path: Path) -> None:
     out, work = tmp_path / "model", tmp_path / "work"
-    recipe = "--vae-steps 30 --vae-batch 4 --pool 64 --text-steps 2 --text-batch 4 --unet-steps 2 --unet-batch 4"
+    recipe = "--architecture tiny --vae-steps 30 --vae-batch 4 --pool 64 --text-steps 2 --text-batch 4 --unet-steps 2 --unet-batch 4"
     options = [*recipe.split(), "--decoder-steps", 2, "--out", out, "--work", work]
     process = started(verbs, "train_demo", *options, "--checkpoint-steps", 5)
     until(process, "VAE  training  step 1 of 30")
@@ -262,10 +262,10 @@ def test_a_training_that_is_stopped_goes_on_and_what_it_made_is_judged(verbs: Ve
     other = submitted(verbs, "train_demo", *options, "--seed", 1)
     assert other.returncode == 2 and "another training's, which differs in seed (0, here 1)." in other.stdout
 
-    said = succeeds(submitted(verbs, "train_demo", *options))
+    output = succeeds(submitted(verbs, "train_demo", *options))
     # A fast machine may have finished this stage before the signal reached it; what was saved is not trained again.
-    assert re.search(r"VAE: (goes on after step (5|10|15|20|25) of 30|trained before)$", said, re.M)
-    assert f"The demo model stands in {out}" in said
+    assert re.search(r"VAE: (goes on after step (5|10|15|20|25) of 30|trained before)$", output, re.M)
+    assert f"The demo model stands in {out}" in output
     assert {"README.md", "loss.png", "model_index.json"} <= {file.name for file in out.iterdir()}
 
     judged = submitted(verbs, "demo_quality", "--model", out, "--count", 2, "--steps", 2, "--out", tmp_path / "sheets")
@@ -274,8 +274,8 @@ def test_a_training_that_is_stopped_goes_on_and_what_it_made_is_judged(verbs: Ve
 
 
 def test_the_bundled_model_is_judged_good(verbs: Verbs, tmp_path: Path) -> None:
-    said = succeeds(submitted(verbs, "demo_quality", "--count", 3, "--out", tmp_path))
-    assert "All bars are met." in said and "MISSED" not in said and (tmp_path / "sample.png").is_file()
+    output = succeeds(submitted(verbs, "demo_quality", "--count", 3, "--out", tmp_path))
+    assert "All bars are met." in output and "MISSED" not in output and (tmp_path / "sample.png").is_file()
 
 
 def test_a_replicas_steps_are_traced_under_load(verbs: Verbs, config: Path, tmp_path: Path) -> None:
@@ -293,13 +293,13 @@ def test_a_replicas_steps_are_traced_under_load(verbs: Verbs, config: Path, tmp_
 
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(load)
-        said = succeeds(submitted(verbs, "profile", "--steps", 7, "--out", tmp_path))
+        output = succeeds(submitted(verbs, "profile", "--steps", 7, "--out", tmp_path))
         over.set()
         loading.result()
-    (steps,) = re.findall(r"^(\d+) steps in ", said, re.M)
+    (steps,) = re.findall(r"^(\d+) steps in ", output, re.M)
     assert int(steps) >= 7
-    (found,) = tmp_path.glob("*.xplane.pb")
-    assert any(one.name.startswith("step_program ") for one in operations(found)[:3])
+    (trace,) = tmp_path.glob("*.xplane.pb")
+    assert any(operation.name.startswith("step_program ") for operation in operations(trace)[:3])
     (timeline,) = tmp_path.glob("*.trace.json.gz")
     assert json.loads(gzip.decompress(timeline.read_bytes()))["traceEvents"]
     assert fetch(url)[0] == 200  # the replica goes on

@@ -50,7 +50,8 @@ def verbs() -> Iterator[Verbs]:
 def config(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     content["http_options"]["port"] = verbs.serve_port
-    (model,) = [one for one in content["applications"][0]["deployments"] if "autoscaling_config" in one]
+    deployments = content["applications"][0]["deployments"]
+    (model,) = [deployment for deployment in deployments if "autoscaling_config" in deployment]
     model["autoscaling_config"] |= QUICK
     model["max_queued_requests"] = WAITING
     path = tmp_path_factory.mktemp("config") / "serve_config.yaml"
@@ -72,10 +73,10 @@ def replicas(api: str) -> set[int]:
     """The processes of those that answer."""
     try:
         status, body, _ = fetch(f"{api}/v1/stats", timeout_s=30)
-        told: list[dict[str, Any]] = [*json.loads(body)["replicas"].values()] if status == 200 else []
+        replicas: list[dict[str, Any]] = [*json.loads(body)["replicas"].values()] if status == 200 else []
     except (OSError, ValueError):
         return set()
-    return {one["pid"] for one in told if "error" not in one}
+    return {replica["pid"] for replica in replicas if "error" not in replica}
 
 
 def busy(api: str) -> bool:
@@ -88,7 +89,7 @@ def tpu_nodes(verbs: Verbs) -> int:
 
 
 def raylet_of(pid: int) -> psutil.Process:
-    (raylet,) = [one for one in psutil.Process(pid).parents() if processes.name_of(one) == "raylet"]
+    (raylet,) = [process for process in psutil.Process(pid).parents() if processes.name_of(process) == "raylet"]
     return raylet
 
 
@@ -112,8 +113,8 @@ def load(api: str, clients: int) -> Iterator[list[Answer]]:
             yield answers
         finally:
             stop.set()
-    for one in running:
-        one.result()
+    for future in running:
+        future.result()
 
 
 def statuses(answers: list[Answer]) -> Counter[int]:
@@ -171,29 +172,29 @@ def test_while_there_is_no_tpu_requests_wait_or_are_told_when_to_retry(api: str,
     raylet_of(before).kill()
     assert soon(lambda: tpu_nodes(verbs) == 0 and not replicas(api), PATIENCE_S)
     with ThreadPoolExecutor(2 * WAITING) as pool:
-        asked = [pool.submit(generate, api, {"prompt": PROMPT, "seed": seed}) for seed in range(2 * WAITING)]
-        assert soon(lambda: sum(one.done() for one in asked) >= WAITING, PATIENCE_S)
-        refused = [one.result() for one in asked if one.done()]
+        futures = [pool.submit(generate, api, {"prompt": PROMPT, "seed": seed}) for seed in range(2 * WAITING)]
+        assert soon(lambda: sum(future.done() for future in futures) >= WAITING, PATIENCE_S)
+        refused = [future.result() for future in futures if future.done()]
         assert soon(lambda: "no more capacity" in verbs("local", "monitor", "--once").stdout, PATIENCE_S)
         status = verbs("deploy", "status")
         assert "text-to-image does not serve" in refuses(status) and "no more capacity for ray_tpu" in status.stdout
         succeeds(verbs.up("--stock-out", "0"))
-        answers = [one.result() for one in asked]
-    assert set(statuses(refused)) == {503} and all(retry_after(one) >= 1 for one in refused)
-    assert statuses(answers)[200] == len(asked) - len(refused) > 0
+        answers = [future.result() for future in futures]
+    assert set(statuses(refused)) == {503} and all(retry_after(answer) >= 1 for answer in refused)
+    assert statuses(answers)[200] == len(futures) - len(refused) > 0
 
 
 def test_without_the_controller_requests_go_on_and_it_comes_back(api: str, verbs: Verbs) -> None:
     def controllers() -> list[psutil.Process]:
-        return [one for one in verbs.cluster.search() if "ray::ServeController" in " ".join(one.cmdline())]
+        return [process for process in verbs.cluster.search() if "ray::ServeController" in " ".join(process.cmdline())]
 
     (before,) = replicas(api)
     (controller,) = controllers()
     with load(api, clients=1) as answers:
         controller.kill()
-        told = len(answers)
-        assert soon(lambda: any(one.pid != controller.pid for one in controllers()), PATIENCE_S)
-        assert soon(lambda: len(answers) >= told + 10, PATIENCE_S)
+        answered = len(answers)
+        assert soon(lambda: any(process.pid != controller.pid for process in controllers()), PATIENCE_S)
+        assert soon(lambda: len(answers) >= answered + 10, PATIENCE_S)
     assert set(statuses(answers)) == {200}
     assert soon(lambda: "StableDiffusion  HEALTHY  1 of 1 ready" in verbs("deploy", "status").stdout, PATIENCE_S)
     assert replicas(api) == {before}
@@ -218,13 +219,13 @@ def test_two_twins_live_side_by_side_and_each_is_ended_whole(api: str, verbs: Ve
         for recorded in cluster.processes:
             if recorded.name == "monitor" and (process := processes.find(recorded)):
                 process.kill()
-        raylets = [one for one in cluster.search() if processes.name_of(one) == "raylet"]
+        raylets = [process for process in cluster.search() if processes.name_of(process) == "raylet"]
         assert len(raylets) == 2, "the head's and the node's"
         assert soon(lambda: "The cluster died (monitor gone)" in other("deploy", "status").stderr)
     finally:
         succeeds(other.down())
-    assert not cluster.search() and all(processes.dead(one) for one in raylets)
-    assert not [one for one in before if processes.name_of(one) == "raylet" and processes.dead(one)]
+    assert not cluster.search() and all(processes.dead(process) for process in raylets)
+    assert not [process for process in before if processes.name_of(process) == "raylet" and processes.dead(process)]
     assert generate(api, {"prompt": PROMPT})[0] == 200
 
 
@@ -249,22 +250,22 @@ def test_down_under_load_leaves_nothing_and_nobody_hangs(api: str, verbs: Verbs)
     taken = [cluster.dashboard_port, verbs.serve_port, *cluster.ports.values()]
     ended: list[str] = []
 
-    def client() -> None:
+    def ask() -> None:
         try:
             while True:
                 generate(api, {"prompt": PROMPT, "num_inference_steps": 50})
         except OSError as error:  # nobody listens any more
             ended.append(str(error))
 
-    clients = [threading.Thread(target=client) for _ in range(6)]
-    for one in clients:
-        one.start()
+    clients = [threading.Thread(target=ask) for _ in range(6)]
+    for client in clients:
+        client.start()
     assert soon(lambda: busy(api))
     began = time.monotonic()
     assert succeeds(verbs.down()).startswith("The local Ray is down: ")
     assert time.monotonic() - began < 60
-    for one in clients:
-        one.join(PATIENCE_S)
+    for client in clients:
+        client.join(PATIENCE_S)
     assert len(ended) == len(clients)
     assert not cluster.search() and not cluster.temp_dir.exists()
     assert all(processes.free(port) for port in taken)

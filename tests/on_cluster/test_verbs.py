@@ -50,12 +50,12 @@ def listening(cluster: Cluster) -> set[tuple[str, int]]:
 
 
 def listening_of(processes: list[psutil.Process]) -> set[tuple[str, int]]:
-    found = set()
+    addresses = set()
     for process in processes:
         for connection in process.net_connections("inet"):
             if connection.status == psutil.CONN_LISTEN:
-                found.add((connection.laddr.ip, connection.laddr.port))
-    return found
+                addresses.add((connection.laddr.ip, connection.laddr.port))
+    return addresses
 
 
 # The verbs, with an application that needs no model.
@@ -72,8 +72,8 @@ def test_up_again_is_quick_and_says_so(verbs: Verbs) -> None:
 
 
 def test_deploy_waits_until_it_serves_and_all_is_on_loopback(verbs: Verbs, greeter: Path) -> None:
-    said = succeeds(verbs.deploy(greeter))
-    assert f": http://127.0.0.1:{verbs.serve_port}" in said.splitlines()[-1] and "greeting is ready" in said
+    output = succeeds(verbs.deploy(greeter))
+    assert f": http://127.0.0.1:{verbs.serve_port}" in output.splitlines()[-1] and "greeting is ready" in output
     status, body, _ = fetch(f"http://127.0.0.1:{verbs.serve_port}/")
     assert (status, json.loads(body)) == (200, {"text": "hello", "chips": "0,1,2,3"})
     listeners = listening(verbs.cluster)
@@ -115,10 +115,10 @@ def test_what_address_says_is_all_that_plain_commands_need(verbs: Verbs, greeter
             "$RAY_DASHBOARD_ADDRESS/api/version"; curl -s "$IMAGINE_URL"
         """
     strays = os.environ | {"RAY_AUTH_TOKEN": "somebody-elses", "RAY_AUTH_MODE": "disabled"}
-    said = subprocess.run(["bash", "-c", program], cwd=ROOT, env=strays, capture_output=True, text=True, timeout=120)
-    assert "Sent deploy request successfully" in said.stdout and "Autoscaler status" in said.stdout, said
-    assert "nodes 2" in said.stdout and "succeeded" in said.stdout, said
-    assert '200\n{"text":"hello"' in said.stdout, said
+    done = subprocess.run(["bash", "-c", program], cwd=ROOT, env=strays, capture_output=True, text=True, timeout=120)
+    assert "Sent deploy request successfully" in done.stdout and "Autoscaler status" in done.stdout, done
+    assert "nodes 2" in done.stdout and "succeeded" in done.stdout, done
+    assert '200\n{"text":"hello"' in done.stdout, done
 
 
 @stranger.as_root
@@ -139,9 +139,9 @@ def test_another_user_can_read_and_do_nothing(verbs: Verbs, greeter: Path) -> No
 def test_no_port_does_what_another_user_asks_for(verbs: Verbs, greeter: Path) -> None:
     """Each replica's gRPC port unpickled what it was sent. None is opened, and Ray's others ask for the token."""
     succeeds(verbs.deploy(greeter))
-    replicas = [one for one in verbs.cluster.search() if "ServeReplica" in "".join(one.cmdline())]
-    actors = [one for one in verbs.cluster.search() if "ServeController" in "".join(one.cmdline())]
-    opened = [len(listening_of([one])) for one in replicas + actors]
+    replicas = [process for process in verbs.cluster.search() if "ServeReplica" in "".join(process.cmdline())]
+    actors = [process for process in verbs.cluster.search() if "ServeController" in "".join(process.cmdline())]
+    opened = [len(listening_of([process])) for process in replicas + actors]
     assert len(replicas) == 1 and opened == [1, 1], "Ray's own, which each of its actors has"
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
@@ -174,7 +174,7 @@ def test_a_client_without_the_token_is_told_so_at_once(verbs: Verbs, tmp_path: P
 def test_a_token_that_is_gone_or_another_is_told_by_every_verb(verbs: Verbs) -> None:
     file = verbs.cluster.token_file
     token = file.read_text()
-    asked = (
+    requests = (
         ("deploy", "status"),
         ("job", "list"),
         ("local", "monitor", "--once"),
@@ -183,7 +183,7 @@ def test_a_token_that_is_gone_or_another_is_told_by_every_verb(verbs: Verbs) -> 
     )
     try:
         file.write_text("0" * 64)
-        for words in asked:
+        for words in requests:
             assert f"403: it was started with another token than the one that is in {file} here." in refuses(
                 verbs(*words)
             )
@@ -191,7 +191,7 @@ def test_a_token_that_is_gone_or_another_is_told_by_every_verb(verbs: Verbs) -> 
         done = subprocess.run(loadtest, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert "answers 403" in refuses(done)
         file.unlink()
-        for words in (*asked, ("logs",), ("local", "preempt")):
+        for words in (*requests, ("logs",), ("local", "preempt")):
             assert refuses(verbs(*words)).startswith(f"{file} is missing")
     finally:
         ownership.write(file, token)
@@ -268,8 +268,8 @@ def test_after_a_kill_up_clears_away_what_is_left_and_starts_anew(verbs: Verbs, 
             process.send_signal(signal.SIGKILL)
             process.wait(10)
     assert f"The cluster died ({victim} gone)" in refuses(verbs("deploy", "status"))
-    said = succeeds(verbs.up())
-    assert said.startswith("Cleared away what a cluster that died had left: ") and "The local Ray is up" in said
+    output = succeeds(verbs.up())
+    assert output.startswith("Cleared away what a cluster that died had left: ") and "The local Ray is up" in output
     assert not before.search() and not before.temp_dir.exists()
 
 
