@@ -250,8 +250,9 @@ def test_two_settings_stand_side_by_side_and_what_was_drawn_is_kept(verbs: Verbs
 
 def test_a_training_that_is_stopped_goes_on_and_what_it_made_is_judged(verbs: Verbs, tmp_path: Path) -> None:
     out, work = tmp_path / "model", tmp_path / "work"
-    recipe = "--architecture tiny --vae-steps 30 --vae-batch 4 --pool 64 --text-steps 2 --text-batch 4 --unet-steps 2 --unet-batch 4"
-    options = [*recipe.split(), "--decoder-steps", 2, "--out", out, "--work", work]
+    batches = "--vae-batch 4 --text-batch 4 --unet-batch 4 --pool 64"
+    recipe = f"--architecture tiny --vae-steps 30 --text-steps 2 --unet-steps 2 --decoder-steps 2 {batches}"
+    options = [*recipe.split(), "--out", out, "--work", work]
     process = started(verbs, "train_demo", *options, "--checkpoint-steps", 5)
     until(process, "VAE  training  step 1 of 30")
     assert soon((work / "vae.msgpack").is_file)
