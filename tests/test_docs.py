@@ -20,7 +20,9 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
+from app.api.protocol import FIELDS, NEUTRAL
 from app.builders import Args
+from app.diffusion.samplers import SAMPLERS
 from cluster import install
 from tests.docs_commands import API, MARKERS, NOT_RUN, PAGES, ROOT, RUN, blocks, commands
 
@@ -215,6 +217,7 @@ def test_every_module_exists_and_takes_the_options_that_are_shown(page: Path) ->
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands(RUN))
 def test_a_cheap_command_runs(command: str) -> None:
     venv = Path(sys.prefix)
@@ -330,6 +333,31 @@ def test_tuning_has_every_key_of_serve_that_the_shipped_config_sets(heading: str
 def yaml_of(default: Any) -> Any:
     """As a YAML file would write it: an enum by its value."""
     return getattr(default, "value", default)
+
+
+# The API
+
+
+def test_the_page_of_the_api_has_every_field_and_every_sampler() -> None:
+    page = ROOT / "docs" / "api.md"
+    fields = {name for row in rows(page, "## Fields") for name in re.findall(r"`(\w+)`", row[0])}
+    assert fields == {*FIELDS, *(name for name, values in NEUTRAL.items() if values)}
+    for row in [*rows(page, "## Fields"), *rows(TUNING, "### Defaults of a request: `args.defaults`")]:
+        if "sampler`" in row[0]:
+            assert all(f"`{name}`" in " | ".join(row) for name in SAMPLERS), row
+
+
+def test_the_page_of_the_api_has_every_error_code() -> None:
+    positions, codes = {"ApiError": 3, "InvalidField": 2}, set[str]()
+    for file in [*(ROOT / "app" / "api").glob("*.py"), *(ROOT / "app" / "serving").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in positions:
+                arguments = node.args[positions[node.func.id] :][:1]
+                codes |= {str(argument.value) for argument in arguments if isinstance(argument, ast.Constant)}
+    documented = prose(ROOT / "docs" / "api.md").partition("## Errors")[2]
+    assert len(codes) > 10
+    missing = {code for code in codes if f"`{code}`" not in documented}
+    assert not missing
 
 
 # Error messages
