@@ -65,9 +65,9 @@ help: ## List the verbs
 
 demo: runtime ## Install, start, deploy and draw eight pictures into outputs/
 	@$(MAKE) CLUSTER=local up deploy
-	@$(verb)first_pictures $(at)
+	@$(verb)sample_images $(at)
 
-up: $(needs) ## Start a cluster: CLUSTER=local, a twin of cluster.yaml on this machine, or =cluster.yaml, which costs money
+up: $(needs) ## Start a cluster: CLUSTER=local, with the node types of cluster.yaml, or =cluster.yaml, which costs money
 	@$(verb)$(place) up $(its) $(if $(filter local,$(place)),--dashboard-port "$(RAY_DASHBOARD_PORT)" --twin "$(TWIN)" $(behaviour))
 
 deploy: $(needs) ## Lint and deploy CONFIG=serve_config.yaml and wait until it serves (SERVE_PORT= overrides its port)
@@ -92,7 +92,7 @@ address: ## Print what plain ray, serve and curl need: eval "$(make -s address)"
 logs: $(needs) ## Show the replicas' last LINES=30 log lines, and with FOLLOW=1 what comes
 	@$(verb)logs $(at) $(where) --lines $(LINES) $(if $(FOLLOW),--follow)
 
-preempt: runtime ## Have a node of the twin taken away, NODE= or the youngest: notice at once, the end 30 s later
+preempt: runtime ## Preempt a node of the local cluster, NODE= or the youngest: notice at once, the end 30 s later
 	@$(verb)local preempt $(at) --node "$(NODE)"
 
 undeploy: $(needs) ## Take everything off the cluster, which stays up

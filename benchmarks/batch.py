@@ -19,9 +19,9 @@ from pathlib import Path
 from benchmarks.figures import Figure, conclude
 from benchmarks.report import OUTPUTS, machine
 from cluster.cli import Parser, UserError, run_command
+from cluster.connection import LOCAL, dashboard_of, isolate
 from cluster.job import follow, submit
 from cluster.local.state import RUN_DIR
-from cluster.places import LOCAL, dashboard_of, isolate
 from jobs.prompts import Row, read
 from jobs.settings import Settings
 

@@ -2,7 +2,7 @@
 
 The request is the one that `serve deploy CONFIG` makes, by Ray's own client. What is added: the linter before it, the
 wait, the reason of a failure, what ran before instead of a config that fails, and a second try of a config that has
-failed, which Serve by itself takes for nothing new. Where the cluster is, only cluster/places.py knows.
+failed, which Serve by itself takes for nothing new. Where the cluster is, only cluster/connection.py knows.
 """
 
 import json
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cluster import processes
 from cluster.cli import Parser, UserError, run_command
 from cluster.config.documents import load_yaml
+from cluster.connection import LOCAL, dashboard_of, isolate, reach
 from cluster.dashboard import Dashboard, Details, log_places, reason, serves
-from cluster.local.state import RUN_DIR, TWIN, Cluster, running
+from cluster.local.state import CLUSTER_FILE, RUN_DIR, Cluster, running
 from cluster.local.verbs import port
-from cluster.places import LOCAL, dashboard_of, isolate, reach
-from cluster.serve_states import Failed, counts, name_of, ready, replicas
+from cluster.serve_status import Failed, counts, name_of, ready, replicas
 from cluster.status import status
 from cluster.terminal import Progress, format_duration, make_command, say
 
@@ -102,7 +102,7 @@ def lint_first(path: Path, cluster: str, run_dir: Path) -> None:
         refuse_errors([path, Path(cluster)])
         return
     up = Cluster.load(run_dir)
-    refuse_errors([path, Path(os.path.relpath(up.file if up else TWIN))], local=True)
+    refuse_errors([path, Path(os.path.relpath(up.file if up else CLUSTER_FILE))], local=True)
 
 
 def reload(cluster: str) -> str:

@@ -20,9 +20,9 @@ import aiohttp
 
 from cluster import ROOT
 from cluster.cli import Parser, UserError, run_command
+from cluster.connection import LOCAL, dashboard_of, isolate
 from cluster.dashboard import Dashboard, reason
 from cluster.local.state import RUN_DIR
-from cluster.places import LOCAL, dashboard_of, isolate
 from cluster.terminal import Progress, format_duration, make_command, say
 
 if TYPE_CHECKING:

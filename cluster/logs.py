@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.cli import Parser, UserError, run_command
+from cluster.connection import LOCAL, dashboard_of, isolate
 from cluster.dashboard import Dashboard, Details, log_places
 from cluster.local.state import RUN_DIR
-from cluster.places import LOCAL, dashboard_of, isolate
 from cluster.terminal import make_command, say
 
 RESCAN_S = 2.0

@@ -20,7 +20,7 @@ POLL_S = 1.0
 # A line of monitor.log: when, how grave, where in the source, what. Those from these places tell what is done and why
 # it failed; the rest is the autoscaler's bookkeeping, several lines a second.
 LINE = re.compile(r"\S+ (?P<time>[\d:]+),\d+\s+\w+ (?P<source>\w+)\.py:\d+ -- (?P<text>.*)")
-SOURCES = ("event_logger", "node_provider", "twin_provider")
+SOURCES = ("event_logger", "node_provider")
 INSTANCE = re.compile(r"[0-9a-f-]{36}: (\w+),.*")
 
 

@@ -13,9 +13,9 @@ from urllib.request import urlopen
 
 from cluster import nodes
 from cluster.cli import UserError
+from cluster.connection import LOCAL, api_of, reach
 from cluster.dashboard import Dashboard, Details, serves
-from cluster.places import LOCAL, api_of, reach
-from cluster.serve_states import counts, why
+from cluster.serve_status import counts, why
 from cluster.terminal import make_command, say
 
 ANSWER_S = 8.0  # an ingress that knows no replica says so after 5

@@ -24,9 +24,9 @@ from rich.console import Console
 
 from cluster import processes
 from cluster.cli import UsageError, UserError, run_command
+from cluster.connection import authorization
 from cluster.dashboard import Dashboard, Refused, serve_address
 from cluster.local.state import Cluster
-from cluster.places import authorization
 from cluster.remote.preflight import token_file
 from loadtest import compare, report
 from loadtest.contact import contact_sheet_of

@@ -27,7 +27,7 @@ class Verbs:
     run_dir: Path
     dashboard_port: int
     serve_port: int
-    twin: Path = ROOT / "cluster.yaml"
+    cluster_file: Path = ROOT / "cluster.yaml"
     config: Path = ROOT / "serve_config.yaml"
 
     def __call__(self, module: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -36,7 +36,9 @@ class Verbs:
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
     def up(self, *options: str) -> subprocess.CompletedProcess[str]:
-        return self("local", "up", "--dashboard-port", str(self.dashboard_port), "--twin", str(self.twin), *options)
+        return self(
+            "local", "up", "--dashboard-port", str(self.dashboard_port), "--twin", str(self.cluster_file), *options
+        )
 
     def down(self) -> subprocess.CompletedProcess[str]:
         return self("local", "down")
@@ -64,13 +66,15 @@ def surroundings(folder: Path) -> dict[str, str]:
 
 
 def one_node_cluster(run_dir: Path, folder: Path) -> Iterator[Verbs]:
-    """A twin that is up while the fixture's tests run. It may have one TPU node and its config one replica, so that
-    load adds no second one; tests/on_cluster/test_scaling.py has it come and go."""
-    twin, config = folder / "cluster.yaml", folder / "serve_config.yaml"
-    twin.write_text((ROOT / "cluster.yaml").read_text().replace("max_workers: 4 # of this type", "max_workers: 1"))
+    """Runs a local cluster during the fixture's tests. It may have one TPU node and its config one replica, so that
+    load adds no second one. tests/on_cluster/test_scaling.py tests scaling."""
+    cluster_file, config = folder / "cluster.yaml", folder / "serve_config.yaml"
+    cluster_file.write_text(
+        (ROOT / "cluster.yaml").read_text().replace("max_workers: 4 # of this type", "max_workers: 1")
+    )
     config.write_text((ROOT / "serve_config.yaml").read_text().replace("max_replicas: 4", "max_replicas: 1"))
     dashboard_port, serve_port = ports(2)
-    verbs = Verbs(run_dir, dashboard_port, serve_port, twin, config)
+    verbs = Verbs(run_dir, dashboard_port, serve_port, cluster_file, config)
     verbs.down()  # what a test run that was killed may have left
     succeeds(verbs.up())
     yield verbs

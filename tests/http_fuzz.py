@@ -23,8 +23,8 @@ from urllib.request import urlopen
 import psutil
 
 from cluster.cli import Parser, run_command
+from cluster.connection import LOCAL, dashboard_of
 from cluster.local.state import RUN_DIR, Cluster, running
-from cluster.places import LOCAL, dashboard_of
 from tests.fuzz_cases import KINDS, Case
 
 HANG_S = 20.0

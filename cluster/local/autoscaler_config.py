@@ -14,7 +14,7 @@ import yaml
 from cluster import ownership
 from cluster.cli import UserError
 
-PROVIDER = "cluster.local.node_provider.TwinProvider"
+PROVIDER = "cluster.local.node_provider.LocalNodeProvider"
 COMMANDS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
     *("head_start_ray_commands", "worker_start_ray_commands"),

@@ -46,7 +46,7 @@ class OutOfStock(Exception):
     """As Google words it, so that what is made of it here is what will be made of it there."""
 
 
-class TwinProvider(FakeMultiNodeProvider):
+class LocalNodeProvider(FakeMultiNodeProvider):
     _nodes: dict[str, dict[str, Any]]
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:

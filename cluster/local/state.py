@@ -20,7 +20,7 @@ from cluster.local.autoscaler_config import Timings
 from cluster.processes import Recorded
 
 RUN_DIR = ROOT / ".run"
-TWIN = ROOT / "cluster.yaml"
+CLUSTER_FILE = ROOT / "cluster.yaml"
 DASHBOARD_PORT = 8265  # where `serve` and `ray job` look by default
 VITAL = {"gcs_server", "raylet", "dashboard", "monitor"}  # of the head; nodes may come and go
 # Ray's ports that nobody needs to know beforehand: options of `ray start`, and two that only an environment can set.
@@ -119,7 +119,7 @@ def running(run_dir: Path) -> Cluster:
     return cluster
 
 
-def new(run_dir: Path, dashboard_port: int, file: Path = TWIN) -> Cluster:
+def new(run_dir: Path, dashboard_port: int, file: Path = CLUSTER_FILE) -> Cluster:
     mark = f"{run_dir}#{secrets.token_hex(4)}"
     names = (*PORT_OPTIONS, *PORT_VARIABLES, METADATA_PORT)
     ports = dict(zip(names, processes.free_ports(len(names), apart_from=dashboard_port), strict=True))

@@ -14,18 +14,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from cluster import nodes, ownership, processes, shell
+from cluster import nodes, ownership, processes, shell_environment
 from cluster.cli import Parser, UserError
 from cluster.dashboard import Dashboard
 from cluster.local import autoscaler_config, head
 from cluster.local.autoscaler_config import Timings
 from cluster.local.state import (
+    CLUSTER_FILE,
     DASHBOARD_PORT,
     FOLDER_FORM,
     MARK_FORM,
     METADATA_PORT,
     RUN_DIR,
-    TWIN,
     Cluster,
     new,
     running,
@@ -38,33 +38,32 @@ GRACE_S = 3.0  # all end within one second, but for the GCS, which has nothing t
 
 
 def up(
-    run_dir: Path, wanted_port: int | None = None, file: Path | None = None, given: Mapping[str, str] | None = None
+    run_dir: Path, wanted_port: int | None = None, file: Path | None = None, options: Mapping[str, str] | None = None
 ) -> None:
-    """With what is given; what is not stays as it is, or as it is by default."""
+    """Starts a cluster, or changes the timings of the one that runs. What is left out keeps its value."""
     with locked(run_dir):
         cluster = Cluster.load(run_dir)
         if cluster and not cluster.missing:
-            cluster = changed(cluster, wanted_port, file, given or {})
+            cluster = changed(cluster, wanted_port, file, options or {})
             say(f"The local Ray is already up: {cluster.address}")
         else:
-            cluster = anew(
-                run_dir, wanted_port or DASHBOARD_PORT, file or TWIN, autoscaler_config.timings(given or {}, Timings())
-            )
+            timings = autoscaler_config.timings(options or {}, Timings())
+            cluster = anew(run_dir, wanted_port or DASHBOARD_PORT, file or CLUSTER_FILE, timings)
         head.wait_for_nodes(cluster)
 
 
-def changed(cluster: Cluster, wanted_port: int | None, file: Path | None, given: Mapping[str, str]) -> Cluster:
-    """The cluster that is up, from now on with the timings that are given."""
+def changed(cluster: Cluster, wanted_port: int | None, file: Path | None, options: Mapping[str, str]) -> Cluster:
+    """Gives the running cluster new timings."""
     if wanted_port not in (None, cluster.dashboard_port):
         raise UserError(f"A local Ray is already up at {cluster.address}. To move it, first: make down")
     if file and str(file.resolve()) != cluster.file:
         raise UserError(f"The local Ray that is up has the node types of {cluster.file}. For others, first: make down")
-    timings = autoscaler_config.timings(given, cluster.timings)
+    timings = autoscaler_config.timings(options, cluster.timings)
     if timings != cluster.timings:
         cluster = replace(cluster, timings=timings)
         head.configure(cluster, autoscaler_config.read(Path(cluster.file)))
         cluster.save()
-        say(f"From now on: {timings or 'no delay, no stock-out, no pre-emption'}")
+        say(f"From now on: {str(timings) or 'no launch delay, no stock-outs, no preemption'}")
     return cluster
 
 
@@ -157,9 +156,9 @@ def main() -> None:
     run_dir = arguments.run_dir.resolve()
     os.environ.update(processes.past_proxies())
     if arguments.verb == "up":
-        given = {name: text for name in autoscaler_config.BOUNDS if (text := getattr(arguments, name))}
+        options = {name: text for name in autoscaler_config.BOUNDS if (text := getattr(arguments, name))}
         file = Path(arguments.twin) if arguments.twin else None
-        up(run_dir, port(arguments.dashboard_port) if arguments.dashboard_port else None, file, given)
+        up(run_dir, port(arguments.dashboard_port) if arguments.dashboard_port else None, file, options)
         return
     if arguments.verb == "down":
         down(run_dir)
@@ -169,9 +168,9 @@ def main() -> None:
         case "monitor":
             nodes.monitor(cluster.dashboard, follow=not arguments.once)
         case "attach":
-            shell.attach(cluster)
+            shell_environment.attach(cluster)
         case "address":
-            shell.export(cluster)
+            shell_environment.export(cluster)
         case "dashboard":
             say(f"{cluster.address}  asks once for the token in {cluster.token_file}")
         case "preempt":

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import psutil
 
-from cluster import ownership, processes, shell
+from cluster import ownership, processes, shell_environment
 from cluster.cli import Parser, UserError
+from cluster.connection import DASHBOARD_PORT, authorization, dashboard_of, dashboard_port, isolate
 from cluster.dashboard import Dashboard, Refused
 from cluster.local.state import RUN_DIR
 from cluster.local.verbs import locked, port
-from cluster.places import DASHBOARD_PORT, authorization, dashboard_of, dashboard_port, isolate
 from cluster.processes import Recorded
 from cluster.remote.preflight import content, ready, ready_to_start
 from cluster.remote.tunnel import NoHead, route, tunnel
@@ -221,7 +221,7 @@ def address(path: Path, run_dir: Path) -> None:
             f"These lead nowhere until another terminal holds the tunnels open: {make_command('dashboard', str(path))}"
         )
         print(note, file=sys.stderr, flush=True)
-    shell.tell(variables(dashboard, api), unset=shell.strays({"RAY_AUTH_MODE": "token"}))
+    shell_environment.tell(variables(dashboard, api), unset=shell_environment.strays({"RAY_AUTH_MODE": "token"}))
 
 
 def variables(dashboard: int, api: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster import deploy, logs, processes, serve_states, status
+from cluster import deploy, logs, processes, serve_status, status
 from cluster.cli import UserError
 from cluster.dashboard import Dashboard, Details, log_places, reason, serve_address
 from cluster.nodes import Nodes
@@ -87,16 +87,16 @@ def details(**apps: Details) -> Details:
 
 
 def test_ready_is_all_apps_running_behind_a_healthy_proxy() -> None:
-    assert serve_states.ready(details(app=app()), ["app"])
-    assert not serve_states.ready(details(), ["app"])
-    assert not serve_states.ready(details(app=app("DEPLOYING", "UPDATING")), ["app"])
-    assert not serve_states.ready(details(app=app()) | {"proxies": {}}, ["app"])
-    assert not serve_states.ready(details(app=app()) | {"proxies": {"n": {"status": "STARTING"}}}, ["app"])
+    assert serve_status.ready(details(app=app()), ["app"])
+    assert not serve_status.ready(details(), ["app"])
+    assert not serve_status.ready(details(app=app("DEPLOYING", "UPDATING")), ["app"])
+    assert not serve_status.ready(details(app=app()) | {"proxies": {}}, ["app"])
+    assert not serve_status.ready(details(app=app()) | {"proxies": {"n": {"status": "STARTING"}}}, ["app"])
 
 
 def test_replicas_that_load_asked_for_are_not_waited_for() -> None:
-    assert serve_states.ready(details(app=app("RUNNING", "UPSCALING", status_trigger="AUTOSCALING")), ["app"])
-    assert not serve_states.ready(
+    assert serve_status.ready(details(app=app("RUNNING", "UPSCALING", status_trigger="AUTOSCALING")), ["app"])
+    assert not serve_status.ready(
         details(app=app("RUNNING", "UPSCALING", status_trigger="CONFIG_UPDATE_STARTED")), ["app"]
     )
 
@@ -104,10 +104,10 @@ def test_replicas_that_load_asked_for_are_not_waited_for() -> None:
 def test_a_failure_ends_the_wait_with_its_reason() -> None:
     failed = app("DEPLOY_FAILED", "DEPLOY_FAILED", message=CONSTRUCTOR_FAILED)
     with pytest.raises(UserError, match="app/Model did not start: model must be a folder .* got nowhere"):
-        serve_states.ready(details(app=failed), ["app"])
+        serve_status.ready(details(app=failed), ["app"])
     not_built = app("DEPLOY_FAILED") | {"message": IMPORT_FAILED, "deployments": {}}
     with pytest.raises(UserError, match="app did not start: ModuleNotFoundError: No module named 'nowhere'"):
-        serve_states.ready(details(app=not_built), ["app"])
+        serve_status.ready(details(app=not_built), ["app"])
 
 
 def test_only_what_serve_would_not_retry_is_removed_first() -> None:

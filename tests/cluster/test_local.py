@@ -18,8 +18,9 @@ import pytest
 
 from cluster import ROOT, processes
 from cluster.cli import UserError
-from cluster.local import head, verbs
+from cluster.local import autoscaler_config, head, verbs
 from cluster.local import state as clusters
+from cluster.local.autoscaler_config import Timings
 from cluster.local.state import Cluster
 from cluster.processes import MARK
 
@@ -239,6 +240,19 @@ def test_a_failed_start_says_why_and_leaves_nothing(run_dir: Path, monkeypatch: 
     with pytest.raises(UserError, match="Ray did not start. It says: no room"):
         verbs.up(run_dir, processes.free_ports(1)[0])
     assert [path.name for path in run_dir.iterdir()] == ["lock"]
+
+
+def test_timings_that_return_to_their_defaults_are_named(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir.mkdir(exist_ok=True)
+    monkeypatch.setattr(autoscaler_config, "read", lambda path: None)
+    monkeypatch.setattr(head, "configure", lambda cluster, types: None)
+    cluster = replace(clusters.new(run_dir, 8265), timings=Timings(stock_out=1.0))
+    cluster = verbs.changed(cluster, None, None, {"stock_out": "0"})
+    assert capsys.readouterr().out == "From now on: no launch delay, no stock-outs, no preemption\n"
+    verbs.changed(cluster, None, None, {"launch_s": "5"})
+    assert capsys.readouterr().out == "From now on: LAUNCH_S=5\n"
 
 
 def test_two_at_a_time_are_one_too_many(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""cluster/remote/verbs.py, cluster/remote/tunnel.py, cluster/places.py and cluster/remote/preflight.py without a
+"""cluster/remote/verbs.py, cluster/remote/tunnel.py, cluster/connection.py and cluster/remote/preflight.py without a
 cluster: what they say and what they run.
 tests/cluster/test_remote_ssh.py does it with a real Ray over SSH. Google Cloud is not asked.
 """
@@ -16,7 +16,7 @@ import pytest
 import yaml
 from ray.scripts.scripts import cli
 
-from cluster import ROOT, deploy, places, processes
+from cluster import ROOT, connection, deploy, processes
 from cluster.cli import UserError
 from cluster.dashboard import Dashboard
 from cluster.local.state import new
@@ -215,16 +215,16 @@ def test_rays_own_command_line_takes_what_it_is_given(arguments: tuple[str, ...]
 def test_ray_runs_in_token_mode_and_without_somebody_elses_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
     os.environ.update({"RAY_ADDRESS": "elsewhere", "RAY_AUTH_TOKEN": "other", "RAY_AUTH_TOKEN_PATH": "/other"})
-    places.isolate("cluster.yaml", Path("/run"))
+    connection.isolate("cluster.yaml", Path("/run"))
     assert {name for name in os.environ if name.startswith("RAY_")} == {"RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"}
     assert os.environ["RAY_AUTH_MODE"] == "token"
-    places.isolate("local", Path("/run"))
+    connection.isolate("local", Path("/run"))
     assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"]) == ("token", "/run/token")
     assert "RAY_AUTH_TOKEN" not in os.environ
 
 
 def test_the_token_is_in_the_request_and_in_no_text(home: Path) -> None:
-    dashboard = Dashboard("http://127.0.0.1:1", "cluster.yaml", places.authorization())
+    dashboard = Dashboard("http://127.0.0.1:1", "cluster.yaml", connection.authorization())
     assert dashboard.headers == {"Authorization": f"Bearer {TOKEN}"}
     assert TOKEN not in repr(dashboard)
     with pytest.raises(UserError) as stop:
@@ -237,14 +237,16 @@ def test_the_token_is_in_the_request_and_in_no_text(home: Path) -> None:
 def test_a_file_that_holds_no_token_is_told_without_quoting_it(home: Path, text: str) -> None:
     (home / ".ray/auth_token").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"auth_token holds no token.") as stop:
-        places.authorization()
+        connection.authorization()
     assert TOKEN not in str(stop.value)
 
 
 def test_the_dashboards_port_is_the_one_that_the_head_starts_with() -> None:
-    assert places.dashboard_port(yaml.safe_load(BASE)) == 8265
-    assert places.dashboard_port({"head_start_ray_commands": ["ray stop", "ray start --dashboard-port 9000"]}) == 9000
-    assert places.dashboard_port({}) == 8265
+    assert connection.dashboard_port(yaml.safe_load(BASE)) == 8265
+    assert (
+        connection.dashboard_port({"head_start_ray_commands": ["ray stop", "ray start --dashboard-port 9000"]}) == 9000
+    )
+    assert connection.dashboard_port({}) == 8265
 
 
 def test_each_hint_names_the_cluster_that_was_meant() -> None:

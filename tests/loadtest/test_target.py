@@ -27,7 +27,7 @@ def test_without_a_cluster_it_is_port_8000_of_this_machine(tmp_path: Path) -> No
 def test_a_dashboard_that_is_named_is_asked_with_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = tmp_path / "auth_token"
     token.write_text("abc\n")
-    for module in ("loadtest.__main__", "cluster.places"):
+    for module in ("loadtest.__main__", "cluster.connection"):
         monkeypatch.setattr(f"{module}.token_file", lambda: token)
     with cluster(ANSWERS) as url:
         dashboard = target_of(options(tmp_path, "--dashboard", url)).dashboard

@@ -28,7 +28,7 @@ from ray.serve.metrics import Counter, Histogram
 from ray.util.metrics import Metric
 
 from app.serving.metrics import Metrics
-from cluster import ROOT, first_pictures
+from cluster import ROOT, sample_images
 from cluster.local.state import Cluster
 from tests import crowd
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds
@@ -353,7 +353,7 @@ def test_a_replica_that_is_killed_fails_its_requests_cleanly_and_is_replaced(api
 
 
 def test_the_demonstration_draws_a_sheet_and_says_how_to_go_on(api: str, verbs: Verbs, tmp_path: Path) -> None:
-    output = succeeds(verbs("first_pictures", "--out", str(tmp_path)))
+    output = succeeds(verbs("sample_images", "--out", str(tmp_path)))
     assert len(list(tmp_path.glob("[1-8]-*.png"))) == 8
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 512
@@ -412,9 +412,9 @@ def test_with_keys_only_they_open_the_door_and_a_change_of_the_file_closes_it(
         assert fetch(f"{api}/healthz")[0] == fetch(f"{api}/")[0] == 200
         stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=1)
         assert [event.type for event in stream][-1] == "image_generation.completed"
-        assert "IMAGINE_API_KEY" in refuses(verbs("first_pictures", "--out", str(tmp_path)))
+        assert "IMAGINE_API_KEY" in refuses(verbs("sample_images", "--out", str(tmp_path)))
         monkeypatch.setenv("IMAGINE_API_KEY", key)
-        assert first_pictures.generate(api, PROMPT, 7).startswith(b"\x89PNG")
+        assert sample_images.generate(api, PROMPT, 7).startswith(b"\x89PNG")
         answer = client.images.generate(prompt=PROMPT, n=2)
         assert len(answer.data or []) == 2
         with pytest.raises(RateLimitError) as full:

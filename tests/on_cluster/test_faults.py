@@ -27,7 +27,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from cluster import ROOT
-from cluster.places import dashboard_of
+from cluster.connection import dashboard_of
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]

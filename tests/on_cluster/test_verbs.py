@@ -179,7 +179,7 @@ def test_a_token_that_is_gone_or_another_is_told_by_every_verb(verbs: Verbs) -> 
         ("job", "list"),
         ("local", "monitor", "--once"),
         ("local", "address"),
-        ("first_pictures",),
+        ("sample_images",),
     )
     try:
         file.write_text("0" * 64)

@@ -14,13 +14,13 @@ import yaml
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
-from cluster import ROOT, auth_token, node_watcher, nodes, shell
+from cluster import ROOT, auth_token, node_watcher, nodes, shell_environment
 from cluster.cli import UserError
 from cluster.dashboard import Dashboard, Refused
 from cluster.local import autoscaler_config, metadata_server, node_provider
 from cluster.local.autoscaler_config import Timings
 from cluster.local.metadata_server import Metadata
-from cluster.local.node_provider import NOTICE_S, OutOfStock, TwinProvider
+from cluster.local.node_provider import NOTICE_S, LocalNodeProvider, OutOfStock
 from cluster.local.state import new
 
 CLUSTERS = [ROOT / "cluster.yaml", *sorted((ROOT / "configs").glob("cluster-*.yaml"))]
@@ -118,11 +118,11 @@ class StartedNode:
 
 
 @pytest.fixture
-def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwinProvider]:
+def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalNodeProvider]:
     monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
     monkeypatch.setattr(node_provider, "Node", StartedNode)
     monkeypatch.setattr(node_provider, "watch", lambda node, metadata: None)
-    monkeypatch.setattr(TwinProvider, "live", lambda self: None)
+    monkeypatch.setattr(LocalNodeProvider, "live", lambda self: None)
     config = autoscaler_config.autoscaling(
         autoscaler_config.read(CLUSTERS[0]),
         Timings(),
@@ -131,24 +131,24 @@ def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwinPr
         config_file=str(tmp_path / "autoscaling.yaml"),
     )
     autoscaler_config.write(config, tmp_path / "autoscaling.yaml")
-    provider = TwinProvider(config["provider"], "twin")
+    provider = LocalNodeProvider(config["provider"], "twin")
     yield provider
     provider.server.shutdown()
     provider.server.server_close()
 
 
-def behave(provider: TwinProvider, **timings: float) -> None:
+def behave(provider: LocalNodeProvider, **timings: float) -> None:
     """As `make up STOCK_OUT=...` does while the cluster is up."""
     config = yaml.safe_load(provider.config_file.read_text())
     config["provider"]["timings"].update(timings)
     autoscaler_config.write(config, provider.config_file)
 
 
-def create(provider: TwinProvider, count: int = 1) -> None:
+def create(provider: LocalNodeProvider, count: int = 1) -> None:
     provider.create_node_with_resources_and_labels({}, TAGS, count, {"CPU": 8, "TPU": 4}, {})
 
 
-def test_the_head_is_there_and_nodes_are_added_beside_it(provider: TwinProvider) -> None:
+def test_the_head_is_there_and_nodes_are_added_beside_it(provider: LocalNodeProvider) -> None:
     assert provider.node_tags("head")[TAG_RAY_USER_NODE_TYPE] == "head"
     create(provider, 2)
     assert provider.workers() == ["ray_tpu-1", "ray_tpu-2"]
@@ -157,7 +157,7 @@ def test_the_head_is_there_and_nodes_are_added_beside_it(provider: TwinProvider)
     assert provider.non_terminated_nodes({}) == ["head", "ray_tpu-2"]
 
 
-def test_a_stock_out_refuses_every_node_until_it_ends(provider: TwinProvider) -> None:
+def test_a_stock_out_refuses_every_node_until_it_ends(provider: LocalNodeProvider) -> None:
     behave(provider, stock_out=1)
     with pytest.raises(OutOfStock, match="no more capacity for ray_tpu"):
         create(provider)
@@ -168,7 +168,7 @@ def test_a_stock_out_refuses_every_node_until_it_ends(provider: TwinProvider) ->
 
 
 def test_a_stock_out_refuses_about_as_many_as_it_should(
-    provider: TwinProvider, monkeypatch: pytest.MonkeyPatch
+    provider: LocalNodeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     behave(provider, stock_out=0.3)
     draws = iter([0.31, 0.99, 0.29])
@@ -178,7 +178,7 @@ def test_a_stock_out_refuses_about_as_many_as_it_should(
     assert provider.workers() == ["ray_tpu-1", "ray_tpu-2"]
 
 
-def test_a_node_takes_its_time_to_come(provider: TwinProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_takes_its_time_to_come(provider: LocalNodeProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", slept.append)
     behave(provider, launch_s=90)
@@ -186,7 +186,7 @@ def test_a_node_takes_its_time_to_come(provider: TwinProvider, monkeypatch: pyte
     assert slept == [90]
 
 
-def test_a_node_that_is_taken_away_has_notice_first(provider: TwinProvider) -> None:
+def test_a_node_that_is_taken_away_has_notice_first(provider: LocalNodeProvider) -> None:
     create(provider, 2)
     node = provider._nodes["ray_tpu-1"]["node"]
     provider.preempt("ray_tpu-1")
@@ -201,7 +201,7 @@ def test_a_node_that_is_taken_away_has_notice_first(provider: TwinProvider) -> N
     assert NOTICE_S == 30
 
 
-def test_notices_that_come_while_others_end_are_all_kept(provider: TwinProvider) -> None:
+def test_notices_that_come_while_others_end_are_all_kept(provider: LocalNodeProvider) -> None:
     """Notices come by HTTP, in threads of their own."""
     before, failed = sys.getswitchinterval(), list[RuntimeError]()
     names = [f"ray_tpu-{i}" for i in range(20000)]
@@ -225,7 +225,7 @@ def test_notices_that_come_while_others_end_are_all_kept(provider: TwinProvider)
     assert not failed and len(provider.going) == len(names)
 
 
-def test_nodes_are_taken_away_by_chance_as_often_as_is_said(provider: TwinProvider) -> None:
+def test_nodes_are_taken_away_by_chance_as_often_as_is_said(provider: LocalNodeProvider) -> None:
     create(provider)
     behave(provider, preemption=0)
     provider.take_away(0, lambda: 0.0)
@@ -345,7 +345,7 @@ def test_the_address_is_nothing_but_lines_for_eval(
     monkeypatch.setattr(Dashboard, "details", lambda self: {"http_options": {"host": "127.0.0.1", "port": 8001}})
     cluster = new(tmp_path, 8265)
     auth_token.create(cluster.token_file)
-    shell.export(cluster)
+    shell_environment.export(cluster)
     said = capsys.readouterr().out
     assert all(line.startswith(("export ", "unset ")) for line in said.splitlines())
     assert cluster.token_file.read_text() not in said
@@ -356,4 +356,4 @@ def test_the_address_is_nothing_but_lines_for_eval(
     addresses, ray, token = done.stdout.splitlines()
     assert addresses == f"{cluster.gcs_address} http://127.0.0.1:8265 http://127.0.0.1:8265 http://127.0.0.1:8001"
     assert token == f"token {tmp_path}/token "
-    assert ray.startswith(shell.path())
+    assert ray.startswith(shell_environment.path())
