@@ -1,14 +1,14 @@
-"""A load test for servers that draw pictures.
+"""A load test for text-to-image servers.
 
-    python -m loadtest run steady --rate 3         # a scenario, flags override it; its report is one HTML file
-    python -m loadtest --num_requests 1024 --batch_size 128 --save_pictures      # as the predecessor had it
+    python -m loadtest run steady --rate 3         # runs a scenario; flags override it; the report is an HTML file
+    python -m loadtest --num_requests 1024 --batch_size 128 --save_pictures      # the predecessor's flags
     python -m loadtest sweep --duration 30         # raises the rate to find the knee
     python -m loadtest compare outputs/loadtest/A outputs/loadtest/B
-    python -m loadtest run --resume outputs/loadtest/A       # goes on with a run that was killed
-    python -m loadtest report outputs/loadtest/A   # derives summary.json, requests.csv and report.html again
+    python -m loadtest run --resume outputs/loadtest/A       # continues a run that was killed
+    python -m loadtest report outputs/loadtest/A   # writes summary.json, requests.csv and report.html again
 
-Exit status: 0; 1 if a request failed; 2 for a mistake in what was asked; 3 if the run is invalid, as the generator
-could not keep its schedule; 130 if interrupted.
+Exit status: 0; 1 if a request failed; 2 for a usage error; 3 if the run is invalid because the load generator was late;
+130 if interrupted.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def target_of(options: argparse.Namespace) -> Target:
 
 def run(options: argparse.Namespace) -> int:
     if options.resume:
-        refuse(options, (*ARRIVALS, *RESUMED), "--resume goes on with a run as it was begun")
+        refuse(options, (*ARRIVALS, *RESUMED), "--resume continues a run unchanged")
         folder = options.resume
         before = read(folder)
         if before.ended == "complete":
@@ -88,14 +88,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         options.scenario = options.scenario or options.named
         name, scenario = scenario_of(options)
-        requests = plan(scenario)  # before anything is begun, as it may be what is wrong
+        requests = plan(scenario)  # first, as it reports mistakes in the scenario
         target = target_of(options)
         folder = new_folder(options.out, name)
         begin(scenario, requests, name, target, folder, asyncio.run(described(target)))
     keep = options.save_pictures or options.save_each
     ended = asyncio.run(carry_out(folder, target, keep_pictures=keep))
     summary = report.write(read(folder))
-    tell(summary, folder)
+    print_summary(summary, folder)
     if options.save_pictures and (sheet := contact_sheet_of(read(folder))):
         print(f"Pictures    {sheet}")
     if keep and not options.save_each:
@@ -105,10 +105,10 @@ def run(options: argparse.Namespace) -> int:
     return 1 if summary["failed"] else 3 if summary["invalid"] else 0
 
 
-def raise_rate(options: argparse.Namespace) -> int:
+def run_sweep(options: argparse.Namespace) -> int:
     if options.first <= 0 or options.factor <= 1 or options.most < options.first:
         raise UsageError("A sweep needs --from above 0, --factor above 1 and --most not below --from.")
-    refuse(options, ARRIVALS, "A sweep sends at rates of its own")
+    refuse(options, ARRIVALS, "A sweep chooses its own rates")
     name, scenario = scenario_of(options)
     objective_s = 10.0 if scenario.objective_s is None else scenario.objective_s
     duration_s = 20.0 if options.duration is None else options.duration
@@ -116,8 +116,8 @@ def raise_rate(options: argparse.Namespace) -> int:
     kind |= {} if options.cv is None else {"cv": options.cv}
     target = target_of(options)
     model = asyncio.run(described(target))
-    whole = new_folder(options.out, f"sweep-{name}")
-    whole.mkdir(parents=True)
+    sweep_folder = new_folder(options.out, f"sweep-{name}")
+    sweep_folder.mkdir(parents=True)
     interrupted = False
 
     def at(rate: float) -> Summary:
@@ -125,7 +125,7 @@ def raise_rate(options: argparse.Namespace) -> int:
         arrivals = {**kind, "stages": [{"rate": rate, "duration_s": duration_s}]}
         base = scenario.model_dump(mode="json", exclude_none=True)
         level = parse(base, "The sweep", {"arrivals": arrivals, "objective_s": objective_s})
-        folder = whole / f"{rate:08.3f}"
+        folder = sweep_folder / f"{rate:08.3f}"
         begin(level, plan(level), f"{name} at {rate:.3g}/s", target, folder, model)
         interrupted = asyncio.run(carry_out(folder, target, keep_pictures=False)) == "interrupted"
         return report.write(read(folder))
@@ -141,14 +141,14 @@ def raise_rate(options: argparse.Namespace) -> int:
             return 130
     knee = max((level.rate for level in levels if level.held), default=None)
     facts = [{"rate": level.rate, "held": level.held, "why": level.why, "summary": level.summary} for level in levels]
-    (whole / "sweep.json").write_text(json.dumps({"knee": knee, "levels": facts}, indent=2) + "\n")
-    (whole / "sweep.html").write_text(report.sweep_page(name, target.url, levels, objective_s, knee))
+    (sweep_folder / "sweep.json").write_text(json.dumps({"knee": knee, "levels": facts}, indent=2) + "\n")
+    (sweep_folder / "sweep.html").write_text(report.sweep_page(name, target.url, levels, objective_s, knee))
     if knee is None:
         print(f"Knee        below {options.first:g} requests a second: {levels[0].why}")
     else:
         least = "at least " if all(level.held for level in levels) else ""
         print(f"Knee        {least}{knee:.3g} requests a second, 95 % within {objective_s:g} s")
-    print(f"Report      {whole / 'sweep.html'}")
+    print(f"Report      {sweep_folder / 'sweep.html'}")
     return 1 if knee is None else 0
 
 
@@ -161,10 +161,10 @@ def new_folder(out: Path, name: str) -> Path:
     return folder
 
 
-def tell(summary: Summary, folder: Path) -> None:
+def print_summary(summary: Summary, folder: Path) -> None:
     latency = summary["latency"] or {}
     if not summary["complete"]:
-        print(f"Ended       {summary['ended']} before it was over; go on with: --resume {folder}")
+        print(f"Ended       {summary['ended']} before the end; continue with: --resume {folder}")
     print(f"Requests    {counted(summary['requests'], summary['planned'])}, {summary['failed']} failed")
     for error in summary["errors"]:
         print(f"            {error['count']} {error['outcome']}: {error['example']}")
@@ -198,12 +198,12 @@ def main() -> int:
         case "run":
             return run(options)
         case "sweep":
-            return raise_rate(options)
+            return run_sweep(options)
         case "ready":
             return int(local(options.run_dir)[0] is None)
         case "report":
             done = read(options.folder)
-            tell(report.write(done), options.folder)
+            print_summary(report.write(done), options.folder)
             return 0
     a, b = (summarize(read(folder)) for folder in (options.a, options.b))
     console = Console()

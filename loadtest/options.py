@@ -1,4 +1,4 @@
-"""The command line of `python -m loadtest`, and what of a scenario each flag overrides."""
+"""The command line of `python -m loadtest`, and how its flags override a scenario."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from loadtest.scenario import FOLDER, Closed, Open, Scenario, load, names, parse
 VERBS = ("run", "sweep", "compare", "report", "ready")
 PREDECESSORS: Mapping[str, int] = {"requests": 8, "concurrency": 8}
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-ARRIVALS = ("rate", "to", "concurrency", "requests", "replay", "speed")  # flags which say when requests are sent
-RESUMED = (  # and which say what is sent and how it is judged
+ARRIVALS = ("rate", "to", "concurrency", "requests", "replay", "speed")  # flags that say when requests are sent
+RESUMED = (  # flags that --resume excludes, besides ARRIVALS
     *("named", "duration", "process", "cv", "seed", "prompts", "field", "endpoint", "stream", "repeat", "no_checks"),
     *("timeout", "objective", "warmup", "max_requests", "max_in_flight", "price", "settle"),
 )
@@ -27,21 +27,23 @@ class SwitchParser(Parser):
         self.switches: set[str] = set()
 
     def switch(self, *names: str, help: str, group: argparse._ArgumentGroup | None = None) -> None:
-        """A flag that may be followed by what it is to be: --stream, --stream=True, --stream false."""
+        """Adds a flag with an optional truth value: --stream, --stream=True, --stream false."""
         self.switches |= set(names)
         (group or self).add_argument(
             *names, nargs="?", type=truth, const=True, default=False, metavar="true", help=help
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """A word behind a switch that is no truth is the next argument, such as the name of a scenario."""
+        """A word after a switch that is no truth value is the next argument, for example a scenario."""
         joined: list[str] = []
         for word in args or ():
             if joined and joined[-1] in self.switches and word.lower() in TRUTHS:
                 joined[-1] += f"={word}"
             else:
                 joined.append(word)
-        return super().parse_known_args([f"{one}=true" if one in self.switches else one for one in joined], namespace)
+        return super().parse_known_args(
+            [f"{word}=true" if word in self.switches else word for word in joined], namespace
+        )
 
 
 def truth(text: str) -> bool:
@@ -63,84 +65,86 @@ def field(text: str) -> tuple[str, Any]:
 def parser(description: str | None) -> SwitchParser:
     top = SwitchParser(description)
     verbs = top.add_subparsers(dest="verb", required=True, parser_class=SwitchParser)
-    run = verbs.add_parser("run", help="run a scenario (what is done without a verb, too)")
+    run = verbs.add_parser("run", help="run a scenario (the default verb)")
     run.add_argument("scenario", nargs="?", help=f"{', '.join(names())}, or a YAML file")
     run.add_argument("--scenario", dest="named", type=nonempty, help=argparse.SUPPRESS)
     run.add_argument("--resume", type=path, help="folder of a run that was killed or interrupted")
-    run.switch("--save-pictures", "--save_pictures", help=f"as one captioned sheet, {SHEET}")
-    run.switch("--save-each", help="each picture as a file of its own")
-    where(run)
-    what(run)
-    raising = verbs.add_parser("sweep", help="raise the rate to find the highest that the server holds")
-    raising.add_argument("scenario", nargs="?", help="whose requests are sent")
-    raising.add_argument("--from", dest="first", type=number, default=0.5, help="rate to begin at (%(default)s)")
-    raising.add_argument("--factor", type=number, default=2.0, help="by which it is raised (%(default)s)")
+    run.switch("--save-pictures", "--save_pictures", help=f"save the pictures as a captioned sheet, {SHEET}")
+    run.switch("--save-each", help="save each picture as a file")
+    add_target_flags(run)
+    add_scenario_flags(run)
+    raising = verbs.add_parser("sweep", help="raise the rate until the server no longer holds it")
+    raising.add_argument("scenario", nargs="?", help="the scenario with the requests")
+    raising.add_argument("--from", dest="first", type=number, default=0.5, help="first rate (%(default)s)")
+    raising.add_argument("--factor", type=number, default=2.0, help="factor between two rates (%(default)s)")
     raising.add_argument("--most", type=number, default=1000.0, help="highest rate (%(default)s)")
-    where(raising)
-    what(raising)
-    comparing = verbs.add_parser("compare", help="two runs side by side")
+    add_target_flags(raising)
+    add_scenario_flags(raising)
+    comparing = verbs.add_parser("compare", help="compare two runs side by side")
     comparing.add_argument("a", type=path)
     comparing.add_argument("b", type=path)
     ready = verbs.add_parser("ready", help="exit status 0 if the local cluster of this checkout serves")
     ready.add_argument("--run-dir", type=path, default=Path(".run"))
-    again = verbs.add_parser("report", help="derive the reports of a run again")
+    again = verbs.add_parser("report", help="write the reports of a run again")
     again.add_argument("folder", type=path)
     return top
 
 
-def where(parser: SwitchParser) -> None:
-    parser.add_argument("--url", type=nonempty, help="of the API; left out, the local cluster of this checkout")
-    parser.add_argument("--ip", type=nonempty, help="its address alone, with port 8000")
-    parser.switch("--allow-remote", help="to load another machine, which must be yours")
+def add_target_flags(parser: SwitchParser) -> None:
+    parser.add_argument("--url", type=nonempty, help="of the API; default: the local cluster of this checkout")
+    parser.add_argument("--ip", type=nonempty, help="address of the API, with port 8000")
+    parser.switch("--allow-remote", help="allow to load another machine, which must be yours")
     parser.add_argument(
-        "--dashboard", type=nonempty, help="Ray's dashboard, for the timeline; left out, the local cluster's"
+        "--dashboard", type=nonempty, help="URL of Ray's dashboard, for the timeline; default: the local cluster's"
     )
-    parser.add_argument("--run-dir", type=path, default=Path(".run"), help="of the local cluster (%(default)s)")
+    parser.add_argument("--run-dir", type=path, default=Path(".run"), help="folder of the local cluster (%(default)s)")
     parser.add_argument("--out", type=path, default=Path("outputs/loadtest"), help="folder of the runs (%(default)s)")
 
 
-def what(parser: SwitchParser) -> None:
+def add_scenario_flags(parser: SwitchParser) -> None:
     load = parser.add_argument_group("arrivals, instead of the scenario's")
     load.add_argument("--rate", type=number, help="requests a second")
     load.add_argument("--to", type=number, help="the rate at the end, for a ramp")
     load.add_argument("--duration", type=number, help="seconds")
     load.add_argument("--process", choices=("constant", "poisson", "gamma"))
-    load.add_argument("--cv", type=number, help="of gamma: 1 is Poisson, more comes in bursts")
-    load.add_argument("--concurrency", "--batch_size", type=integer, help="closed loop: so many clients")
-    load.add_argument("--requests", "--num_requests", type=integer, help="closed loop: so many requests in all")
-    load.add_argument("--replay", type=path, help="JSONL with the time and the request in each line")
-    load.add_argument("--speed", type=number, help="of the replay")
-    load.add_argument("--seed", type=integer, help="of the schedule and the requests")
-    asked = parser.add_argument_group("requests")
-    asked.add_argument(
-        "--prompts", type=path, help="text with a prompt a line, or CSV, JSONL or Parquet with any field"
+    load.add_argument("--cv", type=number, help="coefficient of variation of gamma: 1 is Poisson, more is bursty")
+    load.add_argument("--concurrency", "--batch_size", type=integer, help="closed loop: number of clients")
+    load.add_argument("--requests", "--num_requests", type=integer, help="closed loop: number of requests in all")
+    load.add_argument("--replay", type=path, help="JSONL file with a time and a request in each line")
+    load.add_argument("--speed", type=number, help="speed-up of the replay")
+    load.add_argument("--seed", type=integer, help="seed of the schedule and the requests")
+    requests = parser.add_argument_group("requests")
+    requests.add_argument(
+        "--prompts", type=path, help="text file with a prompt per line, or CSV, JSONL or Parquet with any fields"
     )
-    asked.add_argument("--field", type=field, action="append", default=[], help="NAME=VALUE of every request")
-    asked.add_argument("--endpoint", choices=("generations", "imagine"), help="of every request")
-    parser.switch("--stream", help="with a preview, whose time is reported", group=asked)
-    asked.add_argument("--repeat", type=number, help="share of requests that repeat an earlier one, seed and all")
-    parser.switch("--no-checks", help="do not look at the pictures", group=asked)
+    requests.add_argument(
+        "--field", type=field, action="append", default=[], help="NAME=VALUE, a field of every request"
+    )
+    requests.add_argument("--endpoint", choices=("generations", "imagine"), help="endpoint of every request")
+    parser.switch("--stream", help="stream with a preview, whose latency is reported", group=requests)
+    requests.add_argument("--repeat", type=number, help="share of requests that repeat an earlier one, seed and all")
+    parser.switch("--no-checks", help="do not check the pictures", group=requests)
     other = parser.add_argument_group("the run")
-    other.add_argument("--timeout", type=number, help="seconds that an answer may take")
-    other.add_argument("--objective", type=number, help="seconds within which an answer counts as goodput")
-    other.add_argument("--warmup", type=number, help="seconds at the start that are not counted")
+    other.add_argument("--timeout", type=number, help="longest time for an answer, in seconds")
+    other.add_argument("--objective", type=number, help="latency within which an answer counts as goodput, in seconds")
+    other.add_argument("--warmup", type=number, help="seconds at the start that do not count")
     other.add_argument("--max-requests", type=integer, help="most requests of a run")
     other.add_argument("--max-in-flight", type=integer, help="most requests open at once")
     other.add_argument("--price", type=number, help="dollars for an hour of a chip")
-    other.add_argument("--settle", type=number, help="seconds to wait at most for replicas and nodes to go again")
+    other.add_argument("--settle", type=number, help="longest wait for scale-down after the load, in seconds")
 
 
 def refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """Whoever gives a flag which the verb would ignore is told."""
+    """Raises UsageError if a flag is given that the verb would ignore."""
     values = {name: getattr(options, name) for name in names}
-    given = [name for name, value in values.items() if not (value is None or value is False or value == [])]
-    if given:
-        flags = ["--scenario" if name == "named" else f"--{name.replace('_', '-')}" for name in given]
+    refused = [name for name, value in values.items() if not (value is None or value is False or value == [])]
+    if refused:
+        flags = ["--scenario" if name == "named" else f"--{name.replace('_', '-')}" for name in refused]
         raise UsageError(f"{why}: {' and '.join(flags)} cannot be given.")
 
 
 def scenario_of(options: argparse.Namespace) -> tuple[str, Scenario]:
-    """Its name and itself, flags applied. Neither a name nor arrivals given, it is the predecessor's load test."""
+    """The scenario and its name, with flags applied. The default is the predecessor's load test."""
     arrivals = {"process": "closed", **PREDECESSORS}
     overrides = {
         "seed": options.seed,
@@ -173,11 +177,11 @@ def arrivals_of(options: argparse.Namespace, base: Scenario) -> dict[str, Any] |
         "--replay": options.replay is not None,
         "--concurrency or --requests": not (options.concurrency is None and options.requests is None),
         "--rate, --to or --process": not all(
-            one is None for one in (options.rate, options.to, options.process, options.cv)
+            value is None for value in (options.rate, options.to, options.process, options.cv)
         ),
     }
-    if len(given := [name for name, there in flags.items() if there]) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude one another: arrivals are of one kind.")
+    if len(kinds := [name for name, present in flags.items() if present]) > 1:
+        raise UsageError(f"{' and '.join(kinds)} exclude one another: arrivals are of one kind.")
     old = base.arrivals
     if options.replay:
         return {

@@ -1,1 +1,1 @@
-"""A soak test of a local cluster: mixed load, clients that hang up, replicas that are killed, and a verdict."""
+"""A soak test of a local cluster with mixed load, clients that hang up, killed replicas, and a verdict."""

@@ -1,15 +1,15 @@
-"""Soaks a local cluster of its own in mixed load and says whether it held.
+"""Runs a soak test: a local cluster of its own under mixed load, with a verdict at the end.
 
     python -m benchmarks.soak                            # an hour; starts a cluster in .run/soak and ends it
     python -m benchmarks.soak --minutes 5
-    python -m benchmarks.soak --resume outputs/soak/A    # goes on with one that was ended
-    python -m benchmarks.soak --judge outputs/soak/A     # says again what came of it
+    python -m benchmarks.soak --resume outputs/soak/A    # continues a test that was stopped
+    python -m benchmarks.soak --judge outputs/soak/A     # judges the records of a test again
 
-The load: equal and mixed requests, streams, clients that hang up or never read, bad requests, crowds, and a replica
-killed every few minutes. It fails for a wrong picture, a request without an answer, an error that no kill explains,
-memory that grows, more open files or threads than before, and a request that is still unfinished in the end.
+The load consists of equal and mixed requests, streams, clients that hang up or never read, bad requests, bursts, and a
+replica that is killed every few minutes. The test fails for a wrong picture, a request without an answer, an error that
+no kill explains, growing memory, more open files or threads than before, and requests left unfinished.
 
-Exit status: 0 if it held, 1 if not, 2 for a mistake in what was asked, 130 if interrupted.
+Exit status: 0 if the test passed, 1 if not, 2 for a usage error, 130 if interrupted.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from cluster.cli import Parser, UsageError, run_command
 from cluster.local.state import RUN_DIR, running
 from loadtest.session import Target, described
 
-RATE = 1.2  # clients a second, about half of what two cores can draw
+RATE = 1.2  # clients a second, about half of what two cores can serve
 REPLICAS = 2  # at most
 OUT = ROOT / "outputs" / "soak"
 
@@ -48,12 +48,12 @@ def begin(options: argparse.Namespace) -> Path:
 
 
 def config() -> dict[str, Any]:
-    """serve_config.yaml, with fewer replicas than a small machine has room for."""
-    found: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    for deployment in found["applications"][0]["deployments"]:
+    """serve_config.yaml with few enough replicas for a small machine."""
+    document: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    for deployment in document["applications"][0]["deployments"]:
         if scaling := deployment.get("autoscaling_config"):
             scaling["max_replicas"] = REPLICAS
-    return found
+    return document
 
 
 def carry_out(folder: Path) -> bool:
@@ -62,7 +62,7 @@ def carry_out(folder: Path) -> bool:
         model = asyncio.run(described(Target(url)))
         assert model, "our own API describes its model"
         interrupted = asyncio.run(soak(folder, url, running(run_dir), model))
-        signal.signal(signal.SIGTERM, leave)  # asyncio took it off
+        signal.signal(signal.SIGTERM, leave)  # asyncio removed it
     return interrupted
 
 
@@ -84,7 +84,7 @@ def tell(run: Run, verdict: Verdict) -> None:
     figures = verdict.figures
     sessions = f" in {figures['sessions']} sessions" if figures["sessions"] > 1 else ""
     print(f"Load      {figures['minutes']:.1f} of {run.head['duration_s'] / 60:g} minutes{sessions}")
-    print(f"Requests  {figures['requests']}, {figures['compared']} held to what a lone client got")
+    print(f"Requests  {figures['requests']}, {figures['compared']} compared with the answer to a client alone")
     for kind, outcomes in figures["outcomes"].items():
         print(f"          {kind}: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items())}")
     for kill in figures["kills"]:
@@ -96,7 +96,7 @@ def tell(run: Run, verdict: Verdict) -> None:
         print(f"Note      {note}")
     for reason in verdict.reasons:
         print(f"FAILED    {reason}")
-    print("Verdict   " + ("it held" if verdict.passed else "it did not hold"))
+    print("Verdict   " + ("passed" if verdict.passed else "failed"))
 
 
 def main() -> int:
@@ -105,8 +105,8 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=RATE, help="clients a second on average (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the load and the kills (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="where the test gets a folder (%(default)s)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a test that was ended")
-    parser.add_argument("--judge", type=Path, metavar="FOLDER", help="only say what came of a test")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="continue a test that was stopped")
+    parser.add_argument("--judge", type=Path, metavar="FOLDER", help="only judge a test")
     options = parser.parse_args()
     os.environ.update(processes.past_proxies())
     if options.judge:
@@ -119,7 +119,7 @@ def main() -> int:
     interrupted = carry_out(folder)
     verdict = report(folder)
     if interrupted:
-        print(f"Go on with: make soak RESUME={folder}")
+        print(f"Continue with: make soak RESUME={folder}")
         return 130
     return int(not verdict.passed)
 

@@ -1,5 +1,6 @@
-"""The picture of a soak test: memory by kind of process, and what became of the requests, over time. Needs the packages
-of requirements/dev.txt.
+"""Draws a soak test over time: the memory of each process, and the outcomes of the requests.
+
+Needs the packages of requirements/dev.txt.
 """
 
 from collections import Counter, defaultdict
@@ -8,15 +9,15 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmarks.soak.records import Run
-from benchmarks.soak.verdict import by_process
+from benchmarks.soak.records import Result, Run
+from benchmarks.soak.verdict import AS_EXPECTED, BUSY, LOST, by_process
 
 matplotlib.use("agg")
 from matplotlib import pyplot
 
-NAMED = 9  # kinds with a colour and a name of their own, those with the most memory
+NAMED = 9  # kinds of process with a colour of their own: those with the most memory
 DPI = 80
-COLOURS = {"as it should": "tab:green", "shed": "tab:orange", "lost with a replica": "tab:purple", "wrong": "tab:red"}
+COLOURS = {"as expected": "tab:green", "shed": "tab:orange", "lost with a replica": "tab:purple", "wrong": "tab:red"}
 
 
 def draw(run: Run, path: Path) -> None:
@@ -41,21 +42,12 @@ def draw(run: Run, path: Path) -> None:
     for kill in run.kills:
         for axis in (memory, requests):
             axis.axvline(kill.t / 60, color="tab:red", linewidth=0.6, linestyle=":")
-    memory.set(ylabel="memory of each process, MB", title="Soak test: dotted where a replica was killed")
+    memory.set(ylabel="memory of each process, MB", title="Soak test; dotted lines: a replica was killed")
     memory.legend(fontsize="small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     memory.grid(alpha=0.3, which="both")
     counts: dict[str, Counter[int]] = {name: Counter() for name in COLOURS}
     for result in run.results:
-        name = (
-            "as it should"
-            if result.outcome in ("ok", "left", "unread")
-            else "shed"
-            if result.code in ("queue_full", "deadline_unmeetable")
-            else "lost with a replica"
-            if result.code in ("replica_lost", "model_not_ready")
-            else "wrong"
-        )
-        counts[name][int(result.done // 60)] += 1
+        counts[colour_key(result)][int(result.done // 60)] += 1
     minutes = np.arange(max((minute for each in counts.values() for minute in each), default=0) + 1)
     bottom = np.zeros(len(minutes))
     for name, each in counts.items():
@@ -67,3 +59,9 @@ def draw(run: Run, path: Path) -> None:
     requests.grid(alpha=0.3)
     figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
+
+
+def colour_key(result: Result) -> str:
+    if result.outcome in AS_EXPECTED:
+        return "as expected"
+    return "shed" if result.code in BUSY else "lost with a replica" if result.code in LOST else "wrong"

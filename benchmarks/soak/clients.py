@@ -1,6 +1,6 @@
-"""The clients of a soak test that are not after a picture: they hang up, never read, or ask for what must be refused.
+"""The misbehaving clients of a soak test: they hang up, never read, or send requests that must be refused.
 
-Those who want one are the load test's (loadtest/client.py). None of them raises: what went wrong is the outcome.
+Clients that want pictures are those of the load test (loadtest/client.py).
 """
 
 import asyncio
@@ -16,18 +16,18 @@ import aiohttp
 
 from benchmarks.soak.load import BAD_REQUESTS, GENERATIONS
 
-TIMEOUT_S = 150.0  # above the server's own, so that it is the server who has to answer in time
-UNREAD_S = 40.0  # as long as a client stays that does not read
+TIMEOUT_S = 150.0  # above the server's own timeout, so that the server has to answer in time
+UNREAD_S = 40.0  # how long a client that never reads stays connected
 PREVIEW = b"image_generation.partial_image"
 LONGEST_EVENT = 1 << 22
 
-Outcome = tuple[str, int | None, str | None]  # outcome, status, what is wrong
+Outcome = tuple[str, int | None, str | None]  # outcome, status, error
 
 
 def code_of(error: str | None) -> str | None:
-    """Of an error in OpenAI's shape, as the load test's records or the server itself write it."""
-    found = re.search(r'^\d{3} (\w+):|"code": "(\w+)"', error or "")
-    return found and (found[1] or found[2])
+    """The code of an error in OpenAI's format, as the load test's records or the server write it."""
+    match = re.search(r'^\d{3} (\w+):|"code": "(\w+)"', error or "")
+    return match and (match[1] or match[2])
 
 
 async def ask_badly(session: aiohttp.ClientSession, url: str, name: str) -> Outcome:
@@ -44,7 +44,7 @@ async def ask_badly(session: aiohttp.ClientSession, url: str, name: str) -> Outc
 
 
 def refusal_of(text: str) -> bool:
-    """Whether it is an error in OpenAI's shape that shows nothing of the server's insides."""
+    """Whether the text is an error in OpenAI's format without a traceback."""
     try:
         return {"message", "type", "param", "code"} <= set(json.loads(text)["error"]) and "Traceback" not in text
     except (ValueError, KeyError, TypeError):
@@ -52,7 +52,7 @@ def refusal_of(text: str) -> bool:
 
 
 async def hang_up(url: str, request: Mapping[str, Any]) -> Outcome:
-    """At once; or from a stream once a preview has come."""
+    """Sends a request and closes the connection at once, or for a stream after the first preview."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     reader, writer = await asyncio.open_connection(host, port, limit=LONGEST_EVENT)
     try:

@@ -1,6 +1,6 @@
-"""What a soak test does to the server, drawn in advance: the same seed and minutes, the same clients at the same times.
+"""Draws the load of a soak test from a seed: which clients come when, and when a replica is killed.
 
-Knows nothing of HTTP. It says which clients come when, and when a replica is to be killed.
+It knows nothing of HTTP. The same seed and length give the same load.
 """
 
 import math
@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from loadtest.arrivals import Span, gamma, through
-from loadtest.plan import PROMPTS, read_prompts
+from loadtest.plan import PROMPTS, Planned, read_prompts
 from loadtest.scenario import Endpoint
 
 Kind = Literal["equal", "mixed", "stream", "leaves at once", "leaves a stream", "never reads", "bad request", "burst"]
 WEIGHTS: Mapping[Kind, float] = {
-    "equal": 5,  # one of few requests, each drawn alone before, so that every answer has a picture to be held to
+    "equal": 5,  # one of a few requests that were answered alone before, so that every answer can be compared
     "mixed": 4,
     "stream": 2,
     "leaves at once": 1,
@@ -26,13 +26,13 @@ WEIGHTS: Mapping[Kind, float] = {
 }
 BURSTINESS = 2.0  # standard deviation of the gaps over their mean; 1 is Poisson
 MOST_REQUESTS = 1_000_000
-BURST_EVERY_S, BURST_REQUESTS = 420.0, 60  # more at once than the queue holds
+BURST_EVERY_S, BURST_REQUESTS = 420.0, 60  # a burst is larger than the queue
 KILL_EVERY_S, KILL_SPREAD_S = 240.0, 60.0
 FIRST_KILL_S = 100.0
-KILLING = 2 / 3  # of the time; later on the last replica lives, so that a leak of it shows
+KILLING = 2 / 3  # share of the time; after it no replica is killed, so that its leaks show
 EQUAL_REQUESTS = 8
 STEPS, SCALES, IMAGES, FORMATS = (2, 4, 8, 20, 50), (1.0, 4.0), (1, 1, 1, 2, 4), ("png", "webp", "jpeg")
-LONG = {"num_inference_steps": 100, "sampler": None}  # a sampler may allow fewer; the checkpoint's own does not
+LONG = {"num_inference_steps": 100, "sampler": None}  # some samplers allow fewer steps, the default allows 100
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BadRequest:
     method: str
     path: str
     body: bytes | None
-    status: int  # that it must get
+    status: int  # that the answer must have
     headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
 
 
@@ -64,18 +64,9 @@ BAD_REQUESTS: Mapping[str, BadRequest] = {
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One client. `request` has the fields of the API, or the name of a bad request."""
-
-    id: int
-    at: float  # seconds from the start of the load
-    kind: Kind
-    endpoint: Endpoint
-    request: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Load:
+    """The clients and the times of kills. The `request` of a bad request has only its name, as `bad`."""
+
     requests: Sequence[Planned]
     kills: Sequence[float]
     duration_s: float
@@ -121,40 +112,40 @@ def drawn(
     prompts: Sequence[str],
     samplers: Sequence[str],
 ) -> tuple[Endpoint, Mapping[str, Any]]:
-    """Where a client of this kind asks, and what for."""
+    """The endpoint and the request of a client of this kind."""
 
-    def one(values: Sequence[Any]) -> Any:
+    def draw(values: Sequence[Any]) -> Any:
         return values[int(rng.integers(len(values)))]
 
     streamed = {"stream": True, "partial_images": int(rng.integers(4))}
     match kind:
         case "bad request":
-            return "generations", {"bad": one([*BAD_REQUESTS])}
+            return "generations", {"bad": draw([*BAD_REQUESTS])}
         case "equal" | "burst":
-            endpoint: Endpoint = one(("generations", "imagine"))
-            return endpoint, {**one(equal)}
+            endpoint: Endpoint = draw(("generations", "imagine"))
+            return endpoint, {**draw(equal)}
         case "stream" if rng.random() < 0.5:
-            return "generations", {**one(equal), **streamed}
+            return "generations", {**draw(equal), **streamed}
     request = {
-        "prompt": one(prompts),
+        "prompt": draw(prompts),
         "seed": int(rng.integers(2**32)),
-        "num_inference_steps": one(STEPS),
-        "guidance_scale": one(SCALES),
-        "sampler": one(samplers),
+        "num_inference_steps": draw(STEPS),
+        "guidance_scale": draw(SCALES),
+        "sampler": draw(samplers),
     }
     match kind:
         case "mixed":
-            return "generations", request | {"n": one(IMAGES), "output_format": one(FORMATS)}
+            return "generations", request | {"n": draw(IMAGES), "output_format": draw(FORMATS)}
         case "leaves at once":
-            return "generations", request | LONG | {"n": one(IMAGES)}
+            return "generations", request | LONG | {"n": draw(IMAGES)}
         case "leaves a stream":
             return "generations", request | LONG | {"stream": True, "partial_images": 3}
     return "generations", request | streamed
 
 
 def kill_times(duration_s: float, rng: np.random.Generator) -> list[float]:
-    found, at = [], FIRST_KILL_S
+    kills, at = [], FIRST_KILL_S
     while at < KILLING * duration_s:
-        found.append(at)
+        kills.append(at)
         at += KILL_EVERY_S + float(rng.uniform(-KILL_SPREAD_S, KILL_SPREAD_S))
-    return found
+    return kills

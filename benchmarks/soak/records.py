@@ -1,7 +1,7 @@
-"""A soak test's folder, from which a test that was ended goes on.
+"""The folder of a soak test, from which a stopped test can continue.
 
-soak.json says what the test is. results.jsonl gets a line for each client, and events.jsonl one for each look at the
-cluster's processes and for each replica that is killed.
+soak.json describes the test. results.jsonl gets a line for each client. events.jsonl gets a line for each sample of the
+cluster's processes and for each kill of a replica.
 """
 
 import json
@@ -16,28 +16,28 @@ from loadtest.records import entries
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one client. Times in seconds of the run."""
+    """The outcome of a client. Times are seconds of the run."""
 
     id: int
     kind: str
     at: float
     done: float
-    outcome: str  # loadtest's, and of clients that do not want a picture: left, unread, wrong_answer
+    outcome: str  # as in loadtest/records.py; clients that want no picture add left, unread and wrong_answer
     status: int | None = None
-    code: str | None = None  # of an error in OpenAI's shape
+    code: str | None = None  # of an error in OpenAI's format
     error: str | None = None
     compared: bool = False  # with an earlier answer to the same request
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process at one moment."""
+    """A process at the time of a sample."""
 
     pid: int
     started: float  # in Unix time
     kind: str
     rss: int  # bytes
-    shared: int  # of these, in files and shared memory
+    shared: int  # bytes of rss in files and shared memory
     fds: int
     threads: int
 
@@ -48,7 +48,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Sample:
-    """All processes at one moment of the run. `phase`: idle before the load, load, or idle after it."""
+    """All processes at a time of the run. `phase` is before, load or after; before and after the cluster is idle."""
 
     t: float
     phase: str
@@ -62,7 +62,7 @@ class Sample:
 class Kill:
     t: float
     pid: int
-    recovered: float | None  # when a replica answered again that is not the killed one
+    recovered: float | None  # when another replica answered
 
 
 @dataclass
@@ -72,16 +72,16 @@ class Run:
     results: Sequence[Result]
     samples: Sequence[Sample]
     kills: Sequence[Kill]
-    ends: Mapping[str, Any] = field(default_factory=dict)  # what the last event says; empty: it was ended before
+    ends: Mapping[str, Any] = field(default_factory=dict)  # the last event; empty for a test that was stopped
 
     @property
     def reached_s(self) -> float:
-        """How much of the load is done, in seconds."""
+        """Seconds of the load so far."""
         return max((sample.position for sample in self.samples), default=0.0)
 
     @property
     def seen_s(self) -> float:
-        """When the last sample was taken."""
+        """The time of the last sample."""
         return max((sample.t for sample in self.samples), default=0.0)
 
 

@@ -1,6 +1,6 @@
-"""A soak test from its first request to its last: idle, the load with its kills, idle again.
+"""Runs a soak test: an idle phase, the load with its kills, and another idle phase.
 
-A test that was ended goes on where its load had got to. Knows nothing of verdicts.
+A stopped test continues where its load had got to. This module knows nothing of verdicts.
 """
 
 import asyncio
@@ -19,27 +19,27 @@ import aiohttp
 import psutil
 
 from benchmarks.soak.clients import TIMEOUT_S, Outcome, ask_badly, code_of, hang_up, never_read
-from benchmarks.soak.load import Load, Planned, equal_requests, plan
+from benchmarks.soak.load import Load, equal_requests, plan
 from benchmarks.soak.records import Result, read
 from benchmarks.soak.verdict import RECOVERY_S
 from benchmarks.soak.watch import processes_of, replicas_of, sample, stats_of
 from cluster.cli import UsageError
 from cluster.local.state import Cluster
-from loadtest import plan as loadtest_plan
 from loadtest.checks import EqualSeeds, identity
 from loadtest.client import Client
 from loadtest.client import session as client_session
+from loadtest.plan import Planned
 from loadtest.records import Journal
 from loadtest.run import Clock
 from loadtest.session import headers
 
 SAMPLE_S = 5.0
-IDLE_S = 15.0  # before the load and after it, for samples of a cluster that does nothing
+IDLE_S = 15.0  # before and after the load, for samples of an idle cluster
 SETTLE_S = 60.0
-TELL_S = 60.0  # between two lines about how it goes
-AT_WORK_S = 30.0  # so long a kill waits for requests that it can hit
+LINE_S = 60.0  # between two lines of progress
+AT_WORK_S = 30.0  # how long a kill waits for a request to hit
 MOST_OPEN = 500  # clients at once
-LAST_S = TIMEOUT_S + 30  # after the last request has been sent
+LAST_S = TIMEOUT_S + 30  # how long the last request may take
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Soak:
     offset: float  # second of the load at which this session begins
     seed: int
     phase: str = "before"
-    began: float | None = None  # the clock when the load did
+    began: float | None = None  # the clock at the start of the load
     outcomes: Counter[str] = field(default_factory=Counter)
     open: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -83,12 +83,12 @@ class Soak:
             await self.settle()
 
     async def draw_alone(self, model: Mapping[str, Any]) -> None:
-        """What every later answer to the same requests is held to; and once more, so that all is warm."""
+        """Sends the equal requests twice. Later answers are compared with these, and the server is warm then."""
         for number, request in enumerate(2 * equal_requests(model["samplers"])):
-            planned = loadtest_plan.Planned(-1 - number, 0.0, "alone", "generations", request)
+            planned = Planned(-1 - number, 0.0, "alone", "generations", request)
             record = await self.client.send(planned, self.clock())
             if record.outcome != "ok":
-                raise UsageError(f"The cluster does not draw before anything is done to it: {record.error}")
+                raise UsageError(f"The cluster fails before the load starts: {record.error}")
 
     async def send(self, done: set[int]) -> None:
         assert self.began is not None
@@ -128,8 +128,7 @@ class Soak:
         self.results.write({key: value for key, value in asdict(result).items() if value is not None})
 
     async def ask(self, planned: Planned) -> tuple[Outcome, bool]:
-        asked = loadtest_plan.Planned(planned.id, planned.at, planned.kind, planned.endpoint, planned.request)
-        record = await self.client.send(asked, self.clock())
+        record = await self.client.send(planned, self.clock())
         return (record.outcome, record.status, record.error), record.compared
 
     async def kill_replicas(self) -> None:
@@ -143,7 +142,7 @@ class Soak:
             await self.kill(random.Random(f"{self.seed} {number}"))
 
     async def kill(self, rng: random.Random) -> None:
-        """One of the replicas that answer, at work if one soon is, and only if its process is surely the cluster's."""
+        """Kills a replica that answers, if possible while it works. Its process must carry the cluster's mark."""
         busy_by = self.clock() + AT_WORK_S
         stats = await stats_of(self.client.session, self.url)
         while self.clock() < busy_by and not self.stop.is_set() and not (stats and stats["total"]["unfinished"]):
@@ -168,7 +167,7 @@ class Soak:
                 return
 
     async def settle(self) -> None:
-        """Waits for the last of the requests to be gone, and writes down how all is then."""
+        """Waits for unfinished requests to end, then records the final state."""
         total: dict[str, Any] = {}
         deadline = self.clock() + SETTLE_S
         while self.clock() < deadline and not self.stop.is_set():
@@ -181,16 +180,16 @@ class Soak:
         self.events.write({"event": "end", "t": self.clock(), **kept})
 
     async def watch(self) -> None:
-        told = 0.0
+        last_line = 0.0
         while True:
             began, position = self.clock(), self.position
-            found = await sample(self.cluster, self.client.session, self.url)
-            self.events.write({"event": "sample", "t": began, "phase": self.phase, "position": position, **found})
-            if self.phase == "load" and began - told >= TELL_S:
-                told = began
+            state = await sample(self.cluster, self.client.session, self.url)
+            self.events.write({"event": "sample", "t": began, "phase": self.phase, "position": position, **state})
+            if self.phase == "load" and began - last_line >= LINE_S:
+                last_line = began
                 outcomes = ", ".join(f"{count} {name}" for name, count in self.outcomes.most_common())
-                state = f"{len(self.open)} open, {found['replicas']} replicas"
-                print(f"{position / 60:5.1f} min: {outcomes}; {state}", flush=True)
+                now = f"{len(self.open)} open, {state['replicas']} replicas"
+                print(f"{position / 60:5.1f} min: {outcomes}; {now}", flush=True)
             await asyncio.sleep(max(0.0, began + SAMPLE_S - self.clock()))
 
     async def wait(self, seconds: float) -> None:
@@ -199,7 +198,7 @@ class Soak:
 
 
 async def soak(folder: Path, url: str, cluster: Cluster, model: Mapping[str, Any]) -> bool:
-    """The whole test, or what is left of it; whether it was interrupted."""
+    """Runs the test, or the rest of it, and returns whether it was interrupted."""
     before = read(folder)
     head = before.head
     load = plan(head["seed"], head["duration_s"], head["rate"], model["samplers"])
@@ -218,7 +217,7 @@ async def soak(folder: Path, url: str, cluster: Cluster, model: Mapping[str, Any
             clock=clock,
             check=True,
             default_size=model["defaults"]["size"],
-            # The first pictures of each are kept for as long as the test runs.
+            # The count is never used up, so that the first pictures are kept for the whole test.
             equal_seeds=EqualSeeds(1, Counter({key: load.requests[-1].id + 1000 for key in alone if key})),
             checkers=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="check")),
             pictures=None,

@@ -1,8 +1,8 @@
-"""Whether a soak test passed, and if not, why. Judges records only, and knows nothing of how they came.
+"""Judges the records of a soak test: whether it passed, and if not, why.
 
-Memory is what a process has for itself: RSS without files and shared memory. Its trend is the median of the slopes
-between all pairs of samples of one process (Theil and Sen), which a jump or a short peak does not move. The first
-minutes of a process are not judged, nor is one that lived too short; the verdict says which kinds that leaves out.
+Memory means private memory: RSS without files and shared memory. Its trend is the median of the slopes between all
+pairs of samples of a process (Theil and Sen), which jumps and short peaks do not affect. The first minutes of a process
+do not count, and a process with a short life has no trend. The verdict lists the kinds without a trend.
 """
 
 from collections import Counter, defaultdict
@@ -14,21 +14,21 @@ import numpy as np
 
 from benchmarks.soak.records import Kill, Process, Result, Run, Sample
 
-BUSY = {"queue_full", "deadline_unmeetable"}  # what an overloaded server answers with 503
-LOST = {"replica_lost", "model_not_ready"}  # and one that has lost a replica
-AS_IT_SHOULD = {"ok", "left", "unread"}
-AFTERMATH_S = 15.0  # so long after a killed replica has been replaced, requests may still tell of its loss
+BUSY = {"queue_full", "deadline_unmeetable"}  # codes of the 503 of an overloaded server
+LOST = {"replica_lost", "model_not_ready"}  # codes of a server that has lost a replica
+AS_EXPECTED = {"ok", "left", "unread"}
+AFTERMATH_S = 15.0  # how long after recovery requests may still fail because of a kill
 RECOVERY_S = 180.0
-LEAST_ANSWERED = 0.5  # of the requests for pictures
+LEAST_ANSWERED = 0.5  # share of the requests for pictures
 EXAMPLES = 3
 
 WARMUP_S = 300.0  # of a process
-LEAST_LIFE_S = 600.0  # after its warm-up, or its trend says nothing
-LEAST_GROWTH_MB = 10.0  # over what was seen: less is no leak, whatever the slope
+LEAST_LIFE_S = 600.0  # after warm-up; a shorter life has no trend
+LEAST_GROWTH_MB = 10.0  # less growth is no leak, whatever the slope
 MOST_MB_PER_HOUR: Mapping[str, float] = {"replica": 100.0, "ingress": 40.0, "proxy": 40.0}
-MOST_MB_PER_HOUR_OF_OTHERS = 60.0  # Ray's own: its tables of tasks, actors and events fill up to their limits
-MOST_FDS_MORE, MOST_THREADS_MORE = 40, 30  # idle after the load, over idle before it, in the same process
-MOST_POINTS = 600  # of one process that pairs are made of
+MOST_MB_PER_HOUR_OF_OTHERS = 60.0  # Ray's own processes fill tables of tasks, actors and events up to a limit
+MOST_FDS_MORE, MOST_THREADS_MORE = 40, 30  # of the same process, idle after the load over idle before it
+MOST_POINTS = 600  # of a process, for the pairs
 
 Series = dict[tuple[str, int, float], list[tuple[float, Process]]]  # by kind, pid, start: moment, process
 
@@ -37,7 +37,7 @@ Series = dict[tuple[str, int, float], list[tuple[float, Process]]]  # by kind, p
 class Trend:
     kind: str
     mb_per_hour: float
-    grown_mb: float  # by that slope, over what was seen
+    grown_mb: float  # growth by that slope in `seen_s`
     seen_s: float
     most: float  # MB per hour
 
@@ -48,7 +48,7 @@ class Trend:
 
 @dataclass(frozen=True)
 class Verdict:
-    reasons: Sequence[str]  # empty: it passed
+    reasons: Sequence[str]  # for failing; empty if the test passed
     notes: Sequence[str]
     figures: Mapping[str, Any]
 
@@ -67,22 +67,22 @@ def judge(run: Run) -> Verdict:
         *(leak(trend) for trend in trends if trend.leaks),
         *more_handles(run),
     ]
-    notes = [f"memory of {', '.join(not_judged)} is drawn and not judged: none lived long enough"] if not_judged else []
+    notes = [f"memory of {', '.join(not_judged)} is not judged: no process lived long enough"] if not_judged else []
     return Verdict(reasons, notes, figures(run, series, trends))
 
 
 def unfinished_business(run: Run) -> Iterable[str]:
     if not run.ends:
-        yield "the test was ended before its time; it can go on"
+        yield "the test was stopped early; it can continue"
         return
     if run.ends["unfinished"] != 0:
-        yield f"{run.ends['unfinished']} requests were still unfinished when the load had been over for a minute"
+        yield f"{run.ends['unfinished']} requests were still unfinished a minute after the load"
     if run.ends.get("compiles_after_ready"):
-        yield f"{run.ends['compiles_after_ready']} programs were compiled while it served"
+        yield f"{run.ends['compiles_after_ready']} programs were compiled while serving"
 
 
 def wrong_results(results: Sequence[Result], kills: Sequence[Kill]) -> Iterable[str]:
-    """Whatever is no picture as it should be, no refusal as it should be and has no kill to explain it."""
+    """Results that are neither correct nor a legitimate refusal nor explained by a kill."""
     bad: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         if result.outcome == "bad_image":
@@ -91,18 +91,20 @@ def wrong_results(results: Sequence[Result], kills: Sequence[Kill]) -> Iterable[
             bad["requests without any answer"].append(result)
         elif not explained(result, kills):
             bad["unexplained errors"].append(result)
-    for what, those in bad.items():
-        told = "; ".join(f"{each.kind} at {each.at:.0f} s: {each.outcome}, {each.error}" for each in those[:EXAMPLES])
-        yield f"{len(those)} {what}, such as {told}"
-    asked = [result for result in results if result.kind in ("equal", "mixed", "stream")]
-    answered = sum(result.outcome == "ok" for result in asked)
-    if answered < LEAST_ANSWERED * len(asked) or not asked:
-        yield f"only {answered} of {len(asked)} requests for pictures were answered"
+    for what, group in bad.items():
+        examples = "; ".join(
+            f"{each.kind} at {each.at:.0f} s: {each.outcome}, {each.error}" for each in group[:EXAMPLES]
+        )
+        yield f"{len(group)} {what}, such as {examples}"
+    wanted = [result for result in results if result.kind in ("equal", "mixed", "stream")]
+    answered = sum(result.outcome == "ok" for result in wanted)
+    if answered < LEAST_ANSWERED * len(wanted) or not wanted:
+        yield f"only {answered} of {len(wanted)} requests for pictures were answered"
 
 
 def explained(result: Result, kills: Sequence[Kill]) -> bool:
-    """The server may shed load at any time, and lose requests while a replica of it is dead."""
-    if result.outcome in AS_IT_SHOULD or (result.outcome == "shed" and result.code in BUSY):
+    """Whether a result is legitimate. The server may shed load any time, and lose requests while a replica is dead."""
+    if result.outcome in AS_EXPECTED or (result.outcome == "shed" and result.code in BUSY):
         return True
     if result.outcome not in ("shed", "server_error", "wrong_answer") or result.code not in LOST:
         return False
@@ -128,7 +130,7 @@ def by_process(run: Run) -> Series:
 
 
 def trends_of(series: Series) -> tuple[list[Trend], list[str]]:
-    """The worst of each kind, and the kinds of which none lived long enough."""
+    """The steepest trend of each kind of process, and the kinds of which none lived long enough."""
     worst: dict[str, Trend] = {}
     for (kind, _, _), points in series.items():
         times = np.array([t for t, _ in points])
@@ -162,7 +164,7 @@ def leak(trend: Trend) -> str:
 
 
 def more_handles(run: Run) -> Iterable[str]:
-    """Files and threads of processes that were there before the load and after it, idle both times."""
+    """Processes with too many more open files or threads after the load than before it."""
     before, after = (
         {(process.kind, process.pid, process.started): process for process in last.processes}
         for last in (last_of(run, "before"), last_of(run, "after"))
@@ -179,7 +181,7 @@ def more_handles(run: Run) -> Iterable[str]:
 
 
 def last_of(run: Run, phase: str) -> Sample:
-    return next((one for one in reversed(run.samples) if one.phase == phase), Sample(0.0, phase, ()))
+    return next((sample for sample in reversed(run.samples) if sample.phase == phase), Sample(0.0, phase, ()))
 
 
 def figures(run: Run, series: Series, trends: Sequence[Trend]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What a soak test looks at while it runs: every process of the cluster, and what the API says of its replicas.
+"""Samples the processes of the cluster and the API's statistics while a soak test runs. It only reads.
 
-Reads only. A process is the cluster's if it carries the cluster's mark (cluster/processes.py).
+A process belongs to the cluster if it carries the cluster's mark (cluster/processes.py).
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from benchmarks.soak.records import Process
 from cluster.local.state import Cluster
 
 STATS_TIMEOUT_S = 20.0
-# What a process's title begins with or holds, and what it is called here; the first that fits.
+# The kind of a process by the beginning of its title, or with a colon by any part of it. The first match counts.
 TITLES = {
     ":APIIngress": "ingress",
     ":StableDiffusion": "replica",
@@ -27,7 +27,7 @@ TITLES = {
     "ray::": "other workers",
     "ray-dashboard-": "dashboard modules",
 }
-COMMANDS = {  # by the name of the program, script or module
+COMMANDS = {  # the kind by the name of the program, script or module
     "gcs_server": "gcs_server",
     "raylet": "raylet",
     "monitor": "autoscaler",
@@ -39,7 +39,7 @@ COMMANDS = {  # by the name of the program, script or module
 
 
 def kind_of(command: Sequence[str]) -> str:
-    """What the process with this command line is to the cluster."""
+    """The role in the cluster of the process with this command line."""
     title = command[0] if command else ""
     for part, kind in TITLES.items():
         if title.startswith(part) or (part.startswith(":") and part in title):
@@ -52,11 +52,11 @@ def kind_of(command: Sequence[str]) -> str:
 
 
 def processes_of(cluster: Cluster) -> list[Process]:
-    found = []
+    processes = []
     for process in cluster.search():
-        with contextlib.suppress(psutil.Error), process.oneshot():  # it may end meanwhile
+        with contextlib.suppress(psutil.Error), process.oneshot():  # the process may end meanwhile
             memory = process.memory_info()
-            found.append(
+            processes.append(
                 Process(
                     process.pid,
                     process.create_time(),
@@ -67,11 +67,11 @@ def processes_of(cluster: Cluster) -> list[Process]:
                     process.num_threads(),
                 )
             )
-    return found
+    return processes
 
 
 async def stats_of(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
-    """What GET /v1/stats answers; None where it does not."""
+    """The answer of GET /v1/stats; None if there is none."""
     try:
         timeout = aiohttp.ClientTimeout(total=STATS_TIMEOUT_S)
         async with session.get(f"{url}/v1/stats", timeout=timeout) as answer:
@@ -81,16 +81,16 @@ async def stats_of(session: aiohttp.ClientSession, url: str) -> dict[str, Any] |
 
 
 def replicas_of(stats: dict[str, Any] | None) -> dict[str, int]:
-    """Of those that answer, the process by the replica's name."""
+    """The process id of each replica that answers, by the replica's name."""
     replicas = (stats or {}).get("replicas", {})
     return {name: replica["pid"] for name, replica in replicas.items() if "pid" in replica}
 
 
 async def sample(cluster: Cluster, session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
-    found, stats = await asyncio.gather(asyncio.to_thread(processes_of, cluster), stats_of(session, url))
+    processes, stats = await asyncio.gather(asyncio.to_thread(processes_of, cluster), stats_of(session, url))
     total = (stats or {}).get("total", {})
     return {
-        "processes": [[*vars(process).values()] for process in found],
+        "processes": [[*vars(process).values()] for process in processes],
         "unfinished": total.get("unfinished"),
         "replicas": total.get("replicas"),
     }

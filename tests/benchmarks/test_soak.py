@@ -1,4 +1,4 @@
-"""The soak test's load, records and verdict, on made-up records. How long anything takes is not tested."""
+"""The soak test's load, records and verdict, on made-up records. Durations are not tested."""
 
 import json
 from collections import Counter
@@ -150,7 +150,7 @@ def process(kind: str, megabytes: float, **changes: Any) -> Process:
 def samples(grow: dict[str, float], **changes: Any) -> list[Sample]:
     """An hour of three processes, each with noise, jumps and MB an hour of growth, by kind."""
     rng = np.random.default_rng(0)
-    found = []
+    result = []
     for t in np.arange(0.0, HOUR, 5.0):
         phase = "before" if t == 0 else "load"
         noise = rng.normal(0, 3, 3) + 40 * (rng.random(3) < 0.02) + 30 * (t < 120)
@@ -158,9 +158,9 @@ def samples(grow: dict[str, float], **changes: Any) -> list[Sample]:
             process(kind, 200 + noise[i] + grow.get(kind, 0.0) * t / HOUR)
             for i, kind in enumerate(("proxy", "ingress", "gcs_server"))
         ]
-        found.append(Sample(float(t), phase, tuple(each), float(t), 0, 1))
-    after = [replace(one, **changes) for one in found[-1].processes]
-    return [*found, Sample(HOUR, "after", tuple(after), HOUR, 0, 1)]
+        result.append(Sample(float(t), phase, tuple(each), float(t), 0, 1))
+    after = [replace(each, **changes) for each in result[-1].processes]
+    return [*result, Sample(HOUR, "after", tuple(after), HOUR, 0, 1)]
 
 
 def ok(count: int = 100, **changes: Any) -> list[Result]:
@@ -197,7 +197,7 @@ def test_growth_within_the_bound_is_none_and_so_is_memory_that_is_shared() -> No
     looks = [
         replace(
             look,
-            processes=tuple(replace(one, rss=one.rss + grown, shared=one.shared + grown) for one in look.processes),
+            processes=tuple(replace(each, rss=each.rss + grown, shared=each.shared + grown) for each in look.processes),
         )
         for look in samples({})
         for grown in [round(look.t) * MB]
@@ -222,14 +222,14 @@ def test_a_leak_of_replicas_that_are_killed_again_and_again_shows_in_the_one_tha
     reasons = verdict(looks=[look(t) for t in np.arange(0.0, HOUR, 5.0)]).reasons
     assert [reason for reason in reasons if reason.startswith("the memory of replica grows by 600 MB")]
     short = verdict(looks=[look(t) for t in np.arange(0.0, 1990.0, 5.0)])
-    assert not short.reasons and short.notes == ["memory of replica is drawn and not judged: none lived long enough"]
+    assert not short.reasons and short.notes == ["memory of replica is not judged: no process lived long enough"]
 
 
 def test_five_minutes_say_nothing_about_memory_and_the_verdict_says_so() -> None:
     looks = [look for look in samples({"proxy": 5000.0}) if look.t < min(WARMUP_S + LEAST_LIFE_S, 400)]
     short = verdict(looks=looks)
     assert short.passed
-    assert short.notes == ["memory of gcs_server, ingress, proxy is drawn and not judged: none lived long enough"]
+    assert short.notes == ["memory of gcs_server, ingress, proxy is not judged: no process lived long enough"]
 
 
 def test_a_wrong_picture_fails_even_while_a_replica_is_dead() -> None:
@@ -310,7 +310,7 @@ def test_a_test_that_was_ended_goes_on_from_its_records_and_does_not_pass(tmp_pa
         for look in looks:
             file.write(
                 {"event": "sample", "t": look.t, "phase": look.phase, "position": look.position}
-                | {"processes": [[*vars(one).values()] for one in look.processes], "unfinished": 0, "replicas": 1}
+                | {"processes": [[*vars(each).values()] for each in look.processes], "unfinished": 0, "replicas": 1}
             )
         file.write({"event": "kill", "t": 20.0, "pid": 7})
         file.write({"event": "kill", "t": 30.0, "pid": 8})
@@ -321,7 +321,7 @@ def test_a_test_that_was_ended_goes_on_from_its_records_and_does_not_pass(tmp_pa
     assert (run.results, run.samples, run.reached_s) == (results, looks, 45.0)
     assert run.kills == [Kill(20.0, 7, 25.5), Kill(30.0, 8, None)]
     assert judge(run).reasons == [
-        "the test was ended before its time; it can go on",
+        "the test was stopped early; it can continue",
     ]
     with Journal(tmp_path / "events.jsonl") as file:
         file.write({"event": "session", "t": 45.0})

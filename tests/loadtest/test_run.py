@@ -323,8 +323,8 @@ def test_a_machine_elsewhere_is_refused_without_the_flag(tmp_path: Path) -> None
         (("--ip", ""), "--ip: must not be empty."),
         (("--scenario", ""), "--scenario: must not be empty."),
         (("--save_pictures=maybe",), "must be true or false, got 'maybe'"),
-        (("--resume", "x", "--repeat", "0"), "--resume goes on with a run as it was begun: --repeat cannot be given."),
-        (("sweep", "--concurrency", "0"), "A sweep sends at rates of its own: --concurrency cannot be given."),
+        (("--resume", "x", "--repeat", "0"), "--resume continues a run unchanged: --repeat cannot be given."),
+        (("sweep", "--concurrency", "0"), "A sweep chooses its own rates: --concurrency cannot be given."),
         (("sweep", "--factor", "1"), "A sweep needs --from above 0, --factor above 1"),
     ],
 )
