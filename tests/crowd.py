@@ -1,5 +1,5 @@
-"""200 clients at once on a real local cluster, of whom many hang up: whoever stays gets the picture that a lone client
-gets, and nothing is left running. tests/on_cluster/test_api.py runs it on its cluster.
+"""200 clients at once on a real local cluster, many of which disconnect. The others get the images that a single client
+gets, and nothing is left running. tests/on_cluster/test_api.py runs this on its cluster.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ from PIL import Image
 from tests.clusters import fetch, soon
 
 STAYING, AT_ONCE, DURING_STREAM = 140, 40, 20
-LONG = {"prompt": "gone", "num_inference_steps": 100}  # of those who do not stay
+LONG = {"prompt": "gone", "num_inference_steps": 100}  # the request of clients that disconnect
 WAYS = ("plain", "stream", "imagine")
-RETRY_S = 0.5  # as long as a client waits who was refused because the queue is full
+RETRY_S = 0.5  # a client waits this long when the queue is full
 
 Picture = tuple[int, np.ndarray]  # seed and pixels
 
@@ -28,8 +28,8 @@ Picture = tuple[int, np.ndarray]  # seed and pixels
 def total(api: str) -> dict[str, Any]:
     status, body, _ = fetch(f"{api}/v1/stats")
     assert status == 200
-    found: dict[str, Any] = json.loads(body)["total"]
-    return found
+    stats: dict[str, Any] = json.loads(body)["total"]
+    return stats
 
 
 def idle(api: str) -> bool:
@@ -38,8 +38,8 @@ def idle(api: str) -> bool:
 
 
 def kinds(samplers: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Twelve requests, all different, and how each is made."""
-    found = []
+    """Twelve different requests, each with the way to send it."""
+    pairs = []
     for i in range(12):
         way = WAYS[i % 3]
         request: dict[str, Any] = {
@@ -50,8 +50,8 @@ def kinds(samplers: list[str]) -> list[tuple[str, dict[str, Any]]]:
             "sampler": samplers[i % len(samplers)],
         }
         request |= {"stream": True, "partial_images": 1} if way == "stream" else {}
-        found.append((way, request | ({"n": 2} if way == "plain" else {})))
-    return found
+        pairs.append((way, request | ({"n": 2} if way == "plain" else {})))
+    return pairs
 
 
 async def draw(session: aiohttp.ClientSession, api: str, way: str, request: dict[str, Any]) -> list[Picture]:
@@ -83,8 +83,8 @@ def pixels(file: bytes) -> np.ndarray:
 
 def assert_equal(pictures: list[Picture], alone: list[Picture]) -> None:
     assert [seed for seed, _ in pictures] == [seed for seed, _ in alone]
-    for (_, one), (_, other) in zip(pictures, alone, strict=True):
-        assert abs(one - other).max() <= 1, "neighbours may change the bucket, and that the last bit of a float"
+    for (_, image), (_, other) in zip(pictures, alone, strict=True):
+        assert abs(image - other).max() <= 1, "neighbours may change the bucket, and the bucket the last bit of a float"
 
 
 def head(fields: dict[str, Any]) -> bytes:
@@ -94,7 +94,7 @@ def head(fields: dict[str, Any]) -> bytes:
 
 
 async def hang_up(api: str, heard: bytes) -> None:
-    """Asks, and goes once it has `heard` that; at once if that is nothing."""
+    """Sends a request and disconnects once the answer has `heard` in it; at once if that is empty."""
     host, _, port = api.removeprefix("http://").partition(":")
     refused = True
     while refused:
@@ -120,7 +120,7 @@ def of_200_clients_those_who_stay_get_what_a_lone_one_gets_and_the_others_leave_
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
             alone = [await draw(session, api, way, request) for way, request in requests]
-            assert len({one.tobytes() for pictures in alone for _, one in pictures}) == 16, "all are different"
+            assert len({image.tobytes() for pictures in alone for _, image in pictures}) == 16, "all are different"
             before = await asyncio.to_thread(total, api)
             choices = [i % len(requests) for i in range(STAYING)]
             clients = [draw(session, api, *requests[i]) for i in choices]
@@ -156,6 +156,6 @@ def streams_that_nobody_reads_end_all_the_same_and_hold_up_nobody(api: str) -> N
             unread.sendall(head(LONG | {"num_inference_steps": 20, "stream": True, "partial_images": 3}))
         assert soon(lambda: total(api)["requests"]["completed"] == before + 10 and idle(api), timeout_s=120)
         answer = fetch(f"{api}/v1/images/generations", request)
-    (one,), (other,) = (json.loads(body)["data"] for _, body, _ in (alone, answer))
-    assert one["seed"] == other["seed"] == 3
-    assert abs(pixels(base64.b64decode(one["b64_json"])) - pixels(base64.b64decode(other["b64_json"]))).max() <= 1
+    (first,), (second,) = (json.loads(body)["data"] for _, body, _ in (alone, answer))
+    assert first["seed"] == second["seed"] == 3
+    assert abs(pixels(base64.b64decode(first["b64_json"])) - pixels(base64.b64decode(second["b64_json"]))).max() <= 1

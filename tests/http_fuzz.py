@@ -28,7 +28,7 @@ from cluster.local.state import RUN_DIR, Cluster, running
 from tests.fuzz_cases import KINDS, Case
 
 HANG_S = 20.0
-QUIET_S = 0.5  # after which a request that may be incomplete ends, and a connection that was kept alive is left
+QUIET_S = 0.5  # after this long, an incomplete request is ended and a kept-alive connection is closed
 WORKERS = 12
 DOCUMENTED_503 = {"queue_full", "deadline_unmeetable"}
 TRACES = (b"Traceback", b'File "/', b"site-packages", b"ray.exceptions", b"Error: ")
@@ -46,9 +46,9 @@ class Report:
 
     def add(self, case: Case, data: bytes, seconds: float) -> None:
         self.slowest_s = max(self.slowest_s, seconds)
-        found = STATUS.findall(data)
-        self.statuses[case.kind, found[0].decode() if found else "closed"] += 1
-        if problem := problem_of(data, found, seconds):
+        codes = STATUS.findall(data)
+        self.statuses[case.kind, codes[0].decode() if codes else "closed"] += 1
+        if problem := problem_of(data, codes, seconds):
             self.failures.append(f"{case}: {problem}\n  sent {case.request[:2000]!r}\n  got {data[:2000]!r}")
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ def problem_of(data: bytes, statuses: Sequence[bytes], seconds: float) -> str:
 
 
 def exchange(port: int, request: bytes) -> bytes:
-    """Sends all at once. A request that is never answered may be incomplete: its end then is the connection's."""
+    """Sends everything at once. A request without an answer may be incomplete: closing the connection ends it."""
     data, ended = b"", False
     deadline = time.monotonic() + 2 * HANG_S
     with socket.create_connection(("127.0.0.1", port), timeout=HANG_S) as connection:
@@ -105,7 +105,7 @@ def exchange(port: int, request: bytes) -> bytes:
 
 
 def complete(request: bytes) -> bool:
-    """Whether an answer is due: surely not before the whole body is there."""
+    """Whether an answer is due: not before the whole body has arrived."""
     head, separator, body = request.partition(b"\r\n\r\n")
     length = re.search(rb"\r\nContent-Length: (\d+)", head)
     return bool(separator) and b"chunked" not in head and (not length or len(body) >= int(length[1]))
@@ -170,12 +170,12 @@ def resident(process: psutil.Process) -> int:
 def front_of(cluster: Cluster) -> dict[str, psutil.Process]:
     """The proxy and the ingress of a local cluster."""
     wanted = {"ProxyActor": "proxy", "APIIngress": "ingress"}
-    found: dict[str, psutil.Process] = {}
+    processes: dict[str, psutil.Process] = {}
     for process in cluster.search():
         command = " ".join(process.cmdline()[:1])
         if command.startswith("ray::"):
-            found |= {name: process for part, name in wanted.items() if part in command}
-    return found
+            processes |= {name: process for part, name in wanted.items() if part in command}
+    return processes
 
 
 def main() -> None:

@@ -41,13 +41,13 @@ def encoded(pixels: np.ndarray, form: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def drawn(asked: dict[str, Any]) -> bytes:
-    """What the prompt's first word says."""
-    match asked["prompt"].split()[0]:
+def drawn(fields: dict[str, Any]) -> bytes:
+    """The image that the prompt's first word selects."""
+    match fields["prompt"].split()[0]:
         case "blank":
             return encoded(np.full((16, 16, 3), 200, np.uint8))
         case "small":
-            return picture(int(asked["seed"]), "8x8")
+            return picture(int(fields["seed"]), "8x8")
         case "garbage":
             return b"\x89PNG but not really"
         case "fickle":
@@ -56,7 +56,7 @@ def drawn(asked: dict[str, Any]) -> bytes:
             base = np.full((16, 16, 3), 100, np.uint8)
             base[:8] = 50
             return encoded(base + np.uint8(next(NEAR)))
-    return picture(int(asked["seed"]), asked.get("size", SIZE))
+    return picture(int(fields["seed"]), fields.get("size", SIZE))
 
 
 @contextmanager
@@ -65,15 +65,15 @@ def picture_server() -> Iterator[Server]:
     started, loop = threading.Event(), asyncio.new_event_loop()
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        asked = dict(request.query) if request.method == "GET" else await request.json()
-        asked["method"] = request.method
-        server.seen.append(asked)
+        fields = dict(request.query) if request.method == "GET" else await request.json()
+        fields["method"] = request.method
+        server.seen.append(fields)
         if server.stall and len(server.seen) == server.stall[0]:
             async with server.gate:
                 await asyncio.sleep(server.stall[1])
-        async with server.gate:  # while one stalls, nobody gets by
+        async with server.gate:  # while a request stalls, so do all others
             pass
-        word, _, value = asked["prompt"].partition(" ")
+        word, _, value = fields["prompt"].partition(" ")
         match word:
             case "delay":
                 await asyncio.sleep(float(value))
@@ -94,13 +94,13 @@ def picture_server() -> Iterator[Server]:
                 assert request.transport
                 request.transport.abort()
                 return response
-        files = [drawn(asked)] * (int(asked.get("n", 1)) - (word == "fewer"))
+        files = [drawn(fields)] * (int(fields.get("n", 1)) - (word == "fewer"))
         if request.method == "GET":
             return web.Response(body=files[0], content_type="image/png", headers={"Server-Timing": "denoise;dur=12.5"})
-        told = [base64.b64encode(file).decode() for file in files]
-        if asked.get("stream"):
-            return await streamed(request, told[0], word)
-        return web.json_response({"data": [{"b64_json": one} for one in told], "timings": {"denoise_s": 0.0125}})
+        images = [base64.b64encode(file).decode() for file in files]
+        if fields.get("stream"):
+            return await streamed(request, images[0], word)
+        return web.json_response({"data": [{"b64_json": image} for image in images], "timings": {"denoise_s": 0.0125}})
 
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "noise", "defaults": {"size": SIZE}}]})
@@ -145,6 +145,6 @@ async def streamed(request: web.Request, picture: str, word: str) -> web.StreamR
     await response.write(b": still at work\n\n")
     for name, data in events:
         await asyncio.sleep(0.05)
-        told = f"event: {name}\ndata: {json.dumps(data)}\n\n"
-        await response.write((told.replace("\n", "\r\n") if word == "crlf" else told).encode())
+        event = f"event: {name}\ndata: {json.dumps(data)}\n\n"
+        await response.write((event.replace("\n", "\r\n") if word == "crlf" else event).encode())
     return response

@@ -1,4 +1,4 @@
-"""Bytes to a server and bytes back, where an HTTP client would not say what a test has to say."""
+"""Sends bytes to a server and reads its bytes, for requests that no HTTP client would send."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ class RawAnswer:
 
     @property
     def error(self) -> dict[str, Any]:
-        """Of an answer in OpenAI's error shape, which is asserted."""
+        """The error object of the body. Asserts OpenAI's shape."""
         assert self.headers["content-type"] == "application/json", self
         error = json.loads(self.body)["error"]
         assert set(error) == {"message", "type", "param", "code"} and all(error[name] for name in ("message", "code"))
@@ -35,7 +35,7 @@ def head(method: str = "GET", path: str = "/", *lines: str, host: str | None = "
 
 
 def ask(port: int, request: bytes, timeout_s: float = 30) -> RawAnswer:
-    """The first answer; the server may refuse before it has taken all that is sent."""
+    """The first answer. The server may refuse the request before it has read all of it."""
     with connected(port, timeout_s) as connection:
         try:
             connection.sendall(request)
@@ -45,7 +45,7 @@ def ask(port: int, request: bytes, timeout_s: float = 30) -> RawAnswer:
 
 
 def received(connection: socket.socket, count: int | None = None) -> bytes:
-    """All until the server closes, or so many answers."""
+    """The bytes until the server closes, or until there are `count` answers."""
     data = b""
     while count is None or len(answers(data, partial=True)) < count:
         try:
@@ -59,8 +59,8 @@ def received(connection: socket.socket, count: int | None = None) -> bytes:
 
 
 def answers(data: bytes, *, partial: bool = False) -> list[RawAnswer]:
-    """Answers on one connection, none to HEAD."""
-    found = []
+    """The answers on one connection, where no request was a HEAD."""
+    complete = []
     while data:
         start, separator, rest = data.partition(b"\r\n\r\n")
         status, *lines = start.decode("latin-1").split("\r\n")
@@ -73,13 +73,13 @@ def answers(data: bytes, *, partial: bool = False) -> list[RawAnswer]:
         if not separator or not whole:
             assert partial, data[:300]
             break
-        found.append(RawAnswer(int(status.split(" ")[1]), headers, body))
+        complete.append(RawAnswer(int(status.split(" ")[1]), headers, body))
         data = rest
-    return found
+    return complete
 
 
 def chunks(data: bytes) -> tuple[bytes, bytes, bool]:
-    """The body, what follows it, and whether it is whole."""
+    """The body, the bytes after it, and whether it is complete."""
     body = b""
     while True:
         size, separator, data = data.partition(b"\r\n")

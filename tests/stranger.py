@@ -1,4 +1,4 @@
-"""What another user of this machine may try: programs that become `nobody`, as only root can, before they begin."""
+"""Programs that act as another user of this machine: they become `nobody`, which only root can do."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from cluster import ROOT
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-# What a program runs once it has imported what it needs: the folder of Python itself may be root's alone.
+# A program runs this after its imports: only root may be able to read Python's own folder.
 BECOME = f"""
 import os
 os.setgroups([])
 os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
 os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
 """
-# Calls by gRPC that would do or tell something, to Ray's ports of every kind. An empty request is no bytes.
+# gRPC calls that would have an effect or reveal something, for every kind of port of Ray. An empty request is no bytes.
 CALLS = (
     *("NodeInfoGcsService/GetAllNodeInfo", "JobInfoGcsService/GetNextJobID", "InternalKVGcsService/InternalKVKeys"),
     *("NodeManagerService/GetNodeStats", "NodeManagerService/ShutdownRaylet", "CoreWorkerService/Exit"),
@@ -56,10 +56,10 @@ print(json.dumps(answers))
 """
 ASK = f"""
 import encodings.idna, http.client, json, sys
-asked = json.loads(sys.argv[1])
+requests = json.loads(sys.argv[1])
 {BECOME}
 answers = {{}}
-for port, method, path, headers in asked:
+for port, method, path, headers in requests:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.request(method, path, b"{{}}" if method == "POST" else None, headers)
     answers[f"{{method}} {{port}} {{path}}"] = connection.getresponse().status
@@ -68,12 +68,12 @@ print(json.dumps(answers))
 READ = f"""
 import json, sys
 {BECOME}
-def told(path):
+def content(path):
     try:
         return open(path).read()
     except OSError as error:
         return type(error).__name__
-print(json.dumps({{path: told(path) for path in sys.argv[1:]}}))
+print(json.dumps({{path: content(path) for path in sys.argv[1:]}}))
 """
 VERB = f"""
 import importlib, runpy, sys
@@ -91,21 +91,21 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def attack(ports: Iterable[int], marker: Path) -> dict[str, str]:
-    """What each port answers to each call by gRPC; a pickle that is opened makes `marker`."""
+    """The answer of each port to each gRPC call. A server that unpickles creates `marker`."""
     return answers(run(ATTACK, str(marker), json.dumps(sorted(ports)), json.dumps(CALLS)))
 
 
-def ask(*asked: tuple[int, str, str, dict[str, str]]) -> dict[str, int]:
-    """The status of each: port, method, path, headers."""
-    return {asked: int(status) for asked, status in answers(run(ASK, json.dumps(asked))).items()}
+def ask(*requests: tuple[int, str, str, dict[str, str]]) -> dict[str, int]:
+    """The status of each request: port, method, path, headers."""
+    return {line: int(status) for line, status in answers(run(ASK, json.dumps(requests))).items()}
 
 
 def read(*paths: Path) -> dict[str, str]:
-    """What stands in each file, or why it cannot be read."""
+    """The content of each file, or the error."""
     return answers(run(READ, *map(str, paths)))
 
 
 def answers(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     assert done.returncode == 0, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    results: dict[str, str] = json.loads(done.stdout)
+    return results

@@ -1,8 +1,7 @@
-"""A file of prompts, row by row, as fields by name: text, CSV, JSON lines or Parquet.
+"""Reads a file of prompts row by row: text, CSV, JSON lines or Parquet. A row is a mapping of field names to values.
 
-The one reader of such files, for jobs and for the load test. What a field may hold is for others to say. It knows
-nothing of JAX or Ray. Files are UTF-8, with or without the byte order mark that Windows puts first. A line ends where
-editors end it, with LF, CRLF or CR: a line separator such as U+2028 is a character like any other.
+The jobs and the load test use it. It does not check the values, and knows nothing of JAX or Ray. Files are in UTF-8,
+with or without a byte order mark. Lines end with LF, CRLF or CR; a line separator such as U+2028 is text.
 """
 
 import csv
@@ -19,16 +18,16 @@ Fields = Mapping[str, Any]
 
 
 class BadFile(ValueError):
-    """None of its rows can be read: this sentence begins with the file's name."""
+    """The whole file cannot be read. The message names the file."""
 
 
 class Entry(NamedTuple):
     line: int  # in Parquet, the row
-    fields: Fields | str  # or what is wrong with the row
+    fields: Fields | str  # or the problem with the row
 
 
 def read(file: Path, kind: str | None = None) -> Iterator[Entry]:
-    """Of the kind that the file's suffix says, if it is not given. Raises BadFile."""
+    """`kind` is a suffix such as `.csv`; by default the file's own. Raises BadFile."""
     readers = {".txt": text_rows, ".csv": csv_rows, ".jsonl": json_rows, ".parquet": parquet_rows}
     kind = kind or file.suffix.lower()
     if kind not in readers:
@@ -57,7 +56,7 @@ def json_rows(file: Path) -> Iterator[Entry]:
 
 
 def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Those that are not empty."""
+    """The lines that are not empty, with their numbers."""
     with file.open(encoding="utf-8-sig") as opened:
         for line, text in enumerate(opened, start=1):
             if text.strip():
@@ -75,11 +74,9 @@ def csv_rows(file: Path) -> Iterator[Entry]:
                 if None in row or None in row.values():
                     yield Entry(reader.line_num, f"it must have {len(columns)} columns, as the first line says.")
                     continue
-                given = {name: text for name, text in row.items() if text}  # an empty cell is left out
-                yield Entry(
-                    reader.line_num,
-                    {name: literal(text) if name in NUMERIC_FIELDS else text for name, text in given.items()},
-                )
+                cells = [(name, text) for name, text in row.items() if text]  # an empty cell is a missing field
+                fields = {name: literal(text) if name in NUMERIC_FIELDS else text for name, text in cells}
+                yield Entry(reader.line_num, fields)
         except csv.Error as error:
             raise BadFile(f"{file} is no CSV in line {reader.line_num}: {error}.") from None
 
@@ -101,7 +98,7 @@ def parquet_rows(file: Path) -> Iterator[Entry]:
 
 
 def whole(value: object) -> object:
-    """A column of integers some of which are missing is often saved as one of floats, with NaN for those."""
+    """Undoes what pandas does to a column of integers with gaps: it saves floats, and NaN for a gap."""
     if isinstance(value, float):
         return None if math.isnan(value) else int(value) if value.is_integer() else value
     return value

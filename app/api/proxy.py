@@ -1,9 +1,11 @@
-"""What Serve's proxy does before and after any application's code: the callback that Serve calls at its start.
+"""Protects Serve's HTTP proxy: a callback that Serve calls when the proxy starts.
 
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names `guards`, where `ray start` runs. It puts a protocol with limits into
-uvicorn (app/api/proxy_protocol.py) and a middleware before Serve's own, which refuses what no application should see,
-drops the headers that are Serve's private ones, and gives Serve's own refusals OpenAI's error shape. Applies to every
-application on the cluster. Knows nothing of keys, routes or models, and must import nothing heavy.
+The environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH of `ray start` names `guards`. That gives uvicorn a
+protocol with limits (proxy_protocol.py), and puts a middleware in front of Serve's. The middleware refuses malformed
+requests, drops Serve's private headers, and gives Serve's own errors OpenAI's shape.
+
+Applies to every application on the cluster. Knows nothing of API keys, routes or models. Every proxy imports this
+module, so it must import nothing heavy.
 """
 
 import asyncio
@@ -29,8 +31,8 @@ from app.ray_internals.serve import (
 
 logger = logging.getLogger(f"ray.serve.{__name__}")
 
-# The proxy and the ingress each keep a body until the ingress has read it. Far above body_bytes of any config, and
-# room for images that a request may carry one day.
+# The proxy and the ingress each keep a body in memory until the ingress has read it. This is far above any config's
+# body_bytes, and leaves room for requests with images.
 BODY_BYTES = 64 << 20
 WITH_BODY = ("POST", "PUT", "PATCH")
 LOST_RETRY_S = 5.0  # Serve starts another ingress in a few seconds
@@ -39,7 +41,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 def plain(name: str) -> bytes:
-    """Proxies before ours turn `_` into `-` or the other way round, and Serve takes some of its headers in both."""
+    """Other proxies turn `_` into `-` or the reverse, and Serve accepts some of its headers in both spellings."""
     return name.lower().replace("_", "-").encode()
 
 
@@ -48,11 +50,11 @@ PRIVATE = {
     *(plain(SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER), plain(SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER)),
     *(plain(SERVE_MULTIPLEXED_MODEL_ID), plain(SERVE_SESSION_ID), REQUEST_ID),
 }
-TRACING = {b"traceparent", b"tracestate"}  # Serve decodes them as UTF-8, if tracing is on
+TRACING = {b"traceparent", b"tracestate"}  # with tracing on, Serve decodes them as UTF-8
 HARMLESS_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
-# What Serve says in plain text when it refuses a request itself (ray/serve/_private, 2.60.0), and what is said here.
-SERVES_OWN = [
+# The plain texts of Serve's own errors (Ray 2.60.0), and what replaces them: message, code and Retry-After.
+TRANSLATIONS = [
     (rb"Path '.*' not found\. Ping .*", "No application is deployed at this path.", "not_found", None),
     (rb"Request \S+ timed out.*", "The request took longer than this cluster allows.", "timeout", None),
     (rb"Request dropped due to backpressure.*", "Too many requests are being answered; try again.", "queue_full", 1.0),
@@ -62,17 +64,19 @@ SERVES_OWN = [
         *("The API cannot take requests now; try again later.", "model_not_ready", 5.0),
     ),
 ]
-MAY_BE_SERVES = (404, 408, 429, 503)
+SERVE_ERRORS = (404, 408, 429, 503)
 
 
 def guards() -> list[Middleware]:
-    """Called once in each proxy, before uvicorn is configured."""
+    """Serve calls this once in each proxy, before it configures uvicorn."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = "app.api.proxy_protocol:BoundedProtocol"
     logger.info("app.api.proxy guards this proxy.")
     return [Middleware(Guard)]
 
 
 class Guard:
+    """The middleware in front of Serve's."""
+
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
@@ -81,7 +85,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         try:
-            check(scope)
+            check_head(scope)
         except ApiError as error:
             await refuse(error, receive, send)
             return
@@ -93,58 +97,58 @@ class Guard:
         except Exception:
             await request.end(ApiError(500, "The server failed on this request.", None, "internal_error"))
             raise
-        # Serve answers nothing where the replica that should have answered is lost.
+        # Serve sends no answer at all if the replica is lost.
         lost = ApiError(503, "The server that answered was lost; try again.", None, "replica_lost", LOST_RETRY_S)
         await request.end(lost)
 
 
 class Request:
-    """Between uvicorn and Serve: what has come of the body, and whether an answer has begun."""
+    """Passes messages between uvicorn and Serve, and knows the bytes of the body and whether an answer has begun."""
 
     def __init__(self, receive: Receive, send: Send, request_id: tuple[bytes, bytes]) -> None:
         self.from_client = receive
         self.to_client = send
         self.request_id = request_id
         self.body_bytes = 0
-        self.gone = False
+        self.disconnected = False
         self.begun = False
-        self.held: Message | None = None  # the start of an answer that may be Serve's own
+        self.held: Message | None = None  # the start of an answer that may be an error of Serve's
 
     async def receive(self) -> Message:
-        """A body that is too large ends as if the client had gone: Serve then cancels what it has begun."""
+        """A body that is too large ends as if the client had disconnected, so Serve cancels the request."""
         if self.body_bytes > BODY_BYTES:
             return {"type": "http.disconnect"}
         message = await self.from_client()
-        self.gone = message["type"] == "http.disconnect"
+        self.disconnected = message["type"] == "http.disconnect"
         self.body_bytes += len(message.get("body", b""))
         return {"type": "http.disconnect"} if self.body_bytes > BODY_BYTES else message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and not self.begun:
             self.begun = True
-            if message["status"] in MAY_BE_SERVES and content_type(message["headers"]).startswith(b"text/plain"):
+            if message["status"] in SERVE_ERRORS and content_type(message["headers"]).startswith(b"text/plain"):
                 self.held = message
                 return
         if self.held is not None:
             start, self.held = self.held, None
-            if error := translated(start["status"], message.get("body", b"")):
+            if error := translate(start["status"], message.get("body", b"")):
                 await self.answer(error, start["headers"])
                 return
             await self.to_client(start)
         await self.to_client(message)
 
     async def end(self, error: ApiError) -> None:
-        """After the application: an answer, if it gave none and somebody still waits for one."""
-        if self.begun or self.gone:
+        """Sends an answer if the application sent none and the client still waits."""
+        if self.begun or self.disconnected:
             return
         if self.body_bytes > BODY_BYTES:
             await refuse(too_large(), self.from_client, self.to_client)
         else:
             await self.answer(error, [self.request_id])
 
-    async def answer(self, error: ApiError, given: Iterable[tuple[bytes, bytes]]) -> None:
-        """Serve's own Retry-After and X-Request-ID stay."""
-        kept = [(name, value) for name, value in given if name.lower() in (b"retry-after", b"x-request-id")]
+    async def answer(self, error: ApiError, serve_headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Keeps Serve's own Retry-After and X-Request-ID."""
+        kept = [(name, value) for name, value in serve_headers if name.lower() in (b"retry-after", b"x-request-id")]
         headers, body = refusal(error)
         names = {name.lower() for name, _ in kept}
         headers = [pair for pair in headers if pair[0] not in names] + kept
@@ -153,8 +157,8 @@ class Request:
         await self.to_client({"type": "http.response.body", "body": body})
 
 
-def check(scope: Scope) -> None:
-    """What no application is to see."""
+def check_head(scope: Scope) -> None:
+    """Refuses a head that no application should get."""
     headers: Headers = scope["headers"]
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or not hosts and scope.get("http_version") != "1.0":
@@ -167,9 +171,9 @@ def check(scope: Scope) -> None:
         raise too_large()
 
 
-def translated(status: int, body: bytes) -> ApiError | None:
-    """In place of a refusal of Serve's own; another application's plain text is left as it is."""
-    for pattern, message, code, retry_after_s in SERVES_OWN:
+def translate(status: int, body: bytes) -> ApiError | None:
+    """The error for an error text of Serve's. Other plain text of an application has no translation."""
+    for pattern, message, code, retry_after_s in TRANSLATIONS:
         if re.fullmatch(pattern, body, re.DOTALL):
             return ApiError(status, message, None, code, retry_after_s)
     return None
@@ -180,7 +184,7 @@ def too_large() -> ApiError:
 
 
 def without_private(headers: Headers) -> Headers:
-    """With exactly one X-Request-ID, the last: the client's, if it can do no harm in a log."""
+    """Without Serve's private headers. The last header is X-Request-ID: the client's if it is safe in a log."""
     ids = [value for name, value in headers if plain(name.decode("latin-1")) == REQUEST_ID]
     known = ids[0] if len(ids) == 1 and HARMLESS_ID.fullmatch(ids[0]) else str(uuid.uuid4()).encode()
     kept = [
@@ -196,8 +200,8 @@ def content_type(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 async def refuse(error: ApiError, receive: Receive, send: Send) -> None:
-    """Answers at once and keeps nothing of a body. Then reads on for a moment: a client that still sends when the
-    connection closes sees a reset and not the answer."""
+    """Answers at once, then discards the body for a moment: a client that is still sending when the connection closes
+    sees a reset instead of the answer."""
     headers, body = refusal(error)
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,8 +1,7 @@
-"""The HTTP parser of Serve's proxy, with limits on what a client may send before anybody has looked at its request.
+"""The HTTP parser of Serve's proxy, with limits on the size of a head and on the time that a client may take.
 
-uvicorn's own protocol puts no limit on a request's head, in bytes or in seconds. This subclass bounds each head, the
-framing and trailers of a chunked body, pipelined requests, and the time that a connection may keep the proxy waiting.
-Knows nothing of Ray, of routes or of keys.
+uvicorn's own protocol limits neither the bytes nor the seconds of a request's head. This subclass limits each head, the
+framing and trailers of a chunked body, pipelined requests, and idle connections. Knows nothing of Ray, routes or keys.
 """
 
 import asyncio
@@ -14,22 +13,21 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.errors import ApiError
 
-# Room for the longest query string that a config declares (query_bytes, 49152) and 16 KiB of headers, which is what
-# Node.js and Apache Tomcat allow or more. The parser keeps a head in memory, and appends to an unfinished header in
-# quadratic time.
+# Room for the longest query string (query_bytes, 49152) and 16 KiB of headers, as many as Node.js allows. The parser
+# keeps a head in memory, and appends to an unfinished header in quadratic time.
 HEAD_BYTES = 64 << 10
 HEADERS = 128
 HEAD_S = 10.0  # from a connection's start, or a head's first byte, to the head's end
-UNREAD_BODY_S = 5.0  # for the rest of a body after its answer, which nobody will read
-WRITE_S = 60.0  # for a client to take some of an answer that it asked for
+UNREAD_BODY_S = 5.0  # for the rest of a body after its answer
+WRITE_S = 60.0  # for a client to read a part of its answer
 PIPELINED = 8  # requests that wait on a connection for the answer before theirs
-LINGER_S = 2.0  # after a refusal: a client that still sends when the connection closes sees a reset and not the answer
+LINGER_S = 2.0  # after an error: a client that is still sending when the connection closes sees a reset instead of it
 LINGER_BYTES = 4 << 20
-PIECE_BYTES = 16 << 10  # the parser gets no more at once, so a limit is exceeded by no more
+PIECE_BYTES = 16 << 10  # for the parser at once, so a head exceeds its limit by no more
 
 
 def refusal(error: ApiError) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and body of an answer in OpenAI's error shape, after which the connection closes."""
+    """Headers and body of an error answer, after which the connection closes."""
     body = json.dumps(error.body()).encode()
     headers = [
         (b"content-type", b"application/json"),
@@ -41,7 +39,7 @@ def refusal(error: ApiError) -> tuple[list[tuple[bytes, bytes]], bytes]:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection. The methods that uvicorn's class has too are called by asyncio or by the parser."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -49,12 +47,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self.head_bytes = 0  # of the complete fields of a head
         self.in_head = True  # also between requests
         self.excess = ""  # the rule that a head breaks
-        self.deaf = False  # what still arrives is discarded
+        self.discarding = False  # discards what still arrives
         self.discarded = 0
         self.reading_deadline: asyncio.TimerHandle | None = None
         self.writing_deadline: asyncio.TimerHandle | None = None
 
-    # What the transport calls
+    # Called by the transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -66,7 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.deaf:
+        if self.discarding:
             self.discard(len(data))
             return
         if self.in_head and self.reading_deadline is None and not self.busy:
@@ -75,7 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
             piece = data[start : start + PIECE_BYTES]
             self.unparsed += len(piece)
             super().data_received(piece)
-            if self.deaf or self.transport.is_closing():
+            if self.discarding or self.transport.is_closing():
                 return
             if self.unparsed > HEAD_BYTES:
                 self.refuse(too_large(f"be at most {HEAD_BYTES} bytes"))
@@ -84,7 +82,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self.writing_deadline is None:
-            self.expect_taking()
+            self.expect_reading()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -92,7 +90,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.writing_deadline.cancel()
             self.writing_deadline = None
 
-    # What the parser calls
+    # Called by the parser
 
     def on_message_begin(self) -> None:
         self.head_bytes = 0
@@ -103,7 +101,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.in_head:  # a trailer: uvicorn would add it to the headers of a request that is being answered
+        if not self.in_head:  # a trailer: uvicorn would add it to the headers of the running request
             return
         self.head_bytes += len(name) + len(value)
         if self.head_bytes > HEAD_BYTES:
@@ -117,12 +115,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self.expect_nothing()
         super().on_headers_complete()
         if self.parser.should_upgrade():
-            self.cycle.keep_alive = False  # what follows may be in another protocol, and no request
+            self.cycle.keep_alive = False  # the next bytes may be in another protocol
         if len(self.pipeline) > PIPELINED:
             self.stop_parsing(f"be one of at most {PIPELINED} that wait on a connection")
 
     def stop_parsing(self, rule: str) -> NoReturn:
-        """An exception is all that stops the parser. uvicorn catches it and calls send_400_response."""
+        """Only an exception stops the parser. uvicorn catches it and calls send_400_response."""
         self.excess = rule
         raise ValueError(rule)
 
@@ -141,15 +139,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self.expect_within(UNREAD_BODY_S)
 
     def _should_upgrade(self) -> bool:
-        """Nothing here speaks WebSocket or h2c. A server may ignore an offer to upgrade, and answers in HTTP/1.1."""
+        """The proxy supports neither WebSocket nor h2c, and answers a request to upgrade in HTTP/1.1."""
         return False
 
     def _unsupported_upgrade_warning(self) -> None:
-        """uvicorn calls this after a request that offers to upgrade."""
-        self.deaf = True
+        """uvicorn calls this after a request to upgrade."""
+        self.discarding = True
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn calls this for whatever the parser refuses."""
+        """uvicorn calls this when the parser fails."""
         if self.excess:
             self.refuse(too_large(self.excess))
         else:
@@ -163,7 +161,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def expect_within(self, seconds: float) -> None:
-        """The end of a head, or of a body: without it the connection closes."""
+        """Closes the connection unless the head or body ends within `seconds`."""
         self.expect_nothing()
         self.reading_deadline = self.loop.call_later(seconds, self.give_up)
 
@@ -172,13 +170,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self.reading_deadline.cancel()
             self.reading_deadline = None
 
-    def expect_taking(self) -> None:
+    def expect_reading(self) -> None:
         unsent = self.transport.get_write_buffer_size()
-        self.writing_deadline = self.loop.call_later(WRITE_S, self.check_taking, unsent)
+        self.writing_deadline = self.loop.call_later(WRITE_S, self.check_reading, unsent)
 
-    def check_taking(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() < before:  # slowly, but it does
-            self.expect_taking()
+    def check_reading(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:  # the client reads, if slowly
+            self.expect_reading()
         else:
             self.transport.abort()
 
@@ -190,8 +188,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def refuse(self, error: ApiError) -> None:
-        """Answer, take no more, and close. Amid the answer to an earlier request nothing can be said."""
-        self.deaf = True
+        """Answers and closes. While an earlier request is being answered, it only closes."""
+        self.discarding = True
         self.expect_nothing()
         self._unset_keepalive_if_required()
         if self.busy:

@@ -1,5 +1,4 @@
-"""app/api/api_keys.py: what stands in the file, whose key one is, what it may still ask for; with a clock of the
-test's own."""
+"""app/api/api_keys.py: reading the file, finding a key, and its limits on a clock that the tests set."""
 
 import hashlib
 import hmac
@@ -70,9 +69,9 @@ def test_every_entry_is_compared_whichever_fits(file: Path, monkeypatch: pytest.
     compared: list[str] = []
     in_constant_time = hmac.compare_digest
 
-    def compare(one: str, other: str) -> bool:
-        compared.append(one)
-        return in_constant_time(one, other)
+    def compare(known: str, digest: str) -> bool:
+        compared.append(known)
+        return in_constant_time(known, digest)
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
     known = ApiKeys(file)
@@ -129,8 +128,8 @@ def test_a_mistake_in_the_file_is_one_sentence_that_names_the_entry_and_shows_no
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
         ApiKeys(path)
-    told = str(caught.value)
-    assert sentence in told and str(path) in told and "\n" not in told and LEAK not in told
+    message = str(caught.value)
+    assert sentence in message and str(path) in message and "\n" not in message and LEAK not in message
 
 
 def test_a_file_that_is_not_there_or_not_text_is_told_at_the_start(tmp_path: Path) -> None:
@@ -174,17 +173,17 @@ LIST = yaml.safe_dump([entry("alice"), entry("bob", requests_per_minute=60)], ex
     ],
     ids=["a list", "with comments", "without the last line's end", "in brackets"],
 )
-def test_a_file_that_was_cut_anywhere_is_told_from_a_whole_one(text: str) -> None:
+def test_a_file_that_was_cut_anywhere_is_refused(text: str) -> None:
     whole = parse(text.encode(), "keys.yaml")
-    assert [one.name for one in whole] == ["alice", "bob"]
-    said = text.rstrip().removesuffix("# the end").rstrip()
-    for length in range(len(said)):
+    assert [key.name for key in whole] == ["alice", "bob"]
+    content = text.rstrip().removesuffix("# the end").rstrip()
+    for length in range(len(content)):
         with pytest.raises(ValueError, match="^keys.yaml"):
             parse(text[:length].encode(), "keys.yaml")
-    assert all(parse(text[:length].encode(), "keys.yaml") == whole for length in range(len(said), len(text)))
+    assert all(parse(text[:length].encode(), "keys.yaml") == whole for length in range(len(content), len(text)))
 
 
-def test_a_cut_between_two_entries_is_told_with_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_a_cut_between_two_entries_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^keys.yaml must end with a line \.\.\. below the last key: without it"):
         parse(LIST[: LIST.index("- name: bob")].encode(), "keys.yaml")
     for start in ("", "---\n"):

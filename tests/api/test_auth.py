@@ -1,4 +1,4 @@
-"""Who may come in, and for how long it counts: app/api/auth.py before the routes, with a fake replica behind them."""
+"""app/api/auth.py in front of the routes: which requests it accepts, and how long each counts against its key."""
 
 import asyncio
 import json
@@ -71,25 +71,25 @@ def running(ingress: APIIngress) -> int:
 # Without keys: this machine
 
 
-HERE, V6, MAPPED, NETWORK = ("127.0.0.1", 8000), ("::1", 8000), ("::ffff:127.0.0.1", 8000), ("10.0.0.7", 8000)
+LOCAL, V6, MAPPED, NETWORK = ("127.0.0.1", 8000), ("::1", 8000), ("::ffff:127.0.0.1", 8000), ("10.0.0.7", 8000)
 
 
 @pytest.mark.parametrize(
     ("server", "client", "local"),
     [
-        (HERE, HERE, True),
+        (LOCAL, LOCAL, True),
         (V6, V6, True),
         (MAPPED, MAPPED, True),
-        (("127.8.9.1", 1), HERE, True),
-        (NETWORK, HERE, False),  # a client can make itself look like this where all proxies are trusted
-        (HERE, NETWORK, False),  # by way of a proxy on this machine
+        (("127.8.9.1", 1), LOCAL, True),
+        (NETWORK, LOCAL, False),  # a client can make itself look like this where all proxies are trusted
+        (LOCAL, NETWORK, False),  # by way of a proxy on this machine
         (NETWORK, NETWORK, False),
-        (("::ffff:10.0.0.7", 80), HERE, False),
-        (("fe80::1%eth0", 80), HERE, False),
-        (("localhost", 80), HERE, False),  # no socket says that of itself
-        (("/run/api.sock", None), HERE, False),
-        (HERE, None, False),
-        (None, HERE, False),
+        (("::ffff:10.0.0.7", 80), LOCAL, False),
+        (("fe80::1%eth0", 80), LOCAL, False),
+        (("localhost", 80), LOCAL, False),  # no socket says that of itself
+        (("/run/api.sock", None), LOCAL, False),
+        (LOCAL, None, False),
+        (None, LOCAL, False),
     ],
 )
 def test_only_a_connection_with_both_ends_on_loopback_is_local(server: Any, client: Any, local: bool) -> None:
@@ -340,14 +340,14 @@ def test_a_place_is_free_again_however_the_request_ends(
 
 def test_a_client_that_leaves_while_it_waits_frees_its_place(ingress: APIIngress, replicas: Replicas) -> None:
     async def leave() -> None:
-        asked = asyncio.Event()
-        replicas.generate.outcome = lambda *_: asked.set()
+        called = asyncio.Event()
+        replicas.generate.outcome = lambda *_: called.set()
 
         async def receive() -> Message:
             return {"type": "http.request", "body": b'{"prompt": "a"}', "more_body": False}
 
         asking = asyncio.ensure_future(raw_post(receive, {"authorization": f"Bearer {KEY}"}, ingress))
-        await asked.wait()
+        await called.wait()
         assert running(ingress) == 1
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -374,10 +374,7 @@ def test_neither_keys_nor_prompts_reach_the_log(
     assert ingress.api_keys
     ingress.api_keys.refresh()
     client.get("/imagine", params={"prompt": PROMPT}, headers=BEARER)
-    told = "\n".join(json.dumps([record.getMessage(), record.exc_text]) for record in caplog.records)
+    log = "\n".join(json.dumps([record.getMessage(), record.exc_text]) for record in caplog.records)
     assert (
-        "entry 1 (alice)" in told
-        and KEY not in told
-        and PROMPT[:12] not in told
-        and PROMPT.replace(" ", "+") not in told
+        "entry 1 (alice)" in log and KEY not in log and PROMPT[:12] not in log and PROMPT.replace(" ", "+") not in log
     )

@@ -56,26 +56,26 @@ def requests(count: int) -> list[Generation]:
     ]
 
 
-def drawn(pipeline: Pipeline, asked: Sequence[Generation], images_at_once: int | None) -> list[Generated]:
-    engine = Engine(pipeline, max_waiting=len(asked), images_at_once=images_at_once)
+def drawn(pipeline: Pipeline, generations: Sequence[Generation], images_at_once: int | None) -> list[Generated]:
+    engine = Engine(pipeline, max_waiting=len(generations), images_at_once=images_at_once)
     engine.start()
     try:
-        futures: list[Future[Generated]] = [engine.submit(generation) for generation in asked]
+        futures: list[Future[Generated]] = [engine.submit(generation) for generation in generations]
         return [future.result(WAIT_S) for future in futures]
     finally:
         engine.close()
 
 
 def test_64_random_requests_together_are_what_each_is_alone(pipeline: Pipeline) -> None:
-    asked = requests(64)
-    alone = drawn(pipeline, asked, images_at_once=1)
-    together = drawn(pipeline, asked, images_at_once=4)
-    backwards = drawn(pipeline, asked[::-1], images_at_once=1)[::-1]
-    for generation, one, other, again in zip(asked, alone, together, backwards, strict=True):
-        assert one.seeds == other.seeds == tuple((generation.seed + i) % SEEDS for i in range(generation.n))
-        assert one.pixels.shape == (generation.n, generation.height, generation.width, 3)
-        assert np.array_equal(one.pixels, again.pixels), f"{generation} differs in one bucket"
-        apart = np.abs(one.pixels.astype(int) - other.pixels.astype(int)).max()
+    generations = requests(64)
+    alone = drawn(pipeline, generations, images_at_once=1)
+    together = drawn(pipeline, generations, images_at_once=4)
+    backwards = drawn(pipeline, generations[::-1], images_at_once=1)[::-1]
+    for generation, single, other, again in zip(generations, alone, together, backwards, strict=True):
+        assert single.seeds == other.seeds == tuple((generation.seed + i) % SEEDS for i in range(generation.n))
+        assert single.pixels.shape == (generation.n, generation.height, generation.width, 3)
+        assert np.array_equal(single.pixels, again.pixels), f"{generation} differs in one bucket"
+        apart = np.abs(single.pixels.astype(int) - other.pixels.astype(int)).max()
         assert apart <= 1, f"{generation} is {apart} grey levels off beside others"
 
 
@@ -84,20 +84,20 @@ def test_image_i_of_a_request_is_the_picture_of_seed_plus_i(pipeline: Pipeline) 
     single = [Generation(**{**vars(four), "n": 1, "seed": (four.seed + number) % SEEDS}) for number in range(four.n)]
     (together,) = drawn(pipeline, [four], images_at_once=1)
     alone = drawn(pipeline, single, images_at_once=1)
-    assert np.array_equal(together.pixels, np.concatenate([one.pixels for one in alone]))
+    assert np.array_equal(together.pixels, np.concatenate([generated.pixels for generated in alone]))
 
 
 def test_a_cancelled_neighbour_changes_no_bit(pipeline: Pipeline) -> None:
-    asked = requests(24)
-    alone = drawn(pipeline, asked, images_at_once=1)
-    engine = Engine(pipeline, max_waiting=len(asked), images_at_once=1)
+    generations = requests(24)
+    alone = drawn(pipeline, generations, images_at_once=1)
+    engine = Engine(pipeline, max_waiting=len(generations), images_at_once=1)
     engine.start()
-    futures = [engine.submit(generation) for generation in asked]
+    futures = [engine.submit(generation) for generation in generations]
     cancelled = [future.cancel() for future in futures[::3]]
     try:
-        for number, (future, one) in enumerate(zip(futures, alone, strict=True)):
+        for number, (future, generated) in enumerate(zip(futures, alone, strict=True)):
             if number % 3 or not cancelled[number // 3]:
-                assert np.array_equal(future.result(WAIT_S).pixels, one.pixels)
+                assert np.array_equal(future.result(WAIT_S).pixels, generated.pixels)
     finally:
         engine.close()
     assert sum(cancelled) >= 6  # of 8: the first may be done already

@@ -66,8 +66,8 @@ def test_a_wrong_answer_is_found_and_told_with_what_was_sent(
             await say(send, status, body.encode(), "application/json")
 
     application.answer = wrong
-    told = str(http_fuzz.fuzz(port, 5, 0, {}))
-    assert problem in told and "sent b'" in told and ":0:" in told
+    report = str(http_fuzz.fuzz(port, 5, 0, {}))
+    assert problem in report and "sent b'" in report and ":0:" in report
 
 
 def test_a_hang_and_another_picture_are_found(
@@ -83,5 +83,5 @@ def test_a_hang_and_another_picture_are_found(
             await asyncio.sleep(3)
 
     application.answer = hang
-    told = str(http_fuzz.fuzz(port, 3, 0, {}))
-    assert "no end after" in told and "drew another picture" in told
+    report = str(http_fuzz.fuzz(port, 3, 0, {}))
+    assert "no end after" in report and "drew another picture" in report

@@ -96,8 +96,8 @@ class StreamMethod:
         self.outcome: Callable[[ImageRequest], Iterable[Any]] = stream_of
         self.answers: list[Items] = []
 
-    def remote(self, asked: ImageRequest) -> Items:
-        self.answers.append(Items(self.outcome(asked)))
+    def remote(self, request: ImageRequest) -> Items:
+        self.answers.append(Items(self.outcome(request)))
         return self.answers[-1]
 
 
@@ -134,15 +134,15 @@ async def awaited(answer: Answer) -> Any:
     return await answer
 
 
-def stream_of(asked: ImageRequest) -> Iterator[Any]:
+def stream_of(request: ImageRequest) -> Iterator[Any]:
     yield Accepted()
-    for index in range(asked.partial_images):
+    for index in range(request.partial_images):
         yield Preview(index, f"draft {index}".encode())
-    yield pictures(asked)
+    yield pictures(request)
 
 
-def pictures(asked: ImageRequest) -> Images:
-    generation, encoding = asked.generation, asked.encoding
+def pictures(request: ImageRequest) -> Images:
+    generation, encoding = request.generation, request.encoding
     seeds = tuple(generation.seed + i for i in range(generation.n))
     facts: dict[str, str | int | float] = {
         "seed": generation.seed,
@@ -170,8 +170,8 @@ def client(replicas: Replicas) -> Iterator[TestClient]:
 
 def local_client(ingress: APIIngress) -> TestClient:
     """On this machine, as the API demands that has no keys."""
-    app, here = ingress.__serve_build_asgi_app__(), ("127.0.0.1", 50000)
-    return TestClient(app, "http://127.0.0.1", raise_server_exceptions=False, client=here)
+    app, address = ingress.__serve_build_asgi_app__(), ("127.0.0.1", 50000)
+    return TestClient(app, "http://127.0.0.1", raise_server_exceptions=False, client=address)
 
 
 def post(client: TestClient, **fields: Any) -> Any:
@@ -201,7 +201,7 @@ def test_imagine_answers_a_png_with_what_made_it_in_headers(client: TestClient, 
 def test_the_seed_that_was_drawn_comes_back(client: TestClient, replicas: Replicas) -> None:
     first, second = (client.get("/imagine?prompt=a").headers["x-seed"] for _ in range(2))
     assert first != second
-    assert [str(asked.generation.seed) for (asked,) in replicas.generate.calls] == [first, second]
+    assert [str(request.generation.seed) for (request,) in replicas.generate.calls] == [first, second]
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
@@ -333,8 +333,8 @@ OTHER = Description(("ddim",), "ddim", "other", ("64x64",))
 def test_the_model_and_the_sizes_are_those_of_the_replicas_that_run(client: TestClient, replicas: Replicas) -> None:
     """As after a deployment of another model that failed: its ingress runs, and the replicas of before."""
     replicas.running = [OTHER]
-    replicas.generate.outcome = lambda asked: replace(pictures(asked), model="other")
-    replicas.generate_stream.outcome = lambda asked: [Accepted(), replace(pictures(asked), model="other")]
+    replicas.generate.outcome = lambda request: replace(pictures(request), model="other")
+    replicas.generate_stream.outcome = lambda request: [Accepted(), replace(pictures(request), model="other")]
     assert client.get("/healthz").json()["model"] == client.get("/").json()["model"] == "other"
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["sizes"], model["samplers"]) == ("other", ["64x64"], ["ddim"])
@@ -351,7 +351,7 @@ def test_while_a_rollout_mixes_models_either_may_be_named_and_the_answer_says_wh
     client: TestClient, replicas: Replicas
 ) -> None:
     replicas.running = [OTHER, DESCRIPTION, DESCRIPTION]
-    replicas.generate.outcome = lambda asked: replace(pictures(asked), model="tiny")
+    replicas.generate.outcome = lambda request: replace(pictures(request), model="tiny")
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny", "other"]
     assert client.get("/v1/models/other").json()["id"] == "other"
     assert client.get("/").json()["model"] == "tiny", "the more frequent"
@@ -410,14 +410,14 @@ async def no_replicas(replicas: Any, timeout_s: float) -> dict[str, Any]:
 
 
 def test_stats_are_told_for_each_replica_and_in_total(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = dict.fromkeys(SUMMED, 2) | {"requests": {"completed": 3}}
+    stats = dict.fromkeys(SUMMED, 2) | {"requests": {"completed": 3}}
 
     async def stats_of_all(replicas: Any, timeout_s: float) -> dict[str, Any]:
-        return {"a": one, "b": one, "c": {"error": "No answer."}}
+        return {"a": stats, "b": stats, "c": {"error": "No answer."}}
 
     monkeypatch.setattr("app.api.ingress.stats_of_all", stats_of_all)
     answer = client.get("/v1/stats").json()
-    assert answer["model"] == "tiny" and answer["replicas"] == {"a": one, "b": one, "c": {"error": "No answer."}}
+    assert answer["model"] == "tiny" and answer["replicas"] == {"a": stats, "b": stats, "c": {"error": "No answer."}}
     assert answer["total"] == {"replicas": 2, **dict.fromkeys(SUMMED, 4), "requests": {"completed": 6}}
 
 
@@ -576,15 +576,15 @@ def test_what_goes_wrong_behind_becomes_a_status_and_never_shows_its_insides(
 ) -> None:
     replicas.generate.outcome = lambda *_: outcome
     replicas.generate_stream.outcome = lambda _: [outcome]
-    ask: list[Callable[[TestClient], Any]] = [
+    requests: list[Callable[[TestClient], Any]] = [
         lambda client: client.get("/imagine?prompt=a"),
         lambda client: post(client, prompt="a", stream=True),
     ]
-    for asked in ask:  # of an ingress that has refused nobody before
+    for send in requests:
         ingress = APIIngress(replicas, SERVICE)
         ingress.retry_after = RetryAfter(uniform=lambda low, high: low)
         with local_client(ingress) as client:
-            response = asked(client)
+            response = send(client)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
         assert response.headers.get("retry-after") == retry_after
         assert SECRET not in response.text and "Traceback" not in response.text

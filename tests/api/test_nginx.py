@@ -144,11 +144,11 @@ def test_openais_client_streams_through_it_and_events_come_one_by_one(nginx: Ngi
     """The first event is here while the next one cannot yet be: the replica waits until it has been read."""
     seen = threading.Event()
 
-    def items(asked: Any) -> Iterator[Any]:
+    def items(request: Any) -> Iterator[Any]:
         yield Accepted()
         yield Preview(0, b"draft")
         assert seen.wait(20)
-        yield from list(stream_of(asked))[-1:]
+        yield from list(stream_of(request))[-1:]
 
     replicas.generate_stream.outcome = items
     context = ssl.create_default_context(cafile=str(nginx.certificate))
@@ -196,8 +196,8 @@ def test_http_leads_to_https(nginx: Nginx) -> None:
 def test_the_log_has_no_prompts_and_the_id_that_the_api_knows(nginx: Nginx) -> None:
     nginx.ask(head("GET", "/imagine?prompt=secret+house", BEARER))
     assert soon(lambda: "/imagine" in nginx.log.read_text())
-    told = nginx.log.read_text()
-    assert "secret" not in told and re.search(r'"GET /imagine" 200 \d+ [\d.]+ [0-9a-f]{32}\n', told)
+    log = nginx.log.read_text()
+    assert "secret" not in log and re.search(r'"GET /imagine" 200 \d+ [\d.]+ [0-9a-f]{32}\n', log)
 
 
 def test_slow_clients_are_cut_off(api: str, tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_slow_clients_are_cut_off(api: str, tmp_path: Path) -> None:
 
 def test_a_crowd_from_one_address_gets_429_with_when_to_come_back(api: str, tmp_path: Path) -> None:
     with Nginx(tmp_path, api, **{"rate=10r/s": "rate=1r/m", "burst=40": "burst=2"}).running() as nginx:
-        found = [nginx.ask(head("GET", "/healthz")) for _ in range(5)]
-    assert [answer.status for answer in found] == [200, 200, 200, 429, 429]
-    assert found[-1].error["code"] == "rate_limit_exceeded" and found[-1].headers["retry-after"] == "1"
+        raw_answers = [nginx.ask(head("GET", "/healthz")) for _ in range(5)]
+    assert [answer.status for answer in raw_answers] == [200, 200, 200, 429, 429]
+    assert raw_answers[-1].error["code"] == "rate_limit_exceeded" and raw_answers[-1].headers["retry-after"] == "1"
 
 
 def test_an_api_that_is_down_is_503_with_when_to_come_back(tmp_path: Path) -> None:

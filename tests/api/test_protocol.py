@@ -52,11 +52,11 @@ def refusal(parse: Callable[[bytes, Service], object], content: str | bytes) -> 
 
 
 def test_a_bare_prompt_gets_every_default() -> None:
-    asked = body(prompt="a red house")
-    seed = asked.generation.seed
-    assert asked.generation == Generation("a red house", "", 128, 128, 20, 7.5, seed, None, 1)
-    assert asked.encoding == Encoding(output_format="png", quality=90, png_level=6)
-    assert (asked.timeout_s, asked.stream, asked.partial_images) == (60.0, False, 0)
+    request = body(prompt="a red house")
+    seed = request.generation.seed
+    assert request.generation == Generation("a red house", "", 128, 128, 20, 7.5, seed, None, 1)
+    assert request.encoding == Encoding(output_format="png", quality=90, png_level=6)
+    assert (request.timeout_s, request.stream, request.partial_images) == (60.0, False, 0)
 
 
 def test_both_doors_resolve_to_the_same_request() -> None:
@@ -76,11 +76,11 @@ def test_both_doors_resolve_to_the_same_request() -> None:
         "output_compression": 55,
         "timeout": 2.5,
     }
-    asked = parse_query(query, SERVICE)
-    assert asked == body(**fields)
-    assert asked.generation == Generation("a café", "fog", 256, 128, 7, 2.5, 0, "euler", 1)
-    assert asked.encoding == Encoding(output_format="webp", quality=55)
-    assert asked.timeout_s == 2.5
+    request = parse_query(query, SERVICE)
+    assert request == body(**fields)
+    assert request.generation == Generation("a café", "fog", 256, 128, 7, 2.5, 0, "euler", 1)
+    assert request.encoding == Encoding(output_format="webp", quality=55)
+    assert request.timeout_s == 2.5
 
 
 def test_a_seed_is_drawn_only_when_none_is_given() -> None:
@@ -102,16 +102,16 @@ def test_values_at_both_ends_of_every_range_are_allowed() -> None:
             **{"output_compression": 100, "timeout": 60},
         },
     ):
-        asked = body(prompt="x" * 20, output_format="jpeg", **fields)
-        assert asked.generation.num_inference_steps == fields["num_inference_steps"]
-        assert isinstance(asked.generation.guidance_scale, float)
-        assert asked.timeout_s == fields["timeout"] and isinstance(asked.timeout_s, float)
+        request = body(prompt="x" * 20, output_format="jpeg", **fields)
+        assert request.generation.num_inference_steps == fields["num_inference_steps"]
+        assert isinstance(request.generation.guidance_scale, float)
+        assert request.timeout_s == fields["timeout"] and isinstance(request.timeout_s, float)
 
 
 def test_a_stream_has_as_many_previews_as_were_asked_for() -> None:
     assert body(prompt="a", stream=True, partial_images=2).partial_images == 2
-    asked = body(prompt="a", stream=True, n=1)
-    assert asked.stream and asked.partial_images == 0
+    request = body(prompt="a", stream=True, n=1)
+    assert request.stream and request.partial_images == 0
 
 
 def test_openai_fields_that_ask_for_nothing_are_accepted() -> None:
@@ -170,9 +170,9 @@ def test_every_parameter_of_openais_client_is_known_here() -> None:
 def test_what_asks_for_nothing_that_does_not_happen_anyway_is_taken_from_openais_client(name: str) -> None:
     plain, (taken, refused) = body(prompt="a", seed=1), OPENAI[name]
     for value in (None, *taken):
-        asked = parse_body(sent_by_openais_client(prompt="a", extra_body={"seed": 1}, **{name: value}), SERVICE)
-        assert asked.generation == plain.generation and not asked.stream
-        assert asked.encoding.model_copy(update={"quality": 90}) == plain.encoding
+        request = parse_body(sent_by_openais_client(prompt="a", extra_body={"seed": 1}, **{name: value}), SERVICE)
+        assert request.generation == plain.generation and not request.stream
+        assert request.encoding.model_copy(update={"quality": 90}) == plain.encoding
     for value in refused:
         error = refusal_of_body(sent_by_openais_client(prompt="a", **{name: value}))
         assert error.status in (400, 404) and error.param == name and error.message.startswith(name)
@@ -390,6 +390,6 @@ def test_an_error_has_openais_shape_and_survives_pickling() -> None:
 
 
 def test_what_travels_to_a_replica_is_small() -> None:
-    asked = body(prompt="x" * 20, seed=1)
-    assert pickle.loads(pickle.dumps(asked)) == asked
-    assert len(pickle.dumps(asked)) < 1000
+    request = body(prompt="x" * 20, seed=1)
+    assert pickle.loads(pickle.dumps(request)) == request
+    assert len(pickle.dumps(request)) < 1000

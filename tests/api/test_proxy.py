@@ -286,8 +286,8 @@ def test_pipelined_requests_are_answered_in_order_and_not_without_number(applica
     application.answer = path
     with connected(port) as connection:
         connection.sendall(b"".join(head("GET", f"/{i}") for i in range(PIPELINED + 1)))
-        found = answers(received(connection, PIPELINED + 1))
-        assert [answer.body for answer in found] == [f"/{i}".encode() for i in range(PIPELINED + 1)]
+        raw_answers = answers(received(connection, PIPELINED + 1))
+        assert [answer.body for answer in raw_answers] == [f"/{i}".encode() for i in range(PIPELINED + 1)]
         connection.sendall(b"".join(head("GET", f"/{i}") for i in range(1000)))
         assert closed(connection)
     assert soon(lambda: len(application.ended) == len(application.scopes)) and len(application.scopes) < 30
@@ -494,7 +494,7 @@ def test_serves_sentences_are_still_these() -> None:
         DeploymentUnavailableError(DeploymentID("A", "b")).message,
         *(proxy_router.NO_ROUTES_MESSAGE, proxy_router.NO_REPLICAS_MESSAGE, constants.DRAINING_MESSAGE),
     ]
-    assert all(proxy.translated(503, sentence.encode()) for sentence in sentences)
+    assert all(proxy.translate(503, sentence.encode()) for sentence in sentences)
 
 
 @pytest.mark.parametrize(("status", "text"), [(404, "Not Found"), (500, "Internal Server Error"), (503, "later")])

@@ -15,13 +15,13 @@ ONE, OTHER = Description(("euler",), "euler", "one"), Description(("ddim",), "dd
 class Replicas:
     def __init__(self, *answers: object) -> None:
         self.answers: tuple[object, ...] | Exception = answers
-        self.asked = 0
+        self.rounds = 0
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.now = 100.0
 
     async def __call__(self) -> Any:
-        self.asked += 1
+        self.rounds += 1
         await self.may_answer.wait()
         if isinstance(self.answers, Exception):
             raise self.answers
@@ -37,11 +37,11 @@ def test_what_is_fresh_is_not_asked_again() -> None:
         watch = replicas.watch()
         for _ in range(3):
             assert await watch.descriptions(0, 1) == (ONE,)
-        assert replicas.asked == 1
+        assert replicas.rounds == 1
         replicas.now += 1.1 * FRESH_S
         assert await watch.descriptions(0, 1) == (ONE,)
         await asyncio.sleep(0)
-        assert replicas.asked == 2
+        assert replicas.rounds == 2
 
     asyncio.run(ask())
 
@@ -55,7 +55,7 @@ def test_all_who_want_to_know_share_one_round_of_questions() -> None:
         await asyncio.sleep(0)
         replicas.may_answer.set()
         assert await asyncio.gather(*asking) == [(ONE,)] * 200
-        assert replicas.asked == 1
+        assert replicas.rounds == 1
 
     asyncio.run(ask())
 

@@ -13,7 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from app.api.stats import SILENT, SUMMED, replica_ids, stats_of_all, total
 
 COUNTED = {"waiting": 1, "unfinished": 2, "active_slots": 1, "num_slots": 4, "backlog_s": 0.5, "device_busy_s": 9.0}
-TOLD: dict[str, Any] = COUNTED | {"compiles_after_ready": 0, "requests": {"completed": 3}}
+STATS: dict[str, Any] = COUNTED | {"compiles_after_ready": 0, "requests": {"completed": 3}}
 
 
 class Handle:
@@ -42,13 +42,13 @@ async def answer(reply: Any) -> Any:
     return reply
 
 
-def told(replica: str) -> dict[str, Any]:
-    """As a replica says it, which names itself."""
-    return TOLD | {"replica": replica}
+def stats_of(replica: str) -> dict[str, Any]:
+    """The statistics that a replica sends, with its id."""
+    return STATS | {"replica": replica}
 
 
 def named(monkeypatch: pytest.MonkeyPatch, *ids: str) -> None:
-    actors = [ReplicaID(one, DeploymentID("StableDiffusion", "text-to-image")).to_full_id_str() for one in ids]
+    actors = [ReplicaID(name, DeploymentID("StableDiffusion", "text-to-image")).to_full_id_str() for name in ids]
     actors += [ReplicaID("x", DeploymentID("APIIngress", "text-to-image")).to_full_id_str(), "SERVE_CONTROLLER_ACTOR"]
     listed = [{"name": name, "namespace": "serve"} for name in actors]
     monkeypatch.setattr("ray.util.list_named_actors", lambda all_namespaces: listed)
@@ -61,17 +61,17 @@ def test_replicas_are_known_by_the_names_that_serve_gives_their_actors(monkeypat
 
 def test_who_does_not_answer_is_listed_and_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch, "a", "b", "c", "d")
-    handle = Handle(told("c"), None, ActorDiedError(), told("a"))
+    handle = Handle(stats_of("c"), None, ActorDiedError(), stats_of("a"))
     began = time.monotonic()
     replicas = asyncio.run(stats_of_all(handle, 0.1))
     assert time.monotonic() - began < 5
-    assert replicas == {"a": TOLD, "b": SILENT, "c": TOLD, "d": SILENT}
+    assert replicas == {"a": STATS, "b": SILENT, "c": STATS, "d": SILENT}
     assert total(replicas.values())["replicas"] == 2
 
 
 def test_one_that_answers_is_listed_even_if_its_name_was_not_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch)
-    assert asyncio.run(stats_of_all(Handle(told("new")), 1)) == {"new": TOLD}
+    assert asyncio.run(stats_of_all(Handle(stats_of("new")), 1)) == {"new": STATS}
 
 
 def test_without_replicas_there_is_nothing_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,27 +81,27 @@ def test_without_replicas_there_is_nothing_to_tell(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_total_adds_up_what_can_be_added() -> None:
-    both = total([TOLD, TOLD | {"backlog_s": 1.5, "requests": {"completed": 1, "failed": 2}}, SILENT])
+    both = total([STATS, STATS | {"backlog_s": 1.5, "requests": {"completed": 1, "failed": 2}}, SILENT])
     assert (both["replicas"], both["backlog_s"], both["num_slots"]) == (2, 2.0, 8)
     assert both["requests"] == {"completed": 4, "failed": 2}
 
 
-OLDER = {name: value for name, value in TOLD.items() if name not in ("backlog_s", "requests")}
-OTHER = TOLD | {"waiting": "none", "active_slots": None, "num_slots": {"128x128": 4}, "backlog_s": float("nan")}
+OLDER = {name: value for name, value in STATS.items() if name not in ("backlog_s", "requests")}
+OTHER = STATS | {"waiting": "none", "active_slots": None, "num_slots": {"128x128": 4}, "backlog_s": float("nan")}
 
 
-@pytest.mark.parametrize("stats", [OLDER, OTHER, {}, TOLD | {"requests": 7}, TOLD | {"requests": {"completed": "3"}}])
+@pytest.mark.parametrize("stats", [OLDER, OTHER, {}, STATS | {"requests": 7}, STATS | {"requests": {"completed": "3"}}])
 def test_a_rollout_that_mixes_statistics_still_has_a_total(stats: dict[str, Any]) -> None:
-    mixed = total([TOLD, stats])
+    mixed = total([STATS, stats])
     assert mixed["replicas"] == 2
     assert set(mixed) == {"replicas", "requests", *SUMMED}
     for name in SUMMED:
         value = stats.get(name)
         counts = isinstance(value, int | float) and value == value
-        assert mixed[name] == TOLD[name] + (value if counts else 0), name
+        assert mixed[name] == STATS[name] + (value if counts else 0), name
     assert mixed["requests"]["completed"] in (3, 6)
 
 
 def test_a_replica_that_answers_without_its_name_hides_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch, "a", "b")
-    assert asyncio.run(stats_of_all(Handle(told("a"), TOLD, "busy"), 1)) == {"a": TOLD, "b": SILENT}
+    assert asyncio.run(stats_of_all(Handle(stats_of("a"), STATS, "busy"), 1)) == {"a": STATS, "b": SILENT}
