@@ -6,7 +6,6 @@ leaves JAX to the replicas.
 
 import ast
 import sys
-from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -70,24 +69,26 @@ RULES = [
 SAMPLERS_MAY_USE = {"numpy", "app.types", *sys.stdlib_module_names}
 
 
-def imports(file: Path, module: str, *, anywhere: bool) -> Iterator[str]:
+def imports(file: Path, module: str, *, anywhere: bool) -> frozenset[str]:
     """Dotted names as imported: by any statement, or by those that importing `module` carries out."""
-    pending: list[ast.AST] = [parsed(file.read_text())]
+    return imports_of(file.read_text(), file, module, anywhere)
+
+
+@cache
+def imports_of(text: str, file: Path, module: str, anywhere: bool) -> frozenset[str]:
+    names: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(text)]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
-            yield from imported_by(node, file, module)
+            names.update(imported_by(node, file, module))
         elif anywhere:
             pending.extend(ast.iter_child_nodes(node))
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             pending.extend(node.orelse)
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             pending.extend(ast.iter_child_nodes(node))
-
-
-@cache
-def parsed(text: str) -> ast.Module:
-    return ast.parse(text)
+    return frozenset(names)
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -95,9 +96,8 @@ def modules(root: Path) -> dict[str, Path]:
     return {module_of(file, root): file for file in files}
 
 
-def chains(root: Path, module: str) -> dict[str, str]:
+def chains(files: dict[str, Path], module: str) -> dict[str, str]:
     """Everything that importing `module` imports, each with the way to it: 'app.a -> app.b -> jax'."""
-    files = modules(root)
     ways: dict[str, str] = {}
     pending = [(module, module)]
     while pending:
@@ -122,7 +122,9 @@ def violations(root: Path) -> list[str]:
     ways = []
     files = modules(root)
     for module, file in files.items():
-        direct = set(imports(file, module, anywhere=True))
+        direct = imports(file, module, anywhere=True)
+        rules = [rule for rule in RULES if applies(rule.modules, module)]
+        indirect = chains(files, module) if rules else {}
         key = max((key for key in MAY_IMPORT if applies(key, module)), key=len, default=None)
         if key:
             allowed = MAY_IMPORT[key] | {key.removesuffix(".")}
@@ -130,11 +132,10 @@ def violations(root: Path) -> list[str]:
             packages = {package for name in direct & {*files} for package in packages_of(name)}
             foreign = {name for name in direct - packages if within(name, {"app"}) and not within(name, allowed)}
             ways += [f"{module} -> {name}" for name in foreign]
-        for rule in RULES:
-            if applies(rule.modules, module):
-                if not rule.lazily:
-                    ways += [f"{module} -> {name}" for name in direct if within(name, rule.forbidden)]
-                ways += [way for name, way in chains(root, module).items() if within(name, rule.forbidden)]
+        for rule in rules:
+            if not rule.lazily:
+                ways += [f"{module} -> {name}" for name in direct if within(name, rule.forbidden)]
+            ways += [way for name, way in indirect.items() if within(name, rule.forbidden)]
         if module == "app.diffusion.samplers":
             ways += [f"{module} -> {name}" for name in direct if not within(name, SAMPLERS_MAY_USE)]
     return ways
@@ -250,4 +251,4 @@ def test_a_lazy_import_is_not_an_import_time_import(tmp_path: Path) -> None:
     write(tmp_path, "app.api.ingress", "import app.serving.replica")
     text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import jax\ndef f():\n    import jax"
     write(tmp_path, "app.serving.replica", text)
-    assert "jax" not in chains(tmp_path, "app.api.ingress")
+    assert "jax" not in chains(modules(tmp_path), "app.api.ingress")
