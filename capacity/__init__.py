@@ -1,3 +1,3 @@
-"""What a TPU would say, without one: programs compiled by libtpu for chips that are not there, and priced."""
+"""Checks and plans a deployment without a TPU: libtpu compiles the programs, and models their cost."""
 
 import cluster as cluster  # which forgets what PYTHONPATH names beside our code

@@ -1,8 +1,8 @@
-"""TPUs: what their chips can do, how Google names and sells them, and libtpu's name for a host of them.
+"""TPU generations: speeds, memory, prices, and the names that Google and libtpu use for them.
 
-Speeds, memory and matrix units are Google's (cloud.google.com/tpu/docs, the page of each version). The clock follows
-from them: peak FLOPs a second over FLOPs a cycle. Prices are Google's list prices on demand, not looked up since they
-were written down here; DOLLARS= overrides them.
+Speeds, memory and matrix units are Google's (cloud.google.com/tpu/docs, the page of each version). The clock is peak
+FLOPs a second divided by FLOPs a cycle. Prices are Google's list prices on demand when this was written; DOLLARS=
+overrides them.
 """
 
 import re
@@ -13,19 +13,19 @@ PRICES_OF = "list prices on demand in the cheapest American region, as of mid-20
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation. A v4 or v5p chip has two cores that work as one."""
+    """A generation of TPU chips. The two cores of a v4 or v5p chip work as one."""
 
     name: str
-    sold_as: str  # how an accelerator type begins
-    cores: int  # that an accelerator type counts for each chip
+    sold_as: str  # the prefix of its accelerator types
+    cores: int  # cores of a chip in the number of an accelerator type
     peak_flops: float  # bfloat16, a second
     flops_a_cycle: int  # of all matrix units
     tile: int  # side of a matrix unit
-    hbm_gib: float  # that libtpu gives to programs
+    hbm_gib: float  # available to programs
     hbm_bytes_s: float
     dollars_hour: float
-    hosts: tuple[int, ...]  # chips that one host can have
-    flat: bool  # v5e and v6e: topologies have two dimensions
+    hosts: tuple[int, ...]  # possible numbers of chips of a host
+    flat: bool  # its topologies have two dimensions
 
     @property
     def clock(self) -> float:
@@ -34,7 +34,7 @@ class Chip:
 
 
 def units(count: int, tile: int) -> int:
-    """FLOPs a cycle of so many matrix units."""
+    """FLOPs per cycle of `count` matrix units."""
     return 2 * count * tile * tile
 
 
@@ -52,14 +52,14 @@ SHAPES = {1: "1x1", 4: "2x2", 8: "2x4"}  # of a host's chips
 
 @dataclass(frozen=True)
 class Host:
-    """One host with all its chips: what one replica has."""
+    """A host with all its chips, which one replica uses."""
 
     chip: Chip
     chips: int
 
     @property
     def accelerator_type(self) -> str:
-        """As Google sells it, and as cluster.yaml names it."""
+        """Its name at Google and in cluster.yaml."""
         return f"{self.chip.sold_as}-{self.chips * self.chip.cores}"
 
     @property
@@ -68,10 +68,10 @@ class Host:
 
 
 def host_of(accelerator_type: str) -> Host:
-    """`v5litepod-8` -> a host of it. Raises ValueError with what there is."""
+    """`v5litepod-8` -> its host. Raises ValueError with the known types."""
     named = re.fullmatch(r"([a-z0-9]+)-(\d+)", accelerator_type)
     chip = next((chip for chip in CHIPS.values() if named and named[1] in (chip.name, chip.sold_as)), None)
-    hosts = [Host(one, chips) for one in CHIPS.values() for chips in one.hosts]
+    hosts = [Host(chip, chips) for chip in CHIPS.values() for chips in chip.hosts]
     if named and chip:
         chips, rest = divmod(int(named[2]), chip.cores)
         if chips in chip.hosts and not rest:

@@ -12,17 +12,17 @@ from cluster.config import cluster_config, serve_config
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A config's model and compiled shapes, and the defaults of a request."""
+class Workload:
+    """A config's model and shapes, and the defaults of its requests."""
 
-    served: PipelineSpec
+    spec: PipelineSpec
     sampler: str | None
     num_inference_steps: int
     guidance_scale: float
     args: Args
 
 
-def asked_of(config: Path, model: str = "", size: str = "") -> Asked:
+def workload_of(config: Path, model: str = "", size: str = "") -> Workload:
     """Reads the first application of app.builders:text_to_image. Raises UserError with the mistakes in its args.
 
     `model` replaces the config's model, in bfloat16, as it would be served on a TPU; `size` replaces its sizes.
@@ -30,17 +30,17 @@ def asked_of(config: Path, model: str = "", size: str = "") -> Asked:
     applications = serve_config.read(config).image_applications
     if not applications:
         raise UserError(f"{config} has no application that {serve_config.BUILDER} builds.")
-    return of_args(applications[0].image_args(), model, size)
+    return workload_from_args(applications[0].image_args(), model, size)
 
 
-def of_args(args: Args, model: str = "", size: str = "") -> Asked:
+def workload_from_args(args: Args, model: str = "", size: str = "") -> Workload:
     try:
         sizes = tuple(parse_size(text) for text in ([size] if size else args.sizes))
     except ValueError:
         raise UserError(f"SIZE must be WIDTHxHEIGHT, such as 512x512, got {size}.") from None
-    served = replace(args.pipeline_spec(model or args.model), sizes=sizes, dtype="bfloat16" if model else args.dtype)
+    spec = replace(args.pipeline_spec(model or args.model), sizes=sizes, dtype="bfloat16" if model else args.dtype)
     defaults = args.defaults
-    return Asked(served, defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, args)
+    return Workload(spec, defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, args)
 
 
 def hosts_of(tpus: str, cluster: Path, dollars: str = "") -> list[Host]:

@@ -1,4 +1,4 @@
-"""Networks as shapes: built from a checkpoint's configuration files alone, without a weight."""
+"""Builds networks as shapes, from a checkpoint's configuration files alone, without weights."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from app.diffusion.models.loading import CONFIGS, Checkpoint, architecture, read
 from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.models.unet import UNet
 from app.diffusion.models.vae import VAE
-from capacity.served import NAMES
+from capacity.model_names import MODEL_NAMES
 from cluster import ROOT
 
 PRESETS = Path(__file__).parent / "presets"  # full-size architectures; {part: content of its configuration file}
@@ -22,7 +22,7 @@ def shapes_of(model: str, dtype: Any) -> Checkpoint:
     """A checkpoint whose networks hold jax.ShapeDtypeStruct for weights.
 
     `model` is a folder in diffusers layout, of which only the configurations are read, or a preset's name with or
-    without an owner: CompVis/stable-diffusion-v1-4. Raises ValueError where it is neither, or not one that we support.
+    without an owner: CompVis/stable-diffusion-v1-4. Raises ValueError for any other model.
     """
     problems: list[str] = []
     folder, configs = configurations(model, problems)
@@ -40,7 +40,7 @@ def shapes_of(model: str, dtype: Any) -> Checkpoint:
 
 
 def configurations(model: str, problems: list[str]) -> tuple[Path, Mapping[str, Mapping[str, Any]]]:
-    folder = ROOT / Path(NAMES["demo"] if model == "demo" else model).expanduser()
+    folder = ROOT / Path(MODEL_NAMES["demo"] if model == "demo" else model).expanduser()
     if folder.is_dir():
         return folder, {part: read_json(folder, name, problems) for part, name in CONFIGS.items()}
     name = model.rpartition("/")[2]

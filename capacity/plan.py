@@ -1,5 +1,5 @@
-"""Which TPU for which load: prices the programs for several types (capacity/check.py), runs the engine on those
-prices under the load (capacity/simulate.py), and says how many hosts of each meet the target and what they cost:
+"""Plans how many TPU hosts a load needs, and what they cost. For each TPU type it compiles the programs
+(capacity/check.py) and simulates the engine with their modelled times under the load (capacity/simulate.py):
 
     python -m capacity.plan --config configs/sd14.yaml --rate 5 --slo 10
 
@@ -10,7 +10,7 @@ them are to be answered within SLO seconds, and none refused. All is modelled, a
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from rich.table import Table
 
 from capacity.check import WIDTH, check, evaluations_of, scheduler_of
 from capacity.chips import PRICES_OF, Host
-from capacity.configs import Asked, asked_of, hosts_of
-from capacity.hosts import Priced, label
+from capacity.configs import Workload, hosts_of, workload_of
+from capacity.host_costs import HostCosts, label
 from capacity.libtpu import missing
-from capacity.served import NAMES
+from capacity.model_names import MODEL_NAMES
 from capacity.simulate import Load, Simulated, Timings, simulate
 from cluster.cli import Parser, UsageError, UserError, run_command
 from cluster.config.cluster_config import ACCELERATOR_LABEL, RUNTIMES, Slice
@@ -42,12 +42,12 @@ SPARE = 1.25  # replicas that the autoscaler may add beyond what the rate needs 
 
 @dataclass(frozen=True)
 class Plan:
-    """For one type. Without `hosts`, why there is no plan."""
+    """The hosts of one type that meet the target, or why none do."""
 
     host: Host
-    buckets: tuple[int, ...]  # that fit, up to the one that makes most pictures a second
-    images_s: float  # of a host that always has work
-    alone_s: float  # a picture that has a host to itself
+    buckets: tuple[int, ...]  # those that fit, up to the fastest
+    images_s: float  # images a second of a busy host
+    alone_s: float  # time of an image on an idle host
     hosts: int = 0
     simulated: Simulated | None = None
     why_not: str = ""
@@ -61,43 +61,41 @@ class Plan:
         return self.hosts * self.host.dollars_hour
 
 
-def plan(priced: Priced, asked: Asked, evaluations: int, rate: float, slo_s: float) -> Plan:
+def plan_hosts(costs: HostCosts, workload: Workload, evaluations: int, rate: float, slo_s: float) -> Plan:
     """The fewest hosts that meet the target with the engine's own admission."""
-    size, guided = asked.served.sizes[0], asked.guidance_scale > 1
-    rates = priced.rates(size, asked.served.batch_buckets, evaluations, 1 + guided)
-    if not rates:
-        return Plan(priced.host, (), 0.0, math.inf, why_not="its programs do not fit")
-    best = min(rates, key=lambda one: one.image_s)
-    buckets = tuple(one.images for one in rates if one.images <= best.images)
-    alone_s = next(one.image_s for one in rates)
-    about = Plan(priced.host, buckets, 1 / best.image_s, alone_s)
+    size, guided = workload.spec.sizes[0], workload.guidance_scale > 1
+    throughputs = costs.throughputs(size, workload.spec.batch_buckets, evaluations, 1 + guided)
+    if not throughputs:
+        return Plan(costs.host, (), 0.0, math.inf, why_not="its programs do not fit")
+    best = min(throughputs, key=lambda throughput: throughput.image_s)
+    buckets = tuple(throughput.images for throughput in throughputs if throughput.images <= best.images)
+    alone_s = throughputs[0].image_s
+    draft = Plan(costs.host, buckets, 1 / best.image_s, alone_s)
     if alone_s > slo_s:
-        return failed(about, f"a picture takes {alone_s:.2f} s alone, more than the {slo_s:g} s asked for")
-    encode = priced.price("encode")
+        return replace(draft, why_not=f"a picture takes {alone_s:.2f} s alone, more than the {slo_s:g} s asked for")
+    encode = costs.cost("encode")
     timings = Timings(
-        {rows: price.seconds for rows, price in priced.steps(size).items() if rows <= 2 * best.images},
-        {images: price.seconds for images, price in priced.decodes(size).items()},
+        {rows: cost.seconds for rows, cost in costs.steps(size).items() if rows <= 2 * best.images},
+        {images: cost.seconds for images, cost in costs.decodes(size).items()},
         encode.seconds if encode else 0.0,
-        slots=about.slots,
+        slots=draft.slots,
     )
+    args = workload.args
+    images_at_once = None if args.images_at_once == "auto" else args.images_at_once
     for hosts in range(max(1, math.floor(rate * best.image_s)), MOST_HOSTS + 1):
         load = Load(arrivals_at(rate / hosts), evaluations, guided)
-        args = asked.args
-        fixed = None if args.images_at_once == "auto" else args.images_at_once
-        found = simulate(timings, load, gain=args.admission_gain, max_waiting=args.max_waiting, images_at_once=fixed)
-        if not found.refused and found.percentile(95) <= slo_s:
-            return Plan(about.host, buckets, about.images_s, alone_s, hosts, found)
-    return failed(about, f"{MOST_HOSTS} hosts are not enough")
+        simulated = simulate(
+            timings, load, gain=args.admission_gain, max_waiting=args.max_waiting, images_at_once=images_at_once
+        )
+        if not simulated.refused and simulated.percentile(95) <= slo_s:
+            return replace(draft, hosts=hosts, simulated=simulated)
+    return replace(draft, why_not=f"{MOST_HOSTS} hosts are not enough")
 
 
 def arrivals_at(rate: float) -> Seconds:
     """Random arrivals at one host, `rate` a second. They are the same in each call."""
     count = min(MOST_REQUESTS, max(FEWEST_REQUESTS, round(rate * LOAD_S)))
     return poisson(count, np.random.default_rng(0)) / rate
-
-
-def failed(about: Plan, why_not: str) -> Plan:
-    return Plan(about.host, about.buckets, about.images_s, about.alone_s, why_not=why_not)
 
 
 def table_of(plans: Sequence[Plan], rate: float, slo_s: float) -> Table:
@@ -107,42 +105,42 @@ def table_of(plans: Sequence[Plan], rate: float, slo_s: float) -> Table:
     columns = ("buckets", "slots", "images/s/host", "alone s", "hosts", "p50 s", "p95 s", "$/hour", "$ per 1000")
     for column in columns:
         table.add_column(column, justify="right")
-    for one in plans:
-        begin = (one.host.accelerator_type, " ".join(map(str, one.buckets)), str(one.slots))
-        speed = (f"{one.images_s:.2f}", f"{one.alone_s:.2f}")
-        if one.simulated is None:
+    for plan in plans:
+        begin = (plan.host.accelerator_type, " ".join(map(str, plan.buckets)), str(plan.slots))
+        speed = (f"{plan.images_s:.2f}", f"{plan.alone_s:.2f}")
+        if plan.simulated is None:
             table.add_row(*begin, *speed, "none")
             continue
-        waits = (f"{one.simulated.percentile(50):.2f}", f"{one.simulated.percentile(95):.2f}")
-        dollars = (f"{one.dollars_hour:.2f}", f"{1000 * one.dollars_hour / 3600 / rate:.2f}")
-        table.add_row(*begin, *speed, str(one.hosts), *waits, *dollars)
+        waits = (f"{plan.simulated.percentile(50):.2f}", f"{plan.simulated.percentile(95):.2f}")
+        dollars = (f"{plan.dollars_hour:.2f}", f"{1000 * plan.dollars_hour / 3600 / rate:.2f}")
+        table.add_row(*begin, *speed, str(plan.hosts), *waits, *dollars)
     return table
 
 
-def serve_fragment(one: Plan, asked: Asked, rate: float) -> dict[str, Any]:
-    """What to change in a serve config."""
-    assert one.simulated is not None
-    ongoing = rate / one.hosts * float(one.simulated.latencies.mean())  # Little's law
-    most = one.slots * len(asked.served.sizes) + asked.args.max_waiting + ROOM
+def serve_fragment(plan: Plan, workload: Workload, rate: float) -> dict[str, Any]:
+    """The part of a serve config that the plan changes."""
+    assert plan.simulated is not None
+    ongoing = rate / plan.hosts * float(plan.simulated.latencies.mean())  # Little's law
+    most = plan.slots * len(workload.spec.sizes) + workload.args.max_waiting + ROOM
     return {
         "applications": [
             {
                 "args": {
-                    "model": NAMES.get(asked.served.model, asked.served.model),
-                    "dtype": asked.served.dtype,
-                    "sizes": [label(size) for size in asked.served.sizes],
-                    "batch_buckets": list(one.buckets),
+                    "model": MODEL_NAMES.get(workload.spec.model, workload.spec.model),
+                    "dtype": workload.spec.dtype,
+                    "sizes": [label(size) for size in workload.spec.sizes],
+                    "batch_buckets": list(plan.buckets),
                 },
                 "deployments": [
                     {
                         "name": "StableDiffusion",
                         "max_ongoing_requests": most,
                         "autoscaling_config": {
-                            "min_replicas": one.hosts,
-                            "max_replicas": math.ceil(SPARE * one.hosts),
+                            "min_replicas": plan.hosts,
+                            "max_replicas": math.ceil(SPARE * plan.hosts),
                             "target_ongoing_requests": max(1, math.ceil(ongoing)),
                         },
-                        "ray_actor_options": {"resources": {"TPU": one.host.chips}},
+                        "ray_actor_options": {"resources": {"TPU": plan.host.chips}},
                     }
                 ],
             }
@@ -150,17 +148,17 @@ def serve_fragment(one: Plan, asked: Asked, rate: float) -> dict[str, Any]:
     }
 
 
-def cluster_fragment(one: Plan) -> dict[str, Any]:
-    """What to change in a cluster file, beside a zone that has this TPU."""
-    most = math.ceil(SPARE * one.hosts)
-    tpu = Slice(one.host.accelerator_type)
+def cluster_fragment(plan: Plan) -> dict[str, Any]:
+    """The part of a cluster file that the plan changes. The zone must have this TPU."""
+    most = math.ceil(SPARE * plan.hosts)
+    tpu = Slice(plan.host.accelerator_type)
     return {
         "max_workers": most,
         "available_node_types": {
             "ray_tpu": {
-                "min_workers": one.hosts,
+                "min_workers": plan.hosts,
                 "max_workers": most,
-                "resources": {"CPU": 8, "TPU": one.host.chips},
+                "resources": {"CPU": 8, "TPU": plan.host.chips},
                 "labels": {ACCELERATOR_LABEL: tpu.label},
                 "node_config": {"acceleratorType": tpu.name, "runtimeVersion": RUNTIMES[tpu.generation]},
             }
@@ -168,39 +166,39 @@ def cluster_fragment(one: Plan) -> dict[str, Any]:
     }
 
 
-def write_fragments(one: Plan, asked: Asked, rate: float, folder: Path) -> Path:
-    here = folder / one.host.accelerator_type
-    here.mkdir(parents=True, exist_ok=True)
+def write_fragments(plan: Plan, workload: Workload, rate: float, folder: Path) -> Path:
+    subfolder = folder / plan.host.accelerator_type
+    subfolder.mkdir(parents=True, exist_ok=True)
     for name, fragment in (
-        ("serve_config.yaml", serve_fragment(one, asked, rate)),
-        ("cluster.yaml", cluster_fragment(one)),
+        ("serve_config.yaml", serve_fragment(plan, workload, rate)),
+        ("cluster.yaml", cluster_fragment(plan)),
     ):
         head = f"# `make tpu-plan` for {rate:g} pictures a second, modelled: what to change in your {name}.\n"
-        (here / name).write_text(head + yaml.safe_dump(fragment, sort_keys=False), "utf-8")
-    return here
+        (subfolder / name).write_text(head + yaml.safe_dump(fragment, sort_keys=False), "utf-8")
+    return subfolder
 
 
-def report(plans: Sequence[Plan], asked: Asked, rate: float, slo_s: float) -> dict[str, Any]:
+def report(plans: Sequence[Plan], workload: Workload, rate: float, slo_s: float) -> dict[str, Any]:
     return {
         "modelled": True,
-        "served": asdict(asked.served),
+        "served": asdict(workload.spec),
         "rate": rate,
         "slo_s": slo_s,
         "prices": PRICES_OF,
         "plans": [
             {
-                "tpu": one.host.accelerator_type,
-                "buckets": one.buckets,
-                "slots": one.slots,
-                "images_s_host": one.images_s,
-                "alone_s": one.alone_s if math.isfinite(one.alone_s) else None,
-                "hosts": one.hosts,
-                "p50_s": one.simulated.percentile(50) if one.simulated else None,
-                "p95_s": one.simulated.percentile(95) if one.simulated else None,
-                "dollars_hour": one.dollars_hour,
-                "why_not": one.why_not,
+                "tpu": plan.host.accelerator_type,
+                "buckets": plan.buckets,
+                "slots": plan.slots,
+                "images_s_host": plan.images_s,
+                "alone_s": plan.alone_s if math.isfinite(plan.alone_s) else None,
+                "hosts": plan.hosts,
+                "p50_s": plan.simulated.percentile(50) if plan.simulated else None,
+                "p95_s": plan.simulated.percentile(95) if plan.simulated else None,
+                "dollars_hour": plan.dollars_hour,
+                "why_not": plan.why_not,
             }
-            for one in plans
+            for plan in plans
         ],
     }
 
@@ -237,28 +235,28 @@ def command() -> int:
     if reason := missing():
         raise UsageError(reason)
     try:
-        asked = asked_of(arguments.config, arguments.model, arguments.size)
-        priced = check(
-            asked, hosts_of(arguments.tpu or DEFAULT_TPUS, Path("cluster.yaml"), arguments.dollars), arguments.cache
+        workload = workload_of(arguments.config, arguments.model, arguments.size)
+        costs = check(
+            workload, hosts_of(arguments.tpu or DEFAULT_TPUS, Path("cluster.yaml"), arguments.dollars), arguments.cache
         )
     except UserError as error:
         raise UsageError(str(error)) from None
-    _, evaluations = evaluations_of(asked, scheduler_of(asked))
-    plans = [plan(one, asked, evaluations, rate, slo_s) for one in priced]
+    _, evaluations = evaluations_of(workload, scheduler_of(workload))
+    plans = [plan_hosts(host_costs, workload, evaluations, rate, slo_s) for host_costs in costs]
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
     console.print(table_of(plans, rate, slo_s))
-    for one in plans:
-        if one.why_not:
-            say(f"{one.host.accelerator_type}: {one.why_not}.")
+    for plan in plans:
+        if plan.why_not:
+            say(f"{plan.host.accelerator_type}: {plan.why_not}.")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "plan.json").write_text(json.dumps(report(plans, asked, rate, slo_s), indent=1) + "\n", "utf-8")
-    good = [one for one in plans if one.simulated]
+    (arguments.out / "plan.json").write_text(json.dumps(report(plans, workload, rate, slo_s), indent=1) + "\n", "utf-8")
+    good = [plan for plan in plans if plan.simulated]
     if not good:
         return 1
-    for one in good:
-        write_fragments(one, asked, rate, arguments.out)
-    cheapest = min(good, key=lambda one: one.dollars_hour)
+    for plan in good:
+        write_fragments(plan, workload, rate, arguments.out)
+    cheapest = min(good, key=lambda plan: plan.dollars_hour)
     folder = arguments.out / cheapest.host.accelerator_type
     say(f"Cheapest: {cheapest.host.accelerator_type}. What to change for it: {folder}/serve_config.yaml, cluster.yaml.")
     say(f"Dollars: Google's {PRICES_OF}, or DOLLARS=.")

@@ -1,5 +1,4 @@
-"""The programs that a replica would run on a TPU host, from shapes alone: the very ones of
-app/diffusion/pipeline.py."""
+"""The programs of app/diffusion/pipeline.py as a replica on a TPU host would run them, made from shapes alone."""
 
 import math
 from collections.abc import Sequence
@@ -19,39 +18,39 @@ from capacity.chips import Host
 from capacity.libtpu import devices, version
 from capacity.models import shapes_of
 
-PRICING = [Path(__file__).parent / f"{name}.py" for name in ("chips", "hlo", "libtpu", "price", "flops")]
+COST_SOURCES = [Path(__file__).parent / f"{name}.py" for name in ("chips", "hlo", "libtpu", "program_cost", "flops")]
 
 
 @dataclass(frozen=True)
 class Positions:
-    """All that the programs' shapes need of a tokenizer."""
+    """Stands in for the tokenizer, of which the programs' shapes need only the length."""
 
     length: int
 
 
-def pipeline_of(served: PipelineSpec, host: Host) -> Pipeline:
-    """Its `programs` can be compiled; nothing can be run. Raises ValueError for a model or a size that cannot be."""
-    checkpoint = shapes_of(served.model, DTYPES[served.dtype])
+def pipeline_of(spec: PipelineSpec, host: Host) -> Pipeline:
+    """A pipeline whose programs can be compiled but not run. Raises ValueError for an invalid model or size."""
+    checkpoint = shapes_of(spec.model, DTYPES[spec.dtype])
     return Pipeline(
         checkpoint,
         cast(Tokenizer, Positions(checkpoint.text_encoder.config.max_position_embeddings)),
-        served,
+        spec,
         devices=devices(host),
     )
 
 
 def shards_of(program: Program) -> int:
-    """How many chips its rows are divided among."""
-    for held in getattr(program.function, "args", ()):
-        if isinstance(held, NamedSharding):
-            axes = held.spec[0] if held.spec else None
+    """The number of chips that share its rows."""
+    for argument in getattr(program.function, "args", ()):
+        if isinstance(argument, NamedSharding):
+            axes = argument.spec[0] if argument.spec else None
             names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-            return math.prod(held.mesh.shape[name] for name in names)
+            return math.prod(argument.mesh.shape[name] for name in names)
     return 1
 
 
 def resident_bytes(pipeline: Pipeline) -> int:
-    """What lies on each chip all the time: all weights, and the states of all sizes."""
+    """Bytes that stay on each chip: all weights, and the states of all sizes."""
     states = [pipeline.shapes.state(size) for size in pipeline.sizes]
     return sum(nbytes(leaf) for leaf in jax.tree.leaves((pipeline.params, states)))
 
@@ -61,9 +60,9 @@ def nbytes(leaf: Any) -> int:
 
 
 def keys_of(programs: Sequence[Program], host: Host) -> dict[str, str]:
-    """By name: what a price depends on, down to versions and sources, in one word."""
+    """For each program, a hash of all that its cost depends on: versions and sources too."""
     facts = fingerprint(devices(host))
     facts["libtpu"] = version()
-    facts |= {f"source tpu/{path.name}": digest(path.read_bytes()) for path in PRICING}
+    facts |= {f"source capacity/{path.name}": digest(path.read_bytes()) for path in COST_SOURCES}
     seen: dict[int, str] = {}
     return {program.name: digest(repr(key_of(program, facts, seen)).encode()) for program in programs}

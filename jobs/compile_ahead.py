@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from app.types import PipelineSpec
 from capacity import libtpu
 from capacity.chips import Host, host_of
-from capacity.configs import of_args
+from capacity.configs import workload_from_args
 from cluster.cli import Parser, UsageError, UserError
 from cluster.ray_client import connect
 from cluster.terminal import say
@@ -101,7 +101,7 @@ def ahead(settings: Settings, host: Host, folder: Path) -> dict[str, Any]:
     from capacity.programs import pipeline_of
 
     try:
-        pipeline = pipeline_of(replace(of_args(settings.args).served, model=settings.model), host)
+        pipeline = pipeline_of(replace(workload_from_args(settings.args).spec, model=settings.model), host)
     except ValueError as error:
         raise UsageError(str(error)) from None
     say(f"Compiling {len(pipeline.programs)} programs for {host.accelerator_type}. Many minutes for a large model")

@@ -98,7 +98,7 @@ ARCHITECTURES = {
     "bundled": Architecture(VAE_JSON, UNET_JSON, TEXT_JSON),
     # Every layer of a kind has one shape, and there are few: it compiles in seconds and learns next to nothing.
     "tiny": Architecture(
-        VAE_JSON | {"block_out_channels": [16] * 4},
+        VAE_JSON | {"block_out_channels": [8] * 4},
         UNET_JSON
         | {
             "attention_head_dim": [2, 2],

@@ -1,5 +1,4 @@
-"""capacity/price.py with the real libtpu, which compiles in a process of its own: what it refuses, and a kernel's
-charge."""
+"""capacity/program_cost.py with the real libtpu, in a process of its own: what it refuses, and a kernel's cost."""
 
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import pytest
 
 from capacity.chips import CHIPS
 from capacity.libtpu import missing
-from capacity.price import KERNEL_SHARE
+from capacity.program_cost import KERNEL_SHARE
 from cluster import ROOT
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())  # CI has it: `make tpu-check` goes first
@@ -20,18 +19,18 @@ import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.sharding import SingleDeviceSharding
 from capacity.chips import host_of
-from capacity.price import TooLarge, price
+from capacity.program_cost import OutOfMemory, cost_of
 host = host_of("v5litepod-1")
-here = SingleDeviceSharding(devices(host)[0])
+sharding = SingleDeviceSharding(devices(host)[0])
 
-def priced(function, *shapes):
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in shapes]
-    return price(jax.jit(function, out_shardings=here).trace(*arguments), host.chip)
+def cost(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+    return cost_of(jax.jit(function, out_shardings=sharding).trace(*arguments), host.chip)
 """
 LARGE = """
 try:
-    priced(lambda a, b: jnp.sin(a @ b) @ a, (1 << 17, 1 << 16), (1 << 16, 1 << 17))
-except TooLarge as reason:
+    cost(lambda a, b: jnp.sin(a @ b) @ a, (1 << 17, 1 << 16), (1 << 16, 1 << 17))
+except OutOfMemory as reason:
     print(reason)
 """
 KERNEL = """
@@ -44,24 +43,24 @@ def attention(a, b):
     with jax.named_scope("self-attention"):
         return pl.pallas_call(multiply, whole, grid=(4, 4), in_specs=[rows, columns], out_specs=part)(a, b)
 
-found = priced(attention, (1024, 512), (512, 1024))
-print(found.parts["self-attention"], found.cycles)
+result = cost(attention, (1024, 512), (512, 1024))
+print(result.parts["self-attention"], result.cycles)
 """
 
 
-def said(program: str) -> str:
+def output_of(program: str) -> str:
     command = [sys.executable, "-c", PRELUDE + program]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
-def test_what_does_not_fit_is_told_in_the_compilers_words() -> None:
-    assert said(LARGE) == (
+def test_what_does_not_fit_is_refused_in_the_compilers_words() -> None:
+    assert output_of(LARGE) == (
         "Ran out of memory on HBM, the total memory required for HLO temporaries (80.00G) "
         "exceeds available HBM (15.75G).\n"
     )
 
 
-def test_a_pallas_kernel_is_charged_for_its_work() -> None:
+def test_a_pallas_kernel_costs_its_padded_flops() -> None:
     least = 2 * 1024 * 512 * 1024 / CHIPS["v5e"].flops_a_cycle / KERNEL_SHARE
-    part, cycles = map(int, said(KERNEL).split())
+    part, cycles = map(int, output_of(KERNEL).split())
     assert part == cycles == round(least)

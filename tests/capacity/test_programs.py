@@ -1,4 +1,4 @@
-"""The programs that are priced are those that are served."""
+"""The programs that are compiled for the check are those that are served."""
 
 import subprocess
 import sys
@@ -17,24 +17,24 @@ from capacity.programs import keys_of, pipeline_of, resident_bytes, shards_of
 from cluster import ROOT
 
 HOST = host_of("v5litepod-4")
-SERVED = PipelineSpec("demo", ((128, 128), (64, 128)), (1, 2), 20)
+SPEC = PipelineSpec("demo", ((128, 128), (64, 128)), (1, 2), 20)
 
 
 @pytest.fixture(autouse=True)
 def this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of a TPU host's devices, for which libtpu would be needed."""
 
-    def here(host: Host) -> list[jax.Device]:
+    def local_devices(host: Host) -> list[jax.Device]:
         return jax.local_devices()[:1]
 
-    monkeypatch.setattr(capacity.programs, "devices", here)
+    monkeypatch.setattr(capacity.programs, "devices", local_devices)
 
 
-def test_the_programs_priced_from_shapes_are_those_that_the_engine_runs() -> None:
-    ours = pipeline_of(SERVED, HOST)
+def test_programs_from_shapes_are_those_that_the_engine_runs() -> None:
+    ours = pipeline_of(SPEC, HOST)
     model = str(ROOT / "assets" / "demo-model")
     served = Pipeline.load(
-        replace(SERVED, model=model),
+        replace(SPEC, model=model),
         devices=jax.local_devices()[:1],
     )
     facts = fingerprint(jax.local_devices()[:1])
@@ -45,14 +45,14 @@ def test_the_programs_priced_from_shapes_are_those_that_the_engine_runs() -> Non
     assert resident_bytes(ours) == weights + states
 
 
-def test_a_price_is_kept_for_what_it_depends_on() -> None:
-    one = keys_of(pipeline_of(SERVED, HOST).programs, HOST)
-    assert one == keys_of(pipeline_of(SERVED, HOST).programs, HOST)
-    assert len(set(one.values())) == len(one)
-    half = replace(SERVED, dtype="bfloat16")
+def test_the_key_of_a_cost_covers_all_that_it_depends_on() -> None:
+    keys = keys_of(pipeline_of(SPEC, HOST).programs, HOST)
+    assert keys == keys_of(pipeline_of(SPEC, HOST).programs, HOST)
+    assert len(set(keys.values())) == len(keys)
+    half = replace(SPEC, dtype="bfloat16")
     other = keys_of(pipeline_of(half, HOST).programs, HOST)
-    assert one.keys() == other.keys()
-    assert one["step 128x128 rows 2"] != other["step 128x128 rows 2"]
+    assert keys.keys() == other.keys()
+    assert keys["step 128x128 rows 2"] != other["step 128x128 rows 2"]
 
 
 def test_rows_are_divided_among_as_many_chips_as_divide_them() -> None:
@@ -75,7 +75,6 @@ def test_rows_are_divided_among_as_many_chips_as_divide_them() -> None:
 
 
 def test_the_commands_import_no_jax_before_its_environment_is_set() -> None:
-    command = (
-        "import sys, capacity.check, capacity.plan, capacity.price, capacity.worker; sys.exit('jax' in sys.modules)"
-    )
+    modules = "capacity.check, capacity.plan, capacity.program_cost, capacity.compile_worker"
+    command = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command]).returncode == 0

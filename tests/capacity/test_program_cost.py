@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 
 from capacity.chips import CHIPS, Host, host_of
-from capacity.configs import asked_of, hosts_of
+from capacity.configs import hosts_of, workload_of
 from capacity.flops import FlopCount
 from capacity.hlo import CycleCount
 from capacity.libtpu import pinned, version
 from capacity.models import configurations, presets, shapes_of
-from capacity.price import KERNEL_SHARE, charged, part_of
+from capacity.program_cost import KERNEL_SHARE, cycles_by_part, part_of
 from cluster.cli import UserError
 from tests.published import CHECKPOINTS
 
@@ -27,7 +27,7 @@ def test_a_host_is_named_as_google_sells_it(sold: str, chip: str, chips: int) ->
 
 
 @pytest.mark.parametrize("wrong", ["v5litepod-16", "v4-16", "v4-7", "v9-4", "v5e", "", "v6e-2"])
-def test_what_is_no_single_host_is_refused_with_what_there_is(wrong: str) -> None:
+def test_an_unknown_host_is_refused_with_the_known_ones(wrong: str) -> None:
     with pytest.raises(ValueError, match="v4-8, v5litepod-1, v5litepod-4, v5litepod-8, v5p-8, v6e-1, v6e-4, v6e-8"):
         host_of(wrong)
 
@@ -47,34 +47,34 @@ def test_an_operation_belongs_to_its_innermost_scope() -> None:
     assert part_of("jit(step)/resnet.1/add") == part_of("") == "other"
 
 
-def test_a_kernel_is_charged_at_its_padded_work_over_70_percent_of_peak() -> None:
+def test_a_kernel_costs_its_padded_flops_at_70_percent_of_peak() -> None:
     count = CycleCount(
         cycles=Counter({"jit(f)/resnet/add": 1000}),
         kernels=Counter({"jit(f)/self-attention/pallas_call": 1}),
         kernel_cycles=Counter({"jit(f)/self-attention/pallas_call": 500}),
     )
     total = FlopCount(kernels={"self-attention/x": 7000.0 * V5E.flops_a_cycle})
-    parts, notes = charged(count, total, V5E, shards=1)
+    parts, notes = cycles_by_part(count, total, V5E, shards=1)
     assert (parts, notes) == ({"resnet": 1000, "self-attention": round(7000 / KERNEL_SHARE)}, [])
-    parts, _ = charged(count, total, V5E, shards=2)
+    parts, _ = cycles_by_part(count, total, V5E, shards=2)
     assert parts["self-attention"] == round(3500 / KERNEL_SHARE)
 
 
-def test_a_kernel_whose_own_estimate_is_higher_is_charged_that() -> None:
+def test_a_kernel_costs_its_own_estimate_where_that_is_higher() -> None:
     count = CycleCount(
         kernels=Counter({"jit(f)/self-attention/k": 1}), kernel_cycles=Counter({"jit(f)/self-attention/k": 500})
     )
-    parts, notes = charged(count, FlopCount(kernels={"self-attention": 7.0 * V5E.flops_a_cycle}), V5E, shards=1)
+    parts, notes = cycles_by_part(count, FlopCount(kernels={"self-attention": 7.0 * V5E.flops_a_cycle}), V5E, shards=1)
     assert (parts, notes) == ({"self-attention": 500}, [])
 
 
-def test_what_the_sum_leaves_out_is_told() -> None:
+def test_what_the_sum_leaves_out_is_noted() -> None:
     count = CycleCount(kernels=Counter({"k": 1}), unpriced=Counter({"all-gather": 3}), open_loops=2)
-    _, notes = charged(count, FlopCount(open_loops=1), V5E, shards=1)
+    _, notes = cycles_by_part(count, FlopCount(open_loops=1), V5E, shards=1)
     assert len(notes) == 3
     assert any("3 x all-gather" in note for note in notes)
-    assert any("1 loops whose turns cannot be read" in note for note in notes)
-    assert any("a kernel in other multiplies nothing that can be seen" in note for note in notes)
+    assert any("1 loops of unknown length" in note for note in notes)
+    assert any("a kernel in other has no visible matrix product" in note for note in notes)
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-v1-4", "stable-diffusion-v1-5", "stable-diffusion-2-1"])
@@ -112,16 +112,16 @@ def test_libtpu_is_pinned_with_hashes() -> None:
 
 
 def test_buckets_and_steps_come_from_the_config() -> None:
-    asked = asked_of(Path("configs/sd14.yaml"))
-    assert asked.served.model == "CompVis/stable-diffusion-v1-4"
-    assert asked.served.batch_buckets == (1, 2, 4, 8, 16)
-    assert (asked.served.dtype, asked.num_inference_steps, asked.guidance_scale) == ("bfloat16", 50, 7.5)
+    workload = workload_of(Path("configs/sd14.yaml"))
+    assert workload.spec.model == "CompVis/stable-diffusion-v1-4"
+    assert workload.spec.batch_buckets == (1, 2, 4, 8, 16)
+    assert (workload.spec.dtype, workload.num_inference_steps, workload.guidance_scale) == ("bfloat16", 50, 7.5)
     assert [host.accelerator_type for host in hosts_of("", Path("configs/cluster-v6e.yaml"))] == ["v6e-4"]
     assert [host.accelerator_type for host in hosts_of("v4-8, v6e-1", Path("none"))] == ["v4-8", "v6e-1"]
     with pytest.raises(UserError, match="TPU must be one host"):
         hosts_of("v5e", Path("none"))
     with pytest.raises(UserError, match="SIZE must be WIDTHxHEIGHT"):
-        asked_of(Path("configs/sd14.yaml"), size="512")
+        workload_of(Path("configs/sd14.yaml"), size="512")
 
 
 def test_dollars_override_the_list() -> None:

@@ -1,7 +1,7 @@
 """Models that have a short name. Imports no JAX, which reads its environment when it is imported."""
 
-# What a serve config calls the models that have a short name here.
-NAMES = {
+# The short name of a model -> the name in a serve config.
+MODEL_NAMES = {
     "demo": "assets/demo-model",
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -1,4 +1,4 @@
-"""Prices many programs: those that were priced before from files, the others by processes side by side."""
+"""Compiles many programs in worker processes and keeps their costs in files, so that each is compiled once."""
 
 import contextlib
 import json
@@ -15,19 +15,19 @@ from typing import Any
 
 from app.types import PipelineSpec
 from capacity.chips import Host
-from capacity.price import Price
+from capacity.program_cost import ProgramCost
 from cluster import ROOT
 
-ATTEMPTS = 2  # what ends a process once may not do so again
+ATTEMPTS = 2  # a crash may not happen again
 WORKERS = 2  # each compiles with more than one thread, and needs up to 3 GB for a full-size UNet
 
 
 @dataclass(frozen=True)
-class Task:
-    served: PipelineSpec
+class CompileTask:
+    spec: PipelineSpec
     host: Host
     program: str
-    key: str  # of the file that keeps its price
+    key: str  # names the file that keeps its cost
 
     @property
     def label(self) -> str:
@@ -35,29 +35,31 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A price, or why there is none: that it does not fit, with what libtpu says it needs, or another refusal."""
+class CompileOutcome:
+    """A cost, or why there is none: libtpu's sentence that it does not fit, or another refusal of the compiler."""
 
-    price: Price | None = None
+    cost: ProgramCost | None = None
     too_large: str = ""
     refused: str = ""
     cached: bool = False
 
 
-Tell = Callable[[Task, Outcome | None], None]  # None: it has begun
+Report = Callable[[CompileTask, CompileOutcome | None], None]  # None: it has started
 
 
-def price_all(
-    tasks: Sequence[Task], cache: Path, tell: Tell, alive: Callable[[], None] = lambda: None
-) -> dict[Task, Outcome]:
-    """Calls `tell` from other threads, and `alive` every second while it waits. Crashes of a worker are told as
-    refusals."""
-    outcomes: dict[Task, Outcome] = {}
-    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+def compile_all(
+    tasks: Sequence[CompileTask], cache: Path, report: Report, alive: Callable[[], None] = lambda: None
+) -> dict[CompileTask, CompileOutcome]:
+    """Returns an outcome for each task. A worker that crashes counts as a refusal.
+
+    Calls `report` from other threads, and `alive` every second while it waits.
+    """
+    outcomes: dict[CompileTask, CompileOutcome] = {}
+    waiting: queue.SimpleQueue[CompileTask] = queue.SimpleQueue()
     for task in tasks:
-        if found := load(cache, task):
-            outcomes[task] = found
-            tell(task, found)
+        if known := load(cache, task):
+            outcomes[task] = known
+            report(task, known)
         else:
             waiting.put(task)
     failures: list[BaseException] = []
@@ -66,10 +68,10 @@ def price_all(
         try:
             while not failures and not worker.stopped:
                 task = waiting.get_nowait()
-                tell(task, None)
-                outcomes[task] = worker.price(task)
+                report(task, None)
+                outcomes[task] = worker.compile(task)
                 save(cache, task, outcomes[task])
-                tell(task, outcomes[task])
+                report(task, outcomes[task])
         except queue.Empty:
             pass
         except BaseException as error:
@@ -85,7 +87,7 @@ def price_all(
         while any(thread.is_alive() for thread in threads):
             alive()
             threads[-1 if threads[-1].is_alive() else 0].join(1.0)
-    except BaseException:  # Ctrl-C, for one
+    except BaseException:  # such as Ctrl-C
         for worker in workers:
             worker.stop()
         raise
@@ -95,14 +97,14 @@ def price_all(
 
 
 class Worker:
-    """A process of capacity/worker.py, started when it is first needed, and again after a crash."""
+    """A process of capacity/compile_worker.py. It is started when it is first needed, and again after a crash."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.stopped = False
 
-    def price(self, task: Task) -> Outcome:
-        asked = {"served": asdict(task.served), "tpu": task.host.accelerator_type, "program": task.program}
+    def compile(self, task: CompileTask) -> CompileOutcome:
+        request = {"spec": asdict(task.spec), "tpu": task.host.accelerator_type, "program": task.program}
         status: int | None = None
         for _ in range(ATTEMPTS):
             if self.stopped:
@@ -110,11 +112,11 @@ class Worker:
             process = self.process = self.process or start()
             assert process.stdin is not None and process.stdout is not None
             with contextlib.suppress(BrokenPipeError):
-                print(json.dumps(asked), file=process.stdin, flush=True)
+                print(json.dumps(request), file=process.stdin, flush=True)
             if line := process.stdout.readline():
-                return outcome(json.loads(line))  # a mistake of ours is raised here, with the worker's traceback
+                return outcome_of(json.loads(line))  # raises for a bug, with the worker's traceback
             status = self.end()
-        return Outcome(refused=f"libtpu ended the process that compiled it, with status {status}.")
+        return CompileOutcome(refused=f"libtpu ended the process that compiled it, with status {status}.")
 
     def end(self) -> int | None:
         process, self.process = self.process, None
@@ -127,18 +129,18 @@ class Worker:
         return process.wait()
 
     def stop(self) -> None:
-        """From another thread, whatever it does."""
+        """Ends the process at once. May be called from another thread."""
         self.stopped = True
         if process := self.process:
             process.kill()
 
 
 class Stopped(Exception):
-    """Somebody has stopped the worker."""
+    """The worker was stopped while it compiled."""
 
 
 def start() -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "capacity.worker"]
+    command = [sys.executable, "-m", "capacity.compile_worker"]
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -149,29 +151,29 @@ def start() -> "subprocess.Popen[str]":
     )
 
 
-def outcome(said: Mapping[str, Any], *, cached: bool = False) -> Outcome:
-    if "failed" in said:
-        raise RuntimeError(said["failed"])
-    priced = said.get("price")
-    if priced:
-        priced = Price(**{**priced, "notes": tuple(priced["notes"])})
-    return Outcome(priced, said.get("too_large", ""), said.get("refused", ""), cached)
+def outcome_of(answer: Mapping[str, Any], *, cached: bool = False) -> CompileOutcome:
+    if "failed" in answer:
+        raise RuntimeError(answer["failed"])
+    cost = answer.get("cost")
+    if cost:
+        cost = ProgramCost(**{**cost, "notes": tuple(cost["notes"])})
+    return CompileOutcome(cost, answer.get("too_large", ""), answer.get("refused", ""), cached)
 
 
-def load(cache: Path, task: Task) -> Outcome | None:
+def load(cache: Path, task: CompileTask) -> CompileOutcome | None:
     try:
-        return outcome(json.loads((cache / f"{task.key}.json").read_text("utf-8")), cached=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, cut short, or of an older form
+        return outcome_of(json.loads((cache / f"{task.key}.json").read_text("utf-8")), cached=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing, cut short, or in an older format
         return None
 
 
-def save(cache: Path, task: Task, found: Outcome) -> None:
-    """What is refused is tried again the next time; a full disk costs only that."""
-    if found.refused:
+def save(cache: Path, task: CompileTask, outcome: CompileOutcome) -> None:
+    """Keeps an outcome, except a refusal, which is tried again the next time. Errors of the disk are ignored."""
+    if outcome.refused:
         return
-    said = {"price": asdict(found.price)} if found.price else {"too_large": found.too_large}
+    content = {"cost": asdict(outcome.cost)} if outcome.cost else {"too_large": outcome.too_large}
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:  # complete, or not there
-            json.dump(said, file)
+        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:  # written whole or not at all
+            json.dump(content, file)
         os.replace(file.name, cache / f"{task.key}.json")

@@ -1,9 +1,9 @@
-"""One program compiled for a chip, and what that says: fit, work and modelled time.
+"""Compiles a program for a chip and models its cost: memory, FLOPs and time.
 
-    python -m capacity.price --model stable-diffusion-v1-4 --size 512x512 --rows 32 --tpu v5litepod-1
+    python -m capacity.program_cost --model stable-diffusion-v1-4 --size 512x512 --rows 32 --tpu v5litepod-1
 
-prices a UNet alone, on one chip. Every figure of time is modelled: libtpu's own estimate of each operation that it
-compiled (see capacity/hlo.py), never measured.
+shows the cost of a UNet alone, on one chip. No time is measured: all are sums of libtpu's own estimates of the
+operations that it compiled (capacity/hlo.py).
 """
 
 import argparse
@@ -24,8 +24,8 @@ from cluster.cli import Parser, UsageError, UserError, run_command
 if TYPE_CHECKING:
     from jax.stages import Traced
 
-KERNEL_SHARE = 0.7  # of peak, that a custom kernel is taken to reach on its padded work
-# What app/diffusion/models/ names its scopes; the innermost one says whose an operation is.
+KERNEL_SHARE = 0.7  # share of peak that a custom kernel is assumed to reach on its padded FLOPs
+# The scopes that app/diffusion/models/ names. An operation belongs to the innermost.
 PARTS = (
     "self-attention",
     "cross-attention",
@@ -40,13 +40,13 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
-class TooLarge(Exception):
-    """The program does not fit into the chip's memory; in libtpu's words."""
+class OutOfMemory(Exception):
+    """The program does not fit into the chip's memory. The message is libtpu's."""
 
 
 @dataclass(frozen=True)
-class Price:
-    """Per chip where not said otherwise."""
+class ProgramCost:
+    """Figures of one chip, unless a comment says otherwise."""
 
     chip: str
     shards: int  # chips that the rows are divided among
@@ -77,8 +77,8 @@ class Price:
         return self.parts.get(part, 0) / self.cycles if self.cycles else 0.0
 
 
-def price(traced: "Traced", chip: Chip, shards: int = 1) -> Price:
-    """Compiles it. Raises TooLarge where it does not fit."""
+def cost_of(traced: "Traced", chip: Chip, shards: int = 1) -> ProgramCost:
+    """Compiles a program. Raises OutOfMemory if it does not fit."""
     from jax.errors import JaxRuntimeError
 
     total = count_flops(traced.jaxpr, chip.tile)
@@ -87,15 +87,15 @@ def price(traced: "Traced", chip: Chip, shards: int = 1) -> Price:
         compiled = traced.lower().compile()
     except JaxRuntimeError as error:
         text = str(error)
-        if text.startswith("RESOURCE_EXHAUSTED") and re.search("hbm", text[:500], re.I):  # and not VMEM, say
-            raise TooLarge(text.splitlines()[0].partition(": ")[2]) from None
+        if text.startswith("RESOURCE_EXHAUSTED") and re.search("hbm", text[:500], re.I):  # and not VMEM
+            raise OutOfMemory(text.splitlines()[0].partition(": ")[2]) from None
         raise
     compile_s = time.perf_counter() - began
-    memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, analysis = compiled.memory_analysis(), compiled.cost_analysis() or {}
     count = count_cycles(compiled.as_text() or "")
-    parts, notes = charged(count, total, chip, shards)
+    parts, notes = cycles_by_part(count, total, chip, shards)
     cycles = sum(parts.values())
-    return Price(
+    return ProgramCost(
         chip=chip.name,
         shards=shards,
         compile_s=round(compile_s, 1),
@@ -104,22 +104,22 @@ def price(traced: "Traced", chip: Chip, shards: int = 1) -> Price:
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         tflop=total.flops / 1e12,
-        bytes=costs.get("bytes accessed", 0.0),
+        bytes=analysis.get("bytes accessed", 0.0),
         cycles=cycles,
         padded_cycles=round(total.padded_flops / shards / chip.flops_a_cycle),
-        # The weights come from HBM at least once, whatever the operations' prices say.
+        # Weights are read from HBM at least once, whatever the operations' estimates are.
         seconds=max(cycles / chip.clock, memory.argument_size_in_bytes / chip.hbm_bytes_s),
         parts=dict(parts.most_common()),
         notes=tuple(notes),
     )
 
 
-def charged(count: CycleCount, total: FlopCount, chip: Chip, shards: int) -> tuple[Counter[str], list[str]]:
-    """Cycles by part, with custom kernels; and what the sum leaves out."""
+def cycles_by_part(count: CycleCount, total: FlopCount, chip: Chip, shards: int) -> tuple[Counter[str], list[str]]:
+    """Returns cycles by part, custom kernels included, and notes on what the sum leaves out."""
     parts: Counter[str] = Counter()
     for op_name, cycles in count.cycles.items():
         parts[part_of(op_name)] += cycles
-    notes = [f"{number} x {opcode} (libtpu does not price it)" for opcode, number in sorted(count.unpriced.items())]
+    notes = [f"{number} x {opcode} (libtpu has no estimate)" for opcode, number in sorted(count.unpriced.items())]
     padded: dict[str, float] = {}
     for stack, flops in total.kernels.items():
         padded[part_of(stack)] = padded.get(part_of(stack), 0.0) + flops
@@ -127,23 +127,23 @@ def charged(count: CycleCount, total: FlopCount, chip: Chip, shards: int) -> tup
     for op_name in count.kernels:
         own[part_of(op_name)] += count.kernel_cycles[op_name]
     for part in own.keys() | padded.keys():
-        # A kernel of several chips stands in a shard_map, whose body counts once for each of them.
+        # A kernel that several chips share is in a shard_map, whose body counts once for each shard.
         least = padded.get(part, 0.0) / shards / chip.flops_a_cycle / KERNEL_SHARE
         parts[part] += round(max(own[part], least))
         if not least:
-            notes.append(f"a kernel in {part} multiplies nothing that can be seen: only its own estimate is charged")
+            notes.append(f"a kernel in {part} has no visible matrix product: only its own estimate counts")
     if count.open_loops > total.open_loops:
-        notes.append(f"{count.open_loops - total.open_loops} loops whose turns cannot be read count once")
+        notes.append(f"{count.open_loops - total.open_loops} loops of unknown length count once")
     return parts, notes
 
 
 def part_of(op_name: str) -> str:
-    """By the innermost scope: `jit(step)/while/body/transformer/self-attention/dot_general` -> self-attention."""
+    """The innermost scope: `jit(step)/while/body/transformer/self-attention/dot_general` -> self-attention."""
     return next((scope for scope in reversed(op_name.split("/")) if scope in PARTS), OTHER)
 
 
 def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -> "Traced":
-    """A UNet's evaluation for so many rows, as a replica runs it, traced for one chip of the host."""
+    """Traces an evaluation of the UNet for so many rows, as a replica runs it, for one chip of the host."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -154,16 +154,16 @@ def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -
     from capacity.models import shapes_of
 
     checkpoint = shapes_of(model, jnp.dtype(dtype))
-    here = SingleDeviceSharding(devices(host)[0])
+    sharding = SingleDeviceSharding(devices(host)[0])
 
     def shape(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     graph, params = nnx.split(checkpoint.unet)
     factor, text = checkpoint.vae.config.scale_factor, checkpoint.text_encoder.config
     latents = (size[1] // factor, size[0] // factor, checkpoint.unet.config.in_channels)
     evaluate = partial(predict_noise, partial(nnx.merge, graph), ROWS_TOGETHER["tpu"])
-    return jax.jit(evaluate, out_shardings=here).trace(
+    return jax.jit(evaluate, out_shardings=sharding).trace(
         jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), params),
         shape(rows, *latents, dtype=jnp.float32),
         shape(rows, dtype=jnp.float32),
@@ -188,40 +188,38 @@ def main() -> None:
             raise ValueError(f"--rows must be at least 1, got {min(arguments.rows)}.")
         compile_only()
         for rows in arguments.rows:
-            tell(price(unet(arguments.model, size, rows, arguments.dtype, host), host.chip), rows, arguments)
+            show(cost_of(unet(arguments.model, size, rows, arguments.dtype, host), host.chip), rows, arguments)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    except TooLarge as error:
+    except OutOfMemory as error:
         raise UserError(str(error)) from None
 
 
 def size_of(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", text)
-    if not found or int(found[1]) % 64 or int(found[2]) % 64:
+    sides = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", text)
+    if not sides or int(sides[1]) % 64 or int(sides[2]) % 64:
         raise ValueError(f"--size must be WIDTHxHEIGHT in multiples of 64, such as 512x512, got {text}.")
-    return int(found[1]), int(found[2])
+    return int(sides[1]), int(sides[2])
 
 
-def tell(priced: Price, rows: int, arguments: argparse.Namespace) -> None:
+def show(cost: ProgramCost, rows: int, arguments: argparse.Namespace) -> None:
     if arguments.json:
-        print(json.dumps({"model": arguments.model, "rows": rows, **asdict(priced)}), flush=True)
+        print(json.dumps({"model": arguments.model, "rows": rows, **asdict(cost)}), flush=True)
         return
-    chip = CHIPS[priced.chip]
+    chip = CHIPS[cost.chip]
+    print(f"{arguments.model} UNet, {arguments.size}, {rows} rows, {arguments.dtype}, one {cost.chip} chip (modelled)")
     print(
-        f"{arguments.model} UNet, {arguments.size}, {rows} rows, {arguments.dtype}, one {priced.chip} chip (modelled)"
+        f"  {cost.cycles / 1e6:.1f} M cycles, {1e3 * cost.seconds:.1f} ms, "
+        f"{cost.cycles / max(1, cost.padded_cycles):.2f} of the padded bound of {cost.padded_cycles / 1e6:.1f} M"
     )
     print(
-        f"  {priced.cycles / 1e6:.1f} M cycles, {1e3 * priced.seconds:.1f} ms, "
-        f"{priced.cycles / max(1, priced.padded_cycles):.2f} of the padded bound of {priced.padded_cycles / 1e6:.1f} M"
+        f"  {cost.tflop:.2f} TFLOP, {cost.bytes / GIB:.2f} GiB read and written; arguments "
+        f"{cost.arguments / MIB:.0f} MiB, temporaries {cost.temporaries / MIB:.0f} MiB, "
+        f"peak {cost.peak / GIB:.2f} of {chip.hbm_gib:g} GiB; compiled in {cost.compile_s:.1f} s"
     )
-    print(
-        f"  {priced.tflop:.2f} TFLOP, {priced.bytes / GIB:.2f} GiB read and written; arguments "
-        f"{priced.arguments / MIB:.0f} MiB, temporaries {priced.temporaries / MIB:.0f} MiB, "
-        f"peak {priced.peak / GIB:.2f} of {chip.hbm_gib:g} GiB; compiled in {priced.compile_s:.1f} s"
-    )
-    for part in priced.parts:
-        print(f"  {100 * priced.share(part):5.1f} %  {priced.parts[part] / 1e6:8.2f} M cycles  {part}")
-    for note in priced.notes:
+    for part in cost.parts:
+        print(f"  {100 * cost.share(part):5.1f} %  {cost.parts[part] / 1e6:8.2f} M cycles  {part}")
+    for note in cost.notes:
         print(f"  not counted: {note}")
 
 

@@ -1,23 +1,22 @@
-"""Prices from workers and from files. The workers here are scripts that answer as they are told."""
+"""Costs from workers and from files. The workers are scripts with fixed answers."""
 
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from app.types import PipelineSpec
-from capacity import libtpu, pricing
+from capacity import compile_pool, libtpu
 from capacity.chips import host_of
-from capacity.price import Price
-from capacity.pricing import Outcome, Task, price_all
-from capacity.served import NAMES
+from capacity.compile_pool import CompileOutcome, CompileTask, compile_all
+from capacity.model_names import MODEL_NAMES
+from capacity.program_cost import ProgramCost
 
-SERVED = PipelineSpec("demo", ((128, 128),), (1,), 20, dtype="bfloat16")
+SPEC = PipelineSpec("demo", ((128, 128),), (1,), 20, dtype="bfloat16")
 HOST = host_of("v5litepod-4")
-PRICE = Price(
+COST = ProgramCost(
     chip="v5e",
     shards=1,
     compile_s=1.0,
@@ -42,7 +41,7 @@ for line in sys.stdin:
     if program == "slow":
         time.sleep(600)
     answers = {{"large": {{"too_large": "Used 20G"}}, "odd": {{"refused": "no"}}, "ours": {{"failed": "Traceback"}}}}
-    print(json.dumps(answers.get(program, {{"price": {asdict(PRICE)!r}}})), flush=True)
+    print(json.dumps(answers.get(program, {{"cost": {asdict(COST)!r}}})), flush=True)
 """
 
 Started = list[subprocess.Popen[str]]
@@ -57,63 +56,65 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
         processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         return processes[-1]
 
-    monkeypatch.setattr(pricing, "start", start)
-    monkeypatch.setattr(pricing, "WORKERS", 1)
+    monkeypatch.setattr(compile_pool, "start", start)
+    monkeypatch.setattr(compile_pool, "WORKERS", 1)
     return processes
 
 
-def tasks(*programs: str) -> list[Task]:
-    return [Task(SERVED, HOST, program, f"key-{program}") for program in programs]
+def tasks(*programs: str) -> list[CompileTask]:
+    return [CompileTask(SPEC, HOST, program, f"key-{program}") for program in programs]
 
 
-def quiet(task: Task, outcome: Outcome | None) -> None:
+def quiet(task: CompileTask, outcome: CompileOutcome | None) -> None:
     pass
 
 
-def test_prices_are_kept_and_a_second_run_starts_nothing(tmp_path: Path, started: Started) -> None:
-    first = price_all(tasks("step", "large"), tmp_path, quiet)
-    assert [outcome.price for outcome in first.values()] == [PRICE, None]
+def test_costs_are_kept_and_a_second_run_starts_nothing(tmp_path: Path, started: Started) -> None:
+    first = compile_all(tasks("step", "large"), tmp_path, quiet)
+    assert [outcome.cost for outcome in first.values()] == [COST, None]
     assert [outcome.too_large for outcome in first.values()] == ["", "Used 20G"]
     assert len(started) == 1
-    second = price_all(tasks("step", "large"), tmp_path, quiet)
-    assert [outcome.price for outcome in second.values()] == [PRICE, None]
+    second = compile_all(tasks("step", "large"), tmp_path, quiet)
+    assert [outcome.cost for outcome in second.values()] == [COST, None]
     assert all(outcome.cached for outcome in second.values())
     assert len(started) == 1
 
 
-def test_a_crash_is_tried_again_then_told_and_the_others_are_priced(tmp_path: Path, started: Started) -> None:
-    found = price_all(tasks("crash", "step"), tmp_path, quiet)
-    crashed, step = found.values()
+def test_a_crash_is_tried_again_then_reported_and_the_others_are_compiled(tmp_path: Path, started: Started) -> None:
+    crashed, step = compile_all(tasks("crash", "step"), tmp_path, quiet).values()
     assert crashed.refused == "libtpu ended the process that compiled it, with status 7."
-    assert step.price == PRICE
+    assert step.cost == COST
     assert len(started) == 3
     assert all(process.poll() is not None for process in started)
 
 
 def test_what_is_refused_is_tried_again_the_next_time(tmp_path: Path, started: Started) -> None:
     for _ in range(2):
-        (outcome,) = price_all(tasks("odd"), tmp_path, quiet).values()
+        (outcome,) = compile_all(tasks("odd"), tmp_path, quiet).values()
         assert (outcome.refused, outcome.cached) == ("no", False)
 
 
-def test_a_mistake_of_ours_is_raised_with_the_workers_traceback(tmp_path: Path, started: Started) -> None:
+def test_a_bug_of_ours_is_raised_with_the_workers_traceback(tmp_path: Path, started: Started) -> None:
     with pytest.raises(RuntimeError, match="Traceback"):
-        price_all(tasks("ours"), tmp_path, quiet)
+        compile_all(tasks("ours"), tmp_path, quiet)
     assert all(process.poll() is not None for process in started)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"price": {"chip": "v5e"}}', "[]"])
-def test_a_damaged_file_is_priced_anew(tmp_path: Path, started: Started, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "{", '{"cost": {"chip": "v5e"}}', "[]"])
+def test_a_program_whose_file_is_damaged_is_compiled_again(tmp_path: Path, started: Started, content: str) -> None:
     (tmp_path / "key-step.json").write_text(content)
-    (outcome,) = price_all(tasks("step"), tmp_path, quiet).values()
-    assert (outcome.price, outcome.cached) == (PRICE, False)
+    (outcome,) = compile_all(tasks("step"), tmp_path, quiet).values()
+    assert (outcome.cost, outcome.cached) == (COST, False)
 
 
-def test_each_program_is_told_when_it_begins_and_when_it_ends(tmp_path: Path, started: Started) -> None:
-    told: list[tuple[str, bool]] = []
-    tell: Callable[[Task, Outcome | None], None] = lambda task, outcome: told.append((task.program, outcome is None))  # noqa: E731
-    price_all(tasks("a", "b"), tmp_path, tell)
-    assert told == [("a", True), ("a", False), ("b", True), ("b", False)]
+def test_each_program_is_reported_when_it_starts_and_when_it_ends(tmp_path: Path, started: Started) -> None:
+    reports: list[tuple[str, bool]] = []
+
+    def report(task: CompileTask, outcome: CompileOutcome | None) -> None:
+        reports.append((task.program, outcome is None))
+
+    compile_all(tasks("a", "b"), tmp_path, report)
+    assert reports == [("a", True), ("a", False), ("b", True), ("b", False)]
 
 
 def test_an_interruption_ends_the_workers_at_once(tmp_path: Path, started: Started) -> None:
@@ -122,13 +123,13 @@ def test_an_interruption_ends_the_workers_at_once(tmp_path: Path, started: Start
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        price_all(tasks("slow"), tmp_path, quiet, interrupt)
+        compile_all(tasks("slow"), tmp_path, quiet, interrupt)
     started[0].wait(timeout=20)
     assert len(started) == 1
 
 
 def test_a_worker_whose_parent_is_gone_ends_in_the_middle_of_its_work() -> None:
-    command = "import os, queue, sys, time, threading; from capacity.worker import listen; "
+    command = "import os, queue, sys, time, threading; from capacity.compile_worker import listen; "
     command += "threading.Thread(target=listen, args=(queue.SimpleQueue(),)).start(); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE)
     assert process.stdin is not None
@@ -137,13 +138,15 @@ def test_a_worker_whose_parent_is_gone_ends_in_the_middle_of_its_work() -> None:
 
 
 @pytest.mark.skipif(bool(libtpu.missing()), reason=libtpu.missing())
-def test_libtpu_prices_the_programs_that_the_engine_runs(tmp_path: Path) -> None:
+def test_libtpu_models_the_programs_that_the_engine_runs(tmp_path: Path) -> None:
     """The real compiler, in real workers: the two smallest programs."""
-    found = price_all([Task(SERVED, HOST, name, name) for name in ("encode", "insert 128x128")], tmp_path, quiet)
-    encode, insert = (outcome.price for outcome in found.values())
-    assert encode and insert, found
+    outcomes = compile_all(
+        [CompileTask(SPEC, HOST, name, name) for name in ("encode", "insert 128x128")], tmp_path, quiet
+    )
+    encode, insert = (outcome.cost for outcome in outcomes.values())
+    assert encode and insert, outcomes
     assert encode.seconds > insert.seconds > 0
     assert {"self-attention", "feed-forward"} <= set(encode.parts)
     assert encode.cycles == sum(encode.parts.values()) >= encode.padded_cycles > 0
-    text = (Path(NAMES["demo"]) / "text_encoder" / "model.safetensors").stat().st_size
+    text = (Path(MODEL_NAMES["demo"]) / "text_encoder" / "model.safetensors").stat().st_size
     assert encode.arguments >= 0.4 * text  # bfloat16 weights, with what the layout pads
