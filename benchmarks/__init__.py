@@ -1,3 +1,3 @@
-"""What measured figures come from."""
+"""The benchmarks that all measured figures come from."""
 
 import cluster as cluster  # which forgets what PYTHONPATH names beside our code

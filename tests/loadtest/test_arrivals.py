@@ -31,7 +31,7 @@ def test_a_constant_rate_is_evenly_spaced() -> None:
     assert times({"process": "constant", "stages": [{"rate": 4, "duration_s": 2}]}) == [i / 4 for i in range(8)]
 
 
-def test_steps_and_rests_come_one_after_the_other() -> None:
+def test_stages_and_pauses_follow_one_another() -> None:
     stages = [{"rate": 2, "duration_s": 2}, {"rate": 0, "duration_s": 3}, {"rate": 1, "duration_s": 2}]
     assert times({"process": "constant", "stages": stages}) == [0, 0.5, 1, 1.5, 5, 6]
 
@@ -42,7 +42,7 @@ def test_a_ramp_has_the_count_of_its_mean_rate_and_shrinking_gaps() -> None:
     assert np.allclose(arrivals**2 / 2, np.arange(50)), "the integral of a rate of t"
 
 
-def test_a_burst_comes_at_once_on_top_of_the_stages() -> None:
+def test_a_burst_adds_simultaneous_requests_to_the_stages() -> None:
     stages = [{"rate": 1, "duration_s": 3}]
     arrivals = times({"process": "constant", "stages": stages, "bursts": [{"at_s": 1.5, "requests": 3}]})
     assert arrivals == [0, 1, 1.5, 1.5, 1.5, 2]
@@ -74,12 +74,12 @@ def test_bursts_alone_need_no_stage_with_a_rate() -> None:
     assert list(with_bursts(np.empty(0), [(2.0, 2), (1.0, 1)])) == [1.0, 2.0, 2.0]
 
 
-def test_the_same_seed_plans_the_same_run_and_another_another() -> None:
+def test_the_seed_determines_the_plan() -> None:
     arrivals = {"process": "poisson", "stages": [{"rate": 5, "duration_s": 10}]}
     assert planned(arrivals, seed=3) == planned(arrivals, seed=3) != planned(arrivals, seed=4)
 
 
-def test_weights_decide_how_often_a_kind_is_asked_for() -> None:
+def test_weights_are_the_shares_of_the_kinds() -> None:
     mix = [{"weight": 3, "size": "16x16"}, {"weight": 1, "kind": "big", "size": "32x32", "n": 2}]
     requests = planned({"process": "closed", "concurrency": 1, "requests": 4000}, mix=mix, checks={"repeat": 0})
     big = [request for request in requests if request.kind == "big"]
@@ -88,7 +88,7 @@ def test_weights_decide_how_often_a_kind_is_asked_for() -> None:
     assert {request.kind for request in requests} == {"size=16x16", "big"}
 
 
-def test_some_requests_repeat_an_earlier_one_seed_and_all() -> None:
+def test_some_requests_repeat_an_earlier_request_with_its_seed() -> None:
     requests = planned({"process": "closed", "concurrency": 1, "requests": 2000}, checks={"repeat": 0.2})
     different = {json.dumps(request.request, sort_keys=True) for request in requests}
     assert 1 - len(different) / len(requests) == pytest.approx(0.2, abs=0.04)
@@ -124,7 +124,7 @@ def test_a_mistake_in_a_prompt_file_is_reported_with_its_line(
     assert words in str(caught.value)
 
 
-def test_a_trace_is_replayed_at_its_times_from_its_first(tmp_path: Path) -> None:
+def test_a_trace_is_replayed_from_its_first_time(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     later = {"timestamp": 12.0, "body": {"prompt": "b"}, "endpoint": "imagine"}
     trace.write_text("\n".join(map(json.dumps, [later, {"at": 10, "request": {"prompt": "a", "seed": 1}}])))
@@ -160,14 +160,14 @@ def test_a_run_has_a_cap_on_its_requests(tmp_path: Path) -> None:
         planned({"process": "replay", "trace": str(tmp_path / "t.jsonl")}, max_requests=10)
 
 
-def test_the_shipped_scenarios_can_be_planned_and_say_what_they_are() -> None:
+def test_the_shipped_scenarios_can_be_planned_and_have_descriptions() -> None:
     assert names() == ["burst", "scale-up", "smoke", "soak", "steady"]
     for name in names():
         scenario = load(name, {})
         assert scenario.description and 0 < len(plan(scenario)) <= scenario.max_requests
 
 
-def test_a_burst_in_a_scenario_keeps_its_requests_at_one_moment() -> None:
+def test_a_scenarios_burst_has_all_its_requests_at_the_same_time() -> None:
     at_once = [request for request in plan(load("burst", {})) if request.at == 30]
     assert len(at_once) == 40
 

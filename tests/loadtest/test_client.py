@@ -26,7 +26,7 @@ def server() -> Iterator[Server]:
 def send(
     server: Server, *requests: dict[str, Any], endpoint: Endpoint = "generations", timeout_s: float = 20, **changes: Any
 ) -> list[Record]:
-    """One after the other."""
+    """Sends the requests one after another and returns their records."""
 
     async def work() -> list[Record]:
         began = time.perf_counter()
@@ -60,12 +60,12 @@ def test_a_good_answer_is_timed_counted_and_kept(server: Server, tmp_path: Path)
     assert (tmp_path / "000000-0.png").read_bytes() == picture(7)
 
 
-def test_a_picture_by_get_tells_its_timings_in_a_header(server: Server) -> None:
+def test_get_imagine_reports_its_timings_in_a_header(server: Server) -> None:
     (record,) = send(server, fields_of("a", size=SIZE), endpoint="imagine")
     assert record.outcome == "ok" and record.server == {"denoise": 0.0125} and server.seen[-1]["method"] == "GET"
 
 
-def test_a_stream_tells_when_its_first_preview_was_there(server: Server) -> None:
+def test_the_first_preview_of_a_stream_is_timed(server: Server) -> None:
     (record,) = send(server, fields_of("a", stream=True, partial_images=1))
     assert record.outcome == "ok" and record.first_byte is not None and record.preview is not None
     assert record.first_byte < record.preview < record.done - 0.03
@@ -94,7 +94,7 @@ def test_a_stream_whose_lines_end_with_crlf_is_read(server: Server) -> None:
         ("garbage", "bad_image", "19 bytes that do not decode as a picture"),
     ],
 )
-def test_a_failure_is_of_its_class_and_told_in_words(server: Server, prompt: str, outcome: str, words: str) -> None:
+def test_a_failure_has_its_class_and_a_message(server: Server, prompt: str, outcome: str, words: str) -> None:
     endpoints: tuple[Endpoint, ...] = ("generations", "imagine")
     for endpoint in endpoints:
         before = len(server.seen)
@@ -103,13 +103,13 @@ def test_a_failure_is_of_its_class_and_told_in_words(server: Server, prompt: str
         assert record.pictures == 0 and len(server.seen) == before + 1, "sent once"
 
 
-def test_a_broken_connection_is_told_and_not_tried_again_even_where_one_is_reused(server: Server) -> None:
+def test_a_broken_connection_is_recorded_and_not_retried_even_if_it_is_reused(server: Server) -> None:
     before = len(server.seen)
     records = send(server, fields_of("a"), fields_of("drop"), endpoint="imagine")
     assert [record.outcome for record in records] == ["ok", "reset"] and len(server.seen) == before + 2
 
 
-def test_a_server_that_sheds_load_says_when_to_come_again(server: Server) -> None:
+def test_retry_after_is_recorded_when_the_server_sheds_load(server: Server) -> None:
     assert [record.retry_after for record in send(server, fields_of("status 503"), fields_of("a"))] == [1.0, None]
 
 
@@ -119,13 +119,13 @@ def test_a_stream_that_ends_badly_is_a_failure(server: Server, prompt: str, outc
     assert record.outcome == outcome and record.preview is not None
 
 
-def test_nobody_there_is_a_failed_connection(server: Server) -> None:
+def test_a_server_that_is_not_there_is_a_failed_connection(server: Server) -> None:
     nowhere = Server(url="http://127.0.0.1:9")
     (record,) = send(nowhere, fields_of("a"))
     assert record.outcome == "connect" and record.status is None and record.first_byte is None
 
 
-def test_without_sockets_left_it_is_this_machine_that_fails(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_free_sockets_the_failure_is_the_clients(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async def full(*args: Any, **options: Any) -> None:
         raise OSError(24, "Too many open files")
 
@@ -141,13 +141,13 @@ def test_equal_requests_must_get_equal_pictures(server: Server) -> None:
     assert [record.compared for record in records] == [False, False, False, True]
 
 
-def test_pictures_are_kept_only_while_others_are_to_be_held_to_them(server: Server) -> None:
+def test_pictures_are_kept_until_their_last_comparison(server: Server) -> None:
     requests = [fields_of("a"), fields_of("b"), fields_of("a")]
-    held = EqualSeeds.of(requests, 1)
-    send(server, *requests[:2], equal_seeds=held)
-    assert len(held.first) == 1
-    send(server, *requests[2:], equal_seeds=held)
-    assert not held.first and not held.to_come
+    equal_seeds = EqualSeeds.of(requests, 1)
+    send(server, *requests[:2], equal_seeds=equal_seeds)
+    assert len(equal_seeds.first) == 1
+    send(server, *requests[2:], equal_seeds=equal_seeds)
+    assert not equal_seeds.first and not equal_seeds.to_come
 
 
 def test_one_grey_level_is_no_difference(server: Server) -> None:
@@ -158,12 +158,12 @@ def test_one_grey_level_is_no_difference(server: Server) -> None:
     assert {record.outcome for record in records} == {"ok", "bad_image"}
 
 
-def test_a_request_without_a_seed_equals_none() -> None:
+def test_a_request_without_a_seed_has_no_identity() -> None:
     assert identity({"prompt": "a"}) is None
     assert identity({"prompt": "a", "seed": 1, "stream": True}) == identity({"seed": 1, "prompt": "a"})
     assert identity({"prompt": "a", "seed": 1}) != identity({"prompt": "a", "seed": 2})
 
 
-def test_fewer_pictures_than_asked_for_are_bad(server: Server) -> None:
+def test_too_few_pictures_are_a_bad_answer(server: Server) -> None:
     (record,) = send(server, fields_of("fewer", n=3))
     assert record.outcome == "bad_image" and record.error == "2 pictures where 3 were asked for"

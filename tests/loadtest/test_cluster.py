@@ -1,4 +1,4 @@
-"""The timeline: what is read of Serve, Ray and our statistics, and where the time of a scale-up went."""
+"""The timeline: samples of Serve, Ray and our statistics, and the phases of a scale-up."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ DETAILS: dict[str, Any] = {
     "applications": {
         "app": {
             "deployments": {
-                "Door": {"deployment_config": {}, "target_num_replicas": 1, "replicas": [replica("d", "RUNNING")]},
+                "Ingress": {"deployment_config": {}, "target_num_replicas": 1, "replicas": [replica("d", "RUNNING")]},
                 "Model": {
                     "deployment_config": {
                         "autoscaling_config": {"target_ongoing_requests": 8},
@@ -105,7 +105,7 @@ def cluster(answers: dict[str, Any]) -> Iterator[str]:
         server.server_close()
 
 
-def looked(url: str, folder: Path, dashboard: bool = True) -> list[Sample]:
+def samples_of(url: str, folder: Path, dashboard: bool = True) -> list[Sample]:
     async def work() -> list[Sample]:
         with Journal(folder / "timeline.jsonl") as journal:
             async with session({}) as opened:
@@ -116,9 +116,9 @@ def looked(url: str, folder: Path, dashboard: bool = True) -> list[Sample]:
     return asyncio.run(work())
 
 
-def test_a_look_tells_replicas_nodes_and_queues_and_is_kept(tmp_path: Path) -> None:
+def test_a_sample_has_replicas_nodes_and_queues_and_is_written_down(tmp_path: Path) -> None:
     with cluster(ANSWERS) as url:
-        samples = looked(url, tmp_path)
+        samples = samples_of(url, tmp_path)
     assert [*entries(tmp_path / "timeline.jsonl")] == samples
     serve = next(sample for sample in samples if "target" in sample)
     assert {name: serve[name] for name in ("deployment", "target", "running", "starting", "stopping")} == {
@@ -136,19 +136,19 @@ def test_a_look_tells_replicas_nodes_and_queues_and_is_kept(tmp_path: Path) -> N
 @pytest.mark.parametrize("broken", ["/v1/stats", "/api/serve/applications/", "/api/cluster_status", "/nodes"])
 def test_what_cannot_be_read_is_noted_and_the_rest_is_sampled(tmp_path: Path, broken: str) -> None:
     with cluster(ANSWERS | {broken: None}) as url:
-        samples = looked(url, tmp_path)
+        samples = samples_of(url, tmp_path)
     assert len([sample for sample in samples if "errors" in sample]) == 1
     assert len([sample for sample in samples if {"target", "waiting", "nodes"} & set(sample)]) == 2
 
 
 def test_a_server_without_an_answer_is_noted_in_the_samples(tmp_path: Path) -> None:
-    samples = looked("http://127.0.0.1:9", tmp_path)
+    samples = samples_of("http://127.0.0.1:9", tmp_path)
     assert len(samples) == 3 and all(sample["errors"] for sample in samples)
 
 
-def test_without_a_dashboard_only_the_server_is_asked(tmp_path: Path) -> None:
+def test_without_a_dashboard_only_the_servers_statistics_are_read(tmp_path: Path) -> None:
     with cluster({"/v1/stats": STATISTICS}) as url:
-        (sample,) = looked(url, tmp_path, dashboard=False)
+        (sample,) = samples_of(url, tmp_path, dashboard=False)
     assert sample["waiting"] == 3
 
 
@@ -159,14 +159,14 @@ def test_without_autoscaling_the_deployment_with_the_chips_counts() -> None:
     assert replicas({"applications": {}}) == {"errors": ["Serve has no deployment"]}
 
 
-def test_nobody_tells_statistics_while_all_replicas_start() -> None:
+def test_there_is_no_batch_fill_while_all_replicas_start() -> None:
     assert queues({"replicas": {"a": {"error": "x"}}})["bucket_fill"] is None
 
 
 def watcher(tmp_path: Path, samples: list[Sample]) -> Any:
-    made: Any = Watcher.__new__(Watcher)
-    made.samples = samples
-    return made
+    watcher: Any = Watcher.__new__(Watcher)
+    watcher.samples = samples
+    return watcher
 
 
 def state(unix: float, running: int, nodes: int, **more: int) -> Sample:
@@ -174,13 +174,13 @@ def state(unix: float, running: int, nodes: int, **more: int) -> Sample:
     return {"unix": unix, "target": running, "running": running, "nodes": {"ray_tpu": nodes}, **quiet, **more}
 
 
-def test_it_has_settled_once_all_is_as_before_for_a_moment(tmp_path: Path) -> None:
+def test_the_cluster_has_settled_when_it_has_been_as_before_for_a_moment(tmp_path: Path) -> None:
     before = state(0, 1, 1)
     assert not watcher(tmp_path, [before, state(50, 1, 2)]).settled(before)
     assert not watcher(tmp_path, [before, state(50, 1, 1, stopping=1)]).settled(before)
     assert not watcher(tmp_path, [before, state(49, 1, 2), state(50, 1, 1)]).settled(before), "only just"
     assert watcher(tmp_path, [before, state(40, 1, 2), state(45, 1, 1), state(50, 1, 1)]).settled(before)
-    assert watcher(tmp_path, []).settled(None), "where nothing can be seen, nothing is waited for"
+    assert watcher(tmp_path, []).settled(None), "without samples there is nothing to wait for"
 
 
 # Scale-ups
@@ -216,7 +216,7 @@ STORY = [
 
 
 def test_a_scale_up_is_broken_down_from_overload_to_the_first_image() -> None:
-    """The decision is when Serve began the replica, at 12, and not when that was seen, at 15."""
+    """The decision is at 12, when Serve started the replica, not at 15, when it was first seen."""
     (scale_up,) = scale_ups(STORY, lambda unix: unix - 1000)
     assert (scale_up.replica, scale_up.node_type, scale_up.new_node, scale_up.began) == ("b", "ray_tpu", True, 5)
     assert scale_up.phases == {
@@ -225,7 +225,7 @@ def test_a_scale_up_is_broken_down_from_overload_to_the_first_image() -> None:
     assert scale_up.began + scale_up.total == 36.5
 
 
-def test_a_replica_on_a_node_that_was_there_waits_for_none() -> None:
+def test_a_replica_on_an_existing_node_has_no_wait_for_a_node() -> None:
     story = json.loads(json.dumps(STORY))
     for sample in story:
         if "node_starts" in sample:
@@ -240,7 +240,7 @@ def test_a_replica_that_replaces_another_is_no_scale_up() -> None:
     assert scale_ups([], lambda unix: unix) == []
 
 
-def test_what_was_not_seen_is_told_as_unknown() -> None:
+def test_phases_that_were_not_seen_are_unknown() -> None:
     story = [sample for sample in STORY if "milestones" not in sample]
     (scale_up,) = scale_ups(story, lambda unix: unix - 1000)
     assert (
@@ -250,12 +250,12 @@ def test_what_was_not_seen_is_told_as_unknown() -> None:
     )
 
 
-def test_chips_are_paid_for_while_a_replica_is_there_in_any_state() -> None:
+def test_chips_are_paid_for_while_a_replica_exists_in_any_state() -> None:
     assert chip_seconds(STORY, 4, 0, 35) == 4 * (15 * 1 + 20 * 2)
     assert chip_seconds(STORY, 4, 10, 50) == 4 * (5 * 1 + 35 * 2)
 
 
-def test_a_replica_counts_from_when_serve_says_that_it_starts() -> None:
+def test_a_replica_counts_from_its_start_according_to_serve() -> None:
     samples = backdated(STORY, lambda unix: unix - 1000)
     counts = [(sample["t"], sample["target"], sample["starting"]) for sample in samples if "target" in sample]
     assert counts == [(0, 1, 0), (5, 1, 0), (10, 1, 0), (12.0, 2, 1), (15, 2, 1), (35, 2, 0)]

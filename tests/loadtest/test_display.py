@@ -1,4 +1,4 @@
-"""What a run shows while it runs."""
+"""The progress that a run shows."""
 
 from io import StringIO
 from typing import Any
@@ -30,13 +30,13 @@ def shown(terminal: bool) -> str:
         return " ".join(display.facts().values()) + console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_it_shows_rates_percentiles_failures_replicas_and_nodes() -> None:
+def test_the_display_shows_rates_percentiles_failures_replicas_and_nodes() -> None:
     output = shown(terminal=True)
     for words in ("smoke", "5 of 10", "250 ms", "shed 1", "1 of 3 running, 2 starting", "2 ray_tpu, 1 to come", "7"):
         assert words in output
 
 
-def test_in_a_log_file_it_is_a_line(capsys: Any) -> None:
+def test_in_a_log_file_the_display_is_a_line(capsys: Any) -> None:
     shown(terminal=False)
     (line,) = capsys.readouterr().out.splitlines()
     assert "in flight 2" in line and "failed shed 1" in line and "replicas 1 of 3 running, 2 starting" in line

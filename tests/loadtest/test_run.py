@@ -1,4 +1,4 @@
-"""Whole runs by the command line, in a process of their own, against a server on loopback."""
+"""Runs from the command line in processes of their own, against a server on loopback."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def ran(done: subprocess.CompletedProcess[str]) -> str:
-    """Without a failed request. On a busy machine a run may send late and say that it is invalid: status 3."""
+    """The output of a run without failed requests. On a busy machine it may be invalid, with status 3."""
     assert done.returncode in (0, 3), done.stdout + done.stderr
     return done.stdout
 
@@ -70,12 +70,14 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.strip()
 
 
-# What a run is worth
+# The validity of a run
 
 
 def test_a_stall_of_five_seconds_shows_in_the_percentiles(server: Server, tmp_path: Path) -> None:
-    """Coordinated omission: 20 requests a second for 8 s of which 5 s stand still, so half of them wait, 2.5 s on
-    average. A client that waited for its answers would count one slow request."""
+    """Coordinated omission: of 8 s with 20 requests a second the server stalls for 5 s.
+
+    Half of the requests wait, 2.5 s on average. A closed-loop client would count a single slow request.
+    """
     server.stall = (20, 5.0)
     flags = ("--process", "constant", "--rate", "20", "--duration", "8", "--repeat", "0")
     ran(loadtest(tmp_path, "--url", server.url, *flags))
@@ -86,7 +88,7 @@ def test_a_stall_of_five_seconds_shows_in_the_percentiles(server: Server, tmp_pa
     assert len(slow) == pytest.approx(90, abs=8), "those of the 4.5 s that the stall has left at half a second or more"
 
 
-def test_whoever_sends_late_is_told_that_the_run_is_invalid(server: Server, tmp_path: Path) -> None:
+def test_a_run_that_sends_late_is_invalid(server: Server, tmp_path: Path) -> None:
     slow = prompts(tmp_path, "delay 0.5")
     ran(loadtest(tmp_path, "--url", server.url, "--rate", "20", "--duration", "2", "--prompts", slow))
     folder = only_run(tmp_path)
@@ -115,9 +117,7 @@ def test_failures_are_counted_by_class_and_the_exit_status_is_1(server: Server, 
     assert f"{outcomes['shed']} shed: 503 because: in words" in done.stdout
 
 
-def test_no_more_requests_are_open_than_allowed_and_the_rest_is_the_clients_failure(
-    server: Server, tmp_path: Path
-) -> None:
+def test_requests_beyond_max_in_flight_fail_as_the_clients_overload(server: Server, tmp_path: Path) -> None:
     slow = prompts(tmp_path, "delay 3")
     done = loadtest(
         tmp_path,
@@ -129,7 +129,7 @@ def test_no_more_requests_are_open_than_allowed_and_the_rest_is_the_clients_fail
     assert "INVALID" in done.stdout and "15 requests were never sent" in done.stdout and len(server.seen) == 5
 
 
-def test_the_warm_up_is_sent_and_not_counted(server: Server, tmp_path: Path) -> None:
+def test_the_warm_up_is_sent_but_not_counted(server: Server, tmp_path: Path) -> None:
     flags = ("--rate", "10", "--duration", "3", "--process", "constant", "--warmup", "1")
     ran(loadtest(tmp_path, "--url", server.url, *flags))
     summary = summary_of(tmp_path)
@@ -140,7 +140,7 @@ def test_the_warm_up_is_sent_and_not_counted(server: Server, tmp_path: Path) -> 
 # The predecessor's command line
 
 
-def test_the_predecessors_flags_mean_what_they_meant(server: Server, tmp_path: Path) -> None:
+def test_the_predecessors_flags_still_work(server: Server, tmp_path: Path) -> None:
     output = ran(
         loadtest(tmp_path, "--url", server.url, "--num_requests", "12", "--batch_size", "3", "--save_pictures")
     )
@@ -152,7 +152,7 @@ def test_the_predecessors_flags_mean_what_they_meant(server: Server, tmp_path: P
     assert not (only_run(tmp_path) / "pictures").exists(), "single pictures only on request"
 
 
-def test_without_flags_it_is_8_requests_by_8_clients(server: Server, tmp_path: Path) -> None:
+def test_the_default_is_8_requests_by_8_clients(server: Server, tmp_path: Path) -> None:
     ran(loadtest(tmp_path, "--url", server.url, "--save-each"))
     run = json.loads((only_run(tmp_path) / "run.json").read_text())
     assert run["scenario"]["arrivals"] == {"process": "closed", "concurrency": 8, "requests": 8}
@@ -166,7 +166,7 @@ def test_an_ip_alone_means_port_8000(tmp_path: Path) -> None:
 # Killed, resumed, replayed
 
 
-def test_a_run_that_is_killed_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+def test_a_killed_run_can_be_resumed(server: Server, tmp_path: Path) -> None:
     flags = ("--url", server.url, "--rate", "20", "--duration", "4", "--process", "constant", "--repeat", "0")
     process = subprocess.Popen(command(tmp_path, *flags), cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + LIMIT_S
@@ -190,7 +190,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(server: Server, tmp_path: Pat
     assert "nothing is left to send" in refused(loadtest(tmp_path, "run", "--resume", str(folder)))
 
 
-def test_a_run_whose_prompts_have_changed_does_not_go_on(server: Server, tmp_path: Path) -> None:
+def test_a_run_with_changed_prompts_cannot_be_resumed(server: Server, tmp_path: Path) -> None:
     flags = ("--url", server.url, "--requests", "4", "--prompts", prompts(tmp_path, "a fox"))
     ran(loadtest(tmp_path, *flags))
     folder = only_run(tmp_path)
@@ -229,7 +229,7 @@ def test_the_record_of_a_run_is_a_trace_that_can_be_replayed(server: Server, tmp
 
 
 class Addresses(HTMLParser):
-    """Whatever a browser would fetch."""
+    """Collects everything that a browser would fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class Addresses(HTMLParser):
         ]
 
 
-def test_the_report_is_one_file_that_fetches_nothing_and_quotes_what_it_shows(server: Server, tmp_path: Path) -> None:
+def test_the_report_is_a_file_that_fetches_nothing_and_escapes_its_text(server: Server, tmp_path: Path) -> None:
     evil = prompts(tmp_path, "status 500</script><script>alert(1)</script>", "a <b>bold</b> fox")
     loadtest(tmp_path, "--url", server.url, "--requests", "30", "--prompts", evil, "--field", "user=<i>me</i>")
     folder = only_run(tmp_path)
@@ -271,8 +271,8 @@ def test_two_runs_are_compared_with_ratios(server: Server, tmp_path: Path) -> No
     assert done.returncode == 0 and float(row[-1]) == pytest.approx(3, rel=0.3), done.stdout
 
 
-def test_a_sweep_finds_the_rate_at_which_a_server_no_longer_keeps_up(server: Server, tmp_path: Path) -> None:
-    """One at a time, 40 ms each: 25 a second."""
+def test_a_sweep_finds_the_knee_of_a_server(server: Server, tmp_path: Path) -> None:
+    """The server answers one request at a time in 40 ms, so 25 a second."""
     turns = prompts(tmp_path, "turn 0.04")
     done = loadtest(
         tmp_path,
@@ -289,7 +289,7 @@ def test_a_sweep_finds_the_rate_at_which_a_server_no_longer_keeps_up(server: Ser
 # Mistakes
 
 
-def test_a_machine_elsewhere_is_refused_without_the_flag(tmp_path: Path) -> None:
+def test_another_machine_is_refused_without_the_flag(tmp_path: Path) -> None:
     for address in ("--url=http://192.0.2.1:8000", "--ip=192.0.2.1"):
         sentence = refused(loadtest(tmp_path, address))
         assert sentence.startswith("192.0.2.1 is another machine. A load test can bring a server down: ")
@@ -334,14 +334,14 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, arguments: tupl
 
 
 @pytest.mark.parametrize("entry", ["{}", '{"session": 1}', "[1]", "7"])
-def test_a_folder_of_something_else_is_told(tmp_path: Path, entry: str) -> None:
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, entry: str) -> None:
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "requests.jsonl").write_text(entry + "\n")
     with pytest.raises(UsageError, match="is not the folder of a load test: .* is no record\\.$"):
         read(tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_told(server: Server, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "The folder of the run cannot be made" in refused(loadtest(tmp_path / "file", "--url", server.url))
 

@@ -1,4 +1,4 @@
-"""loadtest/sse.py on the cases of the standard, whole and in pieces."""
+"""The parser of server-sent events on the cases of the standard, with whole and split chunks."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def events(*chunks: bytes) -> list[Event]:
 
 @pytest.mark.parametrize("mark", [b"", MARK])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_lines_end_in_every_way_that_the_standard_names(mark: bytes, end: bytes) -> None:
+def test_every_line_end_of_the_standard_is_understood(mark: bytes, end: bytes) -> None:
     stream = mark + STREAM.replace(b"\n", end)
     assert events(stream) == EVENTS
     assert events(*(stream[i : i + 1] for i in range(len(stream)))) == EVENTS
@@ -30,7 +30,7 @@ def test_ends_of_lines_may_be_mixed() -> None:
     assert events(b"data: a\r\n\ndata: b\r\rdata: c\n\r\n") == [Event("message", data) for data in (b"a", b"b", b"c")]
 
 
-def test_an_event_is_told_as_soon_as_its_last_byte_is_there() -> None:
+def test_an_event_is_returned_with_its_last_byte() -> None:
     parser = Parser(longest=1000)
     assert list(parser.feed(b"data: a\r\n\r")) == [Event("message", b"a")]
     assert list(parser.feed(b"\ndata: b\n\n")) == [Event("message", b"b")]

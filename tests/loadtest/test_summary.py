@@ -1,4 +1,4 @@
-"""The numbers that are made of a run's records."""
+"""The summary of a run's records."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from loadtest.summary import (
 from tests.loadtest.test_display import record
 
 
-def test_percentiles_are_within_a_thousandth_of_their_rank_or_its_neighbours() -> None:
+def test_percentiles_are_within_a_thousandth_of_the_values_at_their_rank() -> None:
     values = np.sort(np.random.default_rng(0).lognormal(-1, 1, 20_000))
     latency = distribution(histogram_of(values))
     assert latency and latency["count"] == 20_000
@@ -30,7 +30,7 @@ def test_percentiles_are_within_a_thousandth_of_their_rank_or_its_neighbours() -
         assert values[rank - 2] * 0.999 <= latency[name] <= values[rank] * 1.001
 
 
-def test_a_percentile_that_no_request_lies_beyond_is_left_out() -> None:
+def test_a_percentile_beyond_which_there_is_no_request_is_none() -> None:
     latency = distribution(histogram_of([1.0] * 50))
     assert (
         latency
@@ -73,13 +73,13 @@ def test_requests_in_flight_are_those_sent_and_not_done() -> None:
     assert in_flight([record(i, "ok") for i in range(3)], [-1, 0.1, 0.3, 1.0, 9]) == [0, 1, 0, 1, 0]
 
 
-def test_seconds_are_told_in_a_unit_that_suits() -> None:
+def test_seconds_are_formatted_in_a_suitable_unit() -> None:
     texts = [seconds(value) for value in (None, 12e-6, 0.0123, 1.234, 123.4)]
     assert texts == ["–", "12 µs", "12.3 ms", "1.23 s", "123 s"]
 
 
 def run_of(tmp_path: Path, scenario: dict[str, Any], timeline: list[dict[str, Any]]) -> Run:
-    """Ten requests a second apart, answered after 0.1 to 1.0 s with two pictures each."""
+    """A run of ten requests a second apart, answered after 0.1 to 1.0 s with two pictures each."""
     whole = parse({"arrivals": {"process": "constant", "stages": [{"rate": 1, "duration_s": 10}]}} | scenario, "t", {})
     head = {
         **{"name": "t", "url": "http://127.0.0.1:1", "started": "now", "planned": 10, "model": None},
@@ -101,7 +101,7 @@ def test_goodput_counts_answers_within_the_objective(tmp_path: Path) -> None:
     assert summary["images_per_chip_s"] is None and summary["most"] == {}
 
 
-def test_chips_and_dollars_are_those_of_the_replicas_that_were_there(tmp_path: Path) -> None:
+def test_chips_and_dollars_count_all_replicas_of_the_run(tmp_path: Path) -> None:
     replicas = {"a": {"state": "RUNNING", "node": "n", "since": -5.0}}
     sample = {"target": 1, "running": 1, "starting": 0, "stopping": 0, "chips": 4, "replicas": replicas}
     timeline: list[dict[str, Any]] = [sample | {"unix": unix} for unix in range(0, 11)] + [

@@ -1,4 +1,4 @@
-"""Which server a run is put on, and which dashboard it watches."""
+"""The server that a run loads, and the dashboard that it watches."""
 
 import json
 import socket
@@ -18,13 +18,13 @@ def options(tmp_path: Path, *arguments: str) -> Any:
     return parser(None).parse_args(["run", *arguments, "--run-dir", str(tmp_path)])
 
 
-def test_without_a_cluster_it_is_port_8000_of_this_machine(tmp_path: Path) -> None:
+def test_without_a_cluster_the_target_is_port_8000_of_this_machine(tmp_path: Path) -> None:
     target = target_of(options(tmp_path))
     assert (target.url, target.dashboard) == ("http://127.0.0.1:8000", None)
     assert local(tmp_path / "nowhere") == (None, None)
 
 
-def test_a_dashboard_that_is_named_is_asked_with_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dashboard_given_by_its_url_gets_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = tmp_path / "auth_token"
     token.write_text("abc\n")
     for module in ("loadtest.__main__", "cluster.connection"):
@@ -43,7 +43,7 @@ def test_every_name_of_this_machine_may_be_loaded(url: str) -> None:
 
 
 def test_this_machine_by_its_own_address_may_be_loaded() -> None:
-    """Whichever that is: the kernel names it as the source of what would go out."""
+    """The kernel names this machine's address as the source of outgoing packets."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -53,7 +53,7 @@ def test_this_machine_by_its_own_address_may_be_loaded() -> None:
     assert guard(f"http://{own}:8000", allow_remote=False) == f"http://{own}:8000"
 
 
-def test_a_name_is_told_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_name_is_reported_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(*_: object, **__: object) -> list[object]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 80))]
 
@@ -78,7 +78,7 @@ FLAGS = ("--save_pictures", "--save-pictures")
         (["0"], False),
     ],
 )
-def test_a_switch_is_understood_as_the_predecessor_took_it(flag: str, value: list[str], wanted: bool) -> None:
+def test_a_switch_takes_the_predecessors_truth_values(flag: str, value: list[str], wanted: bool) -> None:
     joined = [f"{flag}={part}" for part in value] or [flag]
     for words in ([flag, *value], joined):
         options = parser(None).parse_args(["run", *words])
@@ -88,7 +88,7 @@ def test_a_switch_is_understood_as_the_predecessor_took_it(flag: str, value: lis
 
 
 @pytest.mark.parametrize("url", ["http://192.0.2.1", "http://[2001:db8::1]:80", "http://0.0.0.1"])
-def test_any_other_needs_the_flag(url: str) -> None:
+def test_another_machine_needs_the_flag(url: str) -> None:
     with pytest.raises(UsageError, match="is another machine"):
         guard(url, allow_remote=False)
     assert guard(url, allow_remote=True) == url
@@ -97,6 +97,6 @@ def test_any_other_needs_the_flag(url: str) -> None:
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "http://", "http://a:b:c", "http://u@127.0.0.1", "http://127.0.0.1/?a"]
 )
-def test_what_is_no_address_of_a_server_is_told(url: str) -> None:
+def test_a_malformed_url_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="The URL must be like http://127.0.0.1:8000"):
         guard(url, allow_remote=True)
