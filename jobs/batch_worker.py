@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from app.api.messages import written
+from app.api.messages import fact_text
 from app.api.settings import Encoding
 from app.diffusion.images import encode
 from app.engine.engine import Engine
@@ -97,7 +97,7 @@ class Painter:
             "negative_prompt": row.generation.negative_prompt,
             "model": self.name,
             "Software": "imagine-tpu",
-            **{name: written(fact) for name, fact in facts.items()},
+            **{name: fact_text(fact) for name, fact in facts.items()},
         }
         return encode(
             pixels, encoding.output_format, quality=encoding.quality, png_level=encoding.png_level, text=about

@@ -183,7 +183,7 @@ def content_of(path: Path) -> bytes:
 
 def check_file(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} must be a regular file, and is none.")
+        raise ValueError(f"{path} must be a regular file.")
     if status.st_mode & stat.S_IWOTH:
         raise ValueError(f"{path} must not be writable by everyone: chmod o-w {path}")
     if status.st_size > MOST_BYTES:
@@ -193,7 +193,7 @@ def check_file(path: Path, status: os.stat_result) -> None:
 def parse(content: bytes, file: str) -> tuple[Entry, ...]:
     """Returns the entries, or raises ValueError that names the file and the entry."""
     if not content.strip():
-        raise ValueError(f"{file} is empty. A file without keys must say [], so that one that was cut is told from it.")
+        raise ValueError(f"{file} is empty. A file without keys must say [], to differ from one that was cut.")
     try:
         text = content.decode()
         value, in_brackets = load_yaml(text)

@@ -55,7 +55,7 @@ class AuthMiddleware:
             raise ApiError(401, message, None, "invalid_api_key")
         key = self.keys.find(secret)
         if key is None:
-            raise ApiError(401, "This API key is not one of ours.", None, "invalid_api_key")
+            raise ApiError(401, "This API key is not known.", None, "invalid_api_key")
         try:
             key.begin()
         except LimitReached as limit:

@@ -23,7 +23,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Those that the status asks for."""
+        """The headers that belong to the status."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 

@@ -38,11 +38,11 @@ PATIENCE_S = 0.3  # how long they wait for a new description if there is an olde
 BROADCAST_TIMEOUT_S = 2.0  # for the answers of all replicas
 CROWDED = ("queue_full", "deadline_unmeetable", "replica_lost")  # errors that many clients get at the same time
 ROUTES = {
-    "GET /imagine?prompt=...": "one picture, as image/png, image/webp or image/jpeg",
-    "POST /v1/images/generations": "pictures as OpenAI's images API returns them",
+    "GET /imagine?prompt=...": "one image, as image/png, image/webp or image/jpeg",
+    "POST /v1/images/generations": "images as OpenAI's images API returns them",
     "GET /v1/models": "the model, its sizes, samplers, limits and defaults",
     "GET /v1/models/{id}": "the same of the model with this id",
-    "GET /v1/stats": "what each replica is doing, and all together",
+    "GET /v1/stats": "statistics of each replica, and their total",
     "GET /healthz": "200 once a replica answers",
 }
 

@@ -56,6 +56,6 @@ class Images:
     model: str = ""  # empty: an older replica did not send it
 
 
-def written(fact: str | int | float | bool) -> str:
+def fact_text(fact: str | int | float | bool) -> str:
     """A fact as text for HTTP headers and PNG metadata: JSON, but strings without quotes."""
     return fact if isinstance(fact, str) else json.dumps(fact)

@@ -7,7 +7,7 @@ FIELDS declares every request field. To add one:
 3. Give the value a place: in `Generation` (app/types.py) if it changes the image, else in `ImageRequest` (messages.py).
    `resolve` fills it in; a rule about several fields goes to `check_together`.
 4. Use it: the engine reads the Generation, and app/serving/replica.py reads the ImageRequest.
-5. Describe it in docs/, add values to tests/fuzz_cases.py, and run `pytest tests/api tests/serving`.
+5. Describe it in docs/api.md, add cases to tests/api/test_protocol.py, and run `pytest tests/api tests/test_docs.py`.
 """
 
 import json

@@ -96,4 +96,4 @@ def failures(response: Cancellable, timeout_s: float) -> Iterator[None]:
 
 
 def cancelled_by_replica() -> ApiError:
-    return ApiError(503, "The replica gave this request up; try again.", None, "replica_lost", 1.0)
+    return ApiError(503, "The replica cancelled this request; try again.", None, "replica_lost", 1.0)

@@ -63,7 +63,7 @@ class ReplicaWatch:
         except DeploymentUnavailableError:  # no replica runs, so the old answers are wrong
             self.latest = ()
         except Exception:
-            logger.exception("The replicas could not be asked what they are.")
+            logger.exception("The replicas could not be asked for their descriptions.")
         else:
             if descriptions := [answer for answer in answers if isinstance(answer, Description)]:
                 self.latest, self.answered_at = tuple(descriptions), self.clock()

@@ -6,7 +6,7 @@ import time
 
 from starlette.responses import Response
 
-from app.api.messages import Description, ImageRequest, Images, written
+from app.api.messages import Description, ImageRequest, Images, fact_text
 from app.api.settings import Service
 
 
@@ -17,7 +17,7 @@ def json_response(body: object, status: int = 200, headers: dict[str, str] | Non
 
 def image_response(images: Images, request: ImageRequest) -> Response:
     """The file itself, with the facts and timings as headers."""
-    headers = {f"X-{name.replace('_', '-').title()}": written(fact) for name, fact in images.facts.items()}
+    headers = {f"X-{name.replace('_', '-').title()}": fact_text(fact) for name, fact in images.facts.items()}
     timings = [f"{name.removesuffix('_s')};dur={1000 * seconds:.1f}" for name, seconds in images.timings.items()]
     headers |= {"Server-Timing": ", ".join(timings), "Cache-Control": "no-store"}
     return Response(images.encoded[0], media_type=f"image/{request.encoding.output_format}", headers=headers)

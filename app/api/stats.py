@@ -12,7 +12,7 @@ from app.api.replica_calls import broadcast
 
 Stats = Mapping[str, Any]
 
-SILENT = {"error": "It does not answer: it is starting, stopping or lost."}
+SILENT = {"error": "This replica does not answer: it is starting, stopping or lost."}
 SUMMED = ("waiting", "unfinished", "active_slots", "num_slots", "backlog_s", "device_busy_s", "compiles_after_ready")
 
 

@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from app.api.errors import ApiError, api_error
-from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, written
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, fact_text
 from app.api.settings import Encoding
 from app.diffusion.images import encode
 from app.engine.engine import Engine
@@ -179,12 +179,12 @@ class StableDiffusion:
             "negative_prompt": asked.generation.negative_prompt,
             "model": self.name,
             "Software": "imagine-tpu",
-            **{name: written(fact) for name, fact in facts.items()},
+            **{name: fact_text(fact) for name, fact in facts.items()},
         }
         each = zip(generated.pixels, generated.seeds, strict=True)
         level = asked.encoding.png_level
         pending = [
-            self.encoded(pixels, asked.encoding, level, {**text, "seed": written(seed)}) for pixels, seed in each
+            self.encoded(pixels, asked.encoding, level, {**text, "seed": fact_text(seed)}) for pixels, seed in each
         ]
         return tuple(await asyncio.gather(*pending))
 

@@ -207,7 +207,7 @@ def test_what_is_no_file_of_keys_is_refused_without_waiting_for_it(tmp_path: Pat
         case "huge":
             path.write_text(LIST)
             os.truncate(path, MOST_BYTES + 1)
-    rule = f"at most {MOST_BYTES} bytes, and has {MOST_BYTES + 1}" if kind == "huge" else "a regular file, and is none"
+    rule = f"at most {MOST_BYTES} bytes, and has {MOST_BYTES + 1}" if kind == "huge" else "a regular file"
     with pytest.raises(ValueError, match=f"keys.yaml must be {rule}"):
         ApiKeys(path)
 
