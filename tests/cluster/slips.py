@@ -1,4 +1,4 @@
-"""Slips in the shipped files: a wrong value, a renamed or a missing key, and the findings of the linter about them."""
+"""Edits that put a slip into a shipped config, and the linter's findings about it. Not a test."""
 
 import contextlib
 import re
@@ -26,7 +26,7 @@ IN_MODEL = dotted(MODEL)
 
 
 def line_of(text: str, key: Key) -> int:
-    """The index of the line that a key stands on."""
+    """The index of the line of a key."""
     node, line = yaml.compose(text), 0
     for part in key:
         entry = child(node, part)
@@ -36,7 +36,7 @@ def line_of(text: str, key: Key) -> int:
 
 
 def put(key: Key, value: object) -> Edit:
-    """Another value, of a key whose value is one line."""
+    """Gives a key another value. The old value must stand on one line."""
 
     def edit(text: str) -> str:
         lines, at = text.split("\n"), line_of(text, key)
@@ -59,7 +59,7 @@ def rename(key: Key, name: str) -> Edit:
 
 
 def drop(key: Key) -> Edit:
-    """A key whose value is one line."""
+    """Removes a key. Its value must stand on one line."""
 
     def edit(text: str) -> str:
         lines = text.split("\n")
@@ -70,7 +70,7 @@ def drop(key: Key) -> Edit:
 
 
 def before(key: Key, added: str) -> Edit:
-    """A line in front of a key, as far indented."""
+    """Adds a line in front of a key, with the same indentation."""
 
     def edit(text: str) -> str:
         lines, at = text.split("\n"), line_of(text, key)
@@ -98,7 +98,7 @@ def both(*edits: Edit) -> Edit:
     return lambda text: edited(text, *edits)
 
 
-# The shipped files, with those numbers fixed that messages below contain.
+# The shipped files, with fixed numbers where messages in the tests contain them.
 SERVE = edited(
     (ROOT / "serve_config.yaml").read_text(),
     put((*ARGS, "sizes"), "[128x128]"),

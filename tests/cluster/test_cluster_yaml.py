@@ -1,5 +1,6 @@
-"""cluster.yaml and its variants: what Ray makes of them, and what their shell commands do. Google Cloud is not asked,
-so what only it could say (names of images, zones, machine types) is not tested here.
+"""cluster.yaml and its variants: how Ray reads them, and what their shell commands do.
+
+Google Cloud is not asked, so names of images, zones and machine types are not tested.
 """
 
 import json
@@ -34,13 +35,13 @@ def config(path: Path) -> dict[str, Any]:
     return content
 
 
-def the(command: str, path: Path = BASE) -> str:
-    """The one command of a file that holds these words."""
-    (found,) = [one for name in (*COMMANDS, *STARTS) for one in config(path)[name] if command in one]
-    return str(found)
+def command_with(text: str, path: Path = BASE) -> str:
+    """The only command of a file that contains this text."""
+    (match,) = [line for name in (*COMMANDS, *STARTS) for line in config(path)[name] if text in line]
+    return str(match)
 
 
-# What Ray makes of them
+# How Ray reads them
 
 
 @each_cluster
@@ -50,12 +51,12 @@ def test_rays_own_validation_accepts_it(path: Path) -> None:
 
 @each_cluster
 def test_nothing_that_runs_is_left_to_rays_defaults_for_google_cloud(path: Path) -> None:
-    said = config(path)
+    content = config(path)
     for key, value in _get_default_config({"type": "gcp"}).items():
         if key.endswith("_commands") or key in ("available_node_types", "head_node_type", "provider"):
-            assert key in said
-            assert not value or said[key] != value
-    text = json.dumps(prepare_config(said))
+            assert key in content
+            assert not value or content[key] != value
+    text = json.dumps(prepare_config(content))
     assert "cp37" not in text and "0.0.0.0" not in text
 
 
@@ -92,8 +93,8 @@ def test_a_variant_differs_in_name_place_and_tpu_alone(path: Path) -> None:
 
 
 def test_the_variants_are_the_predecessors_tpu_the_newer_one_and_a_spot_one() -> None:
-    found = {path.stem: config(path)["available_node_types"]["ray_tpu"]["node_config"] for path in CLUSTERS[1:]}
-    assert {name: (one["acceleratorType"], one["schedulingConfig"]["spot"]) for name, one in found.items()} == {
+    nodes = {path.stem: config(path)["available_node_types"]["ray_tpu"]["node_config"] for path in CLUSTERS[1:]}
+    assert {name: (node["acceleratorType"], node["schedulingConfig"]["spot"]) for name, node in nodes.items()} == {
         "cluster-spot": ("v5litepod-4", True),
         "cluster-v4-8": ("v4-8", False),
         "cluster-v6e": ("v6e-4", False),
@@ -101,7 +102,7 @@ def test_the_variants_are_the_predecessors_tpu_the_newer_one_and_a_spot_one() ->
 
 
 @each_cluster
-def test_head_and_tpu_nodes_stand_in_one_network_under_one_tag(path: Path) -> None:
+def test_head_and_tpu_nodes_have_the_same_network_and_tag(path: Path) -> None:
     types = config(path)["available_node_types"]
     head, tpu = (types[name]["node_config"] for name in ("head", "ray_tpu"))
     assert head["networkInterfaces"][0]["network"].rpartition("/")[2] == tpu["networkConfig"]["network"]
@@ -109,7 +110,7 @@ def test_head_and_tpu_nodes_stand_in_one_network_under_one_tag(path: Path) -> No
 
 
 @each_cluster
-def test_every_line_fits_and_says_what_must_be_set(path: Path) -> None:
+def test_every_line_fits_and_the_project_must_be_set(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert [line for line in lines if len(line) > 120 and "https://" not in line] == []
     assert config(path)["provider"]["project_id"] is None  # Ray stops at once, and says that it must be set
@@ -121,18 +122,20 @@ def test_every_line_fits_and_says_what_must_be_set(path: Path) -> None:
 def test_the_nodes_install_what_this_repository_pins() -> None:
     makefile = (ROOT / "Makefile").read_text()
     (version,) = set(re.findall(r"^UV_VERSION := (\S+)$", makefile, re.MULTILINE))
-    fetch = the("files.pythonhosted.org")
+    fetch = command_with("files.pythonhosted.org")
     assert f"/uv-{version}-py3-none-manylinux" in fetch and f"/tmp/uv/uv-{version}.data/scripts/uv" in fetch
     assert re.search(r'echo "[0-9a-f]{64}  /tmp/uv.whl" \| sha256sum --check', fetch)
     (python,) = set(re.findall(r"--python-version (\S+)$", makefile, re.MULTILINE))
-    assert f"venv --managed-python --python {python} " in the("--managed-python")
+    assert f"venv --managed-python --python {python} " in command_with("--managed-python")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["mypy"]["python_version"] == python
 
 
 @pytest.mark.parametrize("name", ["gcp", "tpu"])
 def test_each_package_that_a_node_installs_has_hashes_and_is_the_one_tested_here(name: str) -> None:
-    assert f"--require-hashes -r ~/imagine/requirements/{name}.txt" in the(f"-r ~/imagine/requirements/{name}.txt")
+    assert f"--require-hashes -r ~/imagine/requirements/{name}.txt" in command_with(
+        f"-r ~/imagine/requirements/{name}.txt"
+    )
     text = (ROOT / f"requirements/{name}.txt").read_text()
     pinned = re.findall(r"^([\w.-]+)==(\S+)( ; [^\\]+)? \\$", text, re.MULTILINE)
     blocks = re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)[1:]
@@ -142,14 +145,14 @@ def test_each_package_that_a_node_installs_has_hashes_and_is_the_one_tested_here
 
 
 def test_the_folders_that_are_mounted_are_all_that_the_app_needs(tmp_path: Path) -> None:
-    said = config(BASE)
-    for remote, local in said["file_mounts"].items():
+    content = config(BASE)
+    for remote, local in content["file_mounts"].items():
         if remote.startswith("~/imagine/"):
             target = tmp_path / remote.removeprefix("~/imagine/")
             if local == "assets":  # large, and only read
                 target.symlink_to(ROOT / local)
             else:
-                shutil.copytree(ROOT / local, target, ignore=shutil.ignore_patterns(*said["rsync_exclude"]))
+                shutil.copytree(ROOT / local, target, ignore=shutil.ignore_patterns(*content["rsync_exclude"]))
     args = config(ROOT / "serve_config.yaml")["applications"][0]["args"]
     program = (
         "import json, sys, app.builders, app.diffusion.pipeline, cluster.node_watcher;"
@@ -166,11 +169,11 @@ def test_the_folders_that_are_mounted_are_all_that_the_app_needs(tmp_path: Path)
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "app/builders.py")), done.stderr
 
 
-# What the shell makes of the commands
+# What the shell commands do
 
 
 def wrapped(command: str) -> list[str]:
-    """As Ray's updater sends it over SSH, with the variables that it sets (autoscaler/_private/updater.py)."""
+    """The command line that Ray's updater sends over SSH, with its variables (autoscaler/_private/updater.py)."""
     command = with_envs([command], {"RAY_HEAD_IP": "10.0.0.2", "RAY_CLOUD_INSTANCE_ID": "x"})[0]
     variables = {"RAY_OVERRIDE_RESOURCES": {"CPU": 8, "TPU": 4}, "RAY_OVERRIDE_LABELS": {"a/b": "c"}}
     words: list[str] = _with_interactive(_with_environment_variables(command, variables))
@@ -187,7 +190,7 @@ def test_every_command_is_one_that_bash_can_parse_as_ray_sends_it(path: Path) ->
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A node's home after copying, with a `ray` that only tells how it was called."""
+    """A node's home after the mounts, with a `ray` that only records how it was called."""
     folder = tmp_path / "home"
     for file in ("app/builders.py", "cluster/node_watcher.py", "requirements/tpu.txt"):
         (folder / "imagine" / file).parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +210,7 @@ def install(home: Path, name: str, script: str) -> None:
 
 
 def shell(home: Path, command: str) -> subprocess.CompletedProcess[str]:
-    """Without the login and the terminal of SSH."""
+    """Runs a command as Ray would over SSH, without login and terminal."""
     text = _with_environment_variables(f"export RAY_HEAD_IP=10.0.0.2; {command}", {"RAY_USAGE_STATS_ENABLED": 1})
     environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
     return subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, cwd=home, timeout=60)
@@ -215,18 +218,18 @@ def shell(home: Path, command: str) -> subprocess.CompletedProcess[str]:
 
 def set_up(home: Path) -> None:
     for words in ("chmod 600", "> ~/imagine/environment", ">> ~/.bashrc"):
-        done = shell(home, the(words))
+        done = shell(home, command_with(words))
         assert done.returncode == 0, done.stderr
 
 
 def called(home: Path) -> tuple[str, dict[str, str]]:
-    """The command line with which `ray` was called last, and its environment."""
+    """The last command line of `ray`, and its environment."""
     line, *variables = (home.parent / "called").read_text().splitlines()
-    return line, dict(one.partition("=")[::2] for one in variables)
+    return line, dict(variable.partition("=")[::2] for variable in variables)
 
 
 def test_setup_stops_where_the_code_or_the_token_is_missing(home: Path) -> None:
-    check = the("chmod 600")
+    check = command_with("chmod 600")
     assert shell(home, check).returncode == 0
     assert (home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
     for file in ("imagine/requirements/tpu.txt", ".ray/auth_token"):
@@ -241,10 +244,10 @@ def test_setup_can_be_run_again(home: Path) -> None:
     assert (home / ".bashrc").read_text().count("environment") == 1
 
 
-def test_ray_starts_with_the_token_mode_the_code_and_without_telling_usage(home: Path) -> None:
+def test_ray_starts_with_the_token_mode_and_the_code_and_reports_no_usage(home: Path) -> None:
     set_up(home)
     for words, platforms in (("ray start --head", "cpu"), ("ray start --address", "tpu,cpu")):
-        done = shell(home, the(words))
+        done = shell(home, command_with(words))
         assert done.returncode == 0, done.stderr
         line, environment = called(home)
         assert line.startswith(f"{home}/imagine/.venv/bin/ray start --")
@@ -259,14 +262,14 @@ def test_ray_starts_with_the_token_mode_the_code_and_without_telling_usage(home:
 
 
 def options(home: Path, words: str) -> dict[str, Any]:
-    """Of a `ray start`, as Ray's own command line reads them."""
+    """The options of a `ray start`, as Ray's command line parses them."""
     set_up(home)
-    shell(home, the(words))
+    shell(home, command_with(words))
     arguments = called(home)[0].partition(" start ")[2].split()
     return dict(start.make_context("start", arguments).params)
 
 
-def test_the_head_takes_no_work_and_keeps_its_dashboard_to_itself(home: Path) -> None:
+def test_the_head_takes_no_work_and_its_dashboard_listens_on_loopback(home: Path) -> None:
     head = options(home, "ray start --head")
     assert head["head"] and head["num_cpus"] == 0 and head["port"] == 6379
     assert head["autoscaling_config"] == f"{home}/ray_bootstrap_config.yaml"
@@ -278,7 +281,7 @@ def test_a_tpu_node_joins_the_head_that_ray_names(home: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("setsid"), reason="setsid is Linux's")
-def test_the_watcher_starts_behind_ray_and_lives_on_in_a_session_of_its_own(home: Path) -> None:
+def test_the_watcher_starts_after_ray_in_a_session_of_its_own(home: Path) -> None:
     set_up(home)
     logs, done = home.parent / "logs", home.parent / "done"
     logs.mkdir()
@@ -287,14 +290,14 @@ def test_the_watcher_starts_behind_ray_and_lives_on_in_a_session_of_its_own(home
     command = config(BASE)["worker_start_ray_commands"][-1]
     started = shell(home, command.replace("/tmp/ray/session_latest/logs", str(logs)))
     assert (started.returncode, started.stdout, started.stderr) == (0, "", "")
-    told = subprocess.run(["cat", done], capture_output=True, text=True, timeout=60).stdout.split()
-    assert told[:3] == ["-m", "cluster.node_watcher", "token"]
-    assert told[3] == told[4]  # the leader of its session
+    words = subprocess.run(["cat", done], capture_output=True, text=True, timeout=60).stdout.split()
+    assert words[:3] == ["-m", "cluster.node_watcher", "token"]
+    assert words[3] == words[4]  # the leader of its session
     assert (logs / "watcher.log").read_text() == "watching\n"
 
 
 @each_cluster
-def test_no_secret_stands_in_the_file(path: Path) -> None:
+def test_the_file_has_no_secret(path: Path) -> None:
     text = path.read_text()
     assert not re.search(r"RAY_AUTH_TOKEN\s*=|HF_TOKEN|hf_[A-Za-z0-9]{20}|-----BEGIN", text)
     assert config(path)["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"

@@ -16,15 +16,15 @@ SHIPPED = [ROOT / "serve_config.yaml", ROOT / "cluster.yaml", *sorted((ROOT / "c
 
 @pytest.fixture(autouse=True)
 def short_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Files are named in messages as they were given."""
+    """Messages name files as the command line does."""
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_shipped_files_give_neither_errors_nor_advice() -> None:
+def test_the_shipped_files_have_no_findings() -> None:
     assert [str(finding) for finding in lint(SHIPPED)] == []
 
 
-def test_the_files_that_the_slips_are_made_in_have_none_themselves(tmp_path: Path) -> None:
+def test_the_files_that_tests_put_slips_into_have_no_findings(tmp_path: Path) -> None:
     assert findings_of(tmp_path, SERVE, CLUSTER) == []
 
 
@@ -42,18 +42,18 @@ NEITHER = "it has neither applications, as a Serve config, nor available_node_ty
         ("available_node_types: 3\n", "1: error: available_node_types is not valid: 3 is not of type 'object'."),
     ],
 )
-def test_a_file_that_is_neither_kind_is_told(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_cannot_be_checked_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "slip.yaml").write_text(text)
     assert f"slip.yaml:{message}" in [str(finding) for finding in lint([Path("slip.yaml")])]
 
 
-def test_a_file_that_is_not_text_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "slip.yaml").write_bytes(b"\xff\xfe\x00")
     (finding,) = lint([tmp_path / "slip.yaml"])
     assert "it is not text in UTF-8" in finding.text
 
 
-def test_every_problem_is_told_in_the_order_of_the_lines(tmp_path: Path) -> None:
+def test_findings_are_sorted_by_line(tmp_path: Path) -> None:
     slips = [rename(("http_options", "port"), "prt"), put((*MODEL, "max_ongoing_requests"), 9)]
     slips += [rename((*ACTOR, "num_cpus"), "cpus"), put((*SCALING, "max_replicas"), 7)]
     findings = findings_of(tmp_path, edited(SERVE, *slips), CLUSTER)
@@ -90,7 +90,7 @@ def test_a_wrong_call_is_one_line_and_exit_status_2(
     assert printed.err == "nowhere.yaml cannot be read: No such file or directory.\n"
 
 
-def test_it_runs_by_itself_on_the_shipped_files() -> None:
+def test_the_command_checks_the_shipped_files() -> None:
     command = [sys.executable, "-m", "cluster.config.lint", "serve_config.yaml", "cluster.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "Checked serve_config.yaml, cluster.yaml: no errors, no advice.\n")

@@ -1,5 +1,4 @@
-"""cluster/config/rules/checkpoint.py: checkpoints with one thing wrong, as `make deploy` sees them before it stops
-anything."""
+"""cluster/config/rules/checkpoint.py: checkpoints with one mistake, which `make deploy` refuses."""
 
 import json
 import shutil
@@ -34,8 +33,8 @@ def checkpoint(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "m"))
 
 
-def found(model: str, tmp_path: Path, sizes: str = "[64x64]") -> list[str]:
-    """What the linter says of the shipped config with this model, without the place."""
+def findings_of(model: str, tmp_path: Path, sizes: str = "[64x64]") -> list[str]:
+    """The findings about the shipped config with this model, without file and line."""
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     content["applications"][0]["args"] |= {"model": model, "sizes": yaml.safe_load(sizes)}
     path = tmp_path / "serve.yaml"
@@ -157,35 +156,35 @@ BROKEN: list[tuple[Change, list[str]]] = [
 
 
 @pytest.mark.parametrize(("change", "problems"), BROKEN, ids=[case[1][0].partition(" ")[2][:50] for case in BROKEN])
-def test_what_cannot_be_loaded_is_told_before_anything_is_stopped(
+def test_a_checkpoint_that_cannot_be_loaded_is_an_error(
     checkpoint: Path, tmp_path: Path, change: Change, problems: list[str]
 ) -> None:
     size, head = (checkpoint / UNET).stat().st_size, (checkpoint / UNET).read_bytes()[:8]
     change(checkpoint)
-    said = found(str(checkpoint), tmp_path)
-    assert len(said) == len(problems), said
-    for finding, problem in zip(said, problems, strict=True):
+    findings = findings_of(str(checkpoint), tmp_path)
+    assert len(findings) == len(problems), findings
+    for finding, problem in zip(findings, problems, strict=True):
         problem = problem.replace("SIZE", str(size)).replace("HEADER", str(int.from_bytes(head, "little")))
         assert f"error: applications[0].args.model {checkpoint} cannot be loaded: {problem}" in finding
 
 
-def test_every_problem_of_every_part_is_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_every_part_of_a_checkpoint_is_checked(checkpoint: Path, tmp_path: Path) -> None:
     for name in (UNET, VAE, "text_encoder/model.safetensors"):
         (checkpoint / name).write_bytes(b"")
-    assert len(found(str(checkpoint), tmp_path)) == 3
+    assert len(findings_of(str(checkpoint), tmp_path)) == 3
 
 
-def test_defaults_that_the_checkpoint_cannot_follow_are_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_defaults_that_the_scheduler_cannot_follow_are_an_error(checkpoint: Path, tmp_path: Path) -> None:
     file = checkpoint / "scheduler/scheduler_config.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"num_train_timesteps": 10, "_class_name": "DDIMScheduler"}))
-    (finding,) = found(str(checkpoint), tmp_path)
+    (finding,) = findings_of(str(checkpoint), tmp_path)
     assert f"error: applications[0].args.defaults do not suit {checkpoint}: num_inference_steps must be " in finding
 
 
-def test_sizes_that_the_networks_cannot_halve_are_told(checkpoint: Path, tmp_path: Path) -> None:
-    said = found(str(checkpoint), tmp_path, "[64x64, 64x72]")
-    (finding,) = [finding for finding in said if "args.sizes" in finding]
+def test_sizes_that_the_networks_cannot_halve_are_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    findings = findings_of(str(checkpoint), tmp_path, "[64x64, 64x72]")
+    (finding,) = [finding for finding in findings if "args.sizes" in finding]
     assert finding.endswith(f"must be multiples of 16 for {checkpoint}, got 64x72.")
 
 
@@ -208,13 +207,13 @@ def test_a_sound_checkpoint_has_no_problem_by_old_names_and_new_ones(dtype: Any,
                     | {"embeddings.position_ids": np.arange(77)[None]},
                     folder / "text_encoder/model.safetensors",
                 )
-                assert found(str(folder), tmp_path) == []
+                assert findings_of(str(folder), tmp_path) == []
 
 
-def test_what_lies_in_the_hubs_cache_is_told_as_advice(
+def test_problems_of_a_checkpoint_in_the_hubs_cache_are_advice(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The nodes may have another copy, or fetch it anew."""
+    """The nodes may have another copy, or download it again."""
     snapshot = tmp_path / "hub/models--a--b/snapshots/0123"
     snapshot.parent.mkdir(parents=True)
     checkpoint.rename(snapshot)
@@ -223,14 +222,14 @@ def test_what_lies_in_the_hubs_cache_is_told_as_advice(
     (refs / "main").write_text("0123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert found("a/b", tmp_path) == [] == found("a/another", tmp_path)
+    assert findings_of("a/b", tmp_path) == [] == findings_of("a/another", tmp_path)
     cut_to(100_000)(snapshot)
-    (said,) = found("a/b", tmp_path)
-    assert "advice: applications[0].args.model a/b in this machine's Hub cache cannot be loaded: unet/" in said
+    (finding,) = findings_of("a/b", tmp_path)
+    assert "advice: applications[0].args.model a/b in this machine's Hub cache cannot be loaded: unet/" in finding
 
 
 def test_the_linter_still_imports_no_jax(checkpoint: Path, tmp_path: Path) -> None:
-    found(str(checkpoint), tmp_path)
+    findings_of(str(checkpoint), tmp_path)
     script = (
         "import sys; from pathlib import Path; from cluster.config.lint import lint;"
         f"lint([Path({str(tmp_path)!r}, 'serve.yaml')]);"

@@ -229,18 +229,18 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
 @pytest.mark.parametrize(
     ("edit", "key", "words"), CLUSTERS, ids=[case[2].partition("{}")[2][1:60] for case in CLUSTERS]
 )
-def test_what_is_wrong_with_a_cluster_is_told(tmp_path: Path, edit: Edit, key: Key, words: str) -> None:
+def test_a_slip_in_a_cluster_file_is_found(tmp_path: Path, edit: Edit, key: Key, words: str) -> None:
     text = edit(CLUSTER)
     line = Document("", yaml.safe_load(text), yaml.compose(text)).line(key)
     assert f"cluster.yaml:{line}: {words.replace('{}', dotted(key), 1)}" in findings_of(tmp_path, cluster=text)
 
 
-def test_a_topology_says_what_an_accelerator_type_says(tmp_path: Path) -> None:
+def test_a_topology_may_stand_in_place_of_an_accelerator_type(tmp_path: Path) -> None:
     config = "acceleratorConfig: {type: V5LITE_POD, topology: 2x2}"
     assert findings_of(tmp_path, SERVE, replace("acceleratorType: v5litepod-4", config)(CLUSTER)) == []
 
 
-def test_rays_launcher_is_asked_about_tpu_types_where_googles_client_is_installed(
+def test_rays_launcher_checks_tpu_types_where_googles_client_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher: Any = ModuleType("ray.autoscaler._private.gcp.config")

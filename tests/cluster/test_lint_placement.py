@@ -78,7 +78,7 @@ TOGETHER: list[tuple[Edit, Edit, Key, str]] = [
 @pytest.mark.parametrize(
     ("serve", "cluster", "key", "words"), TOGETHER, ids=[case[3].partition("{}")[2][1:60] for case in TOGETHER]
 )
-def test_a_config_that_its_cluster_cannot_run_is_told(
+def test_a_config_that_its_cluster_cannot_run_is_found(
     tmp_path: Path, serve: Edit, cluster: Edit, key: Key, words: str
 ) -> None:
     text = serve(SERVE)
@@ -86,7 +86,7 @@ def test_a_config_that_its_cluster_cannot_run_is_told(
     assert f"serve.yaml:{line_of(text, key) + 1}: {words.replace('{}', dotted(key), 1)}" in findings
 
 
-def test_a_keys_file_that_no_node_would_get_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_api_keys_file_must_be_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builders, "ROOT", tmp_path)
     monkeypatch.setattr(cluster_file, "ROOT", tmp_path)
     for folder in ("app", "assets", "cluster", "jobs", "requirements"):
@@ -113,13 +113,13 @@ def test_several_replicas_share_a_node_where_it_has_room(tmp_path: Path) -> None
     assert finding.endswith("is 16, and cluster.yaml's max_workers leave room for 4.")
 
 
-def test_a_resource_of_every_head_puts_a_deployment_there(tmp_path: Path) -> None:
+def test_the_resource_of_the_head_is_known(tmp_path: Path) -> None:
     assert findings_of(tmp_path, SERVE, CLUSTER) == []
     (finding,) = findings_of(tmp_path, replace("node:__internal_head__", "node:elsewhere")(SERVE), CLUSTER)
     assert "ask for node:elsewhere 0.001, which no node type of cluster.yaml has" in finding
 
 
-def test_a_file_that_is_broken_by_itself_is_not_held_against_others(tmp_path: Path) -> None:
+def test_an_invalid_file_is_not_held_against_others(tmp_path: Path) -> None:
     broken = put((*NODE, "acceleratorType"), "banana")(CLUSTER)
     (finding,) = findings_of(tmp_path, put((*ACTOR, "resources", "TPU"), 8)(SERVE), broken)
     assert "banana" in finding

@@ -48,7 +48,7 @@ UNKNOWN: list[tuple[Key, str, str]] = [
 
 
 @pytest.mark.parametrize(("key", "name", "words"), UNKNOWN, ids=[f"{case[0][-1]}->{case[1]}" for case in UNKNOWN])
-def test_an_unknown_key_is_told_at_every_level_with_the_right_one(
+def test_an_unknown_key_of_any_level_is_an_error_with_a_suggestion(
     tmp_path: Path, key: Key, name: str, words: str
 ) -> None:
     text = rename(key, name)(SERVE)
@@ -92,7 +92,7 @@ ADDED = [
 
 
 @pytest.mark.parametrize(("edit", "message"), ADDED, ids=[case[1][:60] for case in ADDED])
-def test_keys_that_are_added_are_looked_at_to_the_bottom(tmp_path: Path, edit: Edit, message: str) -> None:
+def test_keys_of_nested_mappings_are_checked(tmp_path: Path, edit: Edit, message: str) -> None:
     assert any(message in finding for finding in findings_of(tmp_path, edit(SERVE)))
 
 
@@ -174,7 +174,7 @@ VALUES: list[tuple[Edit, Key, str]] = [
 
 
 @pytest.mark.parametrize(("edit", "key", "words"), VALUES, ids=[case[2][:60] for case in VALUES])
-def test_a_wrong_value_is_told_with_its_line(tmp_path: Path, edit: Edit, key: Key, words: str) -> None:
+def test_a_wrong_value_is_an_error_on_its_line(tmp_path: Path, edit: Edit, key: Key, words: str) -> None:
     text = edit(SERVE)
     line = Document("", yaml.safe_load(text), yaml.compose(text)).line(key)
     findings = findings_of(tmp_path, text)
@@ -293,17 +293,17 @@ FIT: list[tuple[Edit, Key, str]] = [
 
 
 @pytest.mark.parametrize(("edit", "key", "words"), FIT, ids=[case[2].partition("{}")[2][1:60] for case in FIT])
-def test_numbers_that_do_not_fit_together_are_told(tmp_path: Path, edit: Edit, key: Key, words: str) -> None:
+def test_numbers_must_fit_together(tmp_path: Path, edit: Edit, key: Key, words: str) -> None:
     text = edit(SERVE)
     assert f"serve.yaml:{line_of(text, key) + 1}: {words.format(dotted(key))}" in findings_of(tmp_path, text)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
-def test_every_loopback_address_is_one(tmp_path: Path, host: str) -> None:
+def test_every_loopback_address_is_accepted(tmp_path: Path, host: str) -> None:
     assert findings_of(tmp_path, edited(SERVE, put(("http_options", "host"), host))) == []
 
 
-def test_with_keys_the_door_may_be_open(tmp_path: Path) -> None:
+def test_with_api_keys_the_api_may_listen_on_all_interfaces(tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").write_text("[]")
     keyed = put((*ARGS, "api_keys_file"), tmp_path / "keys.yaml")
     assert findings_of(tmp_path, edited(SERVE, keyed, put(("http_options", "host"), "0.0.0.0"))) == []
@@ -316,7 +316,7 @@ def test_with_keys_the_door_may_be_open(tmp_path: Path) -> None:
         ("- {name: alice}", "entry 1 (alice): sha256 is missing; it must be 64 hexadecimal digits in lower case."),
     ],
 )
-def test_a_keys_file_that_cannot_be_used_is_told(tmp_path: Path, content: str | None, words: str) -> None:
+def test_an_api_keys_file_that_cannot_be_used_is_an_error(tmp_path: Path, content: str | None, words: str) -> None:
     file, key = tmp_path / "keys.yaml", (*ARGS, "api_keys_file")
     if content is not None:
         file.write_text(content)
@@ -325,18 +325,18 @@ def test_a_keys_file_that_cannot_be_used_is_told(tmp_path: Path, content: str | 
     assert finding.startswith(f"serve.yaml:{line}: error: {dotted(key)} {file}") and finding.endswith(words)
 
 
-def test_a_host_that_the_file_leaves_out_is_rays_which_is_open(tmp_path: Path) -> None:
+def test_without_a_host_rays_default_counts_which_is_not_loopback(tmp_path: Path) -> None:
     (finding,) = findings_of(tmp_path, drop(("http_options", "host"))(SERVE))
     assert "error: http_options.host must be loopback" in finding and finding.endswith("got 0.0.0.0.")
 
 
-def test_what_ray_takes_by_default_counts_where_the_file_says_nothing(tmp_path: Path) -> None:
+def test_rays_defaults_count_where_the_file_leaves_options_out(tmp_path: Path) -> None:
     text = edited(SERVE, drop((*MODEL, "max_ongoing_requests")), drop((*MODEL, "graceful_shutdown_timeout_s")))
     findings = "\n".join(findings_of(tmp_path, text))
     assert "max_ongoing_requests must be above 40" in findings and "got 5." in findings
     assert "graceful_shutdown_timeout_s must be above limits.timeout_s, 120" in findings and "got 20." in findings
 
 
-def test_a_custom_policy_is_not_held_to_the_target_of_rays(tmp_path: Path) -> None:
+def test_a_custom_policy_need_not_follow_the_rule_for_rays_target(tmp_path: Path) -> None:
     policy = before((*SCALING, "max_replicas"), "policy: {policy_function: 'cluster.processes:free'}")
     assert findings_of(tmp_path, edited(SERVE, policy, put((*SCALING, "target_ongoing_requests"), 2))) == []
