@@ -16,8 +16,8 @@ def forget_strangers() -> None:
     if ours:
         os.environ["PYTHONPATH"] = os.pathsep.join(ours)
     strangers = {os.path.abspath(entry) for entry in named} - {os.path.abspath(entry) for entry in ours}
-    here = os.getcwd()  # first in the path of `python -m`
-    sys.path[:] = [entry for entry in sys.path if entry == here or os.path.abspath(entry) not in strangers]
+    current_folder = os.getcwd()  # first in the path of `python -m`
+    sys.path[:] = [entry for entry in sys.path if entry == current_folder or os.path.abspath(entry) not in strangers]
 
 
 if sys.argv[:1] == ["-m"]:  # so it is while the packages of a module that is run are imported

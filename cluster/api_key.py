@@ -26,9 +26,9 @@ VARIABLES = {"name": "NAME", "requests_per_minute": "RPM", "concurrent_requests"
 
 def entry_for(key: str, name: str, requests_per_minute: str, concurrent_requests: str) -> Entry:
     limits = {"requests_per_minute": requests_per_minute, "concurrent_requests": concurrent_requests}
-    given = {field: int(text) if text.isdecimal() else text for field, text in limits.items() if text}
+    limits_given = {field: int(text) if text.isdecimal() else text for field, text in limits.items() if text}
     try:
-        return Entry.model_validate({"name": name, "sha256": digest_of(key.encode()), **given})
+        return Entry.model_validate({"name": name, "sha256": digest_of(key.encode()), **limits_given})
     except ValidationError as error:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
@@ -42,7 +42,7 @@ def add(entry: Entry, file: Path) -> None:
         with locked(file.parent):
             before = content_of(file) if file.exists() else b"[]\n"
             known = parse(before, str(file))
-            if entry.name in [one.name for one in known]:
+            if entry.name in [other.name for other in known]:
                 raise UserError(f"{file} has a key named {entry.name}. Take another name, or delete that entry first.")
             after = extended(before.decode(), entry).encode()
             if not holds(after, (*known, entry)):

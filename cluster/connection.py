@@ -31,11 +31,11 @@ def dashboard_of(cluster: str, run_dir: Path) -> Iterator[Dashboard]:
         return
     path = Path(cluster)
     ready(path)
-    there = dashboard_port(content(path))
-    here = processes.free_ports(1)[0]
+    remote_port = dashboard_port(content(path))
+    local_port = processes.free_ports(1)[0]
     headers = authorization()
-    with tunnel(route(path), {here: there}):
-        yield Dashboard(f"http://127.0.0.1:{here}", cluster, headers)
+    with tunnel(route(path), {local_port: remote_port}):
+        yield Dashboard(f"http://127.0.0.1:{local_port}", cluster, headers)
 
 
 def isolate(cluster: str, run_dir: Path) -> None:
@@ -83,6 +83,6 @@ def api_of(dashboard: Dashboard, details: Details) -> Iterator[str]:
     if dashboard.cluster == LOCAL:
         yield serve_address(details)
         return
-    here = processes.free_ports(1)[0]
-    with tunnel(route(Path(dashboard.cluster)), {here: details["http_options"]["port"]}):
-        yield f"http://127.0.0.1:{here}"
+    local_port = processes.free_ports(1)[0]
+    with tunnel(route(Path(dashboard.cluster)), {local_port: details["http_options"]["port"]}):
+        yield f"http://127.0.0.1:{local_port}"

@@ -96,8 +96,8 @@ def serve_address(details: Details) -> str:
 def reason(message: str) -> str:
     """What went wrong, out of a message that wraps it in tracebacks: the last exception's own words."""
     message = COLOURS.sub("", message).strip()
-    traceback, found, lines_after = message.rpartition("Traceback (most recent call last):")
-    if found:
+    traceback, separator, lines_after = message.rpartition("Traceback (most recent call last):")
+    if separator:
         lines = lines_after.splitlines()[1:]
         frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
         lines = lines[frames[-1] :] if frames else lines  # Ray puts an actor's own ones after "The actor died ..."

@@ -198,12 +198,12 @@ def rows(dashboard: Dashboard, details: Details, news: dict[str, list[str]]) -> 
     for name, app in details["applications"].items():
         if not app["deployments"]:
             yield name, (app["status"].lower().replace("_", " "), "")
-        for deployment, one in app["deployments"].items():
-            detail = reason(one["message"]).partition("\n")[0]
+        for deployment, state in app["deployments"].items():
+            detail = reason(state["message"]).partition("\n")[0]
             if not detail or detail.endswith("to initialize."):  # "has taken more than 30s": its log says with what
                 for replica in replicas(app, "STARTING", deployment):
                     detail = latest(dashboard, replica, news)
-            yield f"{name}/{deployment}", (counts(one), detail)
+            yield f"{name}/{deployment}", (counts(state), detail)
     if not details["applications"]:
         yield "Serve", ("starting", "")
 

@@ -117,8 +117,8 @@ def unfinished(venv: Path) -> Path:
 
 def current(venv: Path, level: str) -> bool:
     """Whether this level is installed as its file now says; any other level brings all of runtime with it."""
-    for one in LEVELS if level == "runtime" else (level,):
-        if stamp(venv, one).exists() and stamp(venv, one).read_text() == fingerprint(one):
+    for candidate in LEVELS if level == "runtime" else (level,):
+        if stamp(venv, candidate).exists() and stamp(venv, candidate).read_text() == fingerprint(candidate):
             return True
     return False
 
@@ -135,10 +135,10 @@ def complaint(version: "tuple[int, int]") -> str:
     """What is wrong with the Python that runs this, and what to do; nothing if it will do."""
     if not OLDEST <= version <= NEWEST:
         names = [f"python3.{minor}" for minor in range(NEWEST[1], OLDEST[1] - 1, -1)]
-        found = [name for name in names if shutil.which(name)] or names
+        candidates = [name for name in names if shutil.which(name)] or names
         return (
             f"{python(OLDEST)} to {python(NEWEST)} is needed, and this is {python(version)}. "
-            f"Name another one: make PYTHON={found[0]} ..."
+            f"Name another one: make PYTHON={candidates[0]} ..."
         )
     for module in ("venv", "ensurepip"):
         if not importlib.util.find_spec(module):

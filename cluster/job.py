@@ -62,7 +62,7 @@ def submit(dashboard: Dashboard, name: str, arguments: list[str], resources: dic
 def packed() -> dict[str, Any]:
     return {
         "working_dir": str(ROOT),
-        "excludes": [f"/{one.name}" for one in ROOT.iterdir() if one.name not in TRAVELS],
+        "excludes": [f"/{entry.name}" for entry in ROOT.iterdir() if entry.name not in TRAVELS],
     }
 
 
@@ -77,37 +77,37 @@ def follow(dashboard: Dashboard, job: str) -> int:
     say(f"Following {job}. Ctrl-C stops it. If this terminal goes, the job goes on, and to follow it again:")
     say(f"  {make_command(f'job ID={job}', dashboard.cluster)}")
     try:
-        told = wait_for_start(dashboard, job)
+        info = wait_for_start(dashboard, job)
         asyncio.run(tell(dashboard, job))
-        while (told := details(dashboard, job)).status not in OVER:
+        while (info := details(dashboard, job)).status not in OVER:
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         say(f"Stopping {job}, which has {STOP_S} s to end. Ctrl-C again leaves it to that.")
         stop(dashboard, job)
         return 130
-    return outcome(job, told)
+    return outcome(job, info)
 
 
 def wait_for_start(dashboard: Dashboard, job: str) -> "JobDetails":
     with Progress() as progress:
-        while (told := details(dashboard, job)).status == "PENDING":
-            progress.show({job: ("waiting for its place", (told.message or "").partition("\n")[0])})
+        while (info := details(dashboard, job)).status == "PENDING":
+            progress.show({job: ("waiting for its place", (info.message or "").partition("\n")[0])})
             time.sleep(POLL_S)
-    return told
+    return info
 
 
 async def tell(dashboard: Dashboard, job: str) -> None:
     """The job's log as it grows. A connection that breaks is made again while the job runs."""
-    told = 0
+    printed = 0
     while True:
-        at = 0
+        position = 0
         try:
             async for text in client(dashboard).tail_job_logs(job):  # always from the log's beginning
-                if at + len(text) > told:
-                    sys.stdout.write(text[max(0, told - at) :])
+                if position + len(text) > printed:
+                    sys.stdout.write(text[max(0, printed - position) :])
                     sys.stdout.flush()
-                    told = at + len(text)
-                at += len(text)
+                    printed = position + len(text)
+                position += len(text)
             return
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             if details(dashboard, job).status in OVER:
@@ -116,14 +116,14 @@ async def tell(dashboard: Dashboard, job: str) -> None:
             await asyncio.sleep(POLL_S)
 
 
-def outcome(job: str, told: "JobDetails") -> int:
-    took = format_duration(((told.end_time or 0) - (told.start_time or 0)) / 1000)
-    if told.status == "SUCCEEDED":
+def outcome(job: str, info: "JobDetails") -> int:
+    took = format_duration(((info.end_time or 0) - (info.start_time or 0)) / 1000)
+    if info.status == "SUCCEEDED":
         say(f"{job} has succeeded after {took}.")
         return 0
-    status = told.driver_exit_code
-    why = "" if status else f" {reason(told.message or 'It does not say why.')}"  # else its log has said why
-    say(f"{job} {'was stopped' if told.status == 'STOPPED' else 'has failed'} after {took}.{why}")
+    status = info.driver_exit_code
+    why = "" if status else f" {reason(info.message or 'It does not say why.')}"  # else its log has said why
+    say(f"{job} {'was stopped' if info.status == 'STOPPED' else 'has failed'} after {took}.{why}")
     return status or 1
 
 
@@ -133,10 +133,10 @@ def stop(dashboard: Dashboard, job: str) -> None:
         return
     client(dashboard).stop_job(job)
     with Progress() as progress:
-        while (told := details(dashboard, job)).status not in OVER:
+        while (info := details(dashboard, job)).status not in OVER:
             progress.show({job: ("stopping", "")})
             time.sleep(POLL_S)
-    say(f"{job} {'is stopped' if told.status == 'STOPPED' else 'ended by itself: ' + told.status.lower()}.")
+    say(f"{job} {'is stopped' if info.status == 'STOPPED' else 'ended by itself: ' + info.status.lower()}.")
 
 
 def listing(dashboard: Dashboard) -> None:
@@ -206,12 +206,12 @@ def words(text: str) -> list[str]:
 def amounts(text: str) -> dict[str, float]:
     """What the job's own process takes of a node, such as {"TPU": 4}; without any it runs on the head."""
     try:
-        given: Any = json.loads(text or "{}")
+        resources: Any = json.loads(text or "{}")
     except ValueError:
-        given = None
-    if not isinstance(given, dict) or not all(type(x) in (int, float) and x > 0 for x in given.values()):
+        resources = None
+    if not isinstance(resources, dict) or not all(type(x) in (int, float) and x > 0 for x in resources.values()):
         raise UserError(f"""RESOURCES must be JSON such as '{{"TPU": 4}}', got {text}.""")
-    return {str(name): float(amount) for name, amount in given.items()}
+    return {str(name): float(amount) for name, amount in resources.items()}
 
 
 def main() -> int:
@@ -224,11 +224,11 @@ def main() -> int:
     parser.add_argument("--cluster", default=LOCAL, help="local, or a file for `ray up`")
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     arguments = parser.parse_args()
-    given = words(arguments.arguments)
+    job_arguments = words(arguments.arguments)
     if arguments.verb == "run" and not arguments.id:
         check_name(arguments.job)
-        if {"-h", "--help"} & set(given):  # needs no cluster
-            os.execv(sys.executable, [sys.executable, "-m", modules()[arguments.job], *given])
+        if {"-h", "--help"} & set(job_arguments):  # needs no cluster
+            os.execv(sys.executable, [sys.executable, "-m", modules()[arguments.job], *job_arguments])
     resources = amounts(arguments.resources)
     run_dir = arguments.run_dir.resolve()
     isolate(arguments.cluster, run_dir)
@@ -239,7 +239,7 @@ def main() -> int:
             case "stop":
                 stop(dashboard, arguments.id)
             case "run":
-                return follow(dashboard, arguments.id or submit(dashboard, arguments.job, given, resources))
+                return follow(dashboard, arguments.id or submit(dashboard, arguments.job, job_arguments, resources))
     return 0
 
 

@@ -43,13 +43,13 @@ def tell(dashboard: Dashboard, name: str, replica: Details, lines: int) -> None:
 
 def all_replicas(details: Details, cluster: str = LOCAL) -> Iterator[tuple[str, Details]]:
     """Those that live, or for a deployment without any those that died last."""
-    found = False
+    any_replica = False
     for app in details["applications"].values():
-        for deployment, one in app["deployments"].items():
-            for replica in one["replicas"] or one.get("recent_dead_replicas") or ():
-                found = True
+        for deployment, state in app["deployments"].items():
+            for replica in state["replicas"] or state.get("recent_dead_replicas") or ():
+                any_replica = True
                 yield f"{deployment} {replica['replica_id']}", replica
-    if not found:
+    if not any_replica:
         raise UserError(f"No replica has started, so there are no logs. See: {make_command('status', cluster)}")
 
 

@@ -120,8 +120,8 @@ def drain(node: Node, notice: Notice, ray: Sequence[str]) -> None:
         if done.returncode == 0:
             logger.info("drained: replicas here finish what they have begun, and Serve starts others elsewhere")
             return
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        logger.error("ray drain-node failed, and is tried again: %s", said[-1] if said else f"exit {done.returncode}")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        logger.error("ray drain-node failed, and is tried again: %s", lines[-1] if lines else f"exit {done.returncode}")
         time.sleep(PAUSE_S)
     logger.error("node %s was not drained", node.node_id)
 
@@ -140,11 +140,15 @@ def drain_command(node: Node, reason: str, left_s: float, ray: Sequence[str]) ->
 
 def this_node(pid: int | None) -> Node:
     """From the command line of the raylet, which is the node."""
-    raylets = [one for one in psutil.process_iter() if processes.name_of(one) == "raylet" and pid in (None, one.pid)]
+    raylets = [
+        process
+        for process in psutil.process_iter()
+        if processes.name_of(process) == "raylet" and pid in (None, process.pid)
+    ]
     if not raylets:
         raise UserError("No raylet runs here. Start Ray before its watcher." if pid is None else f"{pid} is no raylet.")
     if len(raylets) > 1:
-        pids = ", ".join(str(one.pid) for one in raylets)
+        pids = ", ".join(str(process.pid) for process in raylets)
         raise UserError(f"Several raylets run here ({pids}). Name one: --raylet PID")
     arguments = raylets[0].cmdline()
     node_id, gcs_address = (value_of(option, arguments) for option in ("--node_id", "--gcs-address"))

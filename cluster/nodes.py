@@ -84,12 +84,12 @@ def monitor(dashboard: Dashboard, follow: bool) -> None:
     before = ""
     while True:
         time.sleep(POLL_S)  # first, so that the past comes before the present
-        told = "; ".join(status(dashboard).rows())
+        current = "; ".join(status(dashboard).rows())
         while not news.empty():
             say(news.get())
-        if told != before:
-            say(time.strftime("%X  ") + told)
-        before = told
+        if current != before:
+            say(time.strftime("%X  ") + current)
+        before = current
 
 
 def listen(dashboard: Dashboard, tell: Callable[[str], None]) -> None:
@@ -101,14 +101,14 @@ def events(lines: Iterator[str]) -> Iterator[str]:
     """What is worth telling of the autoscaler's log, and once what it says again and again."""
     before = ""
     for line in lines:
-        found = LINE.match(line)
-        if found and found["source"] in SOURCES and found["text"] != before:
-            before = found["text"]
-            yield f"{found['time']}  {before}"
+        match = LINE.match(line)
+        if match and match["source"] in SOURCES and match["text"] != before:
+            before = match["text"]
+            yield f"{match['time']}  {before}"
 
 
 def log_place(dashboard: Dashboard) -> Details:
     with dashboard.open("/nodes", view="summary") as answer:
-        raylets: list[Details] = [one["raylet"] for one in json.load(answer)["data"]["summary"]]
-    head = next((one["nodeId"] for one in raylets if one.get("isHeadNode")), "")
+        raylets: list[Details] = [node["raylet"] for node in json.load(answer)["data"]["summary"]]
+    head = next((node["nodeId"] for node in raylets if node.get("isHeadNode")), "")
     return {"node_id": head, "filename": "monitor.log"}

@@ -97,7 +97,7 @@ def marks(beginning: str) -> set[str]:
 def belonging(mark: str, recorded: Iterable[Recorded] = ()) -> list[psutil.Process]:
     """Every living process of the cluster with this mark, without the caller and its ancestors."""
     ours = {process for process in psutil.process_iter() if mark_of(process) == mark}
-    ours |= {process for one in recorded if (process := find(one))}
+    ours |= {process for entry in recorded if (process := find(entry))}
     for process in list(ours):
         try:
             ours.update(process.children(recursive=True))
@@ -110,24 +110,24 @@ def belonging(mark: str, recorded: Iterable[Recorded] = ()) -> list[psutil.Proce
 def end(search: Callable[[], list[psutil.Process]], grace_s: float) -> int:
     """Asks all that `search` finds to end, kills what is left after `grace_s`, and searches until nothing is left:
     a process may have started another one meanwhile. Returns how many there were."""
-    asked: set[psutil.Process] = set()
+    terminated: set[psutil.Process] = set()
     began = time.monotonic()
-    while found := search():
+    while living := search():
         waited = time.monotonic() - began
         if waited > grace_s + 10:
-            stubborn = ", ".join(f"{process.pid} ({name_of(process)})" for process in found)
+            stubborn = ", ".join(f"{process.pid} ({name_of(process)})" for process in living)
             raise UserError(f"These processes do not end: {stubborn}.")
-        for process in found:
+        for process in living:
             try:
                 if waited > grace_s:
                     process.kill()
-                elif process not in asked:
+                elif process not in terminated:
                     process.terminate()
             except psutil.NoSuchProcess:
                 pass
-        asked.update(found)
-        psutil.wait_procs(found, timeout=0.25)
-    return len(asked)
+        terminated.update(living)
+        psutil.wait_procs(living, timeout=0.25)
+    return len(terminated)
 
 
 def free(port: int) -> bool:
@@ -142,12 +142,12 @@ def free(port: int) -> bool:
 
 def free_ports(count: int, apart_from: int = 0) -> list[int]:
     """Ports below every system's range for outgoing connections, so that none of those takes one before we do."""
-    found: list[int] = []
+    ports: list[int] = []
     for port in random.sample(range(20000, 32000), 2000):
-        if len(found) == count:
-            return found
+        if len(ports) == count:
+            return ports
         if port != apart_from and free(port):
-            found.append(port)
+            ports.append(port)
     raise UserError("There are too few free ports between 20000 and 32000.")
 
 

@@ -29,12 +29,12 @@ def address() -> str:
     from app.ray_internals.core import find_bootstrap_address
 
     named = os.environ.get("RAY_ADDRESS", "")
-    found = find_bootstrap_address(None) if named in ("", "auto") else named
-    if not found:
+    gcs_address = find_bootstrap_address(None) if named in ("", "auto") else named
+    if not gcs_address:
         raise UserError(f"No Ray cluster is named here. {HOW}")
-    if "://" in found:
-        raise UserError(f"RAY_ADDRESS must be the host and port of Ray itself, got {found}. {HOW}")
-    return str(found)
+    if "://" in gcs_address:
+        raise UserError(f"RAY_ADDRESS must be the host and port of Ray itself, got {gcs_address}. {HOW}")
+    return str(gcs_address)
 
 
 def check(address: str) -> None:

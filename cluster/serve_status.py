@@ -18,9 +18,11 @@ def ready(details: Details, names: list[str]) -> bool:
             raise Failed(why(name, app))
     if not all(app and app["status"] == "RUNNING" for app in apps.values()):
         return False
-    doors = [proxy["status"] == "HEALTHY" for proxy in details["proxies"].values()]
-    reachable = bool(doors and all(doors)) or details["proxy_location"] == "Disabled"
-    return reachable and all(settled(one) for app in apps.values() if app for one in app["deployments"].values())
+    healthy_proxies = [proxy["status"] == "HEALTHY" for proxy in details["proxies"].values()]
+    reachable = bool(healthy_proxies and all(healthy_proxies)) or details["proxy_location"] == "Disabled"
+    return reachable and all(
+        settled(deployment) for app in apps.values() if app for deployment in app["deployments"].values()
+    )
 
 
 def settled(deployment: Details) -> bool:
@@ -29,7 +31,11 @@ def settled(deployment: Details) -> bool:
 
 
 def why(name: str, app: Details) -> str:
-    failed = {n: one["message"] for n, one in app["deployments"].items() if one["status"] == "DEPLOY_FAILED"}
+    failed = {
+        n: deployment["message"]
+        for n, deployment in app["deployments"].items()
+        if deployment["status"] == "DEPLOY_FAILED"
+    }
     messages = {f"{name}/{n}": message for n, message in failed.items() if message} or {name: app["message"]}
     return "\n".join(f"{place} did not start: {reason(message)}" for place, message in messages.items())
 
@@ -37,13 +43,13 @@ def why(name: str, app: Details) -> str:
 def counts(deployment: Details) -> str:
     states = [replica["state"] for replica in deployment["replicas"]]
     others = {state: states.count(state) for state in sorted(set(states) - {"RUNNING"})}
-    told = [f"{states.count('RUNNING')} of {deployment['target_num_replicas']} ready"]
-    return ", ".join(told + [f"{count} {state.lower().replace('_', ' ')}" for state, count in others.items()])
+    ready_count = [f"{states.count('RUNNING')} of {deployment['target_num_replicas']} ready"]
+    return ", ".join(ready_count + [f"{count} {state.lower().replace('_', ' ')}" for state, count in others.items()])
 
 
 def replicas(app: Details, state: str, deployment: str | None = None) -> Iterator[Details]:
-    for name, one in app["deployments"].items():
-        for replica in one["replicas"]:
+    for name, deployment_details in app["deployments"].items():
+        for replica in deployment_details["replicas"]:
             if replica["state"] == state and deployment in (None, name):
                 yield replica
 

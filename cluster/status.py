@@ -40,11 +40,11 @@ def status(dashboard: Dashboard, uptime: str) -> None:
     say(f"Serve  {reach(dashboard)}")
     say("Proxy  " + "\n       ".join(proxy_rows(details)))
     with api_of(dashboard, details) as api:
-        healths = {name: asked(f"{api}{prefix_of(app)}/healthz") for name, app in details["applications"].items()}
+        healths = {name: health_of(f"{api}{prefix_of(app)}/healthz") for name, app in details["applications"].items()}
     for name, app in details["applications"].items():
         say(f"{name}  {app['status']}, {healths[name].words}")
-        for deployment, one in app["deployments"].items():
-            say(f"  {deployment}  {one['status']}  {counts(one)}")
+        for deployment, state in app["deployments"].items():
+            say(f"  {deployment}  {state['status']}  {counts(state)}")
         if app["status"] == "DEPLOY_FAILED":
             say(why(name, app))
     if problems := [*faults(details, healths)]:
@@ -60,7 +60,7 @@ def prefix_of(app: Details) -> str:
     return str(app.get("route_prefix") or "/").rstrip("/")
 
 
-def asked(url: str) -> Health:
+def health_of(url: str) -> Health:
     """Any answer but a server's error is one: an application that is not ours may have no such route."""
     began = time.monotonic()
     try:

@@ -41,10 +41,10 @@ class Timings:
         return ", ".join(f"{name.upper()}={value:g}" for name, value in asdict(self).items() if value)
 
 
-def timings(given: Mapping[str, str], before: Timings) -> Timings:
+def timings(options: Mapping[str, str], before: Timings) -> Timings:
     """Those of `before`, but for what is given."""
     values = asdict(before)
-    for name, text in given.items():
+    for name, text in options.items():
         try:
             values[name] = float(text)
         except ValueError:
@@ -65,7 +65,7 @@ class NodeTypes:
 
     @property
     def workers(self) -> dict[str, dict[str, Any]]:
-        return {name: one for name, one in self.types.items() if name != self.head}
+        return {name: node_type for name, node_type in self.types.items() if name != self.head}
 
 
 def read(path: Path) -> NodeTypes:

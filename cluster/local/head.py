@@ -51,7 +51,7 @@ def start(cluster: Cluster, types: NodeTypes) -> Cluster:
             time.sleep(0.1)
     if starting.returncode:
         raise UserError(f"Ray did not start. {last_words(log)}")
-    cluster = replace(cluster, processes=tuple(processes.record(one) for one in of_the_head(cluster)))
+    cluster = replace(cluster, processes=tuple(processes.record(process) for process in of_the_head(cluster)))
     if cluster.missing:
         if "dashboard" in cluster.missing:
             refuse_taken(cluster.dashboard_port)  # somebody may have taken it meanwhile
@@ -81,16 +81,23 @@ def configure(cluster: Cluster, types: NodeTypes) -> None:
 
 def of_the_head(cluster: Cluster) -> list[psutil.Process]:
     """All but the nodes that the autoscaler may have started already, which are its children."""
-    found = cluster.search()
-    others = {child for one in found if processes.name_of(one) == "monitor" for child in one.children(recursive=True)}
-    return [one for one in found if one not in others]
+    own = cluster.search()
+    others = {
+        child
+        for process in own
+        if processes.name_of(process) == "monitor"
+        for child in process.children(recursive=True)
+    }
+    return [process for process in own if process not in others]
 
 
 def shown(types: NodeTypes) -> str:
     workers = [
-        f"{one['min_workers']} to {one['max_workers']} {name} nodes of "
-        + ", ".join(f"{resource} {amount:g}" for resource, amount in one["resources"].items() if "-" not in resource)
-        for name, one in types.workers.items()
+        f"{node_type['min_workers']} to {node_type['max_workers']} {name} nodes of "
+        + ", ".join(
+            f"{resource} {amount:g}" for resource, amount in node_type["resources"].items() if "-" not in resource
+        )
+        for name, node_type in types.workers.items()
     ]
     return f"{Path(types.file).name} ({'; '.join(workers)})"
 
@@ -98,20 +105,20 @@ def shown(types: NodeTypes) -> str:
 def wait_for_nodes(cluster: Cluster) -> None:
     """Until those are there that always should be; a cloud that has none for now is no failure."""
     types = yaml.safe_load(cluster.config_file.read_text())["available_node_types"]
-    wanted = {name: one["min_workers"] for name, one in types.items() if one["min_workers"]}
+    wanted = {name: node_type["min_workers"] for name, node_type in types.items() if node_type["min_workers"]}
     dashboard = cluster.dashboard
     with Progress() as progress:
         while True:
-            found = nodes.status(dashboard)
-            short = {name: count for name, count in wanted.items() if found.running.get(name, 0) < count}
+            current = nodes.status(dashboard)
+            short = {name: count for name, count in wanted.items() if current.running.get(name, 0) < count}
             if not short:
                 return
-            told = {f"{name} nodes": f"{found.running.get(name, 0)} of {count}" for name, count in short.items()}
+            counts = {f"{name} nodes": f"{current.running.get(name, 0)} of {count}" for name, count in short.items()}
             if cluster.timings.stock_out == 1 or progress.elapsed > NODES_TIMEOUT_S + cluster.timings.launch_s:
-                counts = ", ".join(f"{count} {name}" for name, count in told.items())
-                say(f"Of the nodes that should be there, there are: {counts}. It goes on trying; see: make monitor")
+                summary = ", ".join(f"{count} {name}" for name, count in counts.items())
+                say(f"Of the nodes that should be there, there are: {summary}. It goes on trying; see: make monitor")
                 return
-            progress.show({name: (count, "; ".join(found.pending)) for name, count in told.items()})
+            progress.show({name: (count, "; ".join(current.pending)) for name, count in counts.items()})
             time.sleep(0.5)
 
 
@@ -131,8 +138,8 @@ def command(cluster: Cluster, types: NodeTypes) -> list[str]:
         "temp-dir": cluster.temp_dir / "ray",
         "autoscaling-config": cluster.config_file,
     }
-    given = [f"--{name}={value}" for name, value in options.items() if value != ""]
-    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats", *given]
+    arguments = [f"--{name}={value}" for name, value in options.items() if value != ""]
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats", *arguments]
 
 
 def environment(cluster: Cluster) -> dict[str, str]:

@@ -66,7 +66,7 @@ def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
                 if self.knows_us():
                     self.answer(200, json.dumps(metadata.nodes()))
                 return
-            node, key = self.asked(url.path)
+            node, key = self.node_and_key(url.path)
             if not key:
                 self.answer(404, f"There is no {url.path} here.")
                 return
@@ -78,7 +78,7 @@ def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
         def do_PUT(self) -> None:
             if not self.knows_us():
                 return
-            node, key = self.asked(urlsplit(self.path).path)
+            node, key = self.node_and_key(urlsplit(self.path).path)
             if key != "preempted" or node not in metadata.nodes():
                 self.answer(404, f"There is no node {node}.")
                 return
@@ -92,7 +92,7 @@ def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
                 self.answer(403 if sent else 401, "The cluster's token is wanted.")
             return known
 
-        def asked(self, path: str) -> tuple[str, str]:
+        def node_and_key(self, path: str) -> tuple[str, str]:
             node, _, key = path.removeprefix("/").partition("/")
             return node, key if key in VALUES else ""
 

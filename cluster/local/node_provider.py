@@ -141,10 +141,10 @@ class LocalNodeProvider(FakeMultiNodeProvider):
     def due(self, now: float) -> list[str]:
         """Those whose notice has passed; they are no longer kept."""
         with self.going_lock:
-            found = [node_id for node_id, when in self.going.items() if when <= now]
-            for node_id in found:
+            due = [node_id for node_id, when in self.going.items() if when <= now]
+            for node_id in due:
                 del self.going[node_id]
-        return found
+        return due
 
 
 def parameters(

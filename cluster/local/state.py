@@ -74,11 +74,11 @@ class Cluster:
     @property
     def missing(self) -> set[str]:
         """The vital processes that do not run."""
-        return VITAL - {one.name for one in self.processes if processes.find(one)}
+        return VITAL - {process.name for process in self.processes if processes.find(process)}
 
     @property
     def uptime_s(self) -> float:
-        return time.time() - min(one.started for one in self.processes)
+        return time.time() - min(process.started for process in self.processes)
 
     def search(self) -> list[psutil.Process]:
         return processes.belonging(self.mark, self.processes)
@@ -99,7 +99,7 @@ class Cluster:
                 ports=state["ports"],
                 file=state["file"],
                 timings=Timings(**state["timings"]),
-                processes=tuple(Recorded(**one) for one in state["processes"]),
+                processes=tuple(Recorded(**process) for process in state["processes"]),
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None

@@ -103,12 +103,14 @@ def clear(run_dir: Path) -> str:
     """Ends every process and removes every folder of this checkout's clusters; says what, or nothing."""
     cluster = Cluster.load(run_dir)
     marks = filter(MARK_FORM.fullmatch, processes.marks(f"{run_dir}#"))
-    found = {mark: temp_dir_of(mark) for mark in marks}  # also if cluster.json was lost
+    folders_by_mark = {mark: temp_dir_of(mark) for mark in marks}  # also if cluster.json was lost
     if cluster:
-        found[cluster.mark] = cluster.temp_dir
+        folders_by_mark[cluster.mark] = cluster.temp_dir
     recorded = cluster.processes if cluster else ()
-    ended = processes.end(lambda: [one for mark in found for one in processes.belonging(mark, recorded)], GRACE_S)
-    named = [folder for folder in found.values() if FOLDER_FORM.fullmatch(folder.name)]
+    ended = processes.end(
+        lambda: [process for mark in folders_by_mark for process in processes.belonging(mark, recorded)], GRACE_S
+    )
+    named = [folder for folder in folders_by_mark.values() if FOLDER_FORM.fullmatch(folder.name)]
     folders = [folder for folder in named if ownership.is_own_folder(folder)]
     for folder in folders:
         shutil.rmtree(folder)
@@ -117,7 +119,7 @@ def clear(run_dir: Path) -> str:
             say(f"{folder} is not our own folder, and is left alone.")
     for file in (run_dir / "cluster.json", token_file(run_dir)):
         file.unlink(missing_ok=True)
-    if not cluster and not found:
+    if not cluster and not folders_by_mark:
         return ""
     return f"{ended} process{'' if ended == 1 else 'es'} ended" + "".join(f", {folder} removed" for folder in folders)
 

@@ -34,11 +34,11 @@ def ready_to_start(path: Path) -> None:
 
 def content(path: Path) -> dict[str, Any]:
     """A cluster file's. The linter says more about one that is not as it should be."""
-    said = load_yaml(path, f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml")
-    provider = said.get("provider") if isinstance(said, dict) else None
-    if not isinstance(provider, dict) or not provider.get("type") or not said.get("cluster_name"):
+    cluster = load_yaml(path, f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml")
+    provider = cluster.get("provider") if isinstance(cluster, dict) else None
+    if not isinstance(provider, dict) or not provider.get("type") or not cluster.get("cluster_name"):
         raise UserError(f"{path} must have a cluster_name and a provider with a type, as files for `ray up` do.")
-    return dict(said)
+    return dict(cluster)
 
 
 def lacks_programs() -> Iterator[str]:

@@ -37,16 +37,16 @@ def route(path: Path) -> list[str]:
     from app.ray_internals.autoscaler import ssh_command  # takes half a second to import
 
     logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)  # else it tells how it keeps its books
-    said = io.StringIO()  # as it does on stdout
-    with redirect_stdout(said), redirect_stderr(said):
+    output = io.StringIO()  # as it does on stdout
+    with redirect_stdout(output), redirect_stderr(output):
         try:
-            way = ssh_command(yaml.safe_load(path.read_text()), str(path), CONNECT_S)
+            ssh = ssh_command(yaml.safe_load(path.read_text()), str(path), CONNECT_S)
         except Exception as error:  # of Ray, of Google's client, of the network: whatever `ray up` would show
-            words = str(error).strip() or said.getvalue().strip() or type(error).__name__
-            raise UserError(f"The head of {path} cannot be looked up: {words.splitlines()[-1]}") from None
-    if way is None:
+            sentence = str(error).strip() or output.getvalue().strip() or type(error).__name__
+            raise UserError(f"The head of {path} cannot be looked up: {sentence.splitlines()[-1]}") from None
+    if ssh is None:
         raise NoHead(f"No cluster is up by {path}. Start it with: {make_command('up', str(path))}")
-    options, target = way
+    options, target = ssh
     return ["ssh", *OURS, *options, target]
 
 
@@ -56,7 +56,7 @@ def tunnel(route: list[str], ports: Mapping[int, int]) -> Iterator[subprocess.Po
 
     What runs on the head reads from us until we are gone, so even our being killed ends the connection.
     """
-    forwards = [f"-L127.0.0.1:{here}:127.0.0.1:{there}" for here, there in ports.items()]
+    forwards = [f"-L127.0.0.1:{local_port}:127.0.0.1:{remote_port}" for local_port, remote_port in ports.items()]
     with tempfile.TemporaryFile() as errors:
         ssh = subprocess.Popen(
             [*route[:-1], *forwards, route[-1], "echo open; exec cat > /dev/null"],

@@ -120,7 +120,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         parent = psutil.Process(process.pid)
         tree = [parent, *parent.children(recursive=True)]
-        processes.end(lambda: [one for one in tree if not processes.dead(one)], GRACE_S)
+        processes.end(lambda: [child for child in tree if not processes.dead(child)], GRACE_S)
         process.wait()
 
 
@@ -163,11 +163,11 @@ def dashboard(path: Path, run_dir: Path, wanted: tuple[int | None, int | None]) 
 @contextmanager
 def opening(path: Path, ports: tuple[int, int]) -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether either of them has broken."""
-    here, api_here = ports
-    way = route(path)
-    with tunnel(way, {here: dashboard_port(content(path))}) as first:
-        api_there = api_port(Dashboard(f"http://127.0.0.1:{here}", str(path), authorization()))
-        with tunnel(way, {api_here: api_there}) as second:
+    dashboard_local, api_local = ports
+    ssh_command = route(path)
+    with tunnel(ssh_command, {dashboard_local: dashboard_port(content(path))}) as first:
+        api_remote = api_port(Dashboard(f"http://127.0.0.1:{dashboard_local}", str(path), authorization()))
+        with tunnel(ssh_command, {api_local: api_remote}) as second:
             yield lambda: first.poll() is not None or second.poll() is not None
 
 
