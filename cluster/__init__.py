@@ -1,5 +1,7 @@
-"""The verbs. A command of ours (`python -m cluster.deploy`) takes no module from where the user's PYTHONPATH points:
-that may be another Python's pydantic. An entry that names our own code stays, and nothing changes in a process of Ray.
+"""The commands behind the make verbs.
+
+A command such as `python -m cluster.deploy` ignores the user's PYTHONPATH, which may hold another Python's pydantic. An
+entry that names this repository stays. Ray's own processes are not affected.
 """
 
 import os
@@ -10,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def forget_strangers() -> None:
-    """What PYTHONPATH names beside our code: for this process and those that it starts."""
+    """Removes PYTHONPATH entries other than this repository, for this process and those that it starts."""
     named = [entry for entry in os.environ.pop("PYTHONPATH", "").split(os.pathsep) if entry]
     ours = [entry for entry in named if Path(entry).resolve() == ROOT]
     if ours:
@@ -20,5 +22,5 @@ def forget_strangers() -> None:
     sys.path[:] = [entry for entry in sys.path if entry == current_folder or os.path.abspath(entry) not in strangers]
 
 
-if sys.argv[:1] == ["-m"]:  # so it is while the packages of a module that is run are imported
+if sys.argv[:1] == ["-m"]:  # true while `python -m` imports the packages of its module
     forget_strangers()

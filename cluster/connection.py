@@ -1,6 +1,6 @@
-"""Where a cluster is: on this machine (`CLUSTER=local`), or where a file for `ray up` put it (`CLUSTER=cluster.yaml`).
+"""Connects to a cluster: the local one (`CLUSTER=local`), or the one that a cluster file describes (`CLUSTER=x.yaml`).
 
-Gives a Dashboard for either, so that whoever deploys need not know which it is.
+Both give a Dashboard, so that callers need not know which it is.
 """
 
 import os
@@ -20,12 +20,12 @@ from cluster.remote.tunnel import route, tunnel
 from cluster.terminal import make_command
 
 LOCAL = "local"
-DASHBOARD_PORT = 8265  # of a head whose start command names none
+DASHBOARD_PORT = 8265  # Ray's default
 
 
 @contextmanager
 def dashboard_of(cluster: str, run_dir: Path) -> Iterator[Dashboard]:
-    """The cluster's dashboard, while the block runs."""
+    """The cluster's dashboard. A tunnel to a remote one is open while the block runs."""
     if cluster == LOCAL:
         yield running(run_dir).dashboard
         return
@@ -39,10 +39,9 @@ def dashboard_of(cluster: str, run_dir: Path) -> Iterator[Dashboard]:
 
 
 def isolate(cluster: str, run_dir: Path) -> None:
-    """Takes from the environment what would lead Ray elsewhere. To be called before Ray is imported: it reads it once.
+    """Removes variables that would lead Ray to another cluster. Call it before Ray is imported, which reads them once.
 
-    A token that the environment names is taken out too: the local cluster has one of its own, and those elsewhere get
-    the one in the home.
+    It also removes a token: the local cluster has its own, and remote clusters use the one in the home folder.
     """
     token = auth_token.environment(local_token_file(run_dir)) if cluster == LOCAL else {"RAY_AUTH_MODE": "token"}
     ours = processes.environment(**token, RAY_USAGE_STATS_ENABLED="0")
@@ -51,7 +50,7 @@ def isolate(cluster: str, run_dir: Path) -> None:
 
 
 def reach(dashboard: Dashboard) -> str:
-    """Where the API is, in words for the user."""
+    """The address of the API, as a sentence for the user."""
     address = serve_address(dashboard.details())
     if dashboard.cluster == LOCAL:
         return address
@@ -65,7 +64,7 @@ def dashboard_port(cluster: dict[str, Any]) -> int:
 
 
 def authorization() -> dict[str, str]:
-    """The header by which Ray's dashboard knows us, from the file that the cluster got too."""
+    """The header with the token of remote clusters, read from the home folder."""
     try:
         token = token_file().read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -79,7 +78,7 @@ def authorization() -> dict[str, str]:
 
 @contextmanager
 def api_of(dashboard: Dashboard, details: Details) -> Iterator[str]:
-    """Where this machine reaches the API, while the block runs."""
+    """The URL of the API from this machine. A tunnel to a remote one is open while the block runs."""
     if dashboard.cluster == LOCAL:
         yield serve_address(details)
         return

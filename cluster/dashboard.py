@@ -1,4 +1,4 @@
-"""What a cluster's dashboard tells over HTTP about Serve: states, reasons, logs. Knows nothing of where it runs."""
+"""A client of Ray's dashboard: Serve's states, reasons of failures, logs. Knows nothing of where the cluster runs."""
 
 import json
 import re
@@ -16,20 +16,27 @@ Details = dict[str, Any]  # Serve's ServeInstanceDetails, as JSON
 TIMEOUT_S = 30.0
 REASON_LINES = 12
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-PLAIN_ERRORS = ("ValueError", "FileNotFoundError", "ValidationError", "RuntimeError")  # their sentence says it all
+PLAIN_ERRORS = (
+    "ValueError",
+    "FileNotFoundError",
+    "ValidationError",
+    "RuntimeError",
+)  # their message needs no class name
 
 
 class Refused(UserError):
-    """It is there, and asks for another token than ours."""
+    """The dashboard answers, but refuses our token."""
 
 
 @dataclass(frozen=True)
 class Dashboard:
     address: str
     cluster: str = "local"  # as the user's CLUSTER= named it
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # hold the token, which is told to nobody
+    headers: Mapping[str, str] = field(
+        default_factory=dict, repr=False
+    )  # they hold the token, so they are never printed
     what: str = "dashboard"
-    token_file: str = "~/.ray/auth_token"  # where the token in `headers` is from
+    token_file: str = "~/.ray/auth_token"  # of the token in `headers`
 
     @property
     def name(self) -> str:
@@ -63,7 +70,7 @@ class Dashboard:
             return details
 
     def log(self, place: Details, lines: int, follow: bool = False) -> Iterator[str]:
-        """The end of one log file, and with `follow` all that is added to it; nothing if it is not there yet."""
+        """The last lines of a log file, and with `follow` all that come; none if the file does not exist yet."""
         kind, timeout_s = ("stream", None) if follow else ("file", TIMEOUT_S)
         try:
             with self.open(f"/api/v0/logs/{kind}", timeout_s, lines=lines, **place) as answer:
@@ -76,7 +83,7 @@ class Dashboard:
 
 
 def log_places(replica: Details) -> Iterator[Details]:
-    """Where a replica's log is, and where all that it writes to stderr; the latter shows most of the former again."""
+    """The places of a replica's log and of its stderr, which repeats most of the log."""
     if replica.get("log_file_path"):
         yield {"node_id": replica["node_id"], "filename": replica["log_file_path"].lstrip("/")}
     if replica.get("actor_id"):
@@ -94,13 +101,13 @@ def serve_address(details: Details) -> str:
 
 
 def reason(message: str) -> str:
-    """What went wrong, out of a message that wraps it in tracebacks: the last exception's own words."""
+    """The reason within a message that wraps it in tracebacks: the text of the last exception."""
     message = COLOURS.sub("", message).strip()
     traceback, separator, lines_after = message.rpartition("Traceback (most recent call last):")
     if separator:
         lines = lines_after.splitlines()[1:]
         frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
-        lines = lines[frames[-1] :] if frames else lines  # Ray puts an actor's own ones after "The actor died ..."
+        lines = lines[frames[-1] :] if frames else lines  # the actor's own come after "The actor died ..."
         while lines and (not lines[0] or lines[0].startswith(" ")):  # the frames
             lines = lines[1:]
     else:

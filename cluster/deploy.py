@@ -1,8 +1,13 @@
-"""Puts a Serve config on the cluster and waits until it serves; tells how it fares; takes it off again.
+"""Deploys a Serve config and waits until it serves; shows its status; removes it.
 
-The request is the one that `serve deploy CONFIG` makes, by Ray's own client. What is added: the linter before it, the
-wait, the reason of a failure, what ran before instead of a config that fails, and a second try of a config that has
-failed, which Serve by itself takes for nothing new. Where the cluster is, only cluster/connection.py knows.
+The request is the one that `serve deploy CONFIG` sends, through Ray's own client. This module adds:
+
+- the linter, before anything is sent;
+- a wait until all applications serve, and the reason if one fails;
+- a rollback to the previous applications if the new config fails;
+- a retry of a config that failed before, which Serve alone would ignore as unchanged.
+
+Only cluster/connection.py knows where the cluster is.
 """
 
 import json
@@ -55,7 +60,7 @@ def deploy(dashboard: Dashboard, config: "ServeDeploySchema", path: Path, timeou
 def put_back(
     dashboard: Dashboard, before: Details, failed: Details, path: Path, failure: str, timeout_s: float
 ) -> NoReturn:
-    """Has Serve run again what ran before a config that fails at its start, which it would replace by nothing."""
+    """Rolls back: deploys the previous applications again, which the failed config has replaced by nothing."""
     previous = running_config(before, failed)
     if previous is None:
         raise UserError(failure)
@@ -76,9 +81,10 @@ def put_back(
 
 
 def running_config(before: Details, failed: Details) -> Details | None:
-    """What ran, with the options of Serve itself, which both have in common; None if nothing ran that a config made.
+    """The config of the applications that ran before, or None if no config had deployed any.
 
-    It also holds what the failed config leaves out: one that works would have replaced all of it.
+    Serve's own options are the same in both configs. The result includes applications that the failed config leaves
+    out: a config that works would have removed them.
     """
     apps = [
         app["deployed_app_config"]
@@ -95,7 +101,7 @@ def names_of(config: Details) -> list[str]:
 
 
 def lint_first(path: Path, cluster: str, run_dir: Path) -> None:
-    """Tells what cluster/config/lint.py says of a config and of what it is to run on, and stops at errors."""
+    """Lints a config together with its cluster file. Prints advice; raises UserError for errors."""
     from cluster.config.lint import refuse_errors  # imports the app and all of Ray's schemas, which takes seconds
 
     if cluster != LOCAL:
@@ -106,7 +112,7 @@ def lint_first(path: Path, cluster: str, run_dir: Path) -> None:
 
 
 def reload(cluster: str) -> str:
-    """A cluster elsewhere gets the code when it is brought up to date; its TPU nodes, when they start."""
+    """The command that loads changed code. A remote head gets code at `make up`, a TPU node when it starts."""
     return make_command("undeploy deploy") if cluster == LOCAL else make_command("down up deploy", cluster)
 
 
@@ -131,7 +137,7 @@ def read(path: Path, serve_port: int | None) -> "ServeDeploySchema":
 
 def check_http_options(before: Details, config: "ServeDeploySchema", path: Path, cluster: str) -> None:
     wanted = config.http_options.model_dump()
-    if serves(before):  # then Serve ignores another value, in silence
+    if serves(before):  # Serve silently ignores a changed value
         for option, value in wanted.items():
             if (current := before["http_options"].get(option, value)) != value:
                 keep = (
@@ -141,7 +147,7 @@ def check_http_options(before: Details, config: "ServeDeploySchema", path: Path,
                     f"http_options.{option} is {current} while Serve runs, and {path} wants {value}. "
                     f"Stop Serve first: {make_command('undeploy', cluster)}{keep}"
                 )
-    elif cluster == LOCAL and not processes.free(wanted["port"]):  # a head elsewhere has ports of its own
+    elif cluster == LOCAL and not processes.free(wanted["port"]):  # a remote head has its own ports
         raise UserError(
             f"Port {wanted['port']} (http_options.port in {path}) is taken by {processes.listener(wanted['port'])}. "
             f"Choose another one: make deploy SERVE_PORT={wanted['port'] + 1}"
@@ -151,13 +157,13 @@ def check_http_options(before: Details, config: "ServeDeploySchema", path: Path,
 
 
 def unchanged(before: Details, wanted: Details) -> list[str]:
-    """The applications that Serve will leave as they are."""
+    """The running applications whose config does not change."""
     running = {n: app["deployed_app_config"] for n, app in before["applications"].items() if app["status"] == "RUNNING"}
     return [name_of(app) for app in wanted["applications"] if running.get(name_of(app)) == app]
 
 
 def stuck(before: Details, wanted: Details) -> set[str]:
-    """The failed applications that Serve would not try again, or that have no replica to lose."""
+    """Failed applications to remove first: Serve would not retry them, or they have no running replica to lose."""
     apps = {name_of(app): app for app in wanted["applications"]}
     return {
         name
@@ -182,8 +188,8 @@ def client(dashboard: Dashboard) -> Any:
 
 
 def wait(dashboard: Dashboard, done: Callable[[Details], bool], timeout_s: float) -> float:
-    """Shows how the cluster fares until it is `done`; returns how long that took."""
-    news: dict[str, list[str]] = {}  # replica -> what it wrote last
+    """Shows progress until `done` is true of the details. Returns the seconds that it took."""
+    news: dict[str, list[str]] = {}  # replica -> last lines of its log
     with Progress() as progress:
         while not done(details := dashboard.details()):
             if progress.elapsed > timeout_s:
@@ -200,7 +206,9 @@ def rows(dashboard: Dashboard, details: Details, news: dict[str, list[str]]) -> 
             yield name, (app["status"].lower().replace("_", " "), "")
         for deployment, state in app["deployments"].items():
             detail = reason(state["message"]).partition("\n")[0]
-            if not detail or detail.endswith("to initialize."):  # "has taken more than 30s": its log says with what
+            if not detail or detail.endswith(
+                "to initialize."
+            ):  # "has taken more than 30s to initialize.": the log says why
                 for replica in replicas(app, "STARTING", deployment):
                     detail = latest(dashboard, replica, news)
             yield f"{name}/{deployment}", (counts(state), detail)
@@ -209,7 +217,7 @@ def rows(dashboard: Dashboard, details: Details, news: dict[str, list[str]]) -> 
 
 
 def latest(dashboard: Dashboard, replica: Details, news: dict[str, list[str]]) -> str:
-    """The last line a replica wrote, to its log or to stderr, whichever came last."""
+    """The newest line that a replica wrote to its log or to stderr."""
     known = news.setdefault(replica["replica_id"], [])
     for place in log_places(replica):
         for line in dashboard.log(place, lines=1):

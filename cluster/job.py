@@ -1,8 +1,7 @@
-"""Runs the modules of jobs/ on the cluster through Ray's Jobs API: submits one and follows it to its end, lists them,
-stops one. Knows nothing of what a job does.
+"""Submits, follows, lists and stops jobs through Ray's Jobs API. Knows nothing of what a job does.
 
-A job's process runs on the head, with the code that is here now; what it asks of the nodes is its own matter. Its
-relative paths start where the cluster has the repository: here for the local one, ~/imagine on a head elsewhere.
+A job is a module of jobs/. Its entrypoint runs on the head, with the code of this checkout. Relative paths of a job
+start at the repository on the cluster: this folder for the local cluster, ~/imagine on a remote head.
 """
 
 import asyncio
@@ -32,19 +31,19 @@ HOME_ELSEWHERE = "~/imagine"  # where the cluster files' file_mounts put the rep
 DEMO_JOBS = {"train_demo": "demo.train", "demo_quality": "demo.quality"}
 TRAVELS = ("app", "benchmarks", "capacity", "cluster", "configs", "demo", "jobs", "requirements", "serve_config.yaml")
 POLL_S = 0.5
-STOP_S = 20  # what a job has from our Ctrl-C until it is killed
+STOP_S = 20  # from Ctrl-C until Ray kills the job
 CONNECTION_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # a line per connection
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 def submit(dashboard: Dashboard, name: str, arguments: list[str], resources: dict[str, float]) -> str:
-    """Returns the id by which the cluster knows it."""
+    """Returns the submission id."""
     elsewhere = dashboard.cluster != LOCAL
     environment = {
         "IMAGINE_HOME": HOME_ELSEWHERE if elsewhere else str(ROOT),
-        "PYTHONUNBUFFERED": "1",  # so that progress is seen when it is made
+        "PYTHONUNBUFFERED": "1",  # shows progress at once
         "RAY_COLOR_PREFIX": "0",  # a log file has no colours
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that there is no PyTorch
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it advises to install PyTorch
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
     }
     try:
@@ -67,18 +66,18 @@ def packed() -> dict[str, Any]:
 
 
 def in_place() -> dict[str, Any]:
-    """On this machine the code is run where it is. The twin's nodes share a folder for what is packed, and each that
-    comes unpacks it anew there, under the feet of those that run from it."""
+    """A local job runs in this folder. The nodes of the local cluster share Ray's folder of unpacked code, and each new
+    node unpacks there again while others run from it."""
     return {"working_dir": f"local://{ROOT}"}
 
 
 def follow(dashboard: Dashboard, job: str) -> int:
-    """Prints what the job prints until it ends; the exit status is the job's own. Ctrl-C stops the job."""
+    """Prints the job's output until it ends, and returns its exit status. Ctrl-C stops the job."""
     say(f"Following {job}. Ctrl-C stops it. If this terminal goes, the job goes on, and to follow it again:")
     say(f"  {make_command(f'job ID={job}', dashboard.cluster)}")
     try:
         info = wait_for_start(dashboard, job)
-        asyncio.run(tell(dashboard, job))
+        asyncio.run(print_log(dashboard, job))
         while (info := details(dashboard, job)).status not in OVER:
             time.sleep(POLL_S)
     except KeyboardInterrupt:
@@ -96,13 +95,13 @@ def wait_for_start(dashboard: Dashboard, job: str) -> "JobDetails":
     return info
 
 
-async def tell(dashboard: Dashboard, job: str) -> None:
-    """The job's log as it grows. A connection that breaks is made again while the job runs."""
+async def print_log(dashboard: Dashboard, job: str) -> None:
+    """Prints the job's log as it grows. Connects again if the connection breaks while the job runs."""
     printed = 0
     while True:
         position = 0
         try:
-            async for text in client(dashboard).tail_job_logs(job):  # always from the log's beginning
+            async for text in client(dashboard).tail_job_logs(job):  # always from the start of the log
                 if position + len(text) > printed:
                     sys.stdout.write(text[max(0, printed - position) :])
                     sys.stdout.flush()
@@ -112,7 +111,7 @@ async def tell(dashboard: Dashboard, job: str) -> None:
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             if details(dashboard, job).status in OVER:
                 return
-            say(f"The connection to its log broke ({reason(str(error))}), and is made again.")
+            say(f"The connection to the log broke ({reason(str(error))}). Connecting again.")
             await asyncio.sleep(POLL_S)
 
 
@@ -122,7 +121,9 @@ def outcome(job: str, info: "JobDetails") -> int:
         say(f"{job} has succeeded after {took}.")
         return 0
     status = info.driver_exit_code
-    why = "" if status else f" {reason(info.message or 'It does not say why.')}"  # else its log has said why
+    why = (
+        "" if status else f" {reason(info.message or 'It does not say why.')}"
+    )  # otherwise its log has printed the reason
     say(f"{job} {'was stopped' if info.status == 'STOPPED' else 'has failed'} after {took}.{why}")
     return status or 1
 
@@ -186,7 +187,7 @@ def client(dashboard: Dashboard) -> "JobSubmissionClient":
 
 
 def modules() -> dict[str, str]:
-    """The module of each job by its name: those in jobs/ that have a `main`, and the making of the bundled model."""
+    """Maps a job's name to its module: all of jobs/ that have a `main`, and those that make the bundled model."""
     files = [file for file in (ROOT / "jobs").glob("*.py") if "\ndef main(" in file.read_text()]
     return {file.stem: f"jobs.{file.stem}" for file in sorted(files)} | DEMO_JOBS
 
@@ -204,7 +205,7 @@ def words(text: str) -> list[str]:
 
 
 def amounts(text: str) -> dict[str, float]:
-    """What the job's own process takes of a node, such as {"TPU": 4}; without any it runs on the head."""
+    """Resources of the job's entrypoint, such as {"TPU": 4}. Without any, it runs on the head."""
     try:
         resources: Any = json.loads(text or "{}")
     except ValueError:
@@ -218,9 +219,11 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("verb", choices=["run", "list", "stop"])
     parser.add_argument("--job", default="", help=f"run: one of {', '.join(sorted(modules()))}")
-    parser.add_argument("--arguments", default="", help="run: the job's own, as a shell would read them")
-    parser.add_argument("--resources", default="", help='run: what its process takes of a node, as JSON: {"TPU": 4}')
-    parser.add_argument("--id", default="", help="run: follow this one instead of submitting; stop: this one")
+    parser.add_argument("--arguments", default="", help="run: the arguments of the job, quoted as for a shell")
+    parser.add_argument("--resources", default="", help='run: resources of its entrypoint, as JSON: {"TPU": 4}')
+    parser.add_argument(
+        "--id", default="", help="run: the job to follow instead of submitting one; stop: the job to stop"
+    )
     parser.add_argument("--cluster", default=LOCAL, help="local, or a file for `ray up`")
     parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
     arguments = parser.parse_args()

@@ -1,5 +1,6 @@
-"""What Ray's autoscaler says of the nodes: which there are, which are to come, what failed. It is what `ray status`
-prints and the autoscaler logs, as the dashboard gives it. Knows nothing of where the cluster runs.
+"""The nodes as Ray's autoscaler reports them: running, pending, failed. Knows nothing of where the cluster runs.
+
+It reads the text of `ray status` and the autoscaler's log, both through the dashboard.
 """
 
 import json
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 from cluster.dashboard import Dashboard, Details
 from cluster.terminal import say
 
-LINES = 2000  # of the log, some ten minutes
-EVENTS = 20  # of those, that are told
+LINES = 2000  # of the log, about ten minutes
+EVENTS = 20  # printed at most
 POLL_S = 1.0
-# A line of monitor.log: when, how grave, where in the source, what. Those from these places tell what is done and why
-# it failed; the rest is the autoscaler's bookkeeping, several lines a second.
+# A line of monitor.log has a time, a level, a source file and a text. Only SOURCES report launches and failures; the
+# rest is bookkeeping, several lines a second.
 LINE = re.compile(r"\S+ (?P<time>[\d:]+),\d+\s+\w+ (?P<source>\w+)\.py:\d+ -- (?P<text>.*)")
 SOURCES = ("event_logger", "node_provider")
 INSTANCE = re.compile(r"[0-9a-f-]{36}: (\w+),.*")
@@ -41,7 +42,7 @@ def status(dashboard: Dashboard) -> Nodes:
 
 
 def parsed(text: str) -> Nodes:
-    """`ray status`: under "Node status" stand sections, a word and a colon, and their lines, indented."""
+    """Parses `ray status`: "Node status" has sections, each a word with a colon and indented lines below."""
     sections: dict[str, list[str]] = {}
     section = ""
     for line in text.partition("Node status")[2].partition("\n\n")[0].splitlines():
@@ -62,8 +63,10 @@ def past(dashboard: Dashboard) -> list[str]:
 
 
 def failure(past: list[str]) -> str:
-    """The last start that failed, unless one has succeeded since. (`ray status` does not say why, and counts each node
-    that has ended among its failures, also one that it ended itself.)"""
+    """The last failed launch, unless one has succeeded since.
+
+    `ray status` gives no reason, and counts every node that ended as a failure, even one that it ended itself.
+    """
     for event in reversed(past):
         if "  Launched " in event:
             break
@@ -73,7 +76,7 @@ def failure(past: list[str]) -> str:
 
 
 def monitor(dashboard: Dashboard, follow: bool) -> None:
-    """The nodes whenever they change, and what the autoscaler does; until interrupted, or what is known by now."""
+    """Prints the nodes and the autoscaler's events: once, or with `follow` whenever they change."""
     if not follow:
         for event in past(dashboard)[-EVENTS:]:
             say(event)
@@ -83,7 +86,7 @@ def monitor(dashboard: Dashboard, follow: bool) -> None:
     threading.Thread(target=listen, args=(dashboard, news.put), daemon=True).start()
     before = ""
     while True:
-        time.sleep(POLL_S)  # first, so that the past comes before the present
+        time.sleep(POLL_S)  # first, so that past events come before the present nodes
         current = "; ".join(status(dashboard).rows())
         while not news.empty():
             say(news.get())
@@ -92,13 +95,13 @@ def monitor(dashboard: Dashboard, follow: bool) -> None:
         before = current
 
 
-def listen(dashboard: Dashboard, tell: Callable[[str], None]) -> None:
+def listen(dashboard: Dashboard, receive: Callable[[str], None]) -> None:
     for event in events(dashboard.log(log_place(dashboard), lines=200, follow=True)):
-        tell(event)
+        receive(event)
 
 
 def events(lines: Iterator[str]) -> Iterator[str]:
-    """What is worth telling of the autoscaler's log, and once what it says again and again."""
+    """The events in the autoscaler's log, without direct repetitions."""
     before = ""
     for line in lines:
         match = LINE.match(line)

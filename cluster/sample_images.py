@@ -1,4 +1,4 @@
-"""Draws eight pictures through the API that is up, as any client would, and lays them out on one sheet."""
+"""Generates eight sample images through the running API, as any client would, and a contact sheet of them."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ from cluster.dashboard import serve_address
 from cluster.local.state import RUN_DIR, running
 from cluster.terminal import Progress, format_duration, say
 
-PROMPTS = (  # in the words of the bundled model, which demo/scenes.py lists
+PROMPTS = (  # of words that the bundled model knows, see demo/scenes.py
     "a red house under a yellow sun at dusk",
     "a blue boat by day",
     "a big green tree in the snow",
@@ -30,14 +30,14 @@ PROMPTS = (  # in the words of the bundled model, which demo/scenes.py lists
     "a purple umbrella on a grey background",
 )
 SEED = 1
-AT_ONCE = 4  # so that requests share steps, and the first pictures come soon
+CONCURRENCY = 4  # requests share steps, and the first images still come soon
 TIMEOUT_S = 300.0
 
 
 def draw(api: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, bytes] = {}
-    with Progress() as progress, ThreadPoolExecutor(AT_ONCE) as pool:
+    with Progress() as progress, ThreadPoolExecutor(CONCURRENCY) as pool:
         progress.show({"pictures": (f"0 of {len(PROMPTS)}", "")})
         waiting = {pool.submit(generate, api, prompt, SEED + i): (i, prompt) for i, prompt in enumerate(PROMPTS)}
         try:

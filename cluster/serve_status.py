@@ -1,4 +1,4 @@
-"""What the states mean that a dashboard tells of Serve's applications: whether they serve, why not, in words."""
+"""Interprets the application states that the dashboard reports: whether all serve, and if not, why."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ from cluster.dashboard import Details, reason
 
 
 class Failed(UserError):
-    """An application will not start, and this is why."""
+    """An application failed to start; the message is the reason."""
 
 
 def ready(details: Details, names: list[str]) -> bool:
-    """Whether all of them serve. An application that has failed ends the wait, with the reason."""
+    """Whether all of these applications serve. Raises Failed if one has failed."""
     apps = {name: details["applications"].get(name) for name in names}
     for name, app in apps.items():
         if app and app["status"] == "DEPLOY_FAILED":
@@ -26,7 +26,7 @@ def ready(details: Details, names: list[str]) -> bool:
 
 
 def settled(deployment: Details) -> bool:
-    """As many replicas as the config says; how many more load has asked for is not what a deployment waits for."""
+    """Whether it has the replicas that its config wants. Replicas that the autoscaler adds are not waited for."""
     return bool(deployment["status"] == "HEALTHY" or deployment["status_trigger"] == "AUTOSCALING")
 
 

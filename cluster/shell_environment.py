@@ -1,6 +1,8 @@
-"""What plain `ray`, `serve` and `curl` need to know to speak with the local cluster, for `eval` or in a shell.
+"""Environment variables with which plain `ray`, `serve` and `curl` reach the local cluster.
 
-eval "$(make -s address)"
+    eval "$(make -s address)"
+
+Prints them for a shell, or starts a shell that has them.
 """
 
 import os
@@ -17,11 +19,11 @@ from cluster.terminal import say
 
 def variables(cluster: Cluster) -> dict[str, str]:
     return {
-        "RAY_ADDRESS": cluster.gcs_address,  # `ray status` and ray.init(), which do not take the dashboard's
+        "RAY_ADDRESS": cluster.gcs_address,  # for `ray status` and ray.init()
         "RAY_API_SERVER_ADDRESS": cluster.address,  # `ray job`, `ray list`
         "RAY_DASHBOARD_ADDRESS": cluster.address,  # `serve`
-        **auth_token.environment(cluster.token_file),  # the file, and not what is in it
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray takes another address for 127.0.0.1
+        **auth_token.environment(cluster.token_file),  # the path of the token, not the token
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray replaces 127.0.0.1
         "IMAGINE_URL": serve_address(cluster.dashboard.details()),  # curl "$IMAGINE_URL/v1/models"
         **processes.past_proxies(),
     }
@@ -37,12 +39,12 @@ def export(cluster: Cluster) -> None:
 
 
 def strays(ours: Mapping[str, str]) -> list[str]:
-    """What another cluster may have left in a shell, and would lead Ray past ours."""
+    """Token variables of another cluster, which a shell may still have."""
     return [name for name in auth_token.VARIABLES if name not in ours]
 
 
 def tell(variables: Mapping[str, str], unset: Sequence[str]) -> None:
-    """Lines for a shell's `eval`."""
+    """Prints lines for a shell's `eval`."""
     if unset:
         say(f"unset {' '.join(unset)}")
     for name, value in variables.items():
@@ -50,7 +52,7 @@ def tell(variables: Mapping[str, str], unset: Sequence[str]) -> None:
 
 
 def attach(cluster: Cluster) -> None:
-    """Becomes a shell, which ends as shells do."""
+    """Replaces this process by a shell."""
     ours = variables(cluster)
     environment = {name: value for name, value in os.environ.items() if name not in strays(ours)} | ours
     environment["PATH"] = f"{path()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

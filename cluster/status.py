@@ -1,6 +1,6 @@
-"""What is up, deployed and healthy: Ray's word for it, and that of the API itself, which is asked.
+"""Shows what is up, deployed and healthy, as Ray reports it and as the API itself answers.
 
-Serve calls an application running whose proxy or ingress has died a moment ago, or hangs.
+The API is asked because Serve reports an application as running for a while after its proxy or ingress died or hangs.
 """
 
 import json
@@ -18,8 +18,8 @@ from cluster.dashboard import Dashboard, Details, serves
 from cluster.serve_status import counts, why
 from cluster.terminal import make_command, say
 
-ANSWER_S = 8.0  # an ingress that knows no replica says so after 5
-STARTING = ("NOT_STARTED", "DEPLOYING", "DELETING")  # where an API that does not answer is no fault
+ANSWER_S = 8.0  # an ingress without a replica answers after 5 s
+STARTING = ("NOT_STARTED", "DEPLOYING", "DELETING")  # states in which an API need not answer yet
 
 
 class Health(NamedTuple):
@@ -28,7 +28,7 @@ class Health(NamedTuple):
 
 
 def status(dashboard: Dashboard, uptime: str) -> None:
-    """Raises UserError, with all that is wrong, if something that is deployed does not serve."""
+    """Raises UserError with all faults if something that is deployed does not serve."""
     details = dashboard.details()
     failure = nodes.failure(nodes.past(dashboard))
     rows = [*nodes.status(dashboard).rows(), *([f"last failure: {failure}"] if failure else [])]
@@ -61,7 +61,7 @@ def prefix_of(app: Details) -> str:
 
 
 def health_of(url: str) -> Health:
-    """Any answer but a server's error is one: an application that is not ours may have no such route."""
+    """An application is healthy unless it answers with a server error: other people's may have no such route."""
     began = time.monotonic()
     try:
         with urlopen(url, timeout=ANSWER_S) as answer:
@@ -77,7 +77,7 @@ def health_of(url: str) -> Health:
 
 
 def message_of(error: HTTPError) -> str:
-    """In OpenAI's shape, as our API has it, or what a proxy writes."""
+    """The message of an error in OpenAI's format, as our API sends it, or the text of a proxy's error."""
     text = error.read(2000).decode(errors="replace")
     try:
         return str(json.loads(text)["error"]["message"])

@@ -1,7 +1,6 @@
-"""What the local cluster's autoscaler is told: the node types of a file for `ray up`, as Ray would complete them, with
-a provider that starts nodes on this machine in place of Google's, and how the pretended Google behaves.
+"""The config of the local cluster's autoscaler: the node types of a cluster file, with a local node provider.
 
-Knows nothing of processes; cluster/local/node_provider.py does what is written here.
+It also holds the timings and failures that the local node provider imitates. Knows nothing of processes.
 """
 
 from collections.abc import Mapping
@@ -24,12 +23,12 @@ BOUNDS = {"idle_minutes": (0.05, 1440.0), "launch_s": (0.0, 3600.0), "stock_out"
 
 @dataclass(frozen=True)
 class Timings:
-    """How long things take and how often they fail; each has an option of `make up` by its name in capitals."""
+    """Delays and failures of the local cloud. Each is an option of `make up` by its name in capitals."""
 
-    idle_minutes: float | None = None  # until an idle node beyond min_workers goes; None: as the file says
-    launch_s: float = 0.0  # from the order of a node to its start
-    stock_out: float = 0.0  # how likely an order is refused, as when Google has no TPU left
-    preemption: float = 0.0  # how likely a node is taken away within a minute
+    idle_minutes: float | None = None  # until an idle node is removed; None: as in the cluster file
+    launch_s: float = 0.0  # from the request for a node to its start
+    stock_out: float = 0.0  # probability that a request for a node is refused
+    preemption: float = 0.0  # probability that a node is preempted within a minute
 
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():
@@ -42,7 +41,7 @@ class Timings:
 
 
 def timings(options: Mapping[str, str], before: Timings) -> Timings:
-    """Those of `before`, but for what is given."""
+    """`before` with the options applied."""
     values = asdict(before)
     for name, text in options.items():
         try:
@@ -55,10 +54,10 @@ def timings(options: Mapping[str, str], before: Timings) -> Timings:
 
 @dataclass(frozen=True)
 class NodeTypes:
-    """What a cluster file says of nodes, as far as it can be had on one machine."""
+    """The node types of a cluster file, without what only Google Cloud has."""
 
     file: str
-    head: str  # its name
+    head: str  # name of the head's type
     types: dict[str, dict[str, Any]]
     most_workers: int
     idle_minutes: float
@@ -93,15 +92,15 @@ def read(path: Path) -> NodeTypes:
 
 
 def autoscaling(types: NodeTypes, behaviour: Timings, **provider: object) -> dict[str, Any]:
-    """A file for `ray start --autoscaling-config`. Ray reads it anew every second, and so does the provider."""
+    """The content for `ray start --autoscaling-config`. Ray and the provider read the file every second."""
     return {
-        "cluster_name": "twin",
+        "cluster_name": "local",
         "max_workers": types.most_workers,
         "idle_timeout_minutes": types.idle_minutes if behaviour.idle_minutes is None else behaviour.idle_minutes,
         "provider": {
             "type": "external",
             "module": PROVIDER,
-            "disable_node_updaters": True,  # which would log in by SSH
+            "disable_node_updaters": True,  # they would log in by SSH
             "launch_multiple": True,
             "head_node_id": types.head,
             "head_node_type": types.head,
@@ -118,5 +117,5 @@ def autoscaling(types: NodeTypes, behaviour: Timings, **provider: object) -> dic
 
 
 def write(config: dict[str, Any], path: Path) -> None:
-    """At one go, as it may be read at any moment."""
+    """Replaces the file atomically, as Ray may read it at any moment."""
     ownership.write(path, yaml.safe_dump(config, sort_keys=False))

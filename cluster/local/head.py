@@ -1,6 +1,6 @@
-"""Starts the head of the local cluster, with Ray's own autoscaler, and waits for the nodes that this adds.
+"""Starts the head of the local cluster with Ray's own autoscaler, and waits for the nodes that the autoscaler adds.
 
-All of it listens on loopback only, in a folder of its own, under the cluster's mark.
+The head listens on loopback only and has its own folder. All its processes carry the cluster's mark.
 """
 
 import json
@@ -30,11 +30,11 @@ def start(cluster: Cluster, types: NodeTypes) -> Cluster:
     cluster.save()
     auth_token.create(cluster.token_file)
     with ownership.private():
-        cluster.temp_dir.mkdir(mode=0o700)  # Ray opens its own folder to all users; this one above it stays ours
+        cluster.temp_dir.mkdir(mode=0o700)  # Ray's folder is open to all users, so the one above it is not
         configure(cluster, types)
         log = cluster.temp_dir / "start.log"
         output = log.open("w")
-    with output, Progress() as progress:  # what runs there makes files as the user is used to: a job's output is theirs
+    with output, Progress() as progress:  # outside private(): files of jobs get the user's own umask
         starting = subprocess.Popen(
             command(cluster, types),
             env=environment(cluster) | {"RAY_NODE_TYPE_NAME": types.head, "RAY_CLOUD_INSTANCE_ID": types.head},
@@ -42,7 +42,7 @@ def start(cluster: Cluster, types: NodeTypes) -> Cluster:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # the terminal's Ctrl-C and hang-up are not for the cluster
+            start_new_session=True,  # Ctrl-C and a closed terminal do not end the cluster
         )
         while starting.poll() is None:
             if progress.elapsed > START_TIMEOUT_S:
@@ -54,10 +54,10 @@ def start(cluster: Cluster, types: NodeTypes) -> Cluster:
     cluster = replace(cluster, processes=tuple(processes.record(process) for process in of_the_head(cluster)))
     if cluster.missing:
         if "dashboard" in cluster.missing:
-            refuse_taken(cluster.dashboard_port)  # somebody may have taken it meanwhile
+            refuse_taken(cluster.dashboard_port)  # perhaps another process took it meanwhile
         raise UserError(f"Ray did not start: {', '.join(sorted(cluster.missing))} ended at once. {last_words(log)}")
     cluster.save()
-    say(f"The local Ray is up in {progress.elapsed:.0f} s, a twin of {shown(types)}. Dashboard: {cluster.address}")
+    say(f"The local Ray is up in {progress.elapsed:.0f} s with {shown(types)}. Dashboard: {cluster.address}")
     say('Plain serve, ray and curl reach it after: eval "$(make -s address)"')
     return cluster
 
@@ -80,7 +80,7 @@ def configure(cluster: Cluster, types: NodeTypes) -> None:
 
 
 def of_the_head(cluster: Cluster) -> list[psutil.Process]:
-    """All but the nodes that the autoscaler may have started already, which are its children."""
+    """The head's processes, without the nodes that the autoscaler may have started, which are its children."""
     own = cluster.search()
     others = {
         child
@@ -103,7 +103,7 @@ def shown(types: NodeTypes) -> str:
 
 
 def wait_for_nodes(cluster: Cluster) -> None:
-    """Until those are there that always should be; a cloud that has none for now is no failure."""
+    """Waits until every type has its min_workers. Gives up without an error, as the autoscaler goes on trying."""
     types = yaml.safe_load(cluster.config_file.read_text())["available_node_types"]
     wanted = {name: node_type["min_workers"] for name, node_type in types.items() if node_type["min_workers"]}
     dashboard = cluster.dashboard
@@ -116,7 +116,7 @@ def wait_for_nodes(cluster: Cluster) -> None:
             counts = {f"{name} nodes": f"{current.running.get(name, 0)} of {count}" for name, count in short.items()}
             if cluster.timings.stock_out == 1 or progress.elapsed > NODES_TIMEOUT_S + cluster.timings.launch_s:
                 summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-                say(f"Of the nodes that should be there, there are: {summary}. It goes on trying; see: make monitor")
+                say(f"Not all nodes have started: {summary}. The autoscaler goes on trying; see: make monitor")
                 return
             progress.show({name: (count, "; ".join(current.pending)) for name, count in counts.items()})
             time.sleep(0.5)
@@ -129,7 +129,7 @@ def command(cluster: Cluster, types: NodeTypes) -> list[str]:
         "node-ip-address": "127.0.0.1",
         "dashboard-host": "127.0.0.1",
         "dashboard-port": cluster.dashboard_port,
-        "min-worker-port": 0,  # the system gives each worker a free port
+        "min-worker-port": 0,  # 0: any free port
         "max-worker-port": 0,
         "num-cpus": head["resources"].get("CPU", 0),
         "resources": json.dumps(resources),
@@ -146,30 +146,30 @@ def environment(cluster: Cluster) -> dict[str, str]:
     bin_dir = Path(sys.executable).parent
     return processes.environment(
         **{processes.MARK: cluster.mark},
-        PATH=f"{bin_dir}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # a job's `python` is this one
-        PYTHONPATH=str(ROOT),  # `app.builders` is importable wherever Serve builds or runs it
-        JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", "cpu"),  # the TPU is only said to be there
-        **auth_token.environment(cluster.token_file),  # whoever asks without it could run code as us
-        TMPDIR=str(cluster.temp_dir),  # Ray's dashboard makes sockets there, and a longer path than 75 has no room
+        PATH=f"{bin_dir}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # a job's `python` is ours
+        PYTHONPATH=str(ROOT),  # Serve can import `app.builders` in every process
+        JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", "cpu"),  # nodes declare TPUs that do not exist
+        **auth_token.environment(cluster.token_file),  # without a token, any local user could run code as us
+        TMPDIR=str(cluster.temp_dir),  # Ray's dashboard makes sockets there, so the path must be shorter than 75
         RAY_USAGE_STATS_ENABLED="0",
         **{processes.PROXY_CALLBACK: processes.PROXY_GUARDS},
-        # Without this Ray takes 127.0.0.1 for a mistake and binds to the machine's address on the network.
+        # Without this Ray replaces 127.0.0.1 by the machine's address on the network.
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
         RAY_preload_python_modules="cluster.closed_port",
-        RAY_FAKE_CLUSTER="1",  # without which Ray's local provider refuses to work
-        RAY_enable_autoscaler_v2="1",  # as `ray up` has it on Google Cloud
-        AUTOSCALER_UPDATE_INTERVAL_S="1",  # asking this machine costs little
-        # Serve's own values find a dead proxy after 28 s, and let a frozen replica keep its chips until it has drained.
+        RAY_FAKE_CLUSTER="1",  # Ray's fake node provider requires it
+        RAY_enable_autoscaler_v2="1",  # as `ray up` sets it on Google Cloud
+        AUTOSCALER_UPDATE_INTERVAL_S="1",  # seconds; cheap on this machine
+        # With Serve's defaults a dead proxy is noticed after 28 s, and a frozen replica keeps its chips until drained.
         RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S="2",
         RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="5",
         RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS="1",
-        # A job's driver on a node would have as many workers started as the node says it has CPUs.
+        # Otherwise a job's driver starts as many workers as its node declares CPUs.
         RAY_prestart_worker_first_driver="0",
         **{name: str(cluster.ports[name]) for name in PORT_VARIABLES},
     )
 
 
 def last_words(log: Path) -> str:
-    """The last line that Ray wrote, which in a traceback is what went wrong."""
+    """The last line of Ray's output. In a traceback it is the error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return f"It says: {lines[-1]}" if lines else ""

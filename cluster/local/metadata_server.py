@@ -1,8 +1,8 @@
-"""What the local twin has for Google's metadata server: tells each node's watcher whether the node is taken away.
+"""The local cluster's imitation of Google's metadata server, which tells a node whether it will be preempted.
 
-GET /NODE/KEY answers as Google's own does: at once or, with wait_for_change, when the value changes. PUT
-/NODE/preempted has the twin take the node away, and GET / lists the nodes: both want the cluster's token, as all that
-others on this machine could do to the cluster. Knows nothing of Ray.
+GET /NODE/KEY answers as Google's server does: at once or, with wait_for_change, when the value changes. GET / lists the
+nodes, and PUT /NODE/preempted preempts one. These two need the cluster's token, as other users of this machine may not
+control the cluster. Knows nothing of Ray.
 """
 
 import hmac
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-VALUES = {"preempted": "FALSE", "maintenance-event": "NONE"}  # of a node that nobody takes away
+VALUES = {"preempted": "FALSE", "maintenance-event": "NONE"}  # of a node that is not preempted
 WAIT_S = 60.0
 
 
@@ -35,7 +35,7 @@ class Metadata:
         return "TRUE" if key == "preempted" and node in self.taken else VALUES[key]
 
     def value_that_differs(self, node: str, key: str, tag: str, timeout_s: float) -> str:
-        """The value, which is its own tag, once it is no longer `tag`, or after `timeout_s`."""
+        """The value once it differs from `tag`, or after `timeout_s`. A value is its own tag."""
         until = time.monotonic() + timeout_s
         with self.changed:
             while (value := self.value(node, key)) == tag and (left_s := until - time.monotonic()) > 0:
@@ -50,7 +50,7 @@ class Metadata:
 
 
 def seconds(text: str) -> float:
-    """Of a question that may wait; no longer than Google's own would."""
+    """The timeout of a request that waits; at most that of Google's server."""
     try:
         wanted = float(text)
     except ValueError:
@@ -63,7 +63,7 @@ def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             if url.path == "/":
-                if self.knows_us():
+                if self.authorized():
                     self.answer(200, json.dumps(metadata.nodes()))
                 return
             node, key = self.node_and_key(url.path)
@@ -76,7 +76,7 @@ def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
             self.answer(200, value, {"ETag": value})
 
         def do_PUT(self) -> None:
-            if not self.knows_us():
+            if not self.authorized():
                 return
             node, key = self.node_and_key(urlsplit(self.path).path)
             if key != "preempted" or node not in metadata.nodes():
@@ -85,11 +85,11 @@ def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
             metadata.preempt(node)
             self.answer(200, "TRUE")
 
-        def knows_us(self) -> bool:
+        def authorized(self) -> bool:
             sent = self.headers.get("Authorization", "").encode()
             known = bool(metadata.token) and hmac.compare_digest(sent, f"Bearer {metadata.token}".encode())
             if not known:
-                self.answer(403 if sent else 401, "The cluster's token is wanted.")
+                self.answer(403 if sent else 401, "The cluster's token is required.")
             return known
 
         def node_and_key(self, path: str) -> tuple[str, str]:
@@ -105,6 +105,6 @@ def handler(metadata: Metadata) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """The watcher logs what it is told."""
+            """Nothing: the watcher logs each answer."""
 
     return Handler

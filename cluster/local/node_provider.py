@@ -1,8 +1,10 @@
-"""The local twin's Google: starts and ends nodes on this machine when Ray's autoscaler, in whose process it lives, says
-so, and is now and then out of stock or takes a node away, as it is told to in the file that the autoscaler reads.
+"""The node provider of the local cluster: starts and ends nodes on this machine as Ray's autoscaler requests.
+
+It runs in the autoscaler's process. It also imitates Google Cloud's stock-outs and preemptions, with the probabilities
+in the autoscaler's config file.
 
 A node is a real raylet with a watcher beside it (cluster/node_watcher.py), as on Google Cloud. All processes inherit
-the cluster's mark, so `make down` finds them whatever became of this one. Knows nothing of Serve.
+the cluster's mark, so `make down` finds them even if this process has died. Knows nothing of Serve.
 """
 
 import copy
@@ -36,14 +38,14 @@ from cluster.local.metadata_server import Metadata
 
 logger = logging.getLogger(__name__)
 
-OBJECT_STORE_BYTES = 128 << 20  # several nodes share a laptop's memory, and pictures are small
-NOTICE_S = 30.0  # which Google gives before it takes a spot machine
-GRACE_S = 3.0  # for a node that ends in order
+OBJECT_STORE_BYTES = 128 << 20  # small, as several nodes share a laptop's memory
+NOTICE_S = 30.0  # Google's notice before it preempts a spot machine
+GRACE_S = 3.0  # for a node to end by itself
 LOOK_S = 1.0
 
 
 class OutOfStock(Exception):
-    """As Google words it, so that what is made of it here is what will be made of it there."""
+    """A launch failure. Its message is like Google's, so that the autoscaler reports both alike."""
 
 
 class LocalNodeProvider(FakeMultiNodeProvider):
@@ -54,15 +56,13 @@ class LocalNodeProvider(FakeMultiNodeProvider):
         self.config_file = Path(provider_config["config_file"])
         self.gcs_address = str(provider_config["gcs_address"])
         self._nodes[self._head_node_id]["tags"][TAG_RAY_USER_NODE_TYPE] = provider_config["head_node_type"]
-        self.going: dict[
-            str, float
-        ] = {}  # nodes that are taken away, and when; under its lock, as notices come by HTTP
-        self.going_lock = threading.Lock()
+        self.preempted: dict[str, float] = {}  # node -> when it ends; notices come from HTTP threads
+        self.preempted_lock = threading.Lock()
         sent, _ = auth_token.of_this_process()
         self.metadata = Metadata(self.workers, self.preempt, sent)
         self.metadata_port = int(provider_config["metadata_port"])
         self.server = self.metadata.serve(self.metadata_port)
-        threading.Thread(target=self.live, daemon=True).start()
+        threading.Thread(target=self.preempt_forever, daemon=True).start()
 
     def timings(self) -> Timings:
         return Timings(**yaml.safe_load(self.config_file.read_text())["provider"]["timings"])
@@ -71,7 +71,7 @@ class LocalNodeProvider(FakeMultiNodeProvider):
         with self.lock:
             return [node_id for node_id in self._nodes if node_id != self._head_node_id]
 
-    # What the autoscaler asks for
+    # Called by the autoscaler
 
     def create_node_with_resources_and_labels(
         self,
@@ -84,11 +84,11 @@ class LocalNodeProvider(FakeMultiNodeProvider):
         time.sleep(self.timings().launch_s)
         for _ in range(count):
             if random.random() < self.timings().stock_out:
-                raise OutOfStock(f"There is no more capacity for {tags[TAG_RAY_USER_NODE_TYPE]} (the twin's STOCK_OUT)")
+                raise OutOfStock(f"There is no more capacity for {tags[TAG_RAY_USER_NODE_TYPE]} (STOCK_OUT)")
             self.start(tags, resources, labels)
 
     def start(self, tags: dict[str, str], resources: dict[str, float], labels: dict[str, str]) -> None:
-        # One at a time: raylets that start together on one machine get into each other's way.
+        # One at a time: raylets that start together on one machine disturb each other.
         with self.lock:
             self._next_node_id += 1
             node_type = tags[TAG_RAY_USER_NODE_TYPE]
@@ -110,40 +110,40 @@ class LocalNodeProvider(FakeMultiNodeProvider):
     def _terminate_node(self, node: dict[str, Any]) -> None:
         end(node["node"], GRACE_S)
 
-    # What Google does unasked
+    # What the cloud does by itself
 
-    def live(self) -> None:
+    def preempt_forever(self) -> None:
         while True:
             time.sleep(LOOK_S)
             try:
-                self.take_away(time.monotonic(), random.random)
+                self.preempt_some(time.monotonic(), random.random)
             except Exception:
-                logger.exception("The twin's Google stumbled, and goes on")
+                logger.exception("Preempting nodes failed; trying again")
 
-    def take_away(self, now: float, chance: Callable[[], float]) -> None:
-        a_look = 1 - (1 - self.timings().preemption) ** (LOOK_S / 60)
+    def preempt_some(self, now: float, chance: Callable[[], float]) -> None:
+        probability = 1 - (1 - self.timings().preemption) ** (LOOK_S / 60)
         for node_id in self.workers():
-            if node_id not in self.going and chance() < a_look:
+            if node_id not in self.preempted and chance() < probability:
                 self.preempt(node_id)
         for node_id in self.due(now):
             with self.lock:
-                if node := self._nodes.pop(node_id, None):  # else the autoscaler was quicker, as Ray had ended on it
+                if node := self._nodes.pop(node_id, None):  # otherwise the autoscaler has ended it already
                     end(node["node"], grace_s=0)
-                    logger.info("Took away %s", node_id)
+                    logger.info("Preempted %s", node_id)
 
     def preempt(self, node_id: str) -> None:
-        """Gives notice; the node goes when it has passed."""
-        logger.info("Taking away %s in %.0f s", node_id, NOTICE_S)
-        with self.going_lock:
-            self.going.setdefault(node_id, time.monotonic() + NOTICE_S)
+        """Gives a node notice. It ends when the notice has passed."""
+        logger.info("Preempting %s in %.0f s", node_id, NOTICE_S)
+        with self.preempted_lock:
+            self.preempted.setdefault(node_id, time.monotonic() + NOTICE_S)
         self.metadata.take(node_id)
 
     def due(self, now: float) -> list[str]:
-        """Those whose notice has passed; they are no longer kept."""
-        with self.going_lock:
-            due = [node_id for node_id, when in self.going.items() if when <= now]
+        """Takes out the nodes whose notice has passed."""
+        with self.preempted_lock:
+            due = [node_id for node_id, when in self.preempted.items() if when <= now]
             for node_id in due:
-                del self.going[node_id]
+                del self.preempted[node_id]
         return due
 
 
@@ -160,10 +160,10 @@ def parameters(
         num_gpus=int(rest.pop("GPU", 0)),
         object_store_memory=OBJECT_STORE_BYTES,
         resources=rest,
-        labels={**labels, "ray.io/node-group": node_type},  # else the head's, whose environment this process has
+        labels={**labels, "ray.io/node-group": node_type},  # otherwise the head's, from the environment of this process
         redis_address=gcs_address,
         gcs_address=gcs_address,
-        include_log_monitor=False,  # type: ignore[arg-type]  # the head's reads the same folder
+        include_log_monitor=False,  # type: ignore[arg-type]  # the head's log monitor reads the same folder
         env_vars={"RAY_CLOUD_INSTANCE_ID": node_id, "RAY_NODE_TYPE_NAME": node_type},
     )
 
@@ -182,7 +182,7 @@ def watch(node: Node, metadata: str) -> None:
 
 
 def end(node: Node, grace_s: float) -> None:
-    """All that runs on it: with some grace in order, and with none as when a machine is switched off."""
+    """Ends all processes of a node. Without grace they are killed, as if the machine were switched off."""
     processes: list[psutil.Process] = []
     for info in node.all_processes.get(PROCESS_TYPE_RAYLET, ()):
         try:

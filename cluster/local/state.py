@@ -1,5 +1,6 @@
-"""What the local cluster is and where: its ports, its folder, its processes, as cluster.json in the run directory keeps
-them. Knows nothing of how it is started.
+"""The state of the local cluster: ports, folder and processes, saved as cluster.json in the run directory.
+
+Knows nothing of how a cluster is started.
 """
 
 import json
@@ -22,8 +23,8 @@ from cluster.processes import Recorded
 RUN_DIR = ROOT / ".run"
 CLUSTER_FILE = ROOT / "cluster.yaml"
 DASHBOARD_PORT = 8265  # where `serve` and `ray job` look by default
-VITAL = {"gcs_server", "raylet", "dashboard", "monitor"}  # of the head; nodes may come and go
-# Ray's ports that nobody needs to know beforehand: options of `ray start`, and two that only an environment can set.
+VITAL = {"gcs_server", "raylet", "dashboard", "monitor"}  # processes of the head
+# Ray's other ports, which we choose at random: options of `ray start`, and two that are environment variables.
 PORT_OPTIONS = (
     *("port", "ray-client-server-port", "node-manager-port", "object-manager-port", "metrics-export-port"),
     *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
@@ -41,9 +42,9 @@ class Cluster:
     temp_dir: Path
     dashboard_port: int
     ports: dict[str, int]  # PORT_OPTIONS, PORT_VARIABLES and METADATA_PORT
-    file: str  # whose node types it has
+    file: str  # the cluster file with its node types
     timings: Timings = Timings()
-    processes: tuple[Recorded, ...] = ()  # the head's; empty until it is up
+    processes: tuple[Recorded, ...] = ()  # of the head; empty until it is up
 
     @property
     def address(self) -> str:
@@ -55,7 +56,7 @@ class Cluster:
 
     @property
     def config_file(self) -> Path:
-        """What the autoscaler reads."""
+        """The autoscaler reads this file."""
         return self.temp_dir / "autoscaling.yaml"
 
     @property
@@ -64,7 +65,7 @@ class Cluster:
 
     @property
     def headers(self) -> dict[str, str]:
-        """By which it knows its owner. Raises UserError where the token cannot be had."""
+        """The header with the cluster's token. Raises UserError if the token cannot be read."""
         return auth_token.bearer(auth_token.read_local(self.token_file))
 
     @property
@@ -73,7 +74,7 @@ class Cluster:
 
     @property
     def missing(self) -> set[str]:
-        """The vital processes that do not run."""
+        """The vital processes that no longer run."""
         return VITAL - {process.name for process in self.processes if processes.find(process)}
 
     @property
@@ -88,7 +89,7 @@ class Cluster:
 
     @classmethod
     def load(cls, run_dir: Path) -> Self | None:
-        """Raises UserError where another user wrote it: whoever believes it may end processes and remove folders."""
+        """Raises UserError if another user wrote the file: its reader ends processes and removes folders."""
         try:
             state: dict[str, Any] = json.loads(ownership.read(run_dir / "cluster.json"))
             return cls(
@@ -110,7 +111,7 @@ def token_file(run_dir: Path) -> Path:
 
 
 def running(run_dir: Path) -> Cluster:
-    """The cluster that `up` started here, or a sentence about why there is none."""
+    """The cluster that `up` started. Raises UserError if there is none."""
     cluster = Cluster.load(run_dir)
     if not cluster:
         raise UserError("No cluster is up in this checkout. Start one with: make up")
@@ -127,6 +128,6 @@ def new(run_dir: Path, dashboard_port: int, file: Path = CLUSTER_FILE) -> Cluste
 
 
 def temp_dir_of(mark: str) -> Path:
-    """Short, because Ray adds some 70 characters to it and a socket's path may have 103 (macOS) or 107 (Linux)."""
+    """A short path: Ray adds about 70 characters, and a socket's path may have 103 (macOS) or 107 (Linux)."""
     base = Path(tempfile.gettempdir())
     return (base if len(str(base)) <= 12 else Path("/tmp")) / f"imagine-{mark[-8:]}"

@@ -1,8 +1,10 @@
-"""The local twin of a cluster on Google Cloud: `up` starts a head here and Ray's own autoscaler, which adds and removes
-nodes of the types that a cluster file declares, each a real raylet on this machine; `down` ends exactly those.
+"""The local cluster: a Ray cluster on this machine with the node types of a cluster file for Google Cloud.
 
-All of it listens on loopback only. What it is and where is written to cluster.json in the run directory (`.run`)
-before anything starts, so that `down` and the next `up` can clear away whatever a crash leaves.
+`up` starts a head and Ray's own autoscaler, which adds and removes nodes; each is a real raylet. `down` ends exactly
+these processes. All listen on loopback only.
+
+The run directory (`.run`) has the cluster's state in cluster.json. It is written before anything starts, so that `down`
+and the next `up` can remove what a crash leaves.
 """
 
 import fcntl
@@ -34,7 +36,7 @@ from cluster.local.state import (
 )
 from cluster.terminal import say
 
-GRACE_S = 3.0  # all end within one second, but for the GCS, which has nothing to save and does not listen
+GRACE_S = 3.0  # all end within a second, except the GCS, which ignores SIGTERM and has nothing to save
 
 
 def up(
@@ -44,15 +46,15 @@ def up(
     with locked(run_dir):
         cluster = Cluster.load(run_dir)
         if cluster and not cluster.missing:
-            cluster = changed(cluster, wanted_port, file, options or {})
+            cluster = reconfigured(cluster, wanted_port, file, options or {})
             say(f"The local Ray is already up: {cluster.address}")
         else:
             timings = autoscaler_config.timings(options or {}, Timings())
-            cluster = anew(run_dir, wanted_port or DASHBOARD_PORT, file or CLUSTER_FILE, timings)
+            cluster = start_new(run_dir, wanted_port or DASHBOARD_PORT, file or CLUSTER_FILE, timings)
         head.wait_for_nodes(cluster)
 
 
-def changed(cluster: Cluster, wanted_port: int | None, file: Path | None, options: Mapping[str, str]) -> Cluster:
+def reconfigured(cluster: Cluster, wanted_port: int | None, file: Path | None, options: Mapping[str, str]) -> Cluster:
     """Gives the running cluster new timings."""
     if wanted_port not in (None, cluster.dashboard_port):
         raise UserError(f"A local Ray is already up at {cluster.address}. To move it, first: make down")
@@ -67,7 +69,7 @@ def changed(cluster: Cluster, wanted_port: int | None, file: Path | None, option
     return cluster
 
 
-def anew(run_dir: Path, dashboard_port: int, file: Path, timings: Timings) -> Cluster:
+def start_new(run_dir: Path, dashboard_port: int, file: Path, timings: Timings) -> Cluster:
     types = autoscaler_config.read(file.resolve())
     if leftovers := clear(run_dir):
         say(f"Cleared away what a cluster that died had left: {leftovers}.")
@@ -87,7 +89,7 @@ def down(run_dir: Path) -> None:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """One `up` or `down` at a time in one checkout."""
+    """Allows only one `up` or `down` at a time in a checkout."""
     ownership.make_folder(run_dir, "RUN_DIR=")
     with ownership.private():
         lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -100,7 +102,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def clear(run_dir: Path) -> str:
-    """Ends every process and removes every folder of this checkout's clusters; says what, or nothing."""
+    """Ends all processes and removes all folders of this checkout's clusters. Returns what it did, or nothing."""
     cluster = Cluster.load(run_dir)
     marks = filter(MARK_FORM.fullmatch, processes.marks(f"{run_dir}#"))
     folders_by_mark = {mark: temp_dir_of(mark) for mark in marks}  # also if cluster.json was lost
@@ -131,29 +133,31 @@ def port(text: str) -> int:
 
 
 def preempt(cluster: Cluster, node: str) -> None:
-    """Has the twin's Google take a node away: notice first, the end half a minute later."""
+    """Preempts a node as Google Cloud does: it gets notice, and ends half a minute later."""
     address = f"http://127.0.0.1:{cluster.ports[METADATA_PORT]}"
-    google = Dashboard(address, headers=cluster.headers, what="twin's Google", token_file=str(cluster.token_file))
-    with google.open("/") as answer:
-        there: list[str] = json.load(answer)
-    if not there:
-        raise UserError("No node is there that could be taken away. See: make status")
-    if node and node not in there:
-        raise UserError(f"NODE must be one of {', '.join(there)}, got {node}.")
-    with google.open(f"/{node or there[-1]}/preempted", method="PUT"):
-        say(f"{node or there[-1]} has its notice and goes in 30 s. Watch it with: make monitor")
+    metadata_server = Dashboard(
+        address, headers=cluster.headers, what="local metadata server", token_file=str(cluster.token_file)
+    )
+    with metadata_server.open("/") as answer:
+        workers: list[str] = json.load(answer)
+    if not workers:
+        raise UserError("There is no node to preempt. See: make status")
+    if node and node not in workers:
+        raise UserError(f"NODE must be one of {', '.join(workers)}, got {node}.")
+    with metadata_server.open(f"/{node or workers[-1]}/preempted", method="PUT"):
+        say(f"{node or workers[-1]} has its notice and goes in 30 s. Watch it with: make monitor")
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("verb", choices=["up", "down", "monitor", "attach", "dashboard", "address", "preempt"])
-    parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="where its state is kept (default: .run)")
-    parser.add_argument("--dashboard-port", default="", help=f"up: (default: {DASHBOARD_PORT}, or where it is up)")
-    parser.add_argument("--twin", default="", help="up: the cluster file whose node types it has (cluster.yaml)")
+    parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="of the cluster's state (default: .run)")
+    parser.add_argument("--dashboard-port", default="", help=f"up: default {DASHBOARD_PORT}, or as it runs")
+    parser.add_argument("--twin", default="", help="up: the cluster file with the node types (cluster.yaml)")
     for name, (least, most) in autoscaler_config.BOUNDS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default="", help=f"up: {least:g} to {most:g}")
-    parser.add_argument("--once", action="store_true", help="monitor: tell how it is, and do not follow")
-    parser.add_argument("--node", default="", help="preempt: which (the youngest)")
+    parser.add_argument("--once", action="store_true", help="monitor: print the state once")
+    parser.add_argument("--node", default="", help="preempt: the node (default: the youngest)")
     arguments = parser.parse_args()
     run_dir = arguments.run_dir.resolve()
     os.environ.update(processes.past_proxies())

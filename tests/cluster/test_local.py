@@ -249,9 +249,9 @@ def test_timings_that_return_to_their_defaults_are_named(
     monkeypatch.setattr(autoscaler_config, "read", lambda path: None)
     monkeypatch.setattr(head, "configure", lambda cluster, types: None)
     cluster = replace(clusters.new(run_dir, 8265), timings=Timings(stock_out=1.0))
-    cluster = verbs.changed(cluster, None, None, {"stock_out": "0"})
+    cluster = verbs.reconfigured(cluster, None, None, {"stock_out": "0"})
     assert capsys.readouterr().out == "From now on: no launch delay, no stock-outs, no preemption\n"
-    verbs.changed(cluster, None, None, {"launch_s": "5"})
+    verbs.reconfigured(cluster, None, None, {"launch_s": "5"})
     assert capsys.readouterr().out == "From now on: LAUNCH_S=5\n"
 
 

@@ -1,4 +1,4 @@
-"""The local twin without a Ray: what its autoscaler is told, its pretended Google, what is read out of Ray's words."""
+"""The local cluster without a Ray: its autoscaler config, its node provider, its metadata server, what `ray status` says."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ TAGS = {TAG_RAY_USER_NODE_TYPE: "ray_tpu"}
 
 
 @each_cluster
-def test_the_twin_has_the_node_types_of_the_file_and_ray_accepts_them(path: Path) -> None:
+def test_the_local_cluster_has_the_node_types_of_the_file_and_ray_accepts_them(path: Path) -> None:
     said = yaml.safe_load(path.read_text())
     read = AutoscalingConfig(
         autoscaler_config.autoscaling(autoscaler_config.read(path), Timings()), skip_content_hash=True
@@ -103,7 +103,7 @@ def test_idle_minutes_take_the_place_of_the_files() -> None:
     assert config["idle_timeout_minutes"] == 0.5
 
 
-# The pretended Google
+# The node provider
 
 
 class StartedNode:
@@ -122,7 +122,7 @@ def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalN
     monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
     monkeypatch.setattr(node_provider, "Node", StartedNode)
     monkeypatch.setattr(node_provider, "watch", lambda node, metadata: None)
-    monkeypatch.setattr(LocalNodeProvider, "live", lambda self: None)
+    monkeypatch.setattr(LocalNodeProvider, "preempt_forever", lambda self: None)
     config = autoscaler_config.autoscaling(
         autoscaler_config.read(CLUSTERS[0]),
         Timings(),
@@ -131,7 +131,7 @@ def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalN
         config_file=str(tmp_path / "autoscaling.yaml"),
     )
     autoscaler_config.write(config, tmp_path / "autoscaling.yaml")
-    provider = LocalNodeProvider(config["provider"], "twin")
+    provider = LocalNodeProvider(config["provider"], "local")
     yield provider
     provider.server.shutdown()
     provider.server.server_close()
@@ -191,12 +191,12 @@ def test_a_node_that_is_taken_away_has_notice_first(provider: LocalNodeProvider)
     node = provider._nodes["ray_tpu-1"]["node"]
     provider.preempt("ray_tpu-1")
     assert provider.metadata.value("ray_tpu-1", "preempted") == "TRUE"
-    when = provider.going["ray_tpu-1"]
+    when = provider.preempted["ray_tpu-1"]
     provider.preempt("ray_tpu-1")
-    assert provider.going["ray_tpu-1"] == when, "a second notice gives no more time"
-    provider.take_away(when - 1, lambda: 1.0)
+    assert provider.preempted["ray_tpu-1"] == when, "a second notice gives no more time"
+    provider.preempt_some(when - 1, lambda: 1.0)
     assert provider.workers() == ["ray_tpu-1", "ray_tpu-2"] and not node.ended
-    provider.take_away(when, lambda: 1.0)
+    provider.preempt_some(when, lambda: 1.0)
     assert provider.workers() == ["ray_tpu-2"] and node.ended
     assert NOTICE_S == 30
 
@@ -216,26 +216,26 @@ def test_notices_that_come_while_others_end_are_all_kept(provider: LocalNodeProv
         notices.start()
         while notices.is_alive():
             try:
-                provider.take_away(0, lambda: 1.0)
+                provider.preempt_some(0, lambda: 1.0)
             except RuntimeError as error:
                 failed.append(error)
     finally:
         sys.setswitchinterval(before)
         notices.join()
-    assert not failed and len(provider.going) == len(names)
+    assert not failed and len(provider.preempted) == len(names)
 
 
 def test_nodes_are_taken_away_by_chance_as_often_as_is_said(provider: LocalNodeProvider) -> None:
     create(provider)
     behave(provider, preemption=0)
-    provider.take_away(0, lambda: 0.0)
-    assert not provider.going
+    provider.preempt_some(0, lambda: 0.0)
+    assert not provider.preempted
     behave(provider, preemption=0.5)
     a_second = 1 - 0.5 ** (1 / 60)
-    provider.take_away(0, lambda: a_second + 1e-9)
-    assert not provider.going
-    provider.take_away(0, lambda: a_second - 1e-9)
-    assert set(provider.going) == {"ray_tpu-1"}
+    provider.preempt_some(0, lambda: a_second + 1e-9)
+    assert not provider.preempted
+    provider.preempt_some(0, lambda: a_second - 1e-9)
+    assert set(provider.preempted) == {"ray_tpu-1"}
 
 
 # Its metadata server, asked as the watcher asks Google's

@@ -188,7 +188,7 @@ def test_a_mistake_in_the_config_stops_deploy_and_advice_does_not(home: Path, ou
             deploy.lint_first(wrong, cluster, run_dir)
     run_dir.mkdir()
     eight = BASE.replace("acceleratorType: v5litepod-4", "acceleratorType: v5litepod-8").replace("TPU: 4", "TPU: 8")
-    new(run_dir, 8265, write(home / "eight.yaml", eight)).save()  # a twin of that one is up
+    new(run_dir, 8265, write(home / "eight.yaml", eight)).save()  # a local cluster with its node types is up
     deploy.lint_first(wrong, "local", run_dir)
 
 
