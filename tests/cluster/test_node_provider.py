@@ -1,4 +1,4 @@
-"""The local cluster without a Ray: its autoscaler config, its node provider, its metadata server, what `ray status` says."""
+"""The local cluster without Ray: its autoscaler config, node provider and metadata server, and `ray status` as text."""
 
 import os
 import subprocess
