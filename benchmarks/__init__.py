@@ -1,3 +1,3 @@
 """The benchmarks that all measured figures come from."""
 
-import cluster as cluster  # which forgets what PYTHONPATH names beside our code
+import cluster as cluster  # removes from sys.path what PYTHONPATH adds to our code

@@ -40,9 +40,13 @@ class Hub:
     def tree(self) -> list[dict[str, Any]]:
         facts = [self.declared(file) for file in self.files()]
         return [
-            {"type": "file", "path": one["rfilename"], "size": one["size"], "oid": one["blobId"]}
-            | ({"lfs": {"oid": one["lfs"]["sha256"], "size": one["size"], "pointerSize": 100}} if "lfs" in one else {})
-            for one in facts
+            {"type": "file", "path": file["rfilename"], "size": file["size"], "oid": file["blobId"]}
+            | (
+                {"lfs": {"oid": file["lfs"]["sha256"], "size": file["size"], "pointerSize": 100}}
+                if "lfs" in file
+                else {}
+            )
+            for file in facts
         ]
 
 

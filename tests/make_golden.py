@@ -153,22 +153,22 @@ def run_scheduler(scheduler: Any, steps: int, noises: Any) -> Iterator[tuple[flo
         scaled = scheduler.scale_model_input(x, timestep)
         yield float(timestep), float(1 / scheduler.scale_model_input(torch.ones(()), timestep)), x.numpy().copy()
         out = torch.from_numpy(sampler_cases.fake_unet(scaled.numpy(), float(timestep)))
-        given = torch.from_numpy(noises[i + 1])
-        with patch.object(module, "randn_tensor", lambda *_, given=given, **__: given, create=True):
+        noise = torch.from_numpy(noises[i + 1])
+        with patch.object(module, "randn_tensor", lambda *_, noise=noise, **__: noise, create=True):
             x = scheduler.step(out, timestep, x).prev_sample
     yield -1.0, 1.0, x.numpy().copy()
 
 
 def tensors() -> Arrays:
     """Every tensor's shape, as "checkpoint component name", of full-size and tiny checkpoints, without their memory."""
-    found = {}
+    shapes = {}
     for checkpoint, configs in (published.CHECKPOINTS | tiny.MODELS).items():
         for component in ("unet", "vae", "text_encoder"):
             with torch.device("meta"):
                 module = build(component, configs[component])
             for name, tensor in module.state_dict().items():
-                found[f"{checkpoint} {component} {name}"] = np.array(tensor.shape)
-    return found
+                shapes[f"{checkpoint} {component} {name}"] = np.array(tensor.shape)
+    return shapes
 
 
 def named(shapes: Arrays) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def networks(model: str) -> Arrays:
         pipeline_class: Any = diffusers.StableDiffusionPipeline
         pipe = pipeline_class.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
-        given = {name: torch.from_numpy(value) for name, value in tiny.inputs(model).items()}
+        inputs = {name: torch.from_numpy(value) for name, value in tiny.inputs(model).items()}
         down = pipe.unet.down_blocks[1]
         tokens = pipe.tokenizer(
             tiny.PROMPTS, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True
@@ -202,13 +202,15 @@ def networks(model: str) -> Arrays:
         answers = {
             "input_ids": torch.tensor(tokens.input_ids, dtype=torch.int32),
             "prompt_embeds": pipe.text_encoder(torch.tensor(tokens.input_ids))[0],
-            "resnet": last(down.resnets[0](first(given["resnet"]), given["time"])),
+            "resnet": last(down.resnets[0](first(inputs["resnet"]), inputs["time"])),
             "transformer": last(
-                down.attentions[0](first(given["transformer"]), given["context"][:2], return_dict=False)[0]
+                down.attentions[0](first(inputs["transformer"]), inputs["context"][:2], return_dict=False)[0]
             ),
-            "unet": last(pipe.unet(first(given["unet"]), given["timesteps"], given["context"], return_dict=False)[0]),
-            "moments": last(pipe.vae.encode(first(given["pixels"])).latent_dist.parameters),
-            "decoded": last(pipe.vae.decode(first(given["vae_latents"]), return_dict=False)[0]),
+            "unet": last(
+                pipe.unet(first(inputs["unet"]), inputs["timesteps"], inputs["context"], return_dict=False)[0]
+            ),
+            "moments": last(pipe.vae.encode(first(inputs["pixels"])).latent_dist.parameters),
+            "decoded": last(pipe.vae.decode(first(inputs["vae_latents"]), return_dict=False)[0]),
         }
         answers = {name: value.numpy() for name, value in answers.items()}
         checkpoint_scheduler = pipe.scheduler

@@ -49,14 +49,14 @@ def unet_name(name: str, config: Mapping[str, Any]) -> str:
     """Levels and their layers are counted through there, a level's last entry being what changes the size."""
     stage = config["layers_per_block"] + 1
 
-    def down(found: re.Match[str]) -> str:
-        level, kind, layer = int(found[1]), found[2], int(found[3])
+    def down(match: re.Match[str]) -> str:
+        level, kind, layer = int(match[1]), match[2], int(match[3])
         if kind == "downsamplers":
             return f"input_blocks.{stage * (level + 1)}.0.op"
         return f"input_blocks.{stage * level + layer + 1}.{int(kind == 'attentions')}"
 
-    def up(found: re.Match[str]) -> str:
-        level, kind, layer = int(found[1]), found[2], int(found[3])
+    def up(match: re.Match[str]) -> str:
+        level, kind, layer = int(match[1]), match[2], int(match[3])
         if kind == "upsamplers":
             behind = 1 + ("CrossAttn" in config["up_block_types"][level])
             return f"output_blocks.{stage * (level + 1) - 1}.{behind}.conv"
@@ -64,12 +64,12 @@ def unet_name(name: str, config: Mapping[str, Any]) -> str:
 
     name = re.sub(r"down_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.conv(?=\.))?", down, name)
     name = re.sub(r"up_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.conv(?=\.))?", up, name)
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"middle_block.{2 * int(found[1])}", name)
-    for ours, theirs in ENDS.items():
-        name = re.sub(rf"^{re.escape(ours)}(?=\.)", theirs, name)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"middle_block.{2 * int(match[1])}", name)
+    for ours, compvis in ENDS.items():
+        name = re.sub(rf"^{re.escape(ours)}(?=\.)", compvis, name)
     if "transformer_blocks" in name:  # whose norms keep their names
         return name
-    return re.sub(r"(?<=\.)(\w+)(?=\.(?:weight|bias)$)", lambda found: RESNET.get(found[1], found[1]), name)
+    return re.sub(r"(?<=\.)(\w+)(?=\.(?:weight|bias)$)", lambda match: RESNET.get(match[1], match[1]), name)
 
 
 def vae_name(name: str, config: Mapping[str, Any]) -> str:
@@ -77,11 +77,11 @@ def vae_name(name: str, config: Mapping[str, Any]) -> str:
     last = len(config["block_out_channels"]) - 1
     name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
     name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
-    name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda found: f"up.{last - int(found[1])}.block", name)
-    name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda found: f"up.{last - int(found[1])}.upsample", name)
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda match: f"up.{last - int(match[1])}.block", name)
+    name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda match: f"up.{last - int(match[1])}.upsample", name)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
     if "mid_block.attentions.0" in name:
         name = name.replace("mid_block.attentions.0", "mid.attn_1")
-        for ours, theirs in ATTENTION.items():
-            name = name.replace(f".{ours}.", f".{theirs}.")
+        for ours, compvis in ATTENTION.items():
+            name = name.replace(f".{ours}.", f".{compvis}.")
     return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")

@@ -1,4 +1,4 @@
-"""A small server of pictures on loopback that does what a prompt says: waits, refuses, breaks off, draws nonsense."""
+"""A small picture server on loopback. The prompt makes it wait, refuse, disconnect or send a wrong picture."""
 
 import asyncio
 import base64
@@ -23,8 +23,10 @@ NEAR = cycle((0, 1))
 @dataclass
 class Server:
     url: str = ""
-    seen: list[dict[str, Any]] = field(default_factory=list)  # the requests, as they came
-    stall: tuple[int, float] | None = None  # at which request all stand still, and for how long
+    seen: list[dict[str, Any]] = field(default_factory=list)  # the requests in the order of their arrival
+    stall: tuple[int, float] | None = (
+        None  # the number of the request at which the server stalls, and the seconds of the stall
+    )
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -52,7 +54,7 @@ def drawn(fields: dict[str, Any]) -> bytes:
             return b"\x89PNG but not really"
         case "fickle":
             return picture(random.randrange(2**32))
-        case "near":  # one grey level away, every other time
+        case "near":  # every other picture differs by one grey level
             base = np.full((16, 16, 3), 100, np.uint8)
             base[:8] = 50
             return encoded(base + np.uint8(next(NEAR)))
@@ -71,7 +73,7 @@ def picture_server() -> Iterator[Server]:
         if server.stall and len(server.seen) == server.stall[0]:
             async with server.gate:
                 await asyncio.sleep(server.stall[1])
-        async with server.gate:  # while a request stalls, so do all others
+        async with server.gate:  # a stalled request stalls all others
             pass
         word, _, value = fields["prompt"].partition(" ")
         match word:
