@@ -23,7 +23,7 @@ from cluster.connection import LOCAL, dashboard_of, isolate
 from cluster.job import follow, submit
 from cluster.local.state import RUN_DIR
 from jobs.prompts import Row, read
-from jobs.settings import Settings
+from jobs.replica_config import ReplicaConfig
 
 BAR = 0.95
 CONFIG = Path("serve_config.yaml")
@@ -68,7 +68,7 @@ def engine_alone(prompts: Path) -> float:
     from app.diffusion.pipeline import Pipeline
     from app.engine.engine import Engine
 
-    settings = Settings.read(CONFIG)
+    settings = ReplicaConfig.read(CONFIG)
     rows = [row for row in read(prompts, settings) if isinstance(row, Row)]
     pipeline = Pipeline.load(settings.full_batch_spec)
     pipeline.warmup()

@@ -1,11 +1,11 @@
-"""Draws a file of prompts at full throughput, with Ray Data, on as many TPU hosts as the cluster gives.
+"""Draws a file of prompts at full throughput, with Ray Data, on as many TPU hosts as the cluster provides.
 
     python -m jobs.batch_generate --prompts prompts.csv --out outputs/batch
 
-The file is text (a prompt a line), CSV, JSON lines or Parquet; a row may say what a request to the API may: prompt,
-negative_prompt, size, num_inference_steps, guidance_scale, seed, sampler, n, output_format, output_compression. In
---out appear images/, and at the end manifest.jsonl and manifest.parquet, a record for each row with its pictures or
-with what is wrong with it. Submitted again, it draws what is not finished and nothing else.
+The file is text (a prompt a line), CSV, JSON lines or Parquet. A row may hold the fields of an API request: prompt,
+negative_prompt, size, num_inference_steps, guidance_scale, seed, sampler, n, output_format, output_compression. The
+pictures appear in images/ of --out. At the end come manifest.jsonl and manifest.parquet. They have a record for each
+row: its pictures, or its error. The same job, submitted again, draws only what is not finished.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from cluster.ray_client import connect
 from cluster.terminal import format_duration, say
 from jobs.batch_worker import Painter, folders, text_of
 from jobs.entry import path, run
-from jobs.prompts import Bad, Row, read
-from jobs.settings import Settings, config, resources, waiting
-from jobs.unfinished import drafts, write
+from jobs.prompts import InvalidRow, Row, read
+from jobs.replica_config import ReplicaConfig, config_path, resources, waiting_message
+from jobs.unfinished import unfinished_folder, write
 
-CALLS = 2  # of an actor at once: while one block's last pictures are made, the next block's are under way
-BLOCKS = 2000  # most blocks; beyond them they grow
-TOLD_S = 5.0  # from one line of progress to the next
-SHOWN = 5  # bad rows that are told; the manifest has all
+CALLS = 2  # concurrent calls of an actor: the next block starts while the last pictures of a block are made
+BLOCKS = 2000  # at most; longer files have larger blocks
+PROGRESS_S = 5.0  # between two lines of progress
+SHOWN = 5  # invalid rows that are printed; the manifest has all
 
 SCHEMA = {
     **{"row": "int64", "key": "string", "prompt": "string", "negative_prompt": "string", "seed": "int64"},
@@ -50,23 +50,25 @@ SCHEMA = {
 def main() -> str:
     parser = Parser(__doc__)
     parser.add_argument("--prompts", type=path, required=True, help=".txt, .csv, .jsonl or .parquet")
-    parser.add_argument("--out", type=path, required=True, help="folder that the head and all TPU hosts see")
-    parser.add_argument("--config", type=config, default="serve_config.yaml", help="whose args to take (%(default)s)")
+    parser.add_argument("--out", type=path, required=True, help="folder that the head and all TPU hosts share")
+    parser.add_argument(
+        "--config", type=config_path, default="serve_config.yaml", help="config whose args to use (%(default)s)"
+    )
     parser.add_argument(
         "--hosts", type=integer_between(1, 1024), default=4, help="most TPU hosts at once (%(default)s)"
     )
     args = parser.parse_args()
 
-    settings = Settings.read(args.config)
-    rows, bad = sorted_out(args.prompts, settings)
-    for one in bad[:SHOWN]:
-        say(f"row {one.number} is skipped: {one.error}")
-    if len(bad) > SHOWN:
-        say(f"... and {len(bad) - SHOWN} more; the manifest has all")
-    errors = draw(rows, settings, args.out, args.hosts)
-    records = write_manifest(args.out, rows, bad, errors)
+    config = ReplicaConfig.read(args.config)
+    rows, invalid = read_all(args.prompts, config)
+    for row in invalid[:SHOWN]:
+        say(f"row {row.number} is skipped: {row.error}")
+    if len(invalid) > SHOWN:
+        say(f"... and {len(invalid) - SHOWN} more; the manifest has all")
+    errors = draw(rows, config, args.out, args.hosts)
+    records = write_manifest(args.out, rows, invalid, errors)
     pictures = sum(len(record["files"]) for record in records)
-    made = f"{pictures} pictures of {len(rows) - len(errors)} rows are in {args.out}, {len(bad)} rows were skipped."
+    made = f"{pictures} pictures of {len(rows) - len(errors)} rows are in {args.out}, {len(invalid)} rows were skipped."
     if errors:
         number, error = next((row.number, errors[row.key]) for row in rows if row.key in errors)
         raise UserError(
@@ -75,49 +77,51 @@ def main() -> str:
     return made
 
 
-def sorted_out(prompts: Path, settings: Settings) -> tuple[list[Row], list[Bad]]:
+def read_all(prompts: Path, config: ReplicaConfig) -> tuple[list[Row], list[InvalidRow]]:
     rows: list[Row] = []
-    bad: list[Bad] = []
-    for one in read(prompts, settings):
-        rows.append(one) if isinstance(one, Row) else bad.append(one)
-    if not rows and not bad:
+    invalid: list[InvalidRow] = []
+    for row in read(prompts, config):
+        rows.append(row) if isinstance(row, Row) else invalid.append(row)
+    if not rows and not invalid:
         raise UsageError(f"--prompts: {prompts} has no rows.")
-    return rows, bad
+    return rows, invalid
 
 
-def draw(rows: Sequence[Row], settings: Settings, out: Path, hosts: int) -> dict[str, str]:
-    """Draws those that are not finished in `out`. Returns what failed, by key."""
+def draw(rows: Sequence[Row], config: ReplicaConfig, out: Path, hosts: int) -> dict[str, str]:
+    """Draws the rows that are not finished in `out`. Returns the errors of those that failed, by key."""
     folders(out)
-    there = {f"{name}/{file.name}" for name in ("images", "rows") for file in (out / name).iterdir()}
-    left = [row for row in rows if not there.issuperset(row.made)]
+    present = {f"{name}/{file.name}" for name in ("images", "rows") for file in (out / name).iterdir()}
+    left = [row for row in rows if not present.issuperset(row.made)]
     say(f"{len(rows)} rows: {len(rows) - len(left)} finished before, {len(left)} to draw")
     if not left:
         return {}
-    with drafts(out) as place:
-        return on_hosts(left, settings, out, place, hosts)
+    with unfinished_folder(out) as unfinished:
+        return draw_on_hosts(left, config, out, unfinished, hosts)
 
 
-def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, place: Path, hosts: int) -> dict[str, str]:
-    """Blocks are small, so that hosts which come late get their share."""
+def draw_on_hosts(
+    rows: Sequence[Row], config: ReplicaConfig, out: Path, unfinished: Path, hosts: int
+) -> dict[str, str]:
+    """Draws the rows in small blocks, so that hosts that join late get their share."""
     connect()
     import ray
     from ray.data import ActorPoolStrategy
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # below that it tells of its plans, and of progress bars
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs its plans and progress bars at lower levels
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = 3  # a node may go while it loads
     sizes = sorted({(row.generation.width, row.generation.height) for row in rows})
-    spec = dataclasses.replace(settings.full_batch_spec, sizes=tuple(sizes))
+    spec = dataclasses.replace(config.full_batch_spec, sizes=tuple(sizes))
     size = max(1, spec.num_slots, math.ceil(len(rows) / BLOCKS))
     blocks = math.ceil(len(rows) / size)
     began = time.monotonic()
-    say(waiting(settings.chips))
+    say(waiting_message(config.chips))
     items = [{"row": text_of(row)} for row in rows]
     drawn = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         Painter,
-        fn_constructor_args=(out, place, settings.name, spec, settings.args.admission_gain),
+        fn_constructor_args=(out, unfinished, config.name, spec, config.args.admission_gain),
         batch_size=None,  # a block
         compute=ActorPoolStrategy(
             min_size=1,
@@ -127,17 +131,17 @@ def on_hosts(rows: Sequence[Row], settings: Settings, out: Path, place: Path, ho
             enable_true_multi_threading=True,
         ),
         num_cpus=1,
-        resources=resources(settings.chips),
+        resources=resources(config.chips),
     )
     try:
-        results = {one["key"]: one["error"] for one in progress(drawn.iter_rows(), len(rows), began)}
-    except Exception as error:  # Ray wraps what an actor could not do in its own
+        results = {result["key"]: result["error"] for result in progress(drawn.iter_rows(), len(rows), began)}
+    except Exception as error:  # Ray wraps the actor's error in its own
         raise UserError(f"Drawing ended: {reason(error)} The same job goes on with what is left.") from None
     return {key: error for key, error in results.items() if error}
 
 
 def reason(error: BaseException) -> str:
-    """The words of the innermost error."""
+    """The last line of the innermost error."""
     while (inner := error.__cause__ or getattr(error, "cause", None)) is not None and inner is not error:
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -145,40 +149,40 @@ def reason(error: BaseException) -> str:
 
 
 def progress(results: Iterable[Mapping[str, Any]], total: int, began: float) -> Iterator[Mapping[str, Any]]:
-    """The same, with a line of progress now and then."""
+    """Passes the results on, and prints a line of progress every few seconds."""
     hosts: set[str] = set()
-    first, last, told = math.inf, 0.0, began
-    for done, one in enumerate(results, start=1):
-        hosts.add(one["host"])
-        first, last, now = min(first, one["ended"]), max(last, one["ended"]), time.monotonic()
+    first, last, printed = math.inf, 0.0, began
+    for done, result in enumerate(results, start=1):
+        hosts.add(result["host"])
+        first, last, now = min(first, result["ended"]), max(last, result["ended"]), time.monotonic()
         if done == 1:
-            told = now  # pictures come in batches, so a rate needs more than one
+            printed = now  # pictures come in batches, so a rate needs more than one
             say(f"The first rows are drawn after {format_duration(now - began)}")
-        elif done == total or now - told >= TOLD_S:
-            told, rate = now, (done - 1) / max(last - first, 1e-3)
+        elif done == total or now - printed >= PROGRESS_S:
+            printed, rate = now, (done - 1) / max(last - first, 1e-3)
             left = f", {format_duration((total - done) / rate)} left" if done < total else ""
             say(f"{done} of {total} rows, {rate:.2f} a second on {len(hosts)} host{'s' * (len(hosts) > 1)}{left}")
-        yield one
+        yield result
 
 
 def write_manifest(
-    out: Path, rows: Sequence[Row], bad: Sequence[Bad], errors: Mapping[str, str]
+    out: Path, rows: Sequence[Row], invalid: Sequence[InvalidRow], errors: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """A record for each row of the file, in its order, as JSON lines and as Parquet."""
+    """Writes a record for each row of the file, in the order of the file, as JSON lines and as Parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     empty: dict[str, Any] = dict.fromkeys(SCHEMA)
     records = []
-    all_rows: list[Row | Bad] = [*rows, *bad]
-    for one in sorted(all_rows, key=lambda one: one.number):
-        if isinstance(one, Bad):
-            records.append({**empty, "row": one.number, "prompt": one.prompt, "files": [], "error": one.error})
-        elif one.key in errors:
-            known = {"key": one.key, "prompt": one.generation.prompt, "files": [], "error": errors[one.key]}
-            records.append({**empty, "row": one.number, **known})
+    all_rows: list[Row | InvalidRow] = [*rows, *invalid]
+    for row in sorted(all_rows, key=lambda row: row.number):
+        if isinstance(row, InvalidRow):
+            records.append({**empty, "row": row.number, "prompt": row.prompt, "files": [], "error": row.error})
+        elif row.key in errors:
+            known = {"key": row.key, "prompt": row.generation.prompt, "files": [], "error": errors[row.key]}
+            records.append({**empty, "row": row.number, **known})
         else:
-            records.append({**empty, "row": one.number, **json.loads((out / one.record).read_text())})
+            records.append({**empty, "row": row.number, **json.loads((out / row.record).read_text())})
     types = {"int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_(), "string": pa.string()}
     schema = pa.schema([(name, types.get(kind, pa.list_(pa.string()))) for name, kind in SCHEMA.items()])
     table = pa.BufferOutputStream()

@@ -1,15 +1,15 @@
-"""Holds one setting's pictures to another's: how far apart they are, how quick each is, and all of them side by side.
+"""Compares the pictures of two variants of a config: their distances, their speed, and all of them side by side.
 
     python -m jobs.evaluate --reference "sampler=pndm num_inference_steps=50" --candidate "sampler=dpmpp_2m"
     python -m jobs.evaluate --reference dtype=float32 --candidate dtype=bfloat16 --prompts prompts.txt
 
-Both draw the same prompts from the same seeds. A setting names request fields (sampler, num_inference_steps,
-guidance_scale, size) and what the model is (model, revision, dtype); what it does not name is the config's. Without
---prompts the captions are the demo model's held-out ones, and its judge also counts what each picture shows of what was
-said. Distances are of pixels (PSNR) and of structure as people see it (SSIM, Wang et al. 2004); no learned metric.
+Both draw the same prompts from the same seeds. A variant names request fields (sampler, num_inference_steps,
+guidance_scale, size) and fields of the model (model, revision, dtype); the config has the rest. Without --prompts, the
+prompts are held-out captions of the demo model, whose judge also counts the claims that each picture meets. Distances
+are of pixels (PSNR) and of structure as people see it (SSIM, Wang et al. 2004). There is no learned metric.
 
-Pictures are drawn as batch_generate draws them, into --out, and kept there: submitted again, the job draws what is
-missing, and another candidate costs nothing but its own pictures.
+Pictures are drawn as batch_generate draws them, and kept in --out. The same job, submitted again, draws what is
+missing. Another candidate costs only its own pictures.
 """
 
 import base64
@@ -36,7 +36,7 @@ from demo.scenes import Scene, check
 from jobs import batch_generate
 from jobs.entry import path, run
 from jobs.prompts import FIELDS, Row, read
-from jobs.settings import Settings, config
+from jobs.replica_config import ReplicaConfig, config_path
 from jobs.unfinished import write
 
 REQUEST = ("sampler", "num_inference_steps", "guidance_scale", "size")
@@ -52,25 +52,25 @@ STYLE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Variant:
     name: str  # as the user wrote it
-    settings: Settings
-    changes: Mapping[str, Any]  # of each Generation
+    config: ReplicaConfig
+    changes: Mapping[str, Any]  # fields of each Generation
 
     def rows(self, generations: Iterable[Generation]) -> list[Row]:
-        """Of two that are the same, the second is drawn again, as batch_generate does it."""
-        changed = [dataclasses.replace(one, **self.changes) for one in generations]
+        """A row for each generation. Of two equal ones, both are drawn, as batch_generate does it."""
+        changed = [dataclasses.replace(generation, **self.changes) for generation in generations]
         seen: Counter[Generation] = Counter()
         rows = []
-        for number, one in enumerate(changed, start=1):
-            seen[one] += 1
-            rows.append(Row.of(self.settings, number, one, ENCODING, seen[one]))
+        for number, generation in enumerate(changed, start=1):
+            seen[generation] += 1
+            rows.append(Row.of(self.config, number, generation, ENCODING, seen[generation]))
         return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """One setting's pictures, in the order of the prompts."""
+    """The pictures of a variant, in the order of the prompts."""
 
     files: Sequence[Path]
     device_s: float  # of all pictures
@@ -78,14 +78,14 @@ class Drawn:
 
     @classmethod
     def read(cls, out: Path, rows: Sequence[Row]) -> "Drawn":
-        """Speed is that of whoever drew the most of them: between two submissions lies time in which nobody drew."""
+        """Takes the speed from the host that drew most of them. Between two submissions, no host draws."""
         records = [json.loads((out / row.record).read_text()) for row in rows]
         ((host, count),) = Counter(record["host"] for record in records).most_common(1)
-        theirs = [record for record in records if record["host"] == host]
-        began = min(one["ended"] - sum(one[part] for part in PARTS_S) for one in theirs)
-        seconds = max(one["ended"] for one in theirs) - began
+        of_host = [record for record in records if record["host"] == host]
+        began = min(record["ended"] - sum(record[part] for part in PARTS_S) for record in of_host)
+        seconds = max(record["ended"] for record in of_host) - began
         files = [out / file for row in rows for file in row.files]
-        return cls(files, sum(one["device_s"] for one in records), count / seconds)
+        return cls(files, sum(record["device_s"] for record in records), count / seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,85 +97,90 @@ class Distances:
     within_one: np.ndarray  # share of values that differ by at most one grey level
 
     @classmethod
-    def between(cls, one: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> "Distances":
+    def between(cls, references: Iterable[np.ndarray], candidates: Iterable[np.ndarray]) -> "Distances":
         """Pictures uint8 [H, W, 3], each as large as its partner."""
-        return cls(*map(np.array, zip(*map(apart, one, other), strict=True)))
+        return cls(*map(np.array, zip(*map(distance, references, candidates), strict=True)))
 
 
-def apart(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+def distance(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, float, float]:
     import dm_pix
     import jax.numpy as jnp
 
-    a, b = (jnp.asarray(pixels, jnp.float32) / 255 for pixels in (one, other))
-    levels = np.abs(one.astype(np.int16) - other.astype(np.int16))
+    a, b = (jnp.asarray(pixels, jnp.float32) / 255 for pixels in (reference, candidate))
+    levels = np.abs(reference.astype(np.int16) - candidate.astype(np.int16))
     return float(dm_pix.psnr(a, b)), float(dm_pix.ssim(a, b)), float((levels <= 1).mean())
 
 
 def main() -> str:
     parser = Parser(__doc__)
-    parser.add_argument("--reference", required=True, metavar="SETTING", help="'name=value ...'; '': the config's own")
-    parser.add_argument("--candidate", required=True, metavar="SETTING", help="what is held to it")
+    parser.add_argument(
+        "--reference", required=True, metavar="VARIANT", help="'name=value ...'; '': the config as it is"
+    )
+    parser.add_argument("--candidate", required=True, metavar="VARIANT", help="compared with it")
     parser.add_argument("--prompts", type=path, help="as of batch_generate (the demo model's held-out captions)")
     parser.add_argument(
         "--count", type=integer_between(1, 10_000), default=32, help="most pictures of each (%(default)s)"
     )
-    parser.add_argument("--config", type=config, default="serve_config.yaml", help="whose args to take (%(default)s)")
+    parser.add_argument(
+        "--config", type=config_path, default="serve_config.yaml", help="config whose args to use (%(default)s)"
+    )
     parser.add_argument("--out", type=path, default="outputs/evaluate", help="folder of the report (%(default)s)")
     args = parser.parse_args()
 
-    base = Settings.read(args.config)
-    both = [setting_of(f"--{name}", getattr(args, name), base) for name in ("reference", "candidate")]
+    base = ReplicaConfig.read(args.config)
+    variants = [variant_of(f"--{name}", getattr(args, name), base) for name in ("reference", "candidate")]
     judged = args.prompts is None
     scenes, generations = captions(args.count, base) if judged else ([], prompts_of(args.prompts, args.count, base))
-    wanted = [setting.rows(generations) for setting in both]
-    for one, other in zip(*wanted, strict=True):
-        if (one.generation.width, one.generation.height) != (other.generation.width, other.generation.height):
+    rows_of = [variant.rows(generations) for variant in variants]
+    for reference, candidate in zip(*rows_of, strict=True):
+        sizes = {(row.generation.width, row.generation.height) for row in (reference, candidate)}
+        if len(sizes) > 1:
             raise UsageError("--reference and --candidate must draw pictures of one size.")
-    for setting, rows in zip(both, wanted, strict=True):
-        say(f"{setting.name}:")
-        # On one host, one setting after the other, so that neither has the machine of the other's to share.
-        if errors := batch_generate.draw(rows, setting.settings, args.out, hosts=1):
+    for variant, rows in zip(variants, rows_of, strict=True):
+        say(f"{variant.name}:")
+        # One after the other on one host, so that neither slows the other down.
+        if errors := batch_generate.draw(rows, variant.config, args.out, hosts=1):
             raise UserError(
                 f"{len(errors)} pictures failed: {next(iter(errors.values()))} The same job tries them again."
             )
-    drawn = [Drawn.read(args.out, rows) for rows in wanted]
-    distances = Distances.between(*(map(pixels_of, one.files) for one in drawn))
+    drawn = [Drawn.read(args.out, rows) for rows in rows_of]
+    distances = Distances.between(*(map(pixels_of, pictures.files) for pictures in drawn))
     table = [*figures(drawn, distances), *(claims(drawn, scenes) if judged else ())]
     for name, *values in table:
         say(f"{name:<42}" + "".join(f"{value:>16}" for value in values))
-    write(args.out / "report.html", page(both, generations, drawn, distances, table).encode())
+    write(args.out / "report.html", page(variants, generations, drawn, distances, table).encode())
     each = [
-        {"prompt": one.prompt, "seed": one.seed, "ssim": float(ssim), "psnr": finite(psnr)}
-        for one, ssim, psnr in zip(generations, distances.ssim, distances.psnr, strict=True)
+        {"prompt": generation.prompt, "seed": generation.seed, "ssim": float(ssim), "psnr": finite(psnr)}
+        for generation, ssim, psnr in zip(generations, distances.ssim, distances.psnr, strict=True)
     ]
     write(args.out / "figures.json", (json.dumps({"table": table, "pictures": each}, indent=2) + "\n").encode())
     return f"{len(generations)} pictures of each stand side by side in {args.out / 'report.html'}."
 
 
-def setting_of(option: str, text: str, base: Settings) -> Setting:
+def variant_of(option: str, text: str, base: ReplicaConfig) -> Variant:
     try:
         pairs = [word.partition("=") for word in shlex.split(text)]
     except ValueError as error:
         raise UsageError(f"{option}: {error}, got {text}.") from None
-    given: dict[str, Any] = {name: value for name, _, value in pairs}
+    values: dict[str, Any] = {name: value for name, _, value in pairs}
     for name, equals, _ in pairs:
         if not equals or name not in (*REQUEST, *MODEL):
             raise UsageError(f"{option} must be name=value of {', '.join((*REQUEST, *MODEL))}, got {name}.")
-    changed = {name: value for name, value in given.items() if name in MODEL}
-    settings = base.changed(changed, option) if changed else base  # which has read the weights once
-    asked = {
-        name: literal(value) if name in NUMERIC_FIELDS else value for name, value in given.items() if name in REQUEST
+    changed = {name: value for name, value in values.items() if name in MODEL}
+    config = base.changed(changed, option) if changed else base  # `base` has read the weights already
+    fields = {
+        name: literal(value) if name in NUMERIC_FIELDS else value for name, value in values.items() if name in REQUEST
     }
     try:
-        whole_request = resolve({"prompt": "x", "seed": 0, **asked}, settings.service, FIELDS).generation
+        generation = resolve({"prompt": "x", "seed": 0, **fields}, config.service, FIELDS).generation
     except InvalidField as error:
         raise UsageError(f"{option}: {error.message}") from None
-    fields = {"size": ("width", "height")}
-    names = [field for name in asked for field in fields.get(name, (name,))]
-    return Setting(text or "as the config says", settings, {name: getattr(whole_request, name) for name in names})
+    attributes = {"size": ("width", "height")}
+    names = [attribute for name in fields for attribute in attributes.get(name, (name,))]
+    return Variant(text or "as the config says", config, {name: getattr(generation, name) for name in names})
 
 
-def prompts_of(file: Path, count: int, base: Settings) -> list[Generation]:
+def prompts_of(file: Path, count: int, base: ReplicaConfig) -> list[Generation]:
     rows = []
     for row in read(file, base):
         if not isinstance(row, Row):
@@ -186,26 +191,27 @@ def prompts_of(file: Path, count: int, base: Settings) -> list[Generation]:
     return rows[:count]
 
 
-def captions(count: int, base: Settings) -> tuple[list[Scene], list[Generation]]:
-    """Of scenes that the demo model's training never saw, half of them with two objects."""
+def captions(count: int, base: ReplicaConfig) -> tuple[list[Scene], list[Generation]]:
+    """Scenes that the demo model's training never saw, half of them with two objects, and requests for them."""
     from demo import quality
 
     chosen = quality.captions("held_out", (count + 1) // 2, seed=0)
     chosen = [*chosen[: (count + 1) // 2], *chosen[(count + 1) // 2 :][: count // 2]]
-    asked = [{"prompt": caption, "seed": seed} for seed, (_, caption) in enumerate(chosen)]
-    return [scene for scene, _ in chosen], [resolve(one, base.service, FIELDS).generation for one in asked]
+    requests = [{"prompt": caption, "seed": seed} for seed, (_, caption) in enumerate(chosen)]
+    return [scene for scene, _ in chosen], [resolve(request, base.service, FIELDS).generation for request in requests]
 
 
 def claims(drawn: Sequence[Drawn], scenes: Sequence[Scene]) -> list[tuple[str, ...]]:
-    """The demo model's caption table: of how many captions each claim holds."""
+    """Rows of the demo model's table: the number of captions for which each claim holds."""
     from demo import quality  # which imports JAX
 
     judged = [
-        [(scene, check(pixels_of(file), scene)) for file, scene in zip(one.files, scenes, strict=True)] for one in drawn
+        [(scene, check(pixels_of(file), scene)) for file, scene in zip(pictures.files, scenes, strict=True)]
+        for pictures in drawn
     ]
     rows = []
     for bar in quality.BARS:
-        counts = [bar.count(one) for one in judged]
+        counts = [bar.count(pictures) for pictures in judged]
         if counts[0][1]:
             rows.append((f"{bar.captions}, {bar.name}", *(f"{right}/{total}" for right, total in counts)))
     return rows
@@ -213,8 +219,8 @@ def claims(drawn: Sequence[Drawn], scenes: Sequence[Scene]) -> list[tuple[str, .
 
 def figures(drawn: Sequence[Drawn], distances: Distances) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "reference", "candidate")]
-    rows.append(("pictures per second", *(f"{one.pictures_per_s:.2f}" for one in drawn)))
-    rows.append(("device seconds a picture", *(f"{one.device_s / len(one.files):.3f}" for one in drawn)))
+    rows.append(("pictures per second", *(f"{pictures.pictures_per_s:.2f}" for pictures in drawn)))
+    rows.append(("device seconds a picture", *(f"{pictures.device_s / len(pictures.files):.3f}" for pictures in drawn)))
     rows.append(("SSIM, mean (1 is the same)", "", f"{distances.ssim.mean():.4f}"))
     rows.append(("SSIM, least", "", f"{distances.ssim.min():.4f}"))
     rows.append(("PSNR, median (dB)", "", f"{np.median(distances.psnr):.2f}"))
@@ -223,13 +229,13 @@ def figures(drawn: Sequence[Drawn], distances: Distances) -> list[tuple[str, ...
 
 
 def page(
-    both: Sequence[Setting],
+    variants: Sequence[Variant],
     generations: Sequence[Generation],
     drawn: Sequence[Drawn],
     distances: Distances,
     table: Sequence[Sequence[str]],
 ) -> str:
-    """One file that needs no other; the pairs that differ most come first."""
+    """The report, in a file that needs no other. The pairs that differ most come first."""
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table)
     pairs = "".join(
         f"<figure>{image(drawn[0].files[i])} {image(drawn[1].files[i])}<figcaption>"
@@ -238,8 +244,8 @@ def page(
         for i in np.argsort(distances.ssim)
     )
     names = "".join(
-        f"<p>{side}: <code>{html.escape(setting.name)}</code></p>"
-        for side, setting in zip(("Reference, left", "Candidate, right"), both, strict=True)
+        f"<p>{side}: <code>{html.escape(variant.name)}</code></p>"
+        for side, variant in zip(("Reference, left", "Candidate, right"), variants, strict=True)
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}</style>'

@@ -1,12 +1,12 @@
-"""Brings a checkpoint to a folder that replicas load from: bf16 safetensors, verified, with a manifest.
+"""Puts a checkpoint into a folder that replicas load from: bf16 safetensors, verified, with a manifest.
 
     python -m jobs.fetch_weights CompVis/stable-diffusion-v1-4 --out weights/sd14
     python -m jobs.fetch_weights assets/demo-model --out weights/demo          # a folder in diffusers layout
     python -m jobs.fetch_weights --from-single-file some.safetensors --layout CompVis/stable-diffusion-v1-4 --out ...
 
-The source goes through the loader that replicas use, which names all that is wrong with it; what is written is read
-back, and each tensor compared with the source's bit for bit. The folder appears under its name when it is whole, and
-its model_index.json, without which nothing loads it, goes in last. Run again, it checks what is there.
+The source goes through the loader that replicas use, which reports all its problems. What is written is read back, and
+each tensor is compared with the source bit for bit. The folder gets its name when it is whole. model_index.json is
+written last, because nothing loads a folder without it. Run again, the job checks what is present.
 """
 
 import contextlib
@@ -40,16 +40,16 @@ from cluster.cli import Parser, UsageError, UserError
 from cluster.terminal import say
 from jobs import hub
 from jobs.entry import path, run
-from jobs.settings import fingerprint
+from jobs.replica_config import folder_hash
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 INDEX, MANIFEST = "model_index.json", "manifest.json"
-STALE_S = 3600  # a draft that was not touched for so long belongs to a run that was killed
+STALE_S = 3600  # an unfinished folder that is older was left by a killed run
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the tensors come from, and what the manifest says of it."""
+    """The source of the tensors, as the manifest names it."""
 
     folder: Path
     name: str
@@ -77,7 +77,7 @@ def main() -> str:
             raise UsageError(f"--out: {args.out} is there and no work of this job, as it has no {MANIFEST}.")
         make(source, args.out, args.dtype, wanted)
     files = manifest_of(args.out)["files"]
-    size = sum(one["bytes"] for one in files.values()) / 1e6
+    size = sum(file["bytes"] for file in files.values()) / 1e6
     return f"Made {args.out}: {len(files)} files, {size:,.1f} MB, {args.dtype}. Deploy it with `model: {args.out}`."
 
 
@@ -89,8 +89,8 @@ def source_of(model: str | None, revision: str | None, file: Path | None, layout
     elif model is not None and path(model).is_dir():
         if revision:
             raise UsageError(f"--revision is of a repo id, and {model} is a folder.")
-        yield Source(path(model), str(path(model)), fingerprint(path(model)))
-    # A slip in a path must not turn into a download.
+        yield Source(path(model), str(path(model)), folder_hash(path(model)))
+    # A typing mistake in a path must not start a download.
     elif model and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not path(model).parent.is_dir():
         snapshot = hub.download(model, revision, DOWNLOADED)
         yield Source(snapshot.folder, model, snapshot.commit)
@@ -99,13 +99,13 @@ def source_of(model: str | None, revision: str | None, file: Path | None, layout
 
 
 def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
-    """By diffusers, whose business the dozen layouts of such files are. The source's name is the file's own hash."""
-    if file.suffix != ".safetensors" or not file.is_file():  # a .ckpt is a pickle, and loading it runs what it says
+    """Unpacks a single file with diffusers, which knows the many layouts of such files. Its hash names the source."""
+    if file.suffix != ".safetensors" or not file.is_file():  # loading a .ckpt, which is a pickle, would run code in it
         raise UsageError(f"--from-single-file must be a .safetensors file, got {file}.")
     try:
         from transformers.utils import logging
 
-        logging.set_verbosity_error()  # importing diffusers warns of parts that nothing here uses
+        logging.set_verbosity_error()  # importing diffusers warns of parts that are not used
         logging.disable_progress_bar()
         import diffusers
     except ImportError:
@@ -115,10 +115,10 @@ def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
     diffusers.utils.logging.disable_progress_bar()
     local = layout is not None and path(layout).is_dir()
     where = str(path(layout)) if layout and local else layout
-    given = {} if where is None else {"config": where, "local_files_only": local}
+    options: dict[str, Any] = {} if where is None else {"config": where, "local_files_only": local}
     try:
-        pipeline = diffusers.StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **given)
-    except Exception as error:  # of diffusers, of the Hub, of the file
+        pipeline = diffusers.StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **options)
+    except Exception as error:  # from diffusers, the Hub or the file
         raise UserError(f"{file} cannot be read as Stable Diffusion: {one_line(error)}") from None
     pipeline.save_pretrained(folder, safe_serialization=True)
     return Source(folder, f"{file.name} sha256:{hub.sha256_of(file)}", None)
@@ -131,59 +131,59 @@ def make(source: Source, out: Path, dtype: str, wanted: dict[str, Any]) -> None:
         raise UserError(str(problems)) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     clear_stale(out)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.draft-", dir=out.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
     try:
-        copy_small(source.folder, draft)
+        copy_small(source.folder, unfinished)
         for part in STEMS:
-            write_part(part, checkpoint, draft, dtype)
-            verify_part(part, source.folder, draft, dtype)
-        files = sorted(file for file in draft.rglob("*") if file.is_file())
+            write_part(part, checkpoint, unfinished, dtype)
+            verify_part(part, source.folder, unfinished, dtype)
+        files = sorted(file for file in unfinished.rglob("*") if file.is_file())
         facts = {
-            str(file.relative_to(draft)): {"bytes": file.stat().st_size, "sha256": hub.sha256_of(file)}
+            str(file.relative_to(unfinished)): {"bytes": file.stat().st_size, "sha256": hub.sha256_of(file)}
             for file in files
         }
         made = {**wanted, "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": facts}
-        (draft / MANIFEST).write_text(json.dumps(made, indent=2) + "\n")
-        (draft / INDEX).unlink()
-        draft.chmod(0o755)  # mkdtemp's is its maker's alone, and replicas may be another user
-        os.rename(draft, out)
+        (unfinished / MANIFEST).write_text(json.dumps(made, indent=2) + "\n")
+        (unfinished / INDEX).unlink()
+        unfinished.chmod(0o755)  # mkdtemp allows its user alone, and replicas may have another
+        os.rename(unfinished, out)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     finish(out, wanted, source)
 
 
 def clear_stale(out: Path) -> None:
-    for left in out.parent.glob(f".{out.name}.draft-*"):
+    for left in out.parent.glob(f".{out.name}.unfinished-*"):
         if left.stat().st_mtime < time.time() - STALE_S:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def copy_small(source: Path, draft: Path) -> None:
-    """What is no tensor, from the parts that we know; nothing is followed out of them."""
-    shutil.copyfile(source / INDEX, draft / INDEX)
+def copy_small(source: Path, unfinished: Path) -> None:
+    """Copies configuration files, from the known parts alone."""
+    shutil.copyfile(source / INDEX, unfinished / INDEX)
     for part in ("scheduler", *COMPONENTS):
-        (draft / part).mkdir()
+        (unfinished / part).mkdir()
         for file in (source / part).iterdir():
             if file.is_file() and file.suffix in (".json", ".txt"):
-                shutil.copyfile(file, draft / part / file.name)
+                shutil.copyfile(file, unfinished / part / file.name)
 
 
-def write_part(part: str, checkpoint: Checkpoint, draft: Path, dtype: str) -> None:
+def write_part(part: str, checkpoint: Checkpoint, unfinished: Path, dtype: str) -> None:
     tensors = to_tensors(getattr(checkpoint, part), DTYPES[dtype])
     if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
         raise UserError(f"{part}: tensor {bad[0]} holds a number that is not finite in {dtype}.")
-    file = draft / part / f"{STEMS[part]}.safetensors"
+    file = unfinished / part / f"{STEMS[part]}.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})  # as diffusers and transformers ask for
     say(f"{part}: {len(tensors)} tensors, {file.stat().st_size / 1e6:,.1f} MB")
 
 
-def verify_part(part: str, source: Path, draft: Path, dtype: str) -> None:
-    """What was written, read from the disk, against what was given, by a way that does not go through our modules."""
+def verify_part(part: str, source: Path, unfinished: Path, dtype: str) -> None:
+    """Compares the written tensors with the source's, both read from the disk without our modules."""
     problems: list[str] = []
-    given, written = (find_tensors(folder / part, STEMS[part], problems) for folder in (source, draft))
-    problems += [f"{part}: tensor {name} is not in both." for name in sorted(set(given) ^ set(written))]
-    for name in set(given) & set(written):
-        before, after = given[name].read().astype(DTYPES[dtype]), written[name].read()
+    source_tensors, written = (find_tensors(folder / part, STEMS[part], problems) for folder in (source, unfinished))
+    problems += [f"{part}: tensor {name} is not in both." for name in sorted(set(source_tensors) ^ set(written))]
+    for name in set(source_tensors) & set(written):
+        before, after = source_tensors[name].read().astype(DTYPES[dtype]), written[name].read()
         if before.dtype != after.dtype or before.tobytes() != after.tobytes():
             problems.append(f"{part}: tensor {name} was not written as it was read.")
     if problems:
@@ -191,26 +191,26 @@ def verify_part(part: str, source: Path, draft: Path, dtype: str) -> None:
 
 
 def finish(out: Path, wanted: dict[str, Any], source: Source) -> None:
-    """A folder that has its name and its manifest: put in what a run that was killed then has left out, and check."""
+    """Completes a folder whose run was killed after it got its name, and checks its files."""
     manifest = manifest_of(out)
     if differing := [f"{name} {manifest.get(name)}" for name, value in wanted.items() if manifest.get(name) != value]:
-        raise UsageError(f"--out: {out} holds another one: {', '.join(differing)}. Name another folder.")
+        raise UsageError(f"--out: {out} holds another model: {', '.join(differing)}. Name another folder.")
     if not (out / INDEX).exists():
-        draft = out / f".{INDEX}"
-        shutil.copyfile(source.folder / INDEX, draft)
-        os.replace(draft, out / INDEX)
+        unfinished = out / f".{INDEX}"
+        shutil.copyfile(source.folder / INDEX, unfinished)
+        os.replace(unfinished, out / INDEX)
     for name, fact in manifest["files"].items():
         if not (out / name).is_file() or hub.sha256_of(out / name) != fact["sha256"]:
-            raise UserError(f"{out / name} is not what {MANIFEST} says. Remove {out}, and the same job makes it anew.")
+            raise UserError(f"{out / name} is not what {MANIFEST} says. Remove {out}, and the same job makes it again.")
 
 
 def manifest_of(out: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((out / MANIFEST).read_text("utf-8"))
-        return found
+        manifest: dict[str, Any] = json.loads((out / MANIFEST).read_text("utf-8"))
+        return manifest
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{out / MANIFEST} cannot be read: {error}. Remove {out}, and the same job makes it anew."
+            f"{out / MANIFEST} cannot be read: {error}. Remove {out}, and the same job makes it again."
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""Files of a Hugging Face repo at one commit, each held to the hash that the Hub declares for it.
+"""Downloads files of a Hugging Face repo at one commit, and checks the hash that the Hub declares for each.
 
-Finished files stay in the Hub client's own cache, so a download that was cut short goes on with the first that is
-missing. HF_ENDPOINT names another Hub, HF_TOKEN a token; nothing here keeps either.
+Finished files stay in the cache of the Hub's client, so an interrupted download resumes with the first missing file.
+HF_ENDPOINT names another Hub, and HF_TOKEN a token; this module stores neither.
 """
 
 import dataclasses
@@ -25,25 +25,25 @@ class Snapshot:
 
 
 def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Snapshot:
-    """Raises UserError where the Hub does not answer, has no such repo, or sends other bytes than it has declared."""
+    """Raises UserError if the Hub does not answer, has no such repo, or sends bytes with another hash."""
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
         assert info.sha and info.siblings is not None
-        wanted = [one for one in info.siblings if any(fnmatch(one.rfilename, pattern) for pattern in patterns)]
-        size = sum(one.size or 0 for one in wanted)
+        wanted = [file for file in info.siblings if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
+        size = sum(file.size or 0 for file in wanted)
         say(f"{repo} at {info.sha}: {len(wanted)} files, {size / 1e6:,.1f} MB")
         folder = huggingface_hub.snapshot_download(
-            repo, revision=info.sha, allow_patterns=[one.rfilename for one in wanted], max_workers=8
+            repo, revision=info.sha, allow_patterns=[file.rfilename for file in wanted], max_workers=8
         )
     except Exception as error:  # the Hub's client raises a dozen kinds
         raise UserError(f"{repo} cannot be fetched: {one_line(error)}") from None
-    for one in wanted:
-        check(Path(folder) / one.rfilename, one)
+    for file in wanted:
+        check(Path(folder) / file.rfilename, file)
     return Snapshot(Path(folder), info.sha)
 
 
 def check(file: Path, declared: Any) -> None:
-    """A large file is declared by its SHA-256, a small one by its git blob id. A damaged one leaves the cache."""
+    """Checks the SHA-256 of a large file, and the git blob id of a small one. Removes a damaged file from the cache."""
     if declared.lfs:
         got, wanted = sha256_of(file), declared.lfs.sha256
     else:

@@ -1,10 +1,10 @@
-"""Traces the next steps of a replica under the load that it has, brings the trace back, and tells the top operations.
+"""Traces the next steps of a replica under its current load, saves the trace, and lists the top operations.
 
     python -m jobs.profile --steps 20 --out outputs/profile
 
-In --out appear NAME.xplane.pb, for XProf and TensorBoard, and NAME.trace.json.gz, for https://ui.perfetto.dev. The
-trace covers all that the replica's process does meanwhile; of several replicas Serve chooses one. Requests go on, a
-little slower. A replica that nobody asks anything makes no steps, and this says so.
+--out gets NAME.xplane.pb, for XProf and TensorBoard, and NAME.trace.json.gz, for https://ui.perfetto.dev. The trace
+covers everything that the replica's process does meanwhile. Serve chooses one of several replicas. Requests continue, a
+little slower. The job fails if the replica has no requests, and so makes no steps.
 """
 
 import re
@@ -18,24 +18,26 @@ from cluster.cli import Parser, UsageError, UserError, integer_between
 from cluster.ray_client import connect
 from cluster.terminal import say
 from jobs.entry import path, run
-from jobs.settings import DEPLOYMENT
+from jobs.replica_config import DEPLOYMENT
 
 TOP = 15
 
 
 class Operation(NamedTuple):
     name: str
-    seconds: float  # without the operations that ran inside it
+    seconds: float  # without nested operations
     times: int
 
 
 def main() -> str:
     parser = Parser(__doc__)
-    parser.add_argument("--steps", type=integer_between(1, 1000), default=20, help="of the engine (%(default)s)")
     parser.add_argument(
-        "--timeout-s", type=integer_between(1, 600), default=60, help="longest wait for them (%(default)s)"
+        "--steps", type=integer_between(1, 1000), default=20, help="number of engine steps (%(default)s)"
     )
-    parser.add_argument("--application", help="whose replica (the one that is deployed)")
+    parser.add_argument(
+        "--timeout-s", type=integer_between(1, 600), default=60, help="longest wait for the steps (%(default)s)"
+    )
+    parser.add_argument("--application", help="its name, if several are deployed")
     parser.add_argument("--out", type=path, default="outputs/profile", help="folder of the trace (%(default)s)")
     args = parser.parse_args()
 
@@ -52,30 +54,30 @@ def main() -> str:
     for ending, content in trace.files.items():
         (args.out / f"{name}{ending}").write_bytes(content)
     say(f"{trace.steps} steps in {trace.seconds:.2f} s of replica {trace.replica}; its operations by their own time:")
-    tell(operations(args.out / f"{name}.xplane.pb"))
+    show(operations(args.out / f"{name}.xplane.pb"))
     return f"The trace stands in {args.out / name}.xplane.pb and .trace.json.gz."
 
 
 def application(name: str | None) -> str:
     from ray import serve
 
-    found = {app: one.status.value for app, one in serve.status().applications.items() if DEPLOYMENT in one.deployments}
-    if not found:
+    applications = [app for app, status in serve.status().applications.items() if DEPLOYMENT in status.deployments]
+    if not applications:
         raise UserError(f"No application with a deployment {DEPLOYMENT} runs here. Deploy one with: make deploy")
-    if name is None and len(found) == 1:
-        return next(iter(found))
-    if name not in found:
-        raise UsageError(f"--application must be one of {', '.join(found)}, got {name}.")
+    if name is None and len(applications) == 1:
+        return applications[0]
+    if name not in applications:
+        raise UsageError(f"--application must be one of {', '.join(applications)}, got {name}.")
     return name
 
 
 def operations(file: Path) -> list[Operation]:
-    """What ran on the devices, most of the time first; operations of one kind and module count together."""
+    """The operations of the devices, the longest first. Operations of one kind and module are added up."""
     from jax.profiler import ProfileData
 
     seconds: defaultdict[str, float] = defaultdict(float)
     counts: defaultdict[str, int] = defaultdict(int)
-    for events in lines(ProfileData.from_file(str(file))):
+    for events in event_lines(ProfileData.from_file(str(file))):
         for name, own_ns in own_times(events):
             seconds[name] += own_ns / 1e9
             counts[name] += 1
@@ -83,8 +85,8 @@ def operations(file: Path) -> list[Operation]:
     return [Operation(name, seconds[name], counts[name]) for name in ranked]
 
 
-def lines(data: Any) -> Iterator[list[tuple[float, float, str]]]:
-    """Of each device's line of operations, and on a CPU of each thread: start, end and name of what XLA ran."""
+def event_lines(data: Any) -> Iterator[list[tuple[float, float, str]]]:
+    """Start, end and name of the operations that XLA ran, for each device; on a CPU, for each thread."""
     devices = [plane for plane in data.planes if plane.name.startswith("/device:TPU")]
     for plane in devices or data.planes:
         for line in plane.lines:
@@ -101,7 +103,7 @@ def lines(data: Any) -> Iterator[list[tuple[float, float, str]]]:
 
 
 def own_times(events: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
-    """Each event's time without that of the events inside it, such as a loop's without its body's."""
+    """Each event's time without nested events: that of a loop is without its body."""
     open_events: list[list[Any]] = []  # end, name, own time
     for start, end, name in sorted(events, key=lambda event: (event[0], -event[1])):
         while open_events and open_events[-1][0] <= start:
@@ -114,13 +116,15 @@ def own_times(events: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str,
         yield done, own
 
 
-def tell(found: list[Operation]) -> None:
-    total = sum(one.seconds for one in found) or 1.0
-    for one in found[:TOP]:
-        say(f"{one.seconds:9.3f} s  {one.seconds / total:6.1%}  {one.times:7} times  {one.name}")
-    if len(found) > TOP:
-        rest = sum(one.seconds for one in found[TOP:])
-        say(f"{rest:9.3f} s  {rest / total:6.1%}                 {len(found) - TOP} others")
+def show(ranked: list[Operation]) -> None:
+    total = sum(operation.seconds for operation in ranked) or 1.0
+    for operation in ranked[:TOP]:
+        say(
+            f"{operation.seconds:9.3f} s  {operation.seconds / total:6.1%}  {operation.times:7} times  {operation.name}"
+        )
+    if len(ranked) > TOP:
+        rest = sum(operation.seconds for operation in ranked[TOP:])
+        say(f"{rest:9.3f} s  {rest / total:6.1%}                 {len(ranked) - TOP} others")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""A file of prompts, row by row, as requests to the model of a config.
+"""Reads the rows of a prompts file as requests to the model of a config.
 
-What makes a row's pictures also makes its key: the resolved request and what the model's folder holds. A row without a
-seed gets one that follows from the row itself, so that the same file gives the same pictures, whichever rows stand
-around it.
+A row's key is a hash of all that its pictures depend on: the resolved request and the model. A row without a seed gets
+one that depends on the row alone, so the same file always gives the same pictures.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from app.api.protocol import QUERY_FIELDS, resolve
 from app.api.settings import Encoding
 from app.types import SEEDS, Generation, InvalidField
 from cluster.cli import UsageError
-from jobs.settings import Settings
+from jobs.replica_config import ReplicaConfig
 
 FIELDS = (*(name for name in QUERY_FIELDS if name != "timeout"), "model", "n")
 
@@ -31,9 +30,11 @@ class Row:
     encoding: Encoding
 
     @classmethod
-    def of(cls, settings: Settings, number: int, generation: Generation, encoding: Encoding, occurrence: int) -> "Row":
-        """What a default fills in counts as if the row said it, so a changed default makes another picture."""
-        facts = [settings.identity, dataclasses.asdict(generation), encoding.model_dump(), occurrence]
+    def of(
+        cls, config: ReplicaConfig, number: int, generation: Generation, encoding: Encoding, occurrence: int
+    ) -> "Row":
+        """The key covers values that defaults filled in, so a changed default makes another picture."""
+        facts = [config.identity, dataclasses.asdict(generation), encoding.model_dump(), occurrence]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         return cls(number, key, generation, encoding)
 
@@ -43,47 +44,47 @@ class Row:
 
     @property
     def made(self) -> list[str]:
-        """All that is there when it is finished; the record comes last."""
+        """All files of a finished row. The record is written last."""
         return [*self.files, self.record]
 
     @property
     def files(self) -> list[str]:
-        """Of its pictures, below the output folder. Nothing in them is the user's to choose."""
+        """Its pictures, relative to the output folder. No part of these names comes from the user."""
         return [f"images/{self.key}-{i}.{self.encoding.output_format}" for i in range(self.generation.n)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Bad:
+class InvalidRow:
     number: int
     prompt: str
     error: str
 
 
-def read(file: Path, settings: Settings) -> Iterator[Row | Bad]:
-    """Raises UsageError where the file as a whole is none of these; what is wrong with one row is said of that row."""
-    spelled: Counter[str] = Counter()
-    meant: Counter[tuple[Generation, Encoding]] = Counter()
-    for number, given in enumerate(entries(file), start=1):
-        if isinstance(given, str):
-            yield Bad(number, "", given)
+def read(file: Path, config: ReplicaConfig) -> Iterator[Row | InvalidRow]:
+    """Yields each row, or what is wrong with it. Raises UsageError if the file as a whole cannot be read."""
+    texts: Counter[str] = Counter()
+    requests: Counter[tuple[Generation, Encoding]] = Counter()
+    for number, entry in enumerate(entries(file), start=1):
+        if isinstance(entry, str):
+            yield InvalidRow(number, "", entry)
             continue
-        given = {name: value for name, value in given.items() if value is not None}
-        prompt = str(given.get("prompt", ""))
+        fields = {name: value for name, value in entry.items() if value is not None}
+        prompt = str(fields.get("prompt", ""))
         try:
-            # A row without a seed gets one by how it is spelled, whatever the defaults are; its second copy another.
-            text = json.dumps(given, sort_keys=True)
-            spelled[text] += 1
-            digest = hashlib.sha256(f"{text} {spelled[text]}".encode())
-            request = resolve({"seed": int.from_bytes(digest.digest()[:4]) % SEEDS, **given}, settings.service, FIELDS)
+            # The seed of a row without one depends on its text, not on defaults. A second copy gets another seed.
+            text = json.dumps(fields, sort_keys=True)
+            texts[text] += 1
+            digest = hashlib.sha256(f"{text} {texts[text]}".encode())
+            request = resolve({"seed": int.from_bytes(digest.digest()[:4]) % SEEDS, **fields}, config.service, FIELDS)
         except (InvalidField, TypeError) as error:
-            yield Bad(
+            yield InvalidRow(
                 number, prompt, error.message if isinstance(error, InvalidField) else f"not a row of fields: {error}"
             )
             continue
-        # Rows may be spelled differently and ask for the same pictures: each is a row, with files of its own.
-        meaning = request.generation, request.encoding
-        meant[meaning] += 1
-        yield Row.of(settings, number, *meaning, meant[meaning])
+        # Two rows of different text can resolve to the same request. Each has files of its own.
+        resolved = request.generation, request.encoding
+        requests[resolved] += 1
+        yield Row.of(config, number, *resolved, requests[resolved])
 
 
 def entries(file: Path) -> Iterator[Fields | str]:

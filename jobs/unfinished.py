@@ -1,8 +1,8 @@
-"""Where a run keeps files until they are whole, so that whoever reads a folder of results meets whole files only.
+"""Writes files whole: an unfinished file is renamed into the output folder once it is complete.
 
-Several runs may write to one folder at once, so each has its own place for drafts in it and removes nobody else's. The
-place is locked while its run lives: what a killed run has left goes with the next that ends on the same machine. Other
-machines' locks cannot be told on every kind of shared disk, so their places stay for a day.
+Several runs may write to one output folder, so each run has its own folder of unfinished files in it. The folder is
+locked while its run lives. What a killed run left is removed by the next run that ends on the same machine. Not every
+shared disk shows the locks of other machines, so their folders are kept for a day.
 """
 
 import contextlib
@@ -15,48 +15,48 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-PREFIX = ".drafts-"
+PREFIX = ".unfinished-"
 LOCK = ".lock"
 STALE_S = 86_400
 
 
 @contextlib.contextmanager
-def drafts(out: Path) -> Iterator[Path]:
-    """A folder in `out` that is this run's alone, while the block runs."""
+def unfinished_folder(out: Path) -> Iterator[Path]:
+    """A folder in `out` for this run alone, while the block runs."""
     made = Path(tempfile.mkdtemp(prefix=".", dir=out))
-    made.chmod(0o755)  # mkdtemp's is its maker's alone, and TPU hosts may be another user
+    made.chmod(0o755)  # mkdtemp allows its user alone, and TPU hosts may have another
     with (made / LOCK).open("w") as lock:
         with contextlib.suppress(OSError):  # a disk without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        # Only now under a name that others look for, so that none finds it unlocked.
-        place = made.rename(out / f"{PREFIX}{socket.gethostname()}{made.name}")
+        # It gets the name that other runs look for only now, so they never see it unlocked.
+        folder = made.rename(out / f"{PREFIX}{socket.gethostname()}{made.name}")
         try:
-            yield place
+            yield folder
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             clear_abandoned(out)
 
 
 def clear_abandoned(out: Path) -> None:
-    for place in out.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # it may go meanwhile
-            here = place.name.startswith(f"{PREFIX}{socket.gethostname()}.")
-            if not here and place.stat().st_mtime > time.time() - STALE_S:
+    for folder in out.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another run may remove it meanwhile
+            same_machine = folder.name.startswith(f"{PREFIX}{socket.gethostname()}.")
+            if not same_machine and folder.stat().st_mtime > time.time() - STALE_S:
                 continue
-            with (place / LOCK).open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where its run lives
-                shutil.rmtree(place, ignore_errors=True)
+            with (folder / LOCK).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its run lives
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def write(file: Path, content: bytes, place: Path | None = None) -> None:
-    """Whole or not at all. Its draft is in `place`, or beside it."""
-    handle, draft = tempfile.mkstemp(prefix=".", dir=place or file.parent)
+def write(file: Path, content: bytes, folder: Path | None = None) -> None:
+    """Writes the file whole or not at all. Until it is whole it is in `folder`, or beside the file."""
+    handle, unfinished = tempfile.mkstemp(prefix=".", dir=folder or file.parent)
     try:
         with open(handle, "wb") as opened:
             opened.write(content)
-        os.chmod(draft, 0o644)
-        os.replace(draft, file)
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, file)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(draft)
+            os.unlink(unfinished)
         raise

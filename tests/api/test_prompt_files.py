@@ -8,11 +8,11 @@ import pytest
 
 from cluster.cli import UsageError
 from jobs.prompts import Row, read
-from jobs.settings import Settings
+from jobs.replica_config import ReplicaConfig
 from loadtest.plan import read_prompts, replayed
 from loadtest.scenario import Replay
 
-SETTINGS = Settings.of({"model": "assets/demo-model", "sizes": ["128x128"]}, "here")
+SETTINGS = ReplicaConfig.of({"model": "assets/demo-model", "sizes": ["128x128"]}, "here")
 MARK = "\ufeff"  # what Windows puts first
 ODD = "a\u2028red\u2029fox"  # str.splitlines takes either separator for the end of a line
 

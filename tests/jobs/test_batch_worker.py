@@ -17,7 +17,7 @@ from app.diffusion.pipeline import Pipeline
 from app.types import PipelineSpec
 from jobs.batch_generate import SCHEMA, progress, write_manifest
 from jobs.batch_worker import Painter, folders, row_of, text_of
-from jobs.prompts import Bad, Row
+from jobs.prompts import InvalidRow, Row
 from tests.fake_pipeline import FakePipeline, request
 
 SPEC = PipelineSpec("fake", sizes=((64, 64),), batch_buckets=(4,), max_steps=50)
@@ -112,7 +112,9 @@ def test_the_manifest_has_each_row_of_the_file_once_and_in_order(painter: Painte
     rows = [row(3), row(1)]
     drawn(painter, *rows)
     failed = row(4)
-    records = write_manifest(out, [*rows, failed], [Bad(2, "x", "prompt must not be empty.")], {"key4": "it broke"})
+    records = write_manifest(
+        out, [*rows, failed], [InvalidRow(2, "x", "prompt must not be empty.")], {"key4": "it broke"}
+    )
     assert [record["row"] for record in records] == [1, 2, 3, 4]
     assert [record["error"] for record in records] == [None, "prompt must not be empty.", None, "it broke"]
     assert [len(record["files"]) for record in records] == [1, 0, 1, 0]

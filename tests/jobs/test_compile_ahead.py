@@ -1,4 +1,4 @@
-"""Compiling for TPU hosts that are not there. What it does on the cluster's own hosts is test_jobs_cluster's matter."""
+"""Compiling for TPU hosts that are not there. tests/on_cluster covers compiling on the cluster."""
 
 import io
 import json
@@ -35,26 +35,28 @@ def ahead(config: Path, tpu: str, out: Path) -> "subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize(
-    ("tpu", "said"),
+    ("tpu", "sentence"),
     [
         ("v5litepod-16", "--tpu: must be one host, v4-8, v5litepod-1,"),
         ("v5litepod-8", "--tpu: v5litepod-8 has 8 chips, and the config's replicas ask for 4."),
     ],
 )
-def test_a_host_that_does_not_suit_is_refused_in_one_line(config: Path, tmp_path: Path, tpu: str, said: str) -> None:
+def test_a_host_that_does_not_suit_is_refused_in_one_line(
+    config: Path, tmp_path: Path, tpu: str, sentence: str
+) -> None:
     ended = ahead(config, tpu, tmp_path / "out")
     assert ended.returncode == 2
-    assert ended.stderr.startswith(said) and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith(sentence) and ended.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def names_in(pickled: bytes) -> set[tuple[str, str]]:
-    """What it would look up, without looking it up."""
-    found = set()
+    """The names that loading the pickle looks up."""
+    names = set()
 
     class Looking(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            found.add((module, name))
+            names.add((module, name))
             return super().find_class(module, name)
 
         def persistent_load(self, pid: Any) -> Any:
@@ -64,7 +66,7 @@ def names_in(pickled: bytes) -> set[tuple[str, str]]:
         Looking(io.BytesIO(pickled)).load()
     except Exception:  # where it would need the devices
         pass
-    return found
+    return names
 
 
 @pytest.mark.skipif(bool(libtpu.missing()), reason=libtpu.missing())

@@ -45,9 +45,9 @@ def fetch(*arguments: object, environment: dict[str, str] | None = None) -> Done
     command = ["fetch_weights", *map(str, arguments)]
     if environment is None:
         return in_this_process(fetch_weights.main, command)
-    given = processes.environment(**environment)  # which the Hub's client reads when it is imported
+    variables = processes.environment(**environment)  # which the Hub's client reads when it is imported
     command = [sys.executable, "-m", "jobs.fetch_weights", *command[1:]]
-    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
 
 
 def made(done: Done) -> str:
@@ -63,7 +63,7 @@ def refused(done: Done, status: int = 2) -> str:
 def test_a_folder_becomes_bf16_that_our_modules_load(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "shared" / "weights"
     assert f"Deploy it with `model: {out}`." in made(fetch(model, "--out", out))
-    assert {one.name for one in out.parent.iterdir()} == {"weights"}  # no draft is left
+    assert {file.name for file in out.parent.iterdir()} == {"weights"}  # nothing unfinished is left
     before = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     after = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {np.dtype(ml_dtypes.bfloat16)}
@@ -81,7 +81,7 @@ def test_again_it_checks_and_writes_nothing(model: Path, tmp_path: Path) -> None
     assert "was there already" in made(fetch(model, "--out", out))
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
 
-    assert "holds another one: dtype bfloat16" in refused(fetch(model, "--out", out, "--dtype", "float32"))
+    assert "holds another model: dtype bfloat16" in refused(fetch(model, "--out", out, "--dtype", "float32"))
     weights = out / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     assert "is not what manifest.json says" in refused(fetch(model, "--out", out), 1)
@@ -94,7 +94,7 @@ def test_changed_weights_are_another_source(model: Path, tmp_path: Path) -> None
     tensors = load_file(file)
     tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
     save_file(tensors, file)
-    assert "holds another one: revision files" in refused(fetch(model, "--out", out))
+    assert "holds another model: revision files" in refused(fetch(model, "--out", out))
 
 
 def test_one_that_was_killed_after_the_rename_is_finished(model: Path, tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_all_that_is_wrong_is_told_and_nothing_is_made(model: Path, tmp_path: Pa
     tensors = load_file(file)
     tensors["surplus"] = tensors.pop("conv_in.bias")
     save_file(tensors, file)
-    said = refused(fetch(model, "--out", tmp_path / "weights"), 1)
-    assert "conv_in.bias is missing" in said and "surplus is not one" in said
+    output = refused(fetch(model, "--out", tmp_path / "weights"), 1)
+    assert "conv_in.bias is missing" in output and "surplus is not one" in output
     assert not list(tmp_path.glob("*weights*"))
 
 
@@ -122,13 +122,13 @@ def test_a_number_that_is_none_is_refused(model: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["decoder.conv_in.bias"][0] = np.nan
     save_file(tensors, file)
-    said = refused(fetch(model, "--out", tmp_path / "w"), 1)
-    assert "NaN or infinity stands among the weights, in vae decoder.conv_in.bias." in said
+    output = refused(fetch(model, "--out", tmp_path / "w"), 1)
+    assert "NaN or infinity stands among the weights, in vae decoder.conv_in.bias." in output
     assert not list(tmp_path.glob("*w"))
 
 
-def test_drafts_of_killed_runs_go_and_a_running_ones_stay(model: Path, tmp_path: Path) -> None:
-    old, young = (tmp_path / f".weights.draft-{name}" for name in ("old", "young"))
+def test_unfinished_folders_of_killed_runs_go_and_those_of_running_ones_stay(model: Path, tmp_path: Path) -> None:
+    old, young = (tmp_path / f".weights.unfinished-{name}" for name in ("old", "young"))
     for folder in (old, young):
         folder.mkdir()
     os.utime(old, (time.time() - 7200,) * 2)
@@ -138,8 +138,8 @@ def test_drafts_of_killed_runs_go_and_a_running_ones_stay(model: Path, tmp_path:
 
 def test_a_repo_is_pinned_to_its_commit(hub: tuple[Hub, dict[str, str]], tmp_path: Path) -> None:
     out = tmp_path / "weights"
-    said = made(fetch(REPO, "--out", out, environment=hub[1]))
-    assert f"{REPO} at {COMMIT}" in said
+    output = made(fetch(REPO, "--out", out, environment=hub[1]))
+    assert f"{REPO} at {COMMIT}" in output
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["source"], manifest["revision"]) == (REPO, COMMIT)
     load_checkpoint(out)
@@ -181,8 +181,8 @@ def test_mistakes_are_one_line_before_any_work(model: Path, tmp_path: Path) -> N
     try:
         import diffusers  # noqa: F401
     except ImportError:
-        said = refused(fetch("--from-single-file", single, "--out", out), 1)
-        assert said.startswith("--from-single-file needs diffusers") and "\n" not in said
+        output = refused(fetch("--from-single-file", single, "--out", out), 1)
+        assert output.startswith("--from-single-file needs diffusers") and "\n" not in output
     assert not out.exists()
 
 
@@ -190,13 +190,15 @@ def test_mistakes_are_one_line_before_any_work(model: Path, tmp_path: Path) -> N
 def test_a_one_file_checkpoint_gives_the_tensors_of_the_folder_it_was_made_of(model: Path, tmp_path: Path) -> None:
     write_one_file(tmp_path / "some.safetensors", "tiny-sd1")
     arguments = ("--from-single-file", tmp_path / "some.safetensors", "--layout", model, "--dtype", "float32")
-    said = made(fetch(*arguments, "--out", tmp_path / "weights", environment={}))
-    assert len(said.splitlines()) == 4, said  # a line a part and what was made
+    output = made(fetch(*arguments, "--out", tmp_path / "weights", environment={}))
+    assert len(output.splitlines()) == 4, output  # a line a part and what was made
     from_file, from_folder = (load_checkpoint(folder, dtype=np.float32) for folder in (tmp_path / "weights", model))
     for part in ("unet", "vae", "text_encoder"):
-        ours, theirs = (to_tensors(getattr(one, part), np.float32) for one in (from_file, from_folder))
-        assert set(ours) == set(theirs)
-        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+        unpacked, expected = (
+            to_tensors(getattr(checkpoint, part), np.float32) for checkpoint in (from_file, from_folder)
+        )
+        assert set(unpacked) == set(expected)
+        assert all(np.array_equal(unpacked[name], expected[name]) for name in unpacked)
     tokens = [Tokenizer(folder / "tokenizer", 77)(PROMPTS).input_ids for folder in (tmp_path / "weights", model)]
     assert np.array_equal(tokens[0], tokens[1])
 
@@ -204,6 +206,6 @@ def test_a_one_file_checkpoint_gives_the_tensors_of_the_folder_it_was_made_of(mo
 @pytest.mark.parity
 def test_a_file_that_is_no_whole_checkpoint_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
     shutil.copyfile(model / "vae" / "diffusion_pytorch_model.safetensors", single := tmp_path / "some.safetensors")
-    said = fetch("--from-single-file", single, "--layout", model, "--out", tmp_path / "weights", environment={})
-    assert "cannot be read as Stable Diffusion" in refused(said, 1) and "\n" not in refused(said, 1)
+    process = fetch("--from-single-file", single, "--layout", model, "--out", tmp_path / "weights", environment={})
+    assert "cannot be read as Stable Diffusion" in refused(process, 1) and "\n" not in refused(process, 1)
     assert not (tmp_path / "weights").exists()

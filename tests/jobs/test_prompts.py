@@ -10,20 +10,20 @@ import pytest
 
 from cluster import ROOT
 from cluster.cli import UsageError
-from jobs.prompts import Bad, Row, read
-from jobs.settings import Settings
+from jobs.prompts import InvalidRow, Row, read
+from jobs.replica_config import ReplicaConfig
 
-SETTINGS = Settings.of({"model": "assets/demo-model", "sizes": ["128x128", "64x64"]}, "here")
-
-
-def rows(file: Path, settings: Settings = SETTINGS) -> list[Row]:
-    found = list(read(file, settings))
-    assert all(isinstance(one, Row) for one in found), found
-    return [one for one in found if isinstance(one, Row)]
+CONFIG = ReplicaConfig.of({"model": "assets/demo-model", "sizes": ["128x128", "64x64"]}, "here")
 
 
-def bad(file: Path) -> dict[int, str]:
-    return {one.number: one.error for one in read(file, SETTINGS) if isinstance(one, Bad)}
+def rows(file: Path, config: ReplicaConfig = CONFIG) -> list[Row]:
+    results = list(read(file, config))
+    assert all(isinstance(row, Row) for row in results), results
+    return [row for row in results if isinstance(row, Row)]
+
+
+def errors_in(file: Path) -> dict[int, str]:
+    return {row.number: row.error for row in read(file, CONFIG) if isinstance(row, InvalidRow)}
 
 
 def written(tmp_path: Path, name: str, content: str) -> Path:
@@ -33,14 +33,17 @@ def written(tmp_path: Path, name: str, content: str) -> Path:
 
 
 def test_the_same_rows_are_the_same_in_every_kind_of_file(tmp_path: Path) -> None:
-    given = [{"prompt": "a boat", "seed": 7, "guidance_scale": 3.5, "size": "64x64", "n": 2}, {"prompt": "a tree, red"}]
+    records = [
+        {"prompt": "a boat", "seed": 7, "guidance_scale": 3.5, "size": "64x64", "n": 2},
+        {"prompt": "a tree, red"},
+    ]
     names = ["prompt", "seed", "guidance_scale", "size", "n"]
-    jsonl = written(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in given))
+    jsonl = written(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in records))
     csv = written(tmp_path, "a.csv", ",".join(names) + '\na boat,7,3.5,64x64,2\n"a tree, red",,,,\n')
     parquet = tmp_path / "a.parquet"
     floats = {"seed": pa.float64(), "n": pa.float64()}  # as pandas saves integers some of which are missing
     columns = {
-        name: pa.array([row.get(name) for row in given], type=floats.get(name))  # type: ignore[attr-defined]
+        name: pa.array([row.get(name) for row in records], type=floats.get(name))  # type: ignore[attr-defined]
         for name in names
     }
     pq.write_table(pa.table(columns), parquet)
@@ -53,8 +56,8 @@ def test_the_same_rows_are_the_same_in_every_kind_of_file(tmp_path: Path) -> Non
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
-    found = rows(written(tmp_path, "a.txt", "a boat\n\na tree\n"))
-    assert [row.generation.prompt for row in found] == ["a boat", "a tree"]
+    read_rows = rows(written(tmp_path, "a.txt", "a boat\n\na tree\n"))
+    assert [row.generation.prompt for row in read_rows] == ["a boat", "a tree"]
 
 
 def test_keys_and_drawn_seeds_do_not_depend_on_the_other_rows(tmp_path: Path) -> None:
@@ -69,19 +72,19 @@ def test_a_row_that_stands_twice_is_two_rows_with_pictures_of_their_own(tmp_path
 
 
 def test_rows_that_are_spelled_differently_and_mean_the_same_are_two_rows(tmp_path: Path) -> None:
-    asked: list[dict[str, object]] = [
+    records: list[dict[str, object]] = [
         {"seed": 1},
         {"seed": 1, "n": 1},
         {"seed": 1, "size": "128x128"},
         {"seed": 1},
         {"seed": 1, "n": 2},
     ]
-    file = written(tmp_path, "a.jsonl", "".join(json.dumps({"prompt": "a", **row}) + "\n" for row in asked))
-    found = rows(file)
-    assert len({row.key for row in found}) == len(found)
-    assert len({row.generation for row in found}) == 2
+    file = written(tmp_path, "a.jsonl", "".join(json.dumps({"prompt": "a", **row}) + "\n" for row in records))
+    read_rows = rows(file)
+    assert len({row.key for row in read_rows}) == len(read_rows)
+    assert len({row.generation for row in read_rows}) == 2
     alone = rows(written(tmp_path, "b.jsonl", '{"prompt": "a", "seed": 1, "n": 1}\n'))
-    assert alone[0].key == found[0].key  # however it is spelled, a row that stands alone is the first of its kind
+    assert alone[0].key == read_rows[0].key  # however it is spelled, a row that stands alone is the first of its kind
 
 
 @pytest.mark.parametrize(
@@ -89,8 +92,8 @@ def test_rows_that_are_spelled_differently_and_mean_the_same_are_two_rows(tmp_pa
 )
 def test_a_changed_setting_makes_other_rows(tmp_path: Path, changed: dict[str, object]) -> None:
     file = written(tmp_path, "a.txt", "a boat\n")
-    other = Settings.of({"model": "assets/demo-model", "sizes": ["128x128"], **changed}, "here")
-    same = Settings.of({"model": "assets/demo-model", "sizes": ["128x128"], "max_waiting": 1}, "here")
+    other = ReplicaConfig.of({"model": "assets/demo-model", "sizes": ["128x128"], **changed}, "here")
+    same = ReplicaConfig.of({"model": "assets/demo-model", "sizes": ["128x128"], "max_waiting": 1}, "here")
     assert rows(file)[0].key == rows(file, same)[0].key != rows(file, other)[0].key
 
 
@@ -98,7 +101,7 @@ def test_other_weights_make_other_rows_with_the_same_seeds_and_another_place_doe
     file = written(tmp_path, "a.txt", "a boat\n")
 
     def row() -> Row:
-        return rows(file, Settings.of({"model": str(tmp_path / "copy"), "sizes": ["128x128"]}, "here"))[0]
+        return rows(file, ReplicaConfig.of({"model": str(tmp_path / "copy"), "sizes": ["128x128"]}, "here"))[0]
 
     shutil.copytree(ROOT / "assets/demo-model", tmp_path / "copy")
     assert row().key == rows(file)[0].key
@@ -122,13 +125,13 @@ def test_each_bad_row_is_told_and_the_others_are_kept(tmp_path: Path) -> None:
         "{",
     ]
     file = written(tmp_path, "a.jsonl", "\n".join(lines))
-    told = bad(file)
-    assert sorted(told) == [2, 3, 4, 5, 6, 7, 8, 9]
-    assert told[3] == "guidance_scale must be a number between 1 and 20, got 99."
-    assert told[7] == "prompt is required." and told[8] == "it must be a JSON object."
-    assert [row.number for row in read(file, SETTINGS) if isinstance(row, Row)] == [1]
+    errors = errors_in(file)
+    assert sorted(errors) == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert errors[3] == "guidance_scale must be a number between 1 and 20, got 99."
+    assert errors[7] == "prompt is required." and errors[8] == "it must be a JSON object."
+    assert [row.number for row in read(file, CONFIG) if isinstance(row, Row)] == [1]
     ragged = written(tmp_path, "a.csv", "prompt,seed\na boat,1\na tree\na fish,1,2\n")
-    assert sorted(bad(ragged)) == [2, 3]
+    assert sorted(errors_in(ragged)) == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -143,11 +146,11 @@ def test_each_bad_row_is_told_and_the_others_are_kept(tmp_path: Path) -> None:
 def test_a_file_that_is_none_is_refused_as_a_whole(tmp_path: Path, name: str, content: str | None, words: str) -> None:
     file = tmp_path / name if content is None else written(tmp_path, name, content)
     with pytest.raises(UsageError, match=words):
-        list(read(file, SETTINGS))
+        list(read(file, CONFIG))
 
 
 def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes("ein Schloß".encode("latin-1"))
     with pytest.raises(UsageError, match="must be in UTF-8"):
-        list(read(file, SETTINGS))
+        list(read(file, CONFIG))

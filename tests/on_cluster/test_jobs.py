@@ -27,7 +27,7 @@ from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.pipeline import Pipeline
 from cluster import ROOT
 from jobs.profile import operations
-from jobs.settings import Settings
+from jobs.replica_config import ReplicaConfig
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds
 
 pytestmark = pytest.mark.cluster
@@ -218,7 +218,7 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
         return lines
 
     caplog.set_level(logging.INFO, program.logger.name)
-    replica = Pipeline.load(Settings.read(config).pipeline_spec)
+    replica = Pipeline.load(ReplicaConfig.read(config).pipeline_spec)
     replica.warmup()
     assert [line.split()[0] for line in told()] == ["loaded"] * 6
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")

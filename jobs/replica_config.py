@@ -1,4 +1,4 @@
-"""Reads a Serve config for a job: the model, and how the replicas run it."""
+"""Reads a serve config for a job: the model, and how replicas run it."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ DEPLOYMENT = StableDiffusion.__name__
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ReplicaConfig:
     """The `args:` of the application of app.builders:text_to_image, with folders as they are on this cluster."""
 
     args: Args
@@ -32,7 +32,7 @@ class Settings:
     chips: int = 0  # of a replica, which are all of a TPU host; 0: no TPU
 
     @classmethod
-    def read(cls, file: Path) -> "Settings":
+    def read(cls, file: Path) -> "ReplicaConfig":
         try:
             applications = serve_config.read(file).image_applications
         except UserError as reason:
@@ -45,7 +45,7 @@ class Settings:
         return cls.of(application.at("args") or {}, str(file), chips)
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], where: str, chips: int = 0) -> "Settings":
+    def of(cls, options: Mapping[str, Any], where: str, chips: int = 0) -> "ReplicaConfig":
         try:
             args = Args.model_validate(options)
             folder = path(args.model)
@@ -57,8 +57,8 @@ class Settings:
             raise UsageError(f"{where}: {error}") from None
         return cls(args, model, name, chips)
 
-    def changed(self, changes: Mapping[str, Any], where: str) -> "Settings":
-        return Settings.of({**self.args.model_dump(exclude_unset=True), **changes}, where, self.chips)
+    def changed(self, changes: Mapping[str, Any], where: str) -> "ReplicaConfig":
+        return ReplicaConfig.of({**self.args.model_dump(exclude_unset=True), **changes}, where, self.chips)
 
     @cached_property
     def identity(self) -> list[str | None]:
@@ -67,7 +67,7 @@ class Settings:
         Reads all weights.
         """
         folder = Path(self.model)
-        which = [fingerprint(folder)] if folder.is_dir() else [self.model, self.args.revision]
+        which = [folder_hash(folder)] if folder.is_dir() else [self.model, self.args.revision]
         return [*which, self.args.dtype]
 
     @property
@@ -81,7 +81,7 @@ class Settings:
 
     @property
     def pipeline_spec(self) -> PipelineSpec:
-        """The one that the replicas have."""
+        """The model and shapes of the replicas."""
         return self.args.pipeline_spec(self.model, self.programs)
 
     @property
@@ -95,7 +95,7 @@ class Settings:
         )
 
 
-def fingerprint(folder: Path) -> str:
+def folder_hash(folder: Path) -> str:
     """The hash of all files that are loaded from a folder in diffusers layout, in place of a commit.
 
     Files that are missing are the loader's concern.
@@ -111,10 +111,10 @@ def resources(chips: int) -> dict[str, float]:
     return {"TPU": chips} if chips else {}
 
 
-def waiting(chips: int) -> str:
+def waiting_message(chips: int) -> str:
     return f"Waiting for a TPU host with {chips} chips" if chips else "Waiting for a host"
 
 
-def config(text: str) -> Path:
+def config_path(text: str) -> Path:
     """A config is packed with the job's code; any other is looked up where relative paths start."""
     return Path(text).absolute() if Path(text).is_file() else path(text)
