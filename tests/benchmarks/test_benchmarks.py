@@ -119,7 +119,7 @@ def place(since: float, kind: str = "", number: int = 0) -> Place:
     return Place(since, kind, None, number)
 
 
-def test_a_batch_goes_when_it_is_full_or_its_oldest_has_waited() -> None:
+def test_a_batch_runs_when_it_is_full_or_its_oldest_picture_has_waited() -> None:
     queue = [place(1.0), place(2.0), place(3.0)]
     assert next_batch(queue, 3.0, Setting(4, 5.0)) == ([], 6.0)
     assert next_batch(queue, 6.0, Setting(4, 5.0)) == (queue, 6.0)
@@ -131,7 +131,9 @@ def test_kinds_do_not_share_a_batch_and_the_oldest_goes_first() -> None:
     queue = [place(1.0, "a"), place(2.0, "b"), place(3.0, "a"), place(3.5, "b")]
     assert next_batch(queue, 4.0, Setting(2, 0.0))[0] == [queue[0], queue[2]]
     assert next_batch(queue, 4.0, Setting(8, 3.5)) == ([], 4.5)
-    assert next_batch(queue[1:], 4.0, Setting(2, 9.0))[0] == [queue[1], queue[3]], "full, though an older one waits"
+    assert next_batch(queue[1:], 4.0, Setting(2, 9.0))[0] == [queue[1], queue[3]], (
+        "a full batch runs although an older picture waits"
+    )
 
 
 @pytest.fixture
@@ -159,14 +161,14 @@ def test_a_request_may_need_several_batches(recorded: Recorded) -> None:
     assert recorded.steps == [(4, 3), (4, 3), (2, 3)]
 
 
-def test_an_unguided_picture_costs_one_row_and_padding_costs_a_full_batch(recorded: Recorded) -> None:
+def test_an_unguided_picture_costs_a_row_and_a_padded_batch_costs_a_full_one(recorded: Recorded) -> None:
     requests = [ask(10, guidance_scale=1.0)]
     assert served(recorded, Setting(4, 0.0), requests)[0].shape[0] == 1
     assert served(recorded, Setting(4, 0.0, padded=True), requests)[0].shape[0] == 1
     assert recorded.steps == [(1, 3), (4, 3)]
 
 
-def test_a_batch_that_fails_fails_its_requests_and_the_next_one_runs(recorded: Recorded) -> None:
+def test_a_failed_batch_fails_its_requests_and_the_next_batch_runs(recorded: Recorded) -> None:
     recorded.fail = True
     server = WholeBatch(recorded, Setting(1, 0.0))
     try:
@@ -177,7 +179,7 @@ def test_a_batch_that_fails_fails_its_requests_and_the_next_one_runs(recorded: R
         server.close()
 
 
-def test_the_simulation_is_that_server_on_a_virtual_clock() -> None:
+def test_the_simulation_is_the_baseline_on_a_virtual_clock() -> None:
     pipeline = PacedPipeline(Pace(chips=4, step_s=1.0), batch_buckets=[1, 2, 4], size=SIZE)
     requests = [ask(seed, steps=10, guidance_scale=1.0) for seed in range(3)]
     arrivals = np.array([0.0, 1.0, 2.0])
@@ -202,7 +204,7 @@ def test_settings_are_ranked_by_their_simulated_score() -> None:
 # The loads
 
 
-def test_mixed_requests_are_dealt_evenly_and_the_same_each_time() -> None:
+def test_mixed_requests_have_every_kind_and_are_the_same_each_time() -> None:
     first, again = (mixed_requests(40, SIZE, np.random.default_rng(3)) for _ in range(2))
     assert first == again and len(first) == 40
     assert (
@@ -243,7 +245,7 @@ def test_the_engine_and_the_baseline_make_the_same_pictures(engine: Engine, reco
     assert list(map(shown, by_engine)) == list(map(shown, by_baseline))
 
 
-def test_clients_ask_for_each_picture_once_and_a_refusal_is_an_error() -> None:
+def test_http_clients_send_each_request_once_and_a_refusal_is_an_error() -> None:
     requests = [ask(seed, guidance_scale=2.0) for seed in range(7)]
     bodies: list[dict[str, Any]] = []
 

@@ -41,7 +41,7 @@ MB = 1 << 20
 # The load
 
 
-def test_the_same_seed_draws_the_same_load_and_another_another() -> None:
+def test_the_seed_determines_the_load() -> None:
     first = plan(1, HOUR, 1.2, SAMPLERS)
     assert plan(1, HOUR, 1.2, SAMPLERS) == first
     assert plan(2, HOUR, 1.2, SAMPLERS) != first
@@ -49,7 +49,7 @@ def test_the_same_seed_draws_the_same_load_and_another_another() -> None:
     assert [planned.id for planned in first.requests] == [*range(len(first.requests))]
 
 
-def test_an_hour_has_every_kind_in_about_its_share_crowds_and_kills() -> None:
+def test_an_hour_has_every_kind_in_its_share_and_bursts_and_kills() -> None:
     load = plan(1, HOUR, 1.2, SAMPLERS)
     counts = Counter(planned.kind for planned in load.requests)
     assert counts.pop("burst") == 8 * BURST_REQUESTS
@@ -66,7 +66,7 @@ def test_five_minutes_have_a_kill_too() -> None:
     assert len(load.kills) == 1 and {planned.kind for planned in load.requests} == {*WEIGHTS}
 
 
-def test_every_request_for_a_picture_is_one_that_the_api_takes_and_equal_ones_ask_for_few_pictures() -> None:
+def test_the_api_takes_every_request_for_a_picture_and_equal_requests_are_few() -> None:
     load, alone = plan(3, 1200.0, 1.2, SAMPLERS), {identity(request) for request in equal_requests(SAMPLERS)}
     assert len(alone) == EQUAL_REQUESTS
     for planned in load.requests:
@@ -81,9 +81,9 @@ def test_every_request_for_a_picture_is_one_that_the_api_takes_and_equal_ones_as
 
 
 @pytest.mark.parametrize("name", [name for name, bad in BAD_REQUESTS.items() if bad.path == GENERATIONS])
-def test_a_bad_request_is_one_to_this_api(name: str) -> None:
+def test_this_api_refuses_each_bad_request_with_its_status(name: str) -> None:
     bad = BAD_REQUESTS[name]
-    if bad.status in (413, 415):  # what the ingress refuses before it is read
+    if bad.status in (413, 415):  # refused by the ingress before it is read
         assert len(bad.body or b"") > SERVICE.limits.body_bytes or bad.headers != {"Content-Type": "application/json"}
         return
     with pytest.raises((ApiError, InvalidField)) as caught:
@@ -135,7 +135,7 @@ def test_a_refusal_has_openais_shape_and_no_traceback() -> None:
         ([], "others"),
     ],
 )
-def test_a_process_is_named_by_what_it_is_to_the_cluster(command: list[str], kind: str) -> None:
+def test_a_process_is_named_by_its_role_in_the_cluster(command: list[str], kind: str) -> None:
     assert kind_of(command) == kind
 
 
@@ -147,8 +147,8 @@ def process(kind: str, megabytes: float, **changes: Any) -> Process:
     return replace(Process(pid, 7.0, kind, round((50 + megabytes) * MB), 50 * MB, 30, 20), **changes)
 
 
-def samples(grow: dict[str, float], **changes: Any) -> list[Sample]:
-    """An hour of three processes, each with noise, jumps and MB an hour of growth, by kind."""
+def hour_of_samples(grow: dict[str, float], **changes: Any) -> list[Sample]:
+    """An hour of samples of three processes with noise and jumps. `grow` is MB an hour by kind."""
     rng = np.random.default_rng(0)
     result = []
     for t in np.arange(0.0, HOUR, 5.0):
@@ -172,9 +172,9 @@ END = {"t": HOUR, "unfinished": 0, "active_slots": 0, "replicas": 1, "compiles_a
 
 
 def verdict(
-    results: Sequence[Result] = (), kills: Sequence[Kill] = (), looks: Sequence[Sample] | None = None, **end: Any
+    results: Sequence[Result] = (), kills: Sequence[Kill] = (), samples: Sequence[Sample] | None = None, **end: Any
 ) -> Verdict:
-    run = Run({}, 1, results or ok(), samples({}) if looks is None else looks, kills, END | end)
+    run = Run({}, 1, results or ok(), hour_of_samples({}) if samples is None else samples, kills, END | end)
     return judge(run)
 
 
@@ -188,21 +188,23 @@ def test_a_good_run_passes_with_its_figures() -> None:
 
 @pytest.mark.parametrize(("kind", "mb_per_hour"), [("proxy", 60.0), ("ingress", 60.0), ("gcs_server", 90.0)])
 def test_a_leak_is_found_and_names_the_process(kind: str, mb_per_hour: float) -> None:
-    (reason,) = verdict(looks=samples({kind: mb_per_hour})).reasons
+    (reason,) = verdict(samples=hour_of_samples({kind: mb_per_hour})).reasons
     assert reason.startswith(f"the memory of {kind} grows by ") and "are allowed" in reason
 
 
-def test_growth_within_the_bound_is_none_and_so_is_memory_that_is_shared() -> None:
-    assert verdict(looks=samples({"proxy": 25.0, "gcs_server": 40.0})).passed
-    looks = [
+def test_growth_within_the_bound_and_growth_of_shared_memory_are_no_leak() -> None:
+    assert verdict(samples=hour_of_samples({"proxy": 25.0, "gcs_server": 40.0})).passed
+    samples = [
         replace(
-            look,
-            processes=tuple(replace(each, rss=each.rss + grown, shared=each.shared + grown) for each in look.processes),
+            sample,
+            processes=tuple(
+                replace(each, rss=each.rss + grown, shared=each.shared + grown) for each in sample.processes
+            ),
         )
-        for look in samples({})
-        for grown in [round(look.t) * MB]
+        for sample in hour_of_samples({})
+        for grown in [round(sample.t) * MB]
     ]
-    assert verdict(looks=looks).passed
+    assert verdict(samples=samples).passed
 
 
 def test_a_peak_or_a_jump_at_the_start_is_no_trend() -> None:
@@ -213,21 +215,21 @@ def test_a_peak_or_a_jump_at_the_start_is_no_trend() -> None:
     assert slope_of(np.arange(5000.0), 2.0 * np.arange(5000.0)) == pytest.approx(2.0)
 
 
-def test_a_leak_of_replicas_that_are_killed_again_and_again_shows_in_the_one_that_lives_on() -> None:
-    def look(t: float) -> Sample:
-        pid = int(min(t, 2000) // 250)  # eight short lives, and one to the end
+def test_a_leak_shows_in_the_last_replica_although_earlier_ones_are_killed() -> None:
+    def sample(t: float) -> Sample:
+        pid = int(min(t, 2000) // 250)  # eight processes with short lives, then one until the end
         born = 250.0 * pid
         return Sample(t, "load", (process("replica", 900 + 600 * (t - born) / HOUR, pid=pid),), t, 0, 1)
 
-    reasons = verdict(looks=[look(t) for t in np.arange(0.0, HOUR, 5.0)]).reasons
+    reasons = verdict(samples=[sample(t) for t in np.arange(0.0, HOUR, 5.0)]).reasons
     assert [reason for reason in reasons if reason.startswith("the memory of replica grows by 600 MB")]
-    short = verdict(looks=[look(t) for t in np.arange(0.0, 1990.0, 5.0)])
+    short = verdict(samples=[sample(t) for t in np.arange(0.0, 1990.0, 5.0)])
     assert not short.reasons and short.notes == ["memory of replica is not judged: no process lived long enough"]
 
 
-def test_five_minutes_say_nothing_about_memory_and_the_verdict_says_so() -> None:
-    looks = [look for look in samples({"proxy": 5000.0}) if look.t < min(WARMUP_S + LEAST_LIFE_S, 400)]
-    short = verdict(looks=looks)
+def test_five_minutes_are_too_short_to_judge_memory() -> None:
+    samples = [sample for sample in hour_of_samples({"proxy": 5000.0}) if sample.t < min(WARMUP_S + LEAST_LIFE_S, 400)]
+    short = verdict(samples=samples)
     assert short.passed
     assert short.notes == ["memory of gcs_server, ingress, proxy is not judged: no process lived long enough"]
 
@@ -271,46 +273,46 @@ def test_an_error_needs_a_kill_that_explains_it(result: dict[str, Any], kills: l
     assert [reason.partition(",")[0] for reason in reasons] == ([] if explained else ["1 unexplained errors"])
 
 
-def test_what_is_left_in_the_end_fails() -> None:
+def test_unfinished_requests_and_late_compiles_fail() -> None:
     assert "3 requests were still unfinished" in verdict(unfinished=3).reasons[0]
     assert "None requests were still unfinished" in verdict(unfinished=None).reasons[0]
     assert "2 programs were compiled" in verdict(compiles_after_ready=2).reasons[0]
 
 
-def test_a_server_that_sheds_nearly_all_does_not_hold() -> None:
+def test_a_server_that_sheds_most_requests_fails() -> None:
     busy = [replace(result, outcome="shed", code="queue_full") for result in ok(60)]
     assert verdict(ok(40) + busy).reasons == ["only 40 of 100 requests for pictures were answered"]
 
 
-def test_a_kill_that_nothing_recovers_from_fails() -> None:
+def test_a_kill_without_recovery_fails() -> None:
     assert "after the kill at 500 s no other replica answered" in verdict(kills=[Kill(500.0, 7, None)]).reasons[0]
 
 
 def test_more_open_files_or_threads_than_before_fail() -> None:
-    (first, *_) = reasons = verdict(looks=samples({}, fds=500)).reasons
+    (first, *_) = reasons = verdict(samples=hour_of_samples({}, fds=500)).reasons
     assert len(reasons) == 3 and "has 470 open files more than before the load" in first
-    assert "has 80 threads more" in verdict(looks=samples({}, threads=100)).reasons[0]
-    assert verdict(looks=samples({}, fds=60, threads=40)).passed
+    assert "has 80 threads more" in verdict(samples=hour_of_samples({}, threads=100)).reasons[0]
+    assert verdict(samples=hour_of_samples({}, fds=60, threads=40)).passed
 
 
 # The records
 
 
-def test_a_test_that_was_ended_goes_on_from_its_records_and_does_not_pass(tmp_path: Path) -> None:
+def test_a_stopped_test_continues_from_its_records_and_fails_until_then(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the folder of a soak test"):
         read(tmp_path)
     (tmp_path / "soak.json").write_text(json.dumps({"seed": 1, "duration_s": HOUR}))
     assert (read(tmp_path).reached_s, read(tmp_path).sessions) == (0.0, 0)
-    results, looks = ok(3), samples({})[:10]
+    results, samples = ok(3), hour_of_samples({})[:10]
     with Journal(tmp_path / "results.jsonl") as file:
         for result in results:
             file.write(asdict(result))
     with Journal(tmp_path / "events.jsonl") as file:
         file.write({"event": "session", "t": 0.0})
-        for look in looks:
+        for sample in samples:
             file.write(
-                {"event": "sample", "t": look.t, "phase": look.phase, "position": look.position}
-                | {"processes": [[*vars(each).values()] for each in look.processes], "unfinished": 0, "replicas": 1}
+                {"event": "sample", "t": sample.t, "phase": sample.phase, "position": sample.position}
+                | {"processes": [[*vars(each).values()] for each in sample.processes], "unfinished": 0, "replicas": 1}
             )
         file.write({"event": "kill", "t": 20.0, "pid": 7})
         file.write({"event": "kill", "t": 30.0, "pid": 8})
@@ -318,7 +320,7 @@ def test_a_test_that_was_ended_goes_on_from_its_records_and_does_not_pass(tmp_pa
     with (tmp_path / "events.jsonl").open("a") as torn:
         torn.write('{"event": "sam')
     run = read(tmp_path)
-    assert (run.results, run.samples, run.reached_s) == (results, looks, 45.0)
+    assert (run.results, run.samples, run.reached_s) == (results, samples, 45.0)
     assert run.kills == [Kill(20.0, 7, 25.5), Kill(30.0, 8, None)]
     assert judge(run).reasons == [
         "the test was stopped early; it can continue",
