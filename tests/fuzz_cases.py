@@ -1,4 +1,4 @@
-"""Malformed requests to the API, each of which follows from a kind, a seed and a number, byte for byte."""
+"""Makes malformed requests to the API. A kind, a seed and a number determine each of them byte for byte."""
 
 import json
 import random
@@ -361,7 +361,7 @@ KINDS: dict[str, Make] = {
 
 
 def mangled(rng: random.Random, data: bytes) -> bytes:
-    """One to four bytes or slices changed, doubled or left out."""
+    """Changes, doubles or removes one to four bytes or slices."""
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(data) + 1)
         end = min(len(data), at + rng.randint(0, 8))

@@ -1,10 +1,10 @@
-"""Malformed HTTP for the real API: each request follows from a kind, a seed and a number, byte for byte.
+"""Sends malformed HTTP to the real API. A kind, a seed and a number determine each request byte for byte.
 
     python -m tests.http_fuzz --run-dir .run --count 26000 --seed 0      # `make fuzz` starts the cluster first
     python -m tests.http_fuzz --run-dir .run --replay framings:0:4711    # shows the bytes and what comes back
 
-No answer may be a 5xx but a documented 503, carry anything of a traceback, or take longer than 20 s; the proxy and the
-ingress stay within a bound of memory, and the same request draws the same picture before and after.
+No answer may be a 5xx other than a documented 503, contain a part of a traceback, or take longer than 20 s. The report
+has the memory of the proxy and the ingress. One request must get the same image before and after.
 """
 
 import re
@@ -112,7 +112,7 @@ def complete(request: bytes) -> bool:
 
 
 def fuzz(port: int, count: int, seed: int, processes: dict[str, psutil.Process]) -> Report:
-    """`count` of each kind. The picture before and after must be the same, byte for byte."""
+    """Sends `count` requests of each kind. The image before and after must be the same, byte for byte."""
     report, lock = Report(), threading.Lock()
     before = picture(port)
     began = time.monotonic()

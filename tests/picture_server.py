@@ -1,4 +1,4 @@
-"""A small picture server on loopback. The prompt makes it wait, refuse, disconnect or send a wrong picture."""
+"""A fake image server on loopback. The prompt selects what it does: wait, refuse, break off, or send a bad image."""
 
 import asyncio
 import base64
@@ -23,10 +23,8 @@ NEAR = cycle((0, 1))
 @dataclass
 class Server:
     url: str = ""
-    seen: list[dict[str, Any]] = field(default_factory=list)  # the requests in the order of their arrival
-    stall: tuple[int, float] | None = (
-        None  # the number of the request at which the server stalls, and the seconds of the stall
-    )
+    seen: list[dict[str, Any]] = field(default_factory=list)  # the fields of each request, in order
+    stall: tuple[int, float] | None = None  # the number of the request that blocks all, and for how long
     gate: asyncio.Lock = field(default_factory=asyncio.Lock)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -54,7 +52,7 @@ def drawn(fields: dict[str, Any]) -> bytes:
             return b"\x89PNG but not really"
         case "fickle":
             return picture(random.randrange(2**32))
-        case "near":  # every other picture differs by one grey level
+        case "near":  # one grey level away, every other time
             base = np.full((16, 16, 3), 100, np.uint8)
             base[:8] = 50
             return encoded(base + np.uint8(next(NEAR)))
@@ -73,7 +71,7 @@ def picture_server() -> Iterator[Server]:
         if server.stall and len(server.seen) == server.stall[0]:
             async with server.gate:
                 await asyncio.sleep(server.stall[1])
-        async with server.gate:  # a stalled request stalls all others
+        async with server.gate:  # while a request stalls, so do all others
             pass
         word, _, value = fields["prompt"].partition(" ")
         match word:

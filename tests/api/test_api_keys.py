@@ -31,7 +31,7 @@ def entry(name: str, key: str = "", **limits: Any) -> dict[str, Any]:
 
 
 def write(path: Path, *entries: Any) -> Path:
-    """As an editor or `make api-key` does: a new file in the place of the old one."""
+    """Replaces the file, as an editor or `make api-key` does."""
     draft = path.with_suffix(".draft")
     draft.write_text(yaml.safe_dump([*entries], explicit_end=True))
     draft.chmod(0o600)
@@ -52,20 +52,20 @@ def name_of(keys: ApiKeys, key: str) -> str | None:
 # The file
 
 
-def test_a_key_is_256_random_bits_behind_a_prefix_and_the_file_has_its_sha256() -> None:
+def test_a_key_is_a_prefix_and_256_random_bits_and_the_file_has_its_sha256() -> None:
     key = new_key()
     assert key.startswith("imagine-") and len(key) == len("imagine-") + 43 and key != new_key()
     assert digest_of(key.encode()) == hashlib.sha256(key.encode()).hexdigest()
 
 
-def test_a_key_is_known_by_its_hash(file: Path) -> None:
+def test_a_key_is_found_by_its_hash(file: Path) -> None:
     known = ApiKeys(file)
     names = [name_of(known, key) for key in ("key of alice", "key of bob", "key of eve", "")]
     assert names == ["alice", "bob", None, None]
     assert name_of(known, digest_of(b"key of alice")) is None, "who reads the file has no key"
 
 
-def test_every_entry_is_compared_whichever_fits(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_entry_is_compared_whichever_matches(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[str] = []
     in_constant_time = hmac.compare_digest
 
@@ -121,9 +121,7 @@ BAD: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("text", "sentence"), BAD, ids=[case[1][:70] for case in BAD])
-def test_a_mistake_in_the_file_is_one_sentence_that_names_the_entry_and_shows_no_key(
-    tmp_path: Path, text: str, sentence: str
-) -> None:
+def test_an_error_in_the_file_names_the_entry_and_shows_no_key(tmp_path: Path, text: str, sentence: str) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
@@ -132,7 +130,7 @@ def test_a_mistake_in_the_file_is_one_sentence_that_names_the_entry_and_shows_no
     assert sentence in message and str(path) in message and "\n" not in message and LEAK not in message
 
 
-def test_a_file_that_is_not_there_or_not_text_is_told_at_the_start(tmp_path: Path) -> None:
+def test_a_missing_file_or_one_that_is_not_text_is_an_error_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.yaml cannot be read: No such file or directory\.$"):
         ApiKeys(tmp_path / "nowhere.yaml")
     (tmp_path / "keys.yaml").write_bytes(b"\xff\xfe")
@@ -141,7 +139,7 @@ def test_a_file_that_is_not_there_or_not_text_is_told_at_the_start(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("mode", "refused"), [(0o600, False), (0o644, False), (0o664, False), (0o646, True)])
-def test_a_file_that_everyone_may_write_is_refused(file: Path, mode: int, refused: bool) -> None:
+def test_a_world_writable_file_is_refused(file: Path, mode: int, refused: bool) -> None:
     file.chmod(mode)
     if refused:
         with pytest.raises(ValueError, match="must not be writable by everyone: chmod o-w"):
@@ -151,7 +149,7 @@ def test_a_file_that_everyone_may_write_is_refused(file: Path, mode: int, refuse
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# none left\n", "...\n", "---\n"])
-def test_a_file_with_nothing_in_it_is_bad_and_an_empty_list_lets_nobody_in(tmp_path: Path, text: str) -> None:
+def test_an_empty_file_is_refused_and_an_empty_list_has_no_keys(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(path))):
@@ -173,7 +171,7 @@ LIST = yaml.safe_dump([entry("alice"), entry("bob", requests_per_minute=60)], ex
     ],
     ids=["a list", "with comments", "without the last line's end", "in brackets"],
 )
-def test_a_file_that_was_cut_anywhere_is_refused(text: str) -> None:
+def test_a_truncated_file_is_refused(text: str) -> None:
     whole = parse(text.encode(), "keys.yaml")
     assert [key.name for key in whole] == ["alice", "bob"]
     content = text.rstrip().removesuffix("# the end").rstrip()
@@ -183,7 +181,7 @@ def test_a_file_that_was_cut_anywhere_is_refused(text: str) -> None:
     assert all(parse(text[:length].encode(), "keys.yaml") == whole for length in range(len(content), len(text)))
 
 
-def test_the_error_for_a_cut_between_two_entries_says_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_a_file_truncated_between_two_entries_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^keys.yaml must end with a line \.\.\. below the last key: without it"):
         parse(LIST[: LIST.index("- name: bob")].encode(), "keys.yaml")
     for start in ("", "---\n"):
@@ -192,7 +190,7 @@ def test_the_error_for_a_cut_between_two_entries_says_what_to_do(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "socket", "huge"])
-def test_what_is_no_file_of_keys_is_refused_without_waiting_for_it(tmp_path: Path, kind: str) -> None:
+def test_a_device_pipe_or_huge_file_is_refused_without_waiting(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "keys.yaml"
     match kind:
         case "fifo":
@@ -212,10 +210,8 @@ def test_what_is_no_file_of_keys_is_refused_without_waiting_for_it(tmp_path: Pat
         ApiKeys(path)
 
 
-def test_a_pipe_that_is_put_in_the_place_of_the_file_is_refused_too(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the look at it and its opening, which for a pipe waits until somebody writes."""
+def test_a_pipe_that_replaces_the_file_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe replaces it between stat() and open(), which waits for a writer."""
     status = file.stat()
     file.unlink()
     os.mkfifo(file)
@@ -237,9 +233,7 @@ def test_a_key_is_added_and_revoked_by_a_change_of_the_file(file: Path) -> None:
     assert name_of(known, "key of bob") is None
 
 
-def test_looking_a_key_up_touches_no_disk_and_a_thread_reads_what_changes(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finding_a_key_reads_no_disk_and_a_thread_reads_changes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readers: queue.Queue[threading.Thread] = queue.Queue()
 
     class Watched(ApiKeys):
@@ -264,7 +258,7 @@ def test_looking_a_key_up_touches_no_disk_and_a_thread_reads_what_changes(
     assert not reader.is_alive(), "it ends with the keys that it reads"
 
 
-def test_a_file_that_did_not_change_is_not_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_file_is_not_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = ApiKeys(file)
     monkeypatch.setattr(api_keys, "content_of", lambda path: pytest.fail("it was read again"))
     known.refresh()
@@ -308,7 +302,7 @@ def open_to_all(file: Path) -> None:
 @pytest.mark.parametrize(
     "spoil", [broken, gone, open_to_all, cut_to_nothing, cut_between_two_entries, a_pipe, a_folder, huge]
 )
-def test_a_file_that_goes_bad_leaves_the_keys_read_last_and_is_told_once(
+def test_a_file_that_becomes_invalid_keeps_the_last_keys_and_is_logged_once(
     file: Path, caplog: pytest.LogCaptureFixture, spoil: Any
 ) -> None:
     known = ApiKeys(file)
@@ -325,7 +319,7 @@ def test_a_file_that_goes_bad_leaves_the_keys_read_last_and_is_told_once(
     assert [name_of(known, f"key of {name}") for name in ("alice", "eve")] == [None, "eve"], "once it is good again"
 
 
-def test_a_read_that_fails_for_a_moment_is_tried_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_read_is_repeated(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = ApiKeys(file)
     write(file, entry("bob", "key of bob"))
 
@@ -358,7 +352,7 @@ def served(key: ApiKey, images: int = 1) -> bool:
     return True
 
 
-def test_a_minutes_requests_may_come_at_once_and_come_back_evenly() -> None:
+def test_a_minutes_requests_may_come_at_once_and_refill_evenly() -> None:
     clock = Clock()
     key = key_with(clock, requests_per_minute=4)
     assert [served(key) for _ in range(5)] == [True] * 4 + [False]
@@ -373,7 +367,7 @@ def test_a_minutes_requests_may_come_at_once_and_come_back_evenly() -> None:
     assert [served(key) for _ in range(5)] == [True] * 4 + [False], "no more than a minute's are saved up"
 
 
-def test_a_request_for_several_pictures_counts_as_so_many_and_is_never_impossible() -> None:
+def test_a_request_for_n_images_counts_as_n_and_is_always_possible() -> None:
     clock = Clock()
     key = key_with(clock, requests_per_minute=2)
     assert served(key, images=4)
@@ -384,7 +378,7 @@ def test_a_request_for_several_pictures_counts_as_so_many_and_is_never_impossibl
     assert served(key, images=4), "the mean is two a minute"
 
 
-def test_only_so_many_run_at_a_time_and_a_refused_one_holds_no_place() -> None:
+def test_concurrent_requests_are_limited_and_a_refused_one_does_not_count() -> None:
     key = key_with(Clock(), concurrent_requests=2)
     key.begin()
     key.begin()
@@ -398,7 +392,7 @@ def test_only_so_many_run_at_a_time_and_a_refused_one_holds_no_place() -> None:
         key.begin()
 
 
-def test_a_request_that_the_rate_refuses_holds_no_place_and_one_that_must_wait_its_turn_costs_nothing() -> None:
+def test_a_request_that_one_limit_refuses_uses_nothing_of_the_other() -> None:
     clock = Clock()
     key = key_with(clock, concurrent_requests=1, requests_per_minute=2)
     key.begin()
@@ -408,14 +402,14 @@ def test_a_request_that_the_rate_refuses_holds_no_place_and_one_that_must_wait_i
     assert served(key) and not served(key) and key.running == 0
 
 
-def test_without_limits_there_are_none() -> None:
+def test_a_key_without_limits_is_unlimited() -> None:
     key = key_with(Clock())
     for _ in range(1000):
         key.begin()
     assert key.running == 1000
 
 
-def test_what_is_used_of_a_limit_outlives_a_change_of_the_file(tmp_path: Path) -> None:
+def test_the_use_of_a_limit_survives_a_change_of_the_file(tmp_path: Path) -> None:
     clock = Clock()
     path = write(tmp_path / "keys.yaml", entry("alice", requests_per_minute=2, concurrent_requests=1))
     known = ApiKeys(path, clock)

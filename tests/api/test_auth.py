@@ -25,7 +25,7 @@ from tests.api.test_sse import PATIENT, serving, soon
 KEY = "imagine-key-of-alice"
 BEARER = {"Authorization": f"Bearer {KEY}"}
 PROMPT = "a red house that nobody else may read of"
-KEYED = [  # with what is answered to a key
+KEYED = [  # with the status for a valid key
     *(("GET", "/imagine?prompt=a", 200), ("GET", "/v1/models", 200), ("GET", "/v1/stats", 200)),
     *(("POST", "/v1/images/generations", 415), ("DELETE", "/imagine", 405), ("GET", "/nowhere", 404)),
     ("GET", "/healthz/", 404),
@@ -86,7 +86,7 @@ LOCAL, V6, MAPPED, NETWORK = ("127.0.0.1", 8000), ("::1", 8000), ("::ffff:127.0.
         (NETWORK, NETWORK, False),
         (("::ffff:10.0.0.7", 80), LOCAL, False),
         (("fe80::1%eth0", 80), LOCAL, False),
-        (("localhost", 80), LOCAL, False),  # no socket says that of itself
+        (("localhost", 80), LOCAL, False),  # no socket has this address
         (("/run/api.sock", None), LOCAL, False),
         (LOCAL, None, False),
         (None, LOCAL, False),
@@ -97,7 +97,7 @@ def test_only_a_connection_with_both_ends_on_loopback_is_local(server: Any, clie
 
 
 @pytest.mark.parametrize(("method", "path"), [*(case[:2] for case in KEYED), *OPEN])
-def test_without_keys_whoever_is_elsewhere_gets_403_and_how_to_open_the_door(
+def test_without_keys_clients_on_other_machines_get_403_and_the_setting_to_change(
     replicas: Replicas, method: str, path: str
 ) -> None:
     app = APIIngress(replicas, SERVICE).__serve_build_asgi_app__()
@@ -109,7 +109,7 @@ def test_without_keys_whoever_is_elsewhere_gets_403_and_how_to_open_the_door(
     assert not replicas.generate.calls and not replicas.describe.calls
 
 
-def test_over_a_real_connection_nothing_that_a_client_says_makes_it_local_or_hides_a_proxy(replicas: Replicas) -> None:
+def test_no_header_makes_a_client_local_or_hides_a_proxy(replicas: Replicas) -> None:
     with serving(APIIngress(replicas, SERVICE)) as address:
         assert status(f"{address}/healthz") == 200
         assert status(f"{address}/healthz", {"X-Forwarded-For": "127.0.0.1"}) == 200
@@ -166,7 +166,7 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("headers", PAGES, ids=str)
 @pytest.mark.parametrize(("method", "path"), [*(case[:2] for case in KEYED), *OPEN])
-def test_without_keys_a_page_of_somebody_else_in_a_browser_here_gets_403(
+def test_without_keys_a_foreign_page_in_a_local_browser_gets_403(
     replicas: Replicas, method: str, path: str, headers: dict[str, str]
 ) -> None:
     with local_client(APIIngress(replicas, SERVICE)) as client:
@@ -178,7 +178,7 @@ def test_without_keys_a_page_of_somebody_else_in_a_browser_here_gets_403(
 
 
 @pytest.mark.parametrize("headers", PROGRAMS, ids=str)
-def test_without_keys_programs_and_pages_of_this_machine_are_answered(
+def test_without_keys_programs_and_pages_of_this_machine_get_answers(
     replicas: Replicas, headers: dict[str, str]
 ) -> None:
     with local_client(APIIngress(replicas, SERVICE)) as client:
@@ -186,13 +186,13 @@ def test_without_keys_programs_and_pages_of_this_machine_are_answered(
 
 
 @pytest.mark.parametrize("headers", PAGES, ids=str)
-def test_with_keys_the_key_decides(ingress: APIIngress, headers: dict[str, str]) -> None:
+def test_with_keys_the_key_decides_wherever_the_client_is(ingress: APIIngress, headers: dict[str, str]) -> None:
     with local_client(ingress) as client:
         assert client.get("/imagine?prompt=a", headers=headers | BEARER).status_code == 200
         assert client.get("/imagine?prompt=a", headers=headers).status_code == 401
 
 
-def test_behind_haproxy_there_must_be_keys(replicas: Replicas, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_haproxy_requires_keys(replicas: Replicas, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's HAProxy listens on every interface, whatever http_options.host says, and connects over loopback."""
     monkeypatch.setattr("app.api.ingress.RAY_SERVE_ENABLE_HA_PROXY", True)
     with pytest.raises(ValueError, match="api_keys_file must be set where RAY_SERVE_ENABLE_HA_PROXY is"):
@@ -219,7 +219,7 @@ WRONG: list[list[tuple[str, str]]] = [
 
 
 @pytest.mark.parametrize(("method", "path", "status"), KEYED)
-def test_whatever_draws_or_reveals_needs_a_key(
+def test_every_route_but_the_open_ones_needs_a_key(
     client: TestClient, replicas: Replicas, method: str, path: str, status: int
 ) -> None:
     for headers in WRONG:
@@ -232,13 +232,13 @@ def test_whatever_draws_or_reveals_needs_a_key(
     assert client.request(method, path, headers=BEARER).status_code == status
 
 
-def test_a_key_in_the_url_is_no_key(client: TestClient) -> None:
+def test_a_key_in_the_url_does_not_count(client: TestClient) -> None:
     for name in ("key", "api_key", "access_token", "Authorization"):
         assert client.get("/imagine", params={"prompt": "a", name: KEY}).status_code == 401
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER ", " Bearer"])
-def test_the_scheme_is_read_as_http_has_it(client: TestClient, scheme: str) -> None:
+def test_the_bearer_scheme_ignores_case_and_spaces(client: TestClient, scheme: str) -> None:
     assert client.get("/imagine?prompt=a", headers={"Authorization": f"{scheme} {KEY}"}).status_code == 200
 
 
@@ -247,7 +247,7 @@ def test_load_balancers_need_no_key(client: TestClient, method: str, path: str) 
     assert client.request(method, path).status_code == 200
 
 
-def test_with_keys_whoever_is_elsewhere_may_come_in_with_one(ingress: APIIngress) -> None:
+def test_with_keys_a_client_on_another_machine_is_accepted(ingress: APIIngress) -> None:
     app = ingress.__serve_build_asgi_app__()
     with TestClient(app, "http://10.0.0.7:8000", client=("10.0.0.9", 50000)) as client:
         assert client.get("/imagine?prompt=a", headers=BEARER).status_code == 200
@@ -263,7 +263,7 @@ def test_a_bad_key_is_refused_before_the_body_is_read(ingress: APIIngress) -> No
     assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
 
 
-def test_a_full_key_is_refused_before_the_body_is_read(replicas: Replicas, file: Path) -> None:
+def test_a_key_at_its_limit_is_refused_before_the_body_is_read(replicas: Replicas, file: Path) -> None:
     async def receive() -> Message:
         raise AssertionError("the body was read")
 
@@ -274,7 +274,7 @@ def test_a_full_key_is_refused_before_the_body_is_read(replicas: Replicas, file:
     assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
 
 
-def test_revoking_a_key_needs_no_new_start(client: TestClient, ingress: APIIngress, file: Path) -> None:
+def test_a_key_is_revoked_without_a_restart(client: TestClient, ingress: APIIngress, file: Path) -> None:
     assert client.get("/v1/models", headers=BEARER).status_code == 200
     write(file)
     assert ingress.api_keys
@@ -282,7 +282,7 @@ def test_revoking_a_key_needs_no_new_start(client: TestClient, ingress: APIIngre
     assert client.get("/v1/models", headers=BEARER).status_code == 401
 
 
-def test_a_keys_file_that_cannot_be_used_stops_the_start(replicas: Replicas, tmp_path: Path) -> None:
+def test_an_unusable_keys_file_stops_the_start(replicas: Replicas, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere.yaml cannot be read"):
         APIIngress(replicas, SERVICE, tmp_path / "nowhere.yaml")
 
@@ -290,7 +290,7 @@ def test_a_keys_file_that_cannot_be_used_stops_the_start(replicas: Replicas, tmp
 # Limits
 
 
-def test_the_rate_is_429_with_when_to_come_back_and_pictures_count(replicas: Replicas, file: Path) -> None:
+def test_the_rate_limit_is_429_with_retry_after_and_counts_images(replicas: Replicas, file: Path) -> None:
     ingress = APIIngress(replicas, SERVICE, write(file, entry("alice", KEY, requests_per_minute=4)))
     with local_client(ingress) as client:
         client.headers.update(BEARER)
@@ -303,7 +303,7 @@ def test_the_rate_is_429_with_when_to_come_back_and_pictures_count(replicas: Rep
     assert running(ingress) == 0
 
 
-def test_only_so_many_at_a_time_and_a_place_is_free_again_when_one_ends(replicas: Replicas, file: Path) -> None:
+def test_concurrent_requests_are_limited_until_one_ends(replicas: Replicas, file: Path) -> None:
     ingress = APIIngress(replicas, PATIENT, write(file, entry("alice", KEY, concurrent_requests=1)))
     replicas.generate_stream.outcome = lambda _: [Accepted(), Preview(0, b"draft"), None]
     with serving(ingress) as address, OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
@@ -322,7 +322,7 @@ def test_only_so_many_at_a_time_and_a_place_is_free_again_when_one_ends(replicas
 
 
 @pytest.mark.parametrize("outcome", [case[0] for case in FAILURES], ids=[str(case[2:]) for case in FAILURES])
-def test_a_place_is_free_again_however_the_request_ends(
+def test_a_request_stops_counting_however_it_ends(
     client: TestClient, ingress: APIIngress, replicas: Replicas, outcome: Any
 ) -> None:
     replicas.generate.outcome = lambda *_: outcome
@@ -338,7 +338,7 @@ def test_a_place_is_free_again_however_the_request_ends(
     assert 400 in statuses and 404 in statuses and running(ingress) == 0
 
 
-def test_a_client_that_leaves_while_it_waits_frees_its_place(ingress: APIIngress, replicas: Replicas) -> None:
+def test_a_client_that_disconnects_while_it_waits_stops_counting(ingress: APIIngress, replicas: Replicas) -> None:
     async def leave() -> None:
         called = asyncio.Event()
         replicas.generate.outcome = lambda *_: called.set()

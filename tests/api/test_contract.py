@@ -1,5 +1,4 @@
-"""What a client may rely on, by the real engine over a tiny real model: the same request gives the same picture,
-whatever runs beside it."""
+"""The real engine with a tiny real model: the same request gives the same image, whatever runs beside it."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -66,7 +65,7 @@ def drawn(pipeline: Pipeline, generations: Sequence[Generation], images_at_once:
         engine.close()
 
 
-def test_64_random_requests_together_are_what_each_is_alone(pipeline: Pipeline) -> None:
+def test_64_random_requests_get_the_same_images_together_and_alone(pipeline: Pipeline) -> None:
     generations = requests(64)
     alone = drawn(pipeline, generations, images_at_once=1)
     together = drawn(pipeline, generations, images_at_once=4)
@@ -79,7 +78,7 @@ def test_64_random_requests_together_are_what_each_is_alone(pipeline: Pipeline) 
         assert apart <= 1, f"{generation} is {apart} grey levels off beside others"
 
 
-def test_image_i_of_a_request_is_the_picture_of_seed_plus_i(pipeline: Pipeline) -> None:
+def test_image_i_of_a_request_is_the_image_of_seed_plus_i(pipeline: Pipeline) -> None:
     (four,) = [request for request in requests(64) if request.n == 4][:1]
     single = [Generation(**{**vars(four), "n": 1, "seed": (four.seed + number) % SEEDS}) for number in range(four.n)]
     (together,) = drawn(pipeline, [four], images_at_once=1)

@@ -1,4 +1,4 @@
-"""The fuzzer finds what it is there to find, and what it sent can be sent again."""
+"""The fuzzer reports wrong answers, and can send the same bytes again."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ def test_a_seed_and_a_number_make_the_same_bytes() -> None:
         assert made != [Case(kind, 4, number).request for number in range(50)]
 
 
-def test_a_server_without_a_fault_passes(application: Application, port: int) -> None:
+def test_a_correct_server_passes(application: Application, port: int) -> None:
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         drawn = scope["path"] == "/imagine" and scope["query_string"] == http_fuzz.PICTURE.partition("?")[2].encode()
         body = ERROR.replace("CODE", "queue_full").encode()
@@ -56,7 +56,7 @@ def test_a_server_without_a_fault_passes(application: Application, port: int) ->
         (200, '{"file": "site-packages/ray/serve"}', "'site-packages'"),
     ],
 )
-def test_a_wrong_answer_is_found_and_told_with_what_was_sent(
+def test_a_wrong_answer_is_reported_with_the_request(
     application: Application, port: int, status: int, body: str, problem: str
 ) -> None:
     async def wrong(scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +70,7 @@ def test_a_wrong_answer_is_found_and_told_with_what_was_sent(
     assert problem in report and "sent b'" in report and ":0:" in report
 
 
-def test_a_hang_and_another_picture_are_found(
+def test_a_hang_and_a_different_image_are_reported(
     application: Application, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_fuzz, "HANG_S", 0.5)

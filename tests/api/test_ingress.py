@@ -1,4 +1,4 @@
-"""The routes, with Starlette's own client before them and a fake replica behind."""
+"""The routes, with Starlette's test client and fake replicas."""
 
 import asyncio
 import base64
@@ -67,7 +67,7 @@ class Method:
 
 
 class Items:
-    """A DeploymentResponseGenerator: what it yields, raises, or, for None, never comes to."""
+    """A DeploymentResponseGenerator of items, of errors that it raises, and of None for an item that never comes."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         self.items = iter(items)
@@ -105,8 +105,8 @@ DESCRIPTION = Description(("euler", "pndm"), "pndm", "tiny", ("128x128", "256x12
 
 
 class Replicas:
-    """What APIIngress uses of a DeploymentHandle. Those that are `running` answer a broadcast, None never; without
-    any, Serve says that none is there."""
+    """A DeploymentHandle. The replicas in `running` answer a broadcast, and None never does. Where there are none, it
+    raises Serve's error."""
 
     def __init__(self) -> None:
         self.generate = Method(pictures)
@@ -169,7 +169,7 @@ def client(replicas: Replicas) -> Iterator[TestClient]:
 
 
 def local_client(ingress: APIIngress) -> TestClient:
-    """On this machine, as the API demands that has no keys."""
+    """A client on this machine, as an API without keys requires."""
     app, address = ingress.__serve_build_asgi_app__(), ("127.0.0.1", 50000)
     return TestClient(app, "http://127.0.0.1", raise_server_exceptions=False, client=address)
 
@@ -178,7 +178,7 @@ def post(client: TestClient, **fields: Any) -> Any:
     return client.post("/v1/images/generations", json=fields)
 
 
-def test_imagine_answers_a_png_with_what_made_it_in_headers(client: TestClient, replicas: Replicas) -> None:
+def test_imagine_answers_a_png_with_the_facts_in_headers(client: TestClient, replicas: Replicas) -> None:
     response = client.get("/imagine", params={"prompt": "a red house", "seed": 7, "size": "256x128"})
     assert (response.status_code, response.content) == (200, b"png 7")
     expected = {
@@ -198,7 +198,7 @@ def test_imagine_answers_a_png_with_what_made_it_in_headers(client: TestClient, 
     assert replicas.generate.calls == [(ImageRequest(generation, SERVICE.encoding, 0.2),)]
 
 
-def test_the_seed_that_was_drawn_comes_back(client: TestClient, replicas: Replicas) -> None:
+def test_a_random_seed_is_in_the_answer(client: TestClient, replicas: Replicas) -> None:
     first, second = (client.get("/imagine?prompt=a").headers["x-seed"] for _ in range(2))
     assert first != second
     assert [str(request.generation.seed) for (request,) in replicas.generate.calls] == [first, second]
@@ -210,7 +210,7 @@ def test_output_format_sets_the_content_type(client: TestClient, kind: str) -> N
     assert response.headers["content-type"] == f"image/{kind}"
 
 
-def test_generations_answers_in_openais_shape_with_the_facts_beside_it(client: TestClient) -> None:
+def test_generations_answers_in_openais_shape_with_the_facts(client: TestClient) -> None:
     response = post(client, prompt="a" * 78, n=2, seed=40, sampler="euler", output_format="webp", guidance_scale=1)
     answer = response.json()
     assert answer.pop("created") > 1.7e9
@@ -232,7 +232,9 @@ def test_generations_answers_in_openais_shape_with_the_facts_beside_it(client: T
     }
 
 
-def test_models_lists_what_a_request_may_say_and_asks_once_a_second(client: TestClient, replicas: Replicas) -> None:
+def test_models_lists_sizes_samplers_limits_and_defaults_and_asks_once_a_second(
+    client: TestClient, replicas: Replicas
+) -> None:
     assert client.get("/v1/models").json() == client.get("/v1/models").json()
     assert replicas.broadcasts == 1 and not replicas.describe.calls
     (model,) = client.get("/v1/models").json()["data"]
@@ -266,7 +268,7 @@ def test_models_lists_what_a_request_may_say_and_asks_once_a_second(client: Test
 
 
 @pytest.mark.parametrize("name", ["tiny", "CompVis/stable-diffusion-v1-4"])
-def test_a_model_is_found_by_its_id_slashes_percent_encoded_or_not(replicas: Replicas, name: str) -> None:
+def test_a_model_id_may_have_slashes_percent_encoded_or_not(replicas: Replicas, name: str) -> None:
     replicas.running = [replace(DESCRIPTION, model=name)]
     with local_client(APIIngress(replicas, replace(SERVICE, model=name))) as client:
         (listed,) = client.get("/v1/models").json()["data"]
@@ -282,11 +284,11 @@ def no_such_model(other: str, name: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "param": "model", "code": "model_not_found"}}
 
 
-def test_health_is_what_the_replicas_said_lately_and_waits_for_no_request(replicas: Replicas) -> None:
+def test_health_is_from_the_latest_descriptions_and_waits_for_no_request(replicas: Replicas) -> None:
     now = 100.0
     ingress = APIIngress(replicas, SERVICE)
     ingress.replica_watch.clock = lambda: now
-    replicas.describe.outcome = lambda: None  # the way of requests, which is full
+    replicas.describe.outcome = lambda: None  # requests wait: the queue is full
     with local_client(ingress) as client:
         assert client.get("/healthz").json() == {"status": "ok", "model": "tiny"}
         replicas.running = [None]  # too busy to answer
@@ -312,9 +314,7 @@ def test_health_is_bad_at_once_when_no_replica_runs(
     assert error["code"] == "deployment_failed" and "`make status` says why" in error["message"]
 
 
-def test_replicas_that_have_been_silent_for_long_are_not_believed(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_descriptions_expire(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     ingress = APIIngress(replicas, SERVICE)
     ingress.replica_watch.clock = lambda: now
@@ -330,8 +330,8 @@ def test_replicas_that_have_been_silent_for_long_are_not_believed(
 OTHER = Description(("ddim",), "ddim", "other", ("64x64",))
 
 
-def test_the_model_and_the_sizes_are_those_of_the_replicas_that_run(client: TestClient, replicas: Replicas) -> None:
-    """As after a deployment of another model that failed: its ingress runs, and the replicas of before."""
+def test_the_model_and_the_sizes_are_those_of_the_running_replicas(client: TestClient, replicas: Replicas) -> None:
+    """As after a failed deployment of another model: the new ingress runs with the old replicas."""
     replicas.running = [OTHER]
     replicas.generate.outcome = lambda request: replace(pictures(request), model="other")
     replicas.generate_stream.outcome = lambda request: [Accepted(), replace(pictures(request), model="other")]
@@ -347,7 +347,7 @@ def test_the_model_and_the_sizes_are_those_of_the_replicas_that_run(client: Test
     assert post(client, prompt="a", size="128x128").json()["error"]["param"] == "size"
 
 
-def test_while_a_rollout_mixes_models_either_may_be_named_and_the_answer_says_which_drew(
+def test_during_a_rollout_a_request_may_name_either_model_and_the_answer_names_the_one_used(
     client: TestClient, replicas: Replicas
 ) -> None:
     replicas.running = [OTHER, DESCRIPTION, DESCRIPTION]
@@ -361,20 +361,18 @@ def test_while_a_rollout_mixes_models_either_may_be_named_and_the_answer_says_wh
     assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
-def test_replicas_of_a_version_that_names_no_model_have_that_of_the_config(
-    client: TestClient, replicas: Replicas
-) -> None:
+def test_an_old_replica_that_sends_no_model_has_the_configs(client: TestClient, replicas: Replicas) -> None:
     replicas.running = [Description(("euler",), "euler")]
     assert client.get("/healthz").json()["model"] == post(client, prompt="a", model="tiny").json()["model"] == "tiny"
 
 
-def test_before_any_replica_is_known_requests_are_held_to_the_config(client: TestClient, replicas: Replicas) -> None:
+def test_before_any_replica_is_known_the_configs_rules_apply(client: TestClient, replicas: Replicas) -> None:
     replicas.running = []
     assert post(client, prompt="a", model="tiny").status_code == 200
     assert post(client, prompt="a", model="other").status_code == 404
 
 
-def test_two_hundred_who_are_refused_come_back_spread_over_what_their_work_takes(replicas: Replicas) -> None:
+def test_the_retries_of_200_refused_requests_are_spread_over_the_time_of_their_work(replicas: Replicas) -> None:
     now, drawn = 100.0, 0
     ingress = APIIngress(replicas, SERVICE)
     ingress.retry_after = RetryAfter(lambda: now, lambda low, high: low)
@@ -409,7 +407,7 @@ async def no_replicas(replicas: Any, timeout_s: float) -> dict[str, Any]:
     return {}
 
 
-def test_stats_are_told_for_each_replica_and_in_total(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stats_are_for_each_replica_and_in_total(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     stats = dict.fromkeys(SUMMED, 2) | {"requests": {"completed": 3}}
 
     async def stats_of_all(replicas: Any, timeout_s: float) -> dict[str, Any]:
@@ -430,7 +428,7 @@ def test_a_bad_query_never_reaches_a_replica(client: TestClient, replicas: Repli
     assert not replicas.generate.calls
 
 
-def test_statuses_tell_refusals_apart(client: TestClient) -> None:
+def test_each_kind_of_error_has_its_status(client: TestClient) -> None:
     json_type = {"content-type": "application/json"}
     route = "/v1/images/generations"
     cases = [
@@ -488,7 +486,7 @@ def test_a_body_of_absurd_declared_length_is_refused_before_it_is_read() -> None
     assert (status, answer["error"]["message"]) == (413, "The body must be at most 300 bytes.")
 
 
-def test_an_oversized_body_is_read_to_its_end_so_that_its_sender_sees_the_answer() -> None:
+def test_a_body_above_the_limit_is_read_to_its_end_so_that_the_client_sees_the_answer() -> None:
     left = 5
 
     async def receive() -> Message:
@@ -500,7 +498,7 @@ def test_an_oversized_body_is_read_to_its_end_so_that_its_sender_sees_the_answer
     assert (status, answer["error"]["code"], left) == (413, "payload_too_large", 0)
 
 
-def test_a_body_without_end_is_refused_once_enough_is_thrown_away() -> None:
+def test_an_endless_body_is_refused_after_a_limit() -> None:
     read = 0
 
     async def receive() -> Message:
@@ -521,7 +519,7 @@ def test_a_body_that_never_ends_times_out() -> None:
     assert (status, answer["error"]["message"]) == (408, "The body did not arrive within 0.2 s.")
 
 
-def test_a_client_that_leaves_while_it_sends_is_no_server_error() -> None:
+def test_a_client_that_disconnects_while_it_sends_is_no_server_error() -> None:
     async def receive() -> Message:
         return {"type": "http.disconnect"}
 
@@ -532,7 +530,7 @@ def test_a_client_that_leaves_while_it_sends_is_no_server_error() -> None:
 async def raw_post(
     receive: Callable[[], Any], headers: dict[str, str], ingress: APIIngress | None = None
 ) -> tuple[int, Any]:
-    """One POST over bare ASGI, for what a well-behaved client does not do."""
+    """One POST over bare ASGI, for bodies that no client library sends."""
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -571,7 +569,7 @@ FAILURES: list[tuple[Any, int, str, str | None]] = [
 @pytest.mark.parametrize(
     ("outcome", "status", "code", "retry_after"), FAILURES, ids=[str(case[2:]) for case in FAILURES]
 )
-def test_what_goes_wrong_behind_becomes_a_status_and_never_shows_its_insides(
+def test_failures_of_replicas_become_statuses_and_show_no_internals(
     replicas: Replicas, outcome: Any, status: int, code: str, retry_after: str | None
 ) -> None:
     replicas.generate.outcome = lambda *_: outcome
@@ -608,14 +606,14 @@ def test_a_timeout_stops_the_replicas_work(client: TestClient, replicas: Replica
     assert replicas.generate.answers[0].cancelled
 
 
-def test_a_requests_own_timeout_is_waited_for_and_told_to_the_replica(client: TestClient, replicas: Replicas) -> None:
+def test_a_requests_own_timeout_is_used_and_sent_to_the_replica(client: TestClient, replicas: Replicas) -> None:
     replicas.generate.outcome = lambda *_: None
     response = client.get("/imagine?prompt=a&timeout=0.05")
     assert response.json()["error"]["message"] == "No picture within 0.05 s; the request was dropped."
     assert replicas.generate.calls[0][0].timeout_s == 0.05
 
 
-def test_a_client_that_goes_away_stops_the_replicas_work() -> None:
+def test_a_client_that_disconnects_stops_the_replicas_work() -> None:
     async def leave() -> Answer:
         answer = Answer(None)
         waiting = asyncio.ensure_future(answer_of(answer, 60))
@@ -628,7 +626,7 @@ def test_a_client_that_goes_away_stops_the_replicas_work() -> None:
     assert asyncio.run(leave()).cancelled
 
 
-def test_text_that_has_no_utf8_can_be_refused(client: TestClient) -> None:
+def test_the_error_can_quote_text_that_has_no_utf8(client: TestClient) -> None:
     body = b'{"prompt": "a", "\\ud800": "\\udfff"}'
     response = client.post("/v1/images/generations", content=body, headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "\ud800")

@@ -1,6 +1,6 @@
-"""configs/nginx.conf by a real nginx, where there is one (Debian's package), before the real routes with keys.
+"""A real nginx (Debian's package) runs configs/nginx.conf in front of the real routes with keys; skipped without nginx.
 
-The file itself is run; only its ports, its user, the places of its files and a few of its seconds are replaced.
+The test replaces only the file's ports, its user, its paths and a few of its timeouts.
 """
 
 import contextlib
@@ -119,7 +119,7 @@ def nginx(api: str, tmp_path: Path) -> Iterator[Nginx]:
 
 
 def own_address() -> str | None:
-    """One of this machine's that is not loopback; nothing is sent."""
+    """An address of this machine that is not loopback. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -129,7 +129,7 @@ def own_address() -> str | None:
     return None if address.startswith("127.") else address
 
 
-def test_keys_are_demanded_and_pass(nginx: Nginx, replicas: Replicas) -> None:
+def test_keys_are_required_and_pass_through(nginx: Nginx, replicas: Replicas) -> None:
     assert nginx.ask(head("GET", "/healthz")).status == 200
     refused = nginx.ask(head("GET", "/imagine?prompt=a"))
     assert (refused.status, refused.error["code"]) == (401, "invalid_api_key")
@@ -140,8 +140,8 @@ def test_keys_are_demanded_and_pass(nginx: Nginx, replicas: Replicas) -> None:
     assert nginx.ask(head("GET", f"/imagine?prompt=a&negative_prompt={longest}", BEARER)).status == 400, "the API's own"
 
 
-def test_openais_client_streams_through_it_and_events_come_one_by_one(nginx: Nginx, replicas: Replicas) -> None:
-    """The first event is here while the next one cannot yet be: the replica waits until it has been read."""
+def test_openais_client_streams_through_nginx_and_events_come_one_by_one(nginx: Nginx, replicas: Replicas) -> None:
+    """The replica waits with the second event until the client has read the first."""
     seen = threading.Event()
 
     def items(request: Any) -> Iterator[Any]:
@@ -182,25 +182,25 @@ def test_a_big_body_is_413_in_openais_shape_and_never_reaches_the_api(nginx: Ngi
     assert (answer.status, answer.error["code"]) == (413, "payload_too_large")
 
 
-def test_serves_own_routes_are_not_for_everybody(nginx: Nginx) -> None:
+def test_serves_own_routes_are_closed(nginx: Nginx) -> None:
     assert nginx.ask(head("GET", "/-/routes")).error["code"] == "not_found"
 
 
-def test_http_leads_to_https(nginx: Nginx) -> None:
+def test_http_redirects_to_https(nginx: Nginx) -> None:
     with connected(nginx.plain_port) as connection:
         connection.sendall(head("GET", "/imagine?prompt=a", "Connection: close"))
         (answer,) = answers(received(connection))
     assert (answer.status, answer.headers["location"]) == (308, "https://localhost/imagine?prompt=a")
 
 
-def test_the_log_has_no_prompts_and_the_id_that_the_api_knows(nginx: Nginx) -> None:
+def test_the_log_has_no_prompts_and_has_the_apis_request_id(nginx: Nginx) -> None:
     nginx.ask(head("GET", "/imagine?prompt=secret+house", BEARER))
     assert soon(lambda: "/imagine" in nginx.log.read_text())
     log = nginx.log.read_text()
     assert "secret" not in log and re.search(r'"GET /imagine" 200 \d+ [\d.]+ [0-9a-f]{32}\n', log)
 
 
-def test_slow_clients_are_cut_off(api: str, tmp_path: Path) -> None:
+def test_slow_clients_are_disconnected(api: str, tmp_path: Path) -> None:
     seconds = {
         "client_header_timeout 10s": "client_header_timeout 1s",
         "client_body_timeout 10s": "client_body_timeout 1s",
@@ -217,20 +217,20 @@ def test_slow_clients_are_cut_off(api: str, tmp_path: Path) -> None:
                 assert closed(connection)
 
 
-def test_a_crowd_from_one_address_gets_429_with_when_to_come_back(api: str, tmp_path: Path) -> None:
+def test_many_requests_from_one_address_get_429_with_retry_after(api: str, tmp_path: Path) -> None:
     with Nginx(tmp_path, api, **{"rate=10r/s": "rate=1r/m", "burst=40": "burst=2"}).running() as nginx:
         raw_answers = [nginx.ask(head("GET", "/healthz")) for _ in range(5)]
     assert [answer.status for answer in raw_answers] == [200, 200, 200, 429, 429]
     assert raw_answers[-1].error["code"] == "rate_limit_exceeded" and raw_answers[-1].headers["retry-after"] == "1"
 
 
-def test_an_api_that_is_down_is_503_with_when_to_come_back(tmp_path: Path) -> None:
+def test_an_api_that_is_down_is_503_with_retry_after(tmp_path: Path) -> None:
     with Nginx(tmp_path, "http://127.0.0.1:9").running() as nginx:
         answer = nginx.ask(head("GET", "/healthz"))
     assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (503, "unavailable", "5")
 
 
-def test_without_keys_who_comes_through_it_from_elsewhere_is_refused(replicas: Replicas, tmp_path: Path) -> None:
+def test_without_keys_a_remote_client_behind_nginx_is_refused(replicas: Replicas, tmp_path: Path) -> None:
     """nginx connects over loopback, and what it says of its client is believed, not what the client says."""
     address = own_address()
     with serving(APIIngress(replicas, PATIENT)) as api, Nginx(tmp_path, api).running() as nginx:

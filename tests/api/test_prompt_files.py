@@ -1,5 +1,4 @@
-"""app/api/prompt_files.py through both of its users: jobs and the load test read the same prompts from the same
-file."""
+"""app/api/prompt_files.py through both of its users: the jobs and the load test read the same prompts from a file."""
 
 import json
 from pathlib import Path
@@ -13,12 +12,12 @@ from loadtest.plan import read_prompts, replayed
 from loadtest.scenario import Replay
 
 SETTINGS = ReplicaConfig.of({"model": "assets/demo-model", "sizes": ["128x128"]}, "here")
-MARK = "\ufeff"  # what Windows puts first
+MARK = "\ufeff"  # Windows writes it first
 ODD = "a\u2028red\u2029fox"  # str.splitlines takes either separator for the end of a line
 
 
 def prompts(file: Path) -> list[str]:
-    """As both read it, which is the same."""
+    """The prompts, which both read the same."""
     for_load = [str(fields["prompt"]) for fields in read_prompts(file)]
     for_jobs = [row.generation.prompt for row in read(file, SETTINGS) if isinstance(row, Row)]
     assert for_load == for_jobs
@@ -41,7 +40,9 @@ def written(folder: Path, name: str, content: str) -> Path:
         ("p.csv", ["prompt,seed", "a boat,1", "a tree,"]),
     ],
 )
-def test_files_of_every_editor_are_read_alike(tmp_path: Path, name: str, rows: list[str], mark: str, end: str) -> None:
+def test_files_of_every_editor_are_read_the_same(
+    tmp_path: Path, name: str, rows: list[str], mark: str, end: str
+) -> None:
     assert prompts(written(tmp_path, name, mark + end.join([*rows, ""]))) == ["a boat", "a tree"]
 
 
@@ -57,7 +58,7 @@ def test_a_separator_within_a_line_does_not_end_it(tmp_path: Path, name: str, co
     assert prompts(written(tmp_path, name, content)) == [ODD, "a tree"]
 
 
-def test_the_load_test_reads_tables_too_and_their_numbers_are_numbers(tmp_path: Path) -> None:
+def test_the_load_test_reads_tables_and_their_numbers_as_numbers(tmp_path: Path) -> None:
     file = written(tmp_path, "p.csv", "prompt,seed,guidance_scale,size\na boat,7,2.5,64x64\na tree,,,\n")
     assert read_prompts(file) == [
         {"prompt": "a boat", "seed": 7, "guidance_scale": 2.5, "size": "64x64"},
@@ -75,13 +76,13 @@ def test_the_load_test_reads_tables_too_and_their_numbers_are_numbers(tmp_path: 
         ("p.csv", b"prompt;seed\n", r"the first line of .*p\.csv must name the columns, prompt among them\."),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_the_error_for_a_file_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=words):
         read_prompts(tmp_path / name)
 
 
-def test_a_trace_may_begin_with_a_mark_and_hold_separators(tmp_path: Path) -> None:
+def test_a_trace_may_have_a_byte_order_mark_and_line_separators(tmp_path: Path) -> None:
     entry = {"at": 0, "request": {"prompt": "a\u2028boat"}}
     trace = written(tmp_path, "trace", MARK + json.dumps(entry, ensure_ascii=False) + "\r\n")
     (planned,) = replayed(Replay(process="replay", trace=trace), 10)

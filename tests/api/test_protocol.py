@@ -59,7 +59,7 @@ def test_a_bare_prompt_gets_every_default() -> None:
     assert (request.timeout_s, request.stream, request.partial_images) == (60.0, False, 0)
 
 
-def test_both_doors_resolve_to_the_same_request() -> None:
+def test_query_and_body_resolve_to_the_same_request() -> None:
     query = (
         b"prompt=a+caf%C3%A9&negative_prompt=fog&size=256x128&num_inference_steps=7&guidance_scale=2.5"
         b"&seed=0&sampler=euler&output_format=webp&output_compression=55&timeout=2.5"
@@ -83,7 +83,7 @@ def test_both_doors_resolve_to_the_same_request() -> None:
     assert request.timeout_s == 2.5
 
 
-def test_a_seed_is_drawn_only_when_none_is_given() -> None:
+def test_a_missing_seed_is_random() -> None:
     assert body(prompt="a", seed=0).generation.seed == 0
     drawn = {body(prompt="a", seed=None).generation.seed for _ in range(20)}
     assert len(drawn) > 15 and all(0 <= seed < SEEDS for seed in drawn)
@@ -114,14 +114,14 @@ def test_a_stream_has_as_many_previews_as_were_asked_for() -> None:
     assert request.stream and request.partial_images == 0
 
 
-def test_openai_fields_that_ask_for_nothing_are_accepted() -> None:
+def test_openai_fields_without_an_effect_are_accepted() -> None:
     fields = {"model": "tiny", "user": "u-1", "response_format": "b64_json", "size": "auto", "quality": "auto"}
     fields |= {"background": "opaque", "moderation": "auto"}
     assert body(prompt="a", seed=1, stream=False, partial_images=0, **fields) == body(prompt="a", seed=1)
 
 
-# OpenAI's client, every parameter of images.generate that it documents: the values that are taken, which change
-# nothing, and those that are refused, as they ask for something that does not happen.
+# Every parameter that images.generate of OpenAI's client documents: the values that have no effect, which are accepted,
+# and the values that are refused, because the service cannot do it.
 OPENAI: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "background": (("auto", "opaque"), ("transparent",)),
     "complexity": (("low",), ("medium", "high")),
@@ -161,13 +161,13 @@ def sent_by_openais_client(**fields: Any) -> bytes:
     return bodies[0]
 
 
-def test_every_parameter_of_openais_client_is_known_here() -> None:
+def test_every_parameter_of_openais_client_has_a_case() -> None:
     named = ImageGenerateParamsStreaming.__required_keys__ | ImageGenerateParamsStreaming.__optional_keys__
     assert named == {"prompt", *OPENAI}
 
 
 @pytest.mark.parametrize("name", OPENAI)
-def test_what_asks_for_nothing_that_does_not_happen_anyway_is_taken_from_openais_client(name: str) -> None:
+def test_neutral_values_of_openais_client_are_accepted_and_others_refused(name: str) -> None:
     plain, (taken, refused) = body(prompt="a", seed=1), OPENAI[name]
     for value in (None, *taken):
         request = parse_body(sent_by_openais_client(prompt="a", extra_body={"seed": 1}, **{name: value}), SERVICE)
@@ -178,7 +178,7 @@ def test_what_asks_for_nothing_that_does_not_happen_anyway_is_taken_from_openais
         assert error.status in (400, 404) and error.param == name and error.message.startswith(name)
 
 
-def test_a_prompt_of_the_default_limits_fits_however_it_is_written() -> None:
+def test_the_longest_prompt_fits_in_every_encoding() -> None:
     service = replace(SERVICE, limits=Limits())
     longest = "\U0001f305" * service.limits.prompt_characters
     fields = {"prompt": longest, "negative_prompt": longest}
@@ -369,7 +369,7 @@ def test_a_bad_body_is_refused(raw: str | bytes, message: str) -> None:
     assert len(error.message) < 300
 
 
-def test_an_arrays_depth_that_the_parser_accepts_is_refused_too() -> None:
+def test_a_deep_array_that_the_parser_accepts_is_refused() -> None:
     error = refusal_of_body('{"prompt": ' + "[" * 500 + "]" * 500 + "}")
     assert error.message == "prompt must be a string, got an array."
 
@@ -389,7 +389,7 @@ def test_an_error_has_openais_shape_and_survives_pickling() -> None:
     assert ApiError(503, "Later.", None, "queue_full", 2.5).body()["error"]["type"] == "server_error"
 
 
-def test_what_travels_to_a_replica_is_small() -> None:
+def test_the_message_to_a_replica_is_small() -> None:
     request = body(prompt="x" * 20, seed=1)
     assert pickle.loads(pickle.dumps(request)) == request
     assert len(pickle.dumps(request)) < 1000

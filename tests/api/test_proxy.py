@@ -1,5 +1,5 @@
-"""What stands before every application in Serve's proxy, by real sockets: uvicorn with app/api/proxy_protocol.py, and
-app/api/proxy.py before an application of the test's. tests/on_cluster/test_front.py has both in Serve's real proxy."""
+"""The proxy's protocol and middleware over real sockets: uvicorn with app/api/proxy_protocol.py, and app/api/proxy.py
+in front of a test application. tests/on_cluster/test_front.py tests both in Serve's real proxy."""
 
 import ast
 import asyncio
@@ -37,7 +37,7 @@ async def say(send: Send, status: int, body: bytes, kind: str, *headers: tuple[b
 
 @dataclass
 class Application:
-    """What stands behind: Serve's proxy, as far as a test needs it."""
+    """The application behind the middleware, in the place of Serve's proxy."""
 
     answer: Answer = hello
     scopes: list[Scope] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Application:
 
 
 class Server:
-    """One for all tests here, with an application of each test's own behind it."""
+    """One server for all tests. Each test sets the application behind it."""
 
     application: Application
     port: int
@@ -117,7 +117,7 @@ def guarded(application: Answer) -> Iterator[int]:
     ],
     ids=["value", "path", "query", "values", "name", "count", "endless", "empty lines", "trailer", "chunk extension"],
 )
-def test_a_head_without_measure_is_refused_and_the_connection_ends(
+def test_a_head_above_a_limit_is_refused_and_the_connection_closes(
     application: Application, port: int, request_: bytes
 ) -> None:
     async def wait_for_the_body(scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,7 +130,7 @@ def test_a_head_without_measure_is_refused_and_the_connection_ends(
         with contextlib.suppress(OSError):
             connection.sendall(request_)
         data = received(connection)
-    if application.scopes:  # the request has begun, so the rest of it can only be cut off
+    if application.scopes:  # the request has begun, so the connection can only be closed
         assert not data and soon(lambda: bool(application.ended))
     else:
         (answer,) = answers(data)
@@ -139,7 +139,7 @@ def test_a_head_without_measure_is_refused_and_the_connection_ends(
     assert ask(port, head()).status == 200
 
 
-def test_a_head_within_the_limits_is_read_whole(application: Application, port: int) -> None:
+def test_a_head_within_the_limits_is_accepted(application: Application, port: int) -> None:
     headers = [f"X-{i}: {'b' * 100}" for i in range(HEADERS - 1)]
     path = "/?" + "a" * (HEAD_BYTES - len(head("GET", "/?", *headers)))
     assert len(head("GET", path, *headers)) == HEAD_BYTES
@@ -148,7 +148,7 @@ def test_a_head_within_the_limits_is_read_whole(application: Application, port: 
     assert application.headers(b"x-126") == [b"b" * 100]
 
 
-def test_many_requests_on_one_connection_have_a_head_each(port: int) -> None:
+def test_each_request_on_a_connection_has_its_own_limits(port: int) -> None:
     with connected(port) as connection:
         for _ in range(5):
             connection.sendall(head("GET", "/", f"X: {'a' * (HEAD_BYTES // 2)}"))
@@ -165,8 +165,8 @@ def test_many_requests_on_one_connection_have_a_head_each(port: int) -> None:
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nPOST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n",
     ],
 )
-def test_a_head_that_does_not_end_is_not_waited_for(port: int, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    """However slowly it goes on: a byte now and then changes nothing."""
+def test_an_unfinished_head_times_out(port: int, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    """A byte from time to time does not extend the deadline."""
     monkeypatch.setattr(proxy_protocol, "HEAD_S", 0.4)
     with connected(port) as connection:
         first, separator, second = sent.rpartition(b"\r\n\r\n")
@@ -194,7 +194,7 @@ def test_a_head_that_does_not_end_is_not_waited_for(port: int, monkeypatch: pyte
         assert answers(data)[0].error["code"] == "timeout"
 
 
-def test_a_body_may_take_as_long_as_its_application_gives_it(
+def test_a_body_may_take_as_long_as_the_application_allows(
     application: Application, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proxy_protocol, "HEAD_S", 0.2)
@@ -226,7 +226,7 @@ def closed_within(connection: socket.socket, seconds: float) -> bool:
         connection.settimeout(before)
 
 
-def test_the_rest_of_a_body_whose_answer_is_out_is_not_waited_for(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rest_of_a_body_after_its_answer_times_out(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy_protocol, "UNREAD_BODY_S", 0.3)
     with connected(port) as connection:
         connection.sendall(head("POST", "/", "Content-Length: 100"))
@@ -234,7 +234,7 @@ def test_the_rest_of_a_body_whose_answer_is_out_is_not_waited_for(port: int, mon
         assert closed(connection)
 
 
-def test_who_takes_nothing_of_an_answer_is_cut_off(
+def test_a_client_that_reads_nothing_of_its_answer_is_disconnected(
     application: Application, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proxy_protocol, "WRITE_S", 0.3)
@@ -254,7 +254,7 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(
         assert soon(lambda: bool(application.ended), 20)
 
 
-def test_who_takes_an_answer_slowly_gets_all_of_it(
+def test_a_client_that_reads_slowly_gets_the_whole_answer(
     application: Application, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proxy_protocol, "WRITE_S", 0.3)
@@ -278,7 +278,7 @@ def test_who_takes_an_answer_slowly_gets_all_of_it(
 # Pipelining, trailers, upgrades, nonsense
 
 
-def test_pipelined_requests_are_answered_in_order_and_not_without_number(application: Application, port: int) -> None:
+def test_pipelined_requests_are_answered_in_order_up_to_a_limit(application: Application, port: int) -> None:
     async def path(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(0.01)
         await say(send, 200, scope["path"].encode(), "text/plain")
@@ -293,7 +293,7 @@ def test_pipelined_requests_are_answered_in_order_and_not_without_number(applica
     assert soon(lambda: len(application.ended) == len(application.scopes)) and len(application.scopes) < 30
 
 
-def test_trailers_are_no_headers(application: Application, port: int) -> None:
+def test_trailers_do_not_become_headers(application: Application, port: int) -> None:
     body = b"5\r\nhello\r\n0\r\nAuthorization: Bearer other\r\nX-Request-Timeout-Seconds: 1\r\n\r\n"
     assert ask(port, head("POST", "/", CHUNKED) + body).status == 200
     assert not application.headers(b"authorization") and not application.headers(b"x-request-timeout-seconds")
@@ -312,7 +312,7 @@ def test_trailers_are_no_headers(application: Application, port: int) -> None:
     ],
     ids=["websocket", "h2c"],
 )
-def test_an_offer_to_upgrade_is_ignored(application: Application, port: int, lines: tuple[str, ...]) -> None:
+def test_a_request_to_upgrade_is_ignored(application: Application, port: int, lines: tuple[str, ...]) -> None:
     with connected(port) as connection:
         connection.sendall(head("GET", "/", *lines) + head("GET", "/smuggled"))
         (answer,) = answers(received(connection))
@@ -338,7 +338,7 @@ def test_an_offer_to_upgrade_is_ignored(application: Application, port: int, lin
         b"GET nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n",
     ],
 )
-def test_what_is_no_request_is_400_in_openais_shape(application: Application, port: int, request_: bytes) -> None:
+def test_malformed_requests_are_400_in_openais_shape(application: Application, port: int, request_: bytes) -> None:
     with connected(port) as connection:
         connection.sendall(request_)
         (answer,) = answers(received(connection))
@@ -362,7 +362,7 @@ def test_what_is_no_request_is_400_in_openais_shape(application: Application, po
         *((head(method, "/", CHUNKED), "unexpected_body") for method in ("GET", "HEAD", "DELETE", "TRACE")),
     ],
 )
-def test_what_no_application_should_see_is_refused_before_its_body(
+def test_a_forbidden_head_is_refused_before_its_body(
     application: Application, port: int, monkeypatch: pytest.MonkeyPatch, request_: bytes, code: str
 ) -> None:
     monkeypatch.setattr(proxy, "LINGER_S", 0.2)
@@ -375,7 +375,7 @@ def test_what_no_application_should_see_is_refused_before_its_body(
     assert not application.scopes
 
 
-def test_what_http_allows_is_not_refused(port: int) -> None:
+def test_a_head_that_http_allows_is_accepted(port: int) -> None:
     assert ask(port, b"GET / HTTP/1.0\r\n\r\n").status == 200, "as old load balancers ask"
     assert ask(port, head("GET", "/", "Content-Length: 0")).status == 200
     assert ask(port, head("DELETE", "/")).status == 200
@@ -403,7 +403,7 @@ def test_a_body_above_the_limit_is_413_and_is_not_kept(
     kept: list[bytes] = []
 
     async def wait_for_the_body(scope: Scope, receive: Receive, send: Send) -> None:
-        while (message := await receive())["type"] != "http.disconnect":  # as Serve does
+        while (message := await receive())["type"] != "http.disconnect":  # like Serve
             kept.append(message["body"])
 
     application.answer = wait_for_the_body
@@ -440,7 +440,7 @@ def test_serves_private_headers_are_dropped(application: Application, port: int,
         ((), None),
     ],
 )
-def test_a_request_has_one_id_and_a_clients_only_if_it_is_harmless(
+def test_a_request_has_one_id_and_a_clients_only_if_it_is_safe(
     application: Application, port: int, lines: tuple[str, ...], known: bytes | None
 ) -> None:
     with connected(port) as connection:
@@ -471,7 +471,7 @@ SERVES = [  # as ray/serve/_private writes them
 
 
 @pytest.mark.parametrize(("status", "text", "code"), SERVES)
-def test_serves_own_refusals_have_openais_shape(
+def test_serves_own_errors_have_openais_shape(
     application: Application, port: int, status: int, text: str, code: str
 ) -> None:
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
@@ -484,7 +484,7 @@ def test_serves_own_refusals_have_openais_shape(
     assert (answer.headers["retry-after"], answer.headers["x-request-id"]) == ("7", "abc")
 
 
-def test_serves_sentences_are_still_these() -> None:
+def test_serve_still_has_these_error_texts() -> None:
     from ray.serve._private import constants, proxy_router
     from ray.serve._private.common import DeploymentID
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -514,7 +514,7 @@ def test_another_applications_plain_text_stays_as_it_is(
 
 
 async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
-    """What Serve does where the ingress is lost."""
+    """Answers nothing, as Serve does when the ingress is lost."""
 
 
 async def bug(scope: Scope, receive: Receive, send: Send) -> None:
@@ -524,7 +524,7 @@ async def bug(scope: Scope, receive: Receive, send: Send) -> None:
 @pytest.mark.parametrize(
     ("answering", "status", "code"), [(nothing, 503, "replica_lost"), (bug, 500, "internal_error")], ids=["lost", "bug"]
 )
-def test_where_nobody_answers_the_proxy_does(
+def test_where_the_ingress_is_lost_the_proxy_answers(
     application: Application, port: int, answering: Answer, status: int, code: str
 ) -> None:
     application.answer = answering
@@ -534,7 +534,7 @@ def test_where_nobody_answers_the_proxy_does(
     assert ("retry-after" in answer.headers) == (status == 503)
 
 
-def test_an_answer_that_breaks_off_is_cut_off_and_not_repaired(application: Application, port: int) -> None:
+def test_an_answer_that_breaks_off_ends_the_connection(application: Application, port: int) -> None:
     async def half(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
         await send({"type": "http.response.body", "body": b"begun", "more_body": True})
@@ -547,7 +547,7 @@ def test_an_answer_that_breaks_off_is_cut_off_and_not_repaired(application: Appl
     assert body == b"begun" and not whole and data.count(b"HTTP/1.1") == 1
 
 
-def test_who_has_gone_is_not_answered(application: Application, port: int) -> None:
+def test_a_disconnected_client_gets_no_answer(application: Application, port: int) -> None:
     async def until_gone(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -561,7 +561,7 @@ def test_who_has_gone_is_not_answered(application: Application, port: int) -> No
     assert ask(port, head()).status == 200
 
 
-def test_the_callback_is_what_serve_wants_and_brings_nothing_heavy() -> None:
+def test_serve_accepts_the_callback_and_it_imports_nothing_heavy() -> None:
     script = (
         "import sys; import ray.serve; before = set(sys.modules); import app.api.proxy; import uvicorn.config\n"
         "from ray.serve._private.http_util import validate_http_proxy_callback_return as check\n"

@@ -1,4 +1,4 @@
-"""What is known of the replicas, and for how long it is believed, on a clock that the tests set."""
+"""The descriptions of the replicas and how long they are valid, on a clock that the tests set."""
 
 import asyncio
 from typing import Any
@@ -31,7 +31,7 @@ class Replicas:
         return ReplicaWatch(self, lambda: self.now)
 
 
-def test_what_is_fresh_is_not_asked_again() -> None:
+def test_a_fresh_description_is_not_requested_again() -> None:
     async def ask() -> None:
         replicas = Replicas(ONE)
         watch = replicas.watch()
@@ -46,7 +46,7 @@ def test_what_is_fresh_is_not_asked_again() -> None:
     asyncio.run(ask())
 
 
-def test_all_who_want_to_know_share_one_round_of_questions() -> None:
+def test_all_callers_share_one_round_of_questions() -> None:
     async def ask() -> None:
         replicas = Replicas(ONE)
         replicas.may_answer.clear()
@@ -60,7 +60,7 @@ def test_all_who_want_to_know_share_one_round_of_questions() -> None:
     asyncio.run(ask())
 
 
-def test_busy_replicas_are_believed_for_a_while_and_nobody_waits_for_them() -> None:
+def test_descriptions_of_busy_replicas_stay_valid_for_a_while_and_nobody_waits() -> None:
     async def ask() -> None:
         replicas = Replicas(ONE)
         watch = replicas.watch()
@@ -74,7 +74,7 @@ def test_busy_replicas_are_believed_for_a_while_and_nobody_waits_for_them() -> N
     asyncio.run(ask())
 
 
-def test_one_who_goes_away_does_not_stop_the_round_for_the_others() -> None:
+def test_a_cancelled_caller_does_not_stop_the_round_for_the_others() -> None:
     async def ask() -> None:
         replicas = Replicas(ONE)
         replicas.may_answer.clear()
@@ -89,7 +89,7 @@ def test_one_who_goes_away_does_not_stop_the_round_for_the_others() -> None:
     asyncio.run(ask())
 
 
-def test_when_none_runs_what_they_said_is_no_longer_believed() -> None:
+def test_when_no_replica_runs_the_descriptions_are_dropped() -> None:
     async def ask() -> None:
         replicas = Replicas(ONE)
         watch = replicas.watch()
@@ -103,7 +103,7 @@ def test_when_none_runs_what_they_said_is_no_longer_believed() -> None:
     asyncio.run(ask())
 
 
-def test_a_round_that_fails_is_no_answer_and_the_next_one_is_made() -> None:
+def test_a_failed_round_gives_no_answer_and_is_repeated() -> None:
     async def ask() -> None:
         replicas = Replicas(ONE)
         watch = replicas.watch()

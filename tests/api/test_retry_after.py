@@ -1,4 +1,4 @@
-"""When those who were refused are told to come back, on a clock that the tests set."""
+"""The values of Retry-After, on a clock that the tests set."""
 
 from dataclasses import replace
 
@@ -19,13 +19,13 @@ def on_clock(clock: Clock, share: float = 0.0) -> RetryAfter:
     return RetryAfter(clock, lambda low, high: low + share * (high - low))
 
 
-def test_each_comes_back_when_the_work_of_those_before_is_done() -> None:
+def test_each_returns_when_the_work_of_earlier_ones_is_done() -> None:
     retry_after = on_clock(Clock())
     retry_after.finished(PLAIN, 2.0)
     assert [retry_after.seconds(PLAIN, 1.0, 1) for _ in range(4)] == [1.0, 3.0, 5.0, 7.0]
 
 
-def test_dear_requests_take_more_of_the_time_than_cheap_ones() -> None:
+def test_expensive_requests_reserve_more_time() -> None:
     retry_after = on_clock(Clock())
     retry_after.finished(PLAIN, 2.0)
     dear = replace(PLAIN, guidance_scale=5.0, n=2, num_inference_steps=20)
@@ -38,7 +38,7 @@ def test_several_replicas_share_the_work() -> None:
     assert [retry_after.seconds(PLAIN, 1.0, 4) for _ in range(3)] == [1.0, 1.5, 2.0]
 
 
-def test_what_was_refused_long_ago_is_forgotten() -> None:
+def test_old_reservations_expire() -> None:
     clock = Clock()
     retry_after = on_clock(clock)
     retry_after.finished(PLAIN, 2.0)
@@ -50,25 +50,25 @@ def test_what_was_refused_long_ago_is_forgotten() -> None:
     assert retry_after.seconds(PLAIN, 1.0, 1) == 1.0
 
 
-def test_one_who_must_wait_long_makes_nobody_else_wait() -> None:
+def test_a_long_wait_of_one_request_delays_no_other() -> None:
     retry_after = on_clock(Clock())
     retry_after.finished(PLAIN, 2.0)
     assert [retry_after.seconds(PLAIN, soonest_s, 1) for soonest_s in (60.0, 1.0)] == [60.0, 3.0]
 
 
-def test_before_anything_has_finished_a_request_takes_as_long_as_a_place() -> None:
+def test_before_anything_has_finished_a_request_takes_as_long_as_its_wait() -> None:
     retry_after = on_clock(Clock())
     assert [retry_after.seconds(PLAIN, 1.5, 1) for _ in range(3)] == [1.5, 3.0, 4.5]
 
 
-def test_chance_spreads_those_that_were_refused_in_one_instant() -> None:
+def test_random_jitter_spreads_simultaneous_refusals() -> None:
     for share in (0.0, 0.5, 1.0):
         retry_after = on_clock(Clock(), share)
         retry_after.finished(PLAIN, 2.0)
         assert retry_after.seconds(PLAIN, 8.0, 1) == 8.0 * (1 + share * JITTER)
 
 
-def test_a_crowd_beyond_measure_is_spread_over_the_longest_wait() -> None:
+def test_very_many_requests_are_spread_over_the_longest_wait() -> None:
     clock = Clock()
     retry_after = on_clock(clock, 0.5)
     retry_after.finished(PLAIN, 2.0)

@@ -1,4 +1,4 @@
-"""Streamed answers: OpenAI's own client over real HTTP, with the routes behind it and a fake replica behind those."""
+"""Streamed answers: OpenAI's client over real HTTP, with the real routes and a fake replica."""
 
 import asyncio
 import base64
@@ -62,14 +62,14 @@ def client(address: str) -> Iterator[OpenAI]:
         yield client
 
 
-def test_openais_client_gets_pictures(client: OpenAI) -> None:
+def test_openais_client_gets_images(client: OpenAI) -> None:
     answer = client.images.generate(model="tiny", prompt="a red house", n=2, size="256x128", extra_body={"seed": 7})
     assert [base64.b64decode(image.b64_json or "") for image in answer.data or []] == [b"png 7", b"png 8"]
     assert (answer.size, answer.output_format) == ("256x128", "png")
     type(answer).model_validate(answer.to_dict())
 
 
-def test_openais_client_streams_previews_and_the_picture(client: OpenAI) -> None:
+def test_openais_client_streams_previews_and_the_image(client: OpenAI) -> None:
     stream = client.images.generate(
         prompt="a", stream=True, partial_images=2, output_format="webp", extra_body={"seed": 7, "sampler": "euler"}
     )
@@ -91,7 +91,7 @@ def test_without_previews_a_stream_is_one_event(client: OpenAI) -> None:
     assert isinstance(only, ImageGenCompletedEvent)
 
 
-def test_a_refusal_before_the_first_event_has_its_status(client: OpenAI, replicas: Replicas) -> None:
+def test_an_error_before_the_first_event_has_its_status(client: OpenAI, replicas: Replicas) -> None:
     replicas.generate_stream.outcome = lambda _: [ApiError(503, "Full.", None, "queue_full", 3.0)]
     with pytest.raises(openai.InternalServerError) as caught:
         client.images.generate(prompt="a", stream=True)
@@ -99,7 +99,7 @@ def test_a_refusal_before_the_first_event_has_its_status(client: OpenAI, replica
     assert caught.value.response.headers["retry-after"] in ("3", "4"), "with up to a quarter of chance"
 
 
-def test_a_client_that_goes_away_stops_the_work(client: OpenAI, replicas: Replicas) -> None:
+def test_a_client_that_disconnects_stops_the_work(client: OpenAI, replicas: Replicas) -> None:
     replicas.generate_stream.outcome = lambda _: [Accepted(), Preview(0, b"draft"), None]
     stream = client.images.generate(prompt="a", stream=True, partial_images=1)
     assert next(stream).type == "image_generation.partial_image"
@@ -109,7 +109,7 @@ def test_a_client_that_goes_away_stops_the_work(client: OpenAI, replicas: Replic
     assert soon(lambda: items.cancelled)
 
 
-def test_a_client_that_goes_away_before_the_first_event_stops_the_work(address: str, replicas: Replicas) -> None:
+def test_a_client_that_disconnects_before_the_first_event_stops_the_work(address: str, replicas: Replicas) -> None:
     replicas.generate_stream.outcome = lambda _: [Accepted(), None]
     host, _, port = address.removeprefix("http://").partition(":")
     body = b'{"prompt": "a", "stream": true}'
@@ -150,7 +150,7 @@ def test_a_failure_after_the_first_event_is_an_event_that_openais_client_raises(
     assert soon(lambda: replicas.generate_stream.answers[0].cancelled)
 
 
-def test_an_event_is_two_lines_and_no_proxy_keeps_it(replicas: Replicas) -> None:
+def test_an_event_is_two_lines_and_proxies_do_not_buffer_it(replicas: Replicas) -> None:
     body = {"prompt": "a", "stream": True, "partial_images": 1}
     with local_client(APIIngress(replicas, SERVICE)) as client:
         response = client.post("/v1/images/generations", json=body)
@@ -164,7 +164,7 @@ def test_an_event_is_two_lines_and_no_proxy_keeps_it(replicas: Replicas) -> None
         assert json.loads(data.removeprefix("data: "))["type"] == kind.removeprefix("event: ")
 
 
-def test_while_nothing_comes_a_comment_keeps_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comments_keep_a_silent_connection_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
 
     async def listen() -> list[bytes]:
@@ -189,7 +189,7 @@ def test_while_nothing_comes_a_comment_keeps_the_connection(monkeypatch: pytest.
     assert sse.KEEP_ALIVE.startswith(b":") and sse.KEEP_ALIVE.endswith(b"\n\n")
 
 
-def test_who_stops_listening_leaves_no_wait_behind() -> None:
+def test_a_client_that_disconnects_leaves_no_task_behind() -> None:
     async def leave() -> bool:
         cancelled = asyncio.Event()
 

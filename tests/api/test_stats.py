@@ -1,4 +1,4 @@
-"""What all replicas say of themselves, over a fake handle."""
+"""The statistics of all replicas, from a fake handle."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ STATS: dict[str, Any] = COUNTED | {"compiles_after_ready": 0, "requests": {"comp
 
 
 class Handle:
-    """What is used of a DeploymentHandle, over replicas that answer, fail or are silent."""
+    """A DeploymentHandle whose replicas answer, fail or are silent."""
 
     app_name, deployment_name = "text-to-image", "StableDiffusion"
 
@@ -54,12 +54,12 @@ def named(monkeypatch: pytest.MonkeyPatch, *ids: str) -> None:
     monkeypatch.setattr("ray.util.list_named_actors", lambda all_namespaces: listed)
 
 
-def test_replicas_are_known_by_the_names_that_serve_gives_their_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replica_ids_come_from_the_names_of_serves_actors(monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch, "a", "b")
     assert replica_ids("text-to-image", "StableDiffusion") == ["a", "b"]
 
 
-def test_who_does_not_answer_is_listed_and_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_replica_is_listed_and_delays_the_others_only_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch, "a", "b", "c", "d")
     handle = Handle(stats_of("c"), None, ActorDiedError(), stats_of("a"))
     began = time.monotonic()
@@ -69,18 +69,18 @@ def test_who_does_not_answer_is_listed_and_holds_nobody_up_for_long(monkeypatch:
     assert total(replicas.values())["replicas"] == 2
 
 
-def test_one_that_answers_is_listed_even_if_its_name_was_not_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_answers_is_listed_even_if_its_actor_was_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch)
     assert asyncio.run(stats_of_all(Handle(stats_of("new")), 1)) == {"new": STATS}
 
 
-def test_without_replicas_there_is_nothing_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_replicas_the_stats_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch)
     assert asyncio.run(stats_of_all(Handle(), 1)) == {}
     assert total([])["replicas"] == total([])["backlog_s"] == 0
 
 
-def test_the_total_adds_up_what_can_be_added() -> None:
+def test_the_total_sums_the_numbers() -> None:
     both = total([STATS, STATS | {"backlog_s": 1.5, "requests": {"completed": 1, "failed": 2}}, SILENT])
     assert (both["replicas"], both["backlog_s"], both["num_slots"]) == (2, 2.0, 8)
     assert both["requests"] == {"completed": 4, "failed": 2}
@@ -91,7 +91,7 @@ OTHER = STATS | {"waiting": "none", "active_slots": None, "num_slots": {"128x128
 
 
 @pytest.mark.parametrize("stats", [OLDER, OTHER, {}, STATS | {"requests": 7}, STATS | {"requests": {"completed": "3"}}])
-def test_a_rollout_that_mixes_statistics_still_has_a_total(stats: dict[str, Any]) -> None:
+def test_a_rollout_with_different_statistics_has_a_total(stats: dict[str, Any]) -> None:
     mixed = total([STATS, stats])
     assert mixed["replicas"] == 2
     assert set(mixed) == {"replicas", "requests", *SUMMED}
@@ -102,6 +102,6 @@ def test_a_rollout_that_mixes_statistics_still_has_a_total(stats: dict[str, Any]
     assert mixed["requests"]["completed"] in (3, 6)
 
 
-def test_a_replica_that_answers_without_its_name_hides_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_answers_without_its_id_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch, "a", "b")
     assert asyncio.run(stats_of_all(Handle(stats_of("a"), STATS, "busy"), 1)) == {"a": STATS, "b": SILENT}
