@@ -1,7 +1,7 @@
-"""Makes an API key, tells it once on stdout, and adds its hash to a file that args.api_keys_file may name.
+"""Makes an API key, prints it once on stdout, and adds its hash to a file for args.api_keys_file.
 
-The file is replaced as a whole, so whoever reads it meanwhile finds the old one or the new one. A file that cannot be
-used is left as it is: to add a key to one that was cut would make the other keys' loss final.
+The file is replaced atomically, so a reader sees the old or the new one. An invalid file is left as it is: if it was
+truncated, a rewrite would lose the other keys for good.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ from app.api.api_keys import END, Entry, content_of, digest_of, new_key, parse
 from cluster.cli import Parser, UserError, run_command
 from cluster.terminal import say
 
-MODE = 0o600  # of a new file; one that is there keeps its own
+MODE = 0o600  # of a new file; an existing one keeps its mode
 VARIABLES = {"name": "NAME", "requests_per_minute": "RPM", "concurrent_requests": "CONCURRENT"}  # of make
 
 
@@ -57,7 +57,7 @@ def add(entry: Entry, file: Path) -> None:
 
 
 def extended(before: str, entry: Entry) -> str:
-    """With one entry more, and all else as it was: below the last one, or in the place of `[]`."""
+    """Adds an entry below the last one, or in place of `[]`. Leaves all else unchanged."""
     events: list[Any] = [*yaml.parse(before, Loader=yaml.SafeLoader)]
     first, last, end = events[2], events[-3], events[-2]  # of the list, and of the document
     empty = first.flow_style and events[3] is last
@@ -77,7 +77,7 @@ def holds(content: bytes, entries: tuple[Entry, ...]) -> bool:
 
 
 def replace(file: Path, content: bytes) -> None:
-    """In one step, with the mode and the owner that the file had."""
+    """Replaces a file atomically, and keeps its owner and mode."""
     descriptor, draft = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -97,7 +97,7 @@ def replace(file: Path, content: bytes) -> None:
 
 
 def sync(folder: Path) -> None:
-    """So that the new name outlives a power cut, too."""
+    """Makes the new name survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,7 +107,7 @@ def sync(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One at a time, or of two keys that are made at once one would be lost."""
+    """Allows only one writer, as two at once would lose a key."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -126,8 +126,8 @@ def main() -> None:
     key = new_key()
     add(entry_for(key, arguments.name, arguments.rpm, arguments.concurrent), arguments.file)
     say(key)
-    hint = f"That is {arguments.name}'s key, and it stands nowhere else; {arguments.file} has its hash."
-    print(hint, file=sys.stderr, flush=True)  # so that stdout is the key alone
+    hint = f"That is the key of {arguments.name}. It is stored nowhere; {arguments.file} has its hash."
+    print(hint, file=sys.stderr, flush=True)  # stdout has only the key
 
 
 if __name__ == "__main__":

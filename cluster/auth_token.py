@@ -1,7 +1,7 @@
-"""The token by which a Ray cluster knows its owner: made, read, and put into what a client sends or inherits.
+"""Makes and reads the token with which Ray authenticates clients of a cluster.
 
-A local cluster has one of its own in the run directory; a cluster elsewhere has the one in the user's home. Nothing
-here puts a token into an environment, a command line or a message: a client is told the file.
+A local cluster has its own token in the run directory; remote clusters use the one in the user's home folder. Only the
+path of a token is put into an environment, never the token, and neither into command lines or messages.
 """
 
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 from cluster import ownership
 from cluster.cli import UserError
 
-HOME = "~/.ray/auth_token"  # Ray's own place
-# What a client's environment says of the token. The first outranks the file, so it must not stay where ours is meant.
+HOME = "~/.ray/auth_token"  # Ray's default
+# Ray's variables for the token. The first one outranks the file, so it must be removed.
 VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 
 
@@ -23,12 +23,12 @@ def create(path: Path) -> None:
 
 
 def environment(path: Path) -> dict[str, str]:
-    """By which Ray sends this token, and asks for it."""
+    """Variables with which Ray sends and requires this token."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 def read_local(path: Path) -> str:
-    """A local cluster's. Raises UserError where it is gone, damaged, another user's or open to others."""
+    """The token of a local cluster. Raises UserError if it is missing, damaged, or readable by others."""
     again = "To have the cluster made anew with a new one: make down up"
     try:
         token = ownership.read(path).strip()
@@ -45,7 +45,7 @@ def read_local(path: Path) -> str:
 
 
 def plausible(token: str) -> bool:
-    """Whether it can stand in a header; else http.client would quote it in an error."""
+    """Whether it is valid in a header. Otherwise http.client would quote it in an error."""
     return re.fullmatch(r"[!-~]+", token) is not None
 
 
@@ -54,7 +54,7 @@ def bearer(token: str) -> dict[str, str]:
 
 
 def of_this_process() -> tuple[str, str]:
-    """The token that Ray would send from here, and where it stands, in words; no token where Ray sends none."""
+    """The token that Ray sends from this process, and its source in words. The token is empty if Ray sends none."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         return "", "RAY_AUTH_MODE is not token"
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():

@@ -1,4 +1,4 @@
-"""What the replicas log, each line after the name of its replica."""
+"""Prints the logs of all replicas, each line with the name of its replica."""
 
 import threading
 import time
@@ -19,30 +19,30 @@ def show(dashboard: Dashboard, lines: int) -> None:
         seen: set[str] = set()
         for place in log_places(replica):
             for line in dashboard.log(place, lines):
-                if line not in seen:  # Serve's own lines stand in both files
+                if line not in seen:  # Serve's lines are in both files
                     say(f"{name} | {line}")
                 seen.add(line)
 
 
 def follow(dashboard: Dashboard, lines: int) -> None:
-    """Until interrupted; replicas that come later are joined."""
+    """Follows all replicas until interrupted, also those that start later."""
     followed: set[str] = set()
     while True:
         for name, replica in all_replicas(dashboard.details(), dashboard.cluster):
             if name not in followed:
                 followed.add(name)
-                threading.Thread(target=tell, args=(dashboard, name, replica, lines), daemon=True).start()
+                threading.Thread(target=follow_replica, args=(dashboard, name, replica, lines), daemon=True).start()
         time.sleep(RESCAN_S)
 
 
-def tell(dashboard: Dashboard, name: str, replica: Details, lines: int) -> None:
+def follow_replica(dashboard: Dashboard, name: str, replica: Details, lines: int) -> None:
     for place in list(log_places(replica))[:1]:
         for line in dashboard.log(place, lines, follow=True):
             say(f"{name} | {line}")
 
 
 def all_replicas(details: Details, cluster: str = LOCAL) -> Iterator[tuple[str, Details]]:
-    """Those that live, or for a deployment without any those that died last."""
+    """All living replicas. Of a deployment without any, those that died last."""
     any_replica = False
     for app in details["applications"].values():
         for deployment, state in app["deployments"].items():

@@ -1,8 +1,8 @@
-"""Runs on each TPU node of a cluster on Google Cloud: asks whether Google is about to take the machine away, and if so
-drains its Ray node, so that Serve starts replicas elsewhere and those here finish what they have begun.
+"""Drains a TPU node on Google Cloud before its machine is preempted or stopped for maintenance.
 
-cluster.yaml starts it after Ray, and it ends when Ray does. It asks the metadata server, which answers a question that
-may wait as soon as the answer changes. Knows nothing of Serve and imports no Ray: it drains with `ray drain-node`.
+Serve then starts replicas on other nodes, and the node's replicas finish their requests. cluster.yaml starts this
+watcher after Ray on each TPU node; it ends when Ray ends. It waits for changes at Google's metadata server, and drains
+with `ray drain-node`. Knows nothing of Serve and imports no Ray.
 """
 
 import logging
@@ -28,23 +28,23 @@ logger = logging.getLogger(__name__)
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance"
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
-WAIT_S = 60  # after which the metadata server answers though nothing changed
-GRACE_S = 10  # and how much later a silent one counts as gone
-PAUSE_S = 1.0  # between questions, and after a failure
+WAIT_S = 60  # the metadata server then answers even if nothing changed
+GRACE_S = 10  # beyond WAIT_S, until a server that is silent counts as gone
+PAUSE_S = 1.0  # between requests, and after a failure
 
-nearest = build_opener(ProxyHandler({}))  # the metadata server is the machine's own; no proxy knows it
+nearest = build_opener(ProxyHandler({}))  # no proxy reaches the metadata server
 
 
 @dataclass(frozen=True)
 class Notice:
     reason: str
-    left_s: int  # how long the machine still runs
+    left_s: int  # until the machine ends
 
 
-# What the metadata server may say: key -> value -> what it means. Every other value means nothing to us, such as
-# MIGRATE_ON_HOST_MAINTENANCE: no machine with a TPU is moved alive.
-# Not read: upcoming-maintenance, by which Google announces a TPU's maintenance up to days ahead. Its pages spell the
-# fields in two ways and the absence of any in three, and do not say whether it can be waited for:
+# Keys and values of the metadata server that end a machine. Other values are ignored, such as
+# MIGRATE_ON_HOST_MAINTENANCE: no machine with a TPU is migrated live.
+# The key upcoming-maintenance, which announces maintenance up to days ahead, is not read. Google's pages spell its
+# fields in two ways and their absence in three, and do not say whether a request can wait for it:
 # cloud.google.com/tpu/docs/view-maintenance-notifications, .../docs/instances/monitor-plan-host-maintenance-event
 # cloud.google.com/compute/docs/instances/preemptible, .../docs/metadata/getting-live-migration-notice
 NOTICES = {
@@ -65,7 +65,7 @@ class Node:
 
 
 def watch(node: Node, metadata: str = METADATA, ray: Sequence[str] = RAY) -> None:
-    """Until Ray ends here. `ray` is the command that drains."""
+    """Watches until Ray ends on this machine. `ray` is the command line of Ray."""
     news: queue.Queue[Notice] = queue.Queue()
     for key in NOTICES:
         threading.Thread(target=listen, args=(metadata, key, news.put), daemon=True).start()
@@ -80,27 +80,27 @@ def watch(node: Node, metadata: str = METADATA, ray: Sequence[str] = RAY) -> Non
     logger.info("Ray has ended on this machine, so this ends too")
 
 
-def listen(metadata: str, key: str, tell: Callable[[Notice], None]) -> NoReturn:
-    """Tells each notice that a key gives, once for as long as it stands."""
-    etag, before, failing = "0", "", False  # no answer has the tag 0, so the first question is answered at once
+def listen(metadata: str, key: str, receive: Callable[[Notice], None]) -> NoReturn:
+    """Passes on each notice of a key once, for as long as its value stays."""
+    etag, before, failing = "0", "", False  # no value has the tag 0, so the first request is answered at once
     while True:
         try:
             value, etag = ask(metadata, key, etag)
         except (OSError, HTTPException) as error:
             if not failing:
-                logger.warning("%s cannot be read, and is asked for until it can: %s", key, error)
+                logger.warning("%s cannot be read. Trying again: %s", key, error)
             failing = True
         else:
             if failing or value != before:
                 logger.info("%s is %s", key, value)
             if value != before and (notice := NOTICES[key].get(value)):
-                tell(notice)
+                receive(notice)
             before, failing = value, False
-        time.sleep(PAUSE_S)  # what changes meanwhile is not missed: the tag tells
+        time.sleep(PAUSE_S)  # no change is missed, as its tag differs
 
 
 def ask(metadata: str, key: str, etag: str) -> tuple[str, str]:
-    """A key's value and tag, once the tag is no longer `etag`, or after WAIT_S."""
+    """A key's value and tag, once the tag differs from `etag`, or after WAIT_S."""
     query = urlencode({"wait_for_change": "true", "timeout_sec": WAIT_S, "last_etag": etag})
     request = Request(f"{metadata}/{key}?{query}", headers={"Metadata-Flavor": "Google"})
     with nearest.open(request, timeout=WAIT_S + GRACE_S) as answer:
@@ -108,7 +108,7 @@ def ask(metadata: str, key: str, etag: str) -> tuple[str, str]:
 
 
 def drain(node: Node, notice: Notice, ray: Sequence[str]) -> None:
-    """Tries until the cluster accepts it, the machine is about to go, or Ray has ended here."""
+    """Tries until the cluster accepts it, the machine's time is over, or Ray has ended on this machine."""
     until = time.monotonic() + notice.left_s
     while (left_s := until - time.monotonic()) > 0 and not processes.dead(node.raylet):
         try:
@@ -118,16 +118,16 @@ def drain(node: Node, notice: Notice, ray: Sequence[str]) -> None:
         except subprocess.TimeoutExpired:
             break
         if done.returncode == 0:
-            logger.info("drained: replicas here finish what they have begun, and Serve starts others elsewhere")
+            logger.info("drained: its replicas finish their requests, and Serve starts others on other nodes")
             return
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        logger.error("ray drain-node failed, and is tried again: %s", lines[-1] if lines else f"exit {done.returncode}")
+        logger.error("ray drain-node failed. Trying again: %s", lines[-1] if lines else f"exit {done.returncode}")
         time.sleep(PAUSE_S)
     logger.error("node %s was not drained", node.node_id)
 
 
 def drain_command(node: Node, reason: str, left_s: float, ray: Sequence[str]) -> list[str]:
-    """Of Ray's two reasons, preemption is the one that drains a node at work; idle termination spares it."""
+    """The reason is preemption: Ray's other one, idle termination, does not drain a busy node."""
     options = {
         "address": node.gcs_address,
         "node-id": node.node_id,
@@ -139,7 +139,7 @@ def drain_command(node: Node, reason: str, left_s: float, ray: Sequence[str]) ->
 
 
 def this_node(pid: int | None) -> Node:
-    """From the command line of the raylet, which is the node."""
+    """Reads the node's ids from the command line of its raylet."""
     raylets = [
         process
         for process in psutil.process_iter()
@@ -164,8 +164,8 @@ def value_of(option: str, arguments: Sequence[str]) -> str:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--raylet", type=int, metavar="PID", help="where several run on one machine")
-    parser.add_argument("--metadata", default=METADATA, help="where to ask (default: Google's own server)")
+    parser.add_argument("--raylet", type=int, metavar="PID", help="needed if several run on this machine")
+    parser.add_argument("--metadata", default=METADATA, help="URL of the metadata server (default: Google's)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     watch(this_node(arguments.raylet), arguments.metadata)

@@ -1,7 +1,6 @@
-"""Whose a file is, on a machine that others use too. What another user could have put there is not believed.
+"""Reads and writes state files on a machine with several users. Refuses files that another user could have made.
 
-Root can read, end and remove everything, so root above all must not act on what somebody else wrote. Knows nothing of
-clusters.
+This protects root most, who can end any process and remove any file that such a file names. Knows nothing of clusters.
 """
 
 import errno
@@ -17,7 +16,7 @@ from cluster.cli import UserError
 
 @contextmanager
 def private() -> Iterator[None]:
-    """What is made in this block is for its owner alone."""
+    """Files made in this block are readable by their owner only."""
     before = os.umask(0o077)
     try:
         yield
@@ -33,7 +32,7 @@ def name_of(uid: int) -> str:
 
 
 def is_own_folder(path: Path) -> bool:
-    """Whether it is a folder of ours, and no link to one."""
+    """Whether it is a folder that we own, and not a link."""
     try:
         status = path.lstat()
     except OSError:
@@ -42,7 +41,7 @@ def is_own_folder(path: Path) -> bool:
 
 
 def make_folder(path: Path, option: str) -> None:
-    """For us alone. One that is there must be ours; `option` is how the user names another one."""
+    """Makes a private folder. An existing one must be ours. `option` is the user's way to name another one."""
     another = f"Name a folder of your own: {option}"
     try:
         with private():
@@ -57,12 +56,12 @@ def make_folder(path: Path, option: str) -> None:
             f"{path} belongs to {name_of(status.st_uid)}, and you are {name_of(os.geteuid())}: what is kept there is "
             f"not yours to use or end. {another}"
         )
-    if status.st_mode & 0o022:  # others could put files there for us to believe
+    if status.st_mode & 0o022:  # others could put files there
         path.chmod(stat.S_IMODE(status.st_mode) & ~0o022)
 
 
 def owner_of(path: Path) -> str:
-    """In words, of the nearest folder above that can be looked at."""
+    """Names the owner of the nearest parent folder that we may look at."""
     for folder in path.parents:
         try:
             return f"{folder} belongs to {name_of(folder.stat().st_uid)}"
@@ -72,12 +71,12 @@ def owner_of(path: Path) -> str:
 
 
 def read(path: Path) -> str:
-    """A file of ours. Raises FileNotFoundError, and UserError where it is another user's, a link or no file at all."""
+    """Reads a file that we own. Raises FileNotFoundError; UserError if it is another user's, or no regular file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
-    except NotADirectoryError as error:  # a folder on the way is a file, so nothing is there
+    except NotADirectoryError as error:  # a parent is a file, so the path does not exist
         raise FileNotFoundError(*error.args, error.filename) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
@@ -97,7 +96,11 @@ def read(path: Path) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """For us alone, and at one go, as it may be read at any moment."""
+    """Replaces a file atomically, readable by its owner only.
+
+    The other two atomic writers differ in what they promise. jobs/unfinished.py writes results for all users, with
+    drafts of several hosts in one folder. cluster/api_key.py keeps a file's owner and mode, and survives a power cut.
+    """
     draft = path.with_name(f"{path.name}.draft")
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -1,8 +1,13 @@
-"""Whose processes are whose, and ending exactly one's own. Knows nothing of Ray.
+"""Finds and ends the processes that a cluster started, and no others. Also free ports and environments for them.
 
-A process is ours if it carries our mark in its environment (children inherit it, and it outlives their parents), if
-it was recorded by pid *and* start time (a pid alone may since have been given to a stranger), or if it descends from
-one of these. Command lines prove nothing: an editor that shows one of our logs has our folder in its own.
+A process belongs to a cluster in three cases:
+
+- Its environment has the cluster's mark, which children inherit and keep when their parents end.
+- It was recorded with its pid *and* its start time. A pid alone may have been given to another process since.
+- It is a descendant of such a process.
+
+Command lines prove nothing: an editor that shows a cluster's log has the cluster's folder in its own. Knows nothing of
+Ray.
 """
 
 import os
@@ -21,12 +26,12 @@ MARK = "IMAGINE_CLUSTER"
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # in the environment of `ray start`
 PROXY_GUARDS = "app.api.proxy:guards"
 API_KEY = "IMAGINE_API_KEY"  # in the environment: the key that `make demo` and `make loadtest` send
-# What would have a Python find other modules than ours, or run otherwise. The Makefile keeps them away too.
-STRAYS = (
+# Variables with which Python finds other modules or behaves differently. The Makefile removes them too.
+PYTHON_VARIABLES = (
     *("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONPLATLIBDIR", "PYTHONUSERBASE", "PYTHONSTARTUP"),
     *("PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONDONTWRITEBYTECODE"),
 )
-SAME_START_S = 1.0  # a start time is derived from the wall clock, which may have been corrected since
+SAME_START_S = 1.0  # start times depend on the wall clock, which may have been corrected since
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def record(process: psutil.Process) -> Recorded:
 
 
 def name_of(process: psutil.Process) -> str:
-    """A program's name, or for Python the script or module that it runs."""
+    """The program's name; for Python, the script or module that it runs."""
     try:
         arguments = process.cmdline()
         for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -55,7 +60,7 @@ def name_of(process: psutil.Process) -> str:
 
 
 def find(recorded: Recorded) -> psutil.Process | None:
-    """The very process that was recorded, if it still runs."""
+    """The recorded process, if it still runs."""
     try:
         process = psutil.Process(recorded.pid)
         if abs(process.create_time() - recorded.started) <= SAME_START_S and not dead(process):
@@ -66,7 +71,7 @@ def find(recorded: Recorded) -> psutil.Process | None:
 
 
 def dead(process: psutil.Process) -> bool:
-    """Gone, or a zombie: it holds nothing any more, and where nobody reaps orphans it stays for ever."""
+    """Whether it has ended. A zombie holds no resources, and in some containers nobody reaps it."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -78,12 +83,12 @@ def mark_of(process: psutil.Process) -> str:
         return ""
     try:
         return str(process.environ().get(MARK, ""))
-    except (psutil.Error, OSError):  # not ours to read, so not ours
+    except (psutil.Error, OSError):  # we may not read it, so it is not ours
         return ""
 
 
 def own(process: psutil.Process) -> bool:
-    """Whether it runs as the user that we are. Root can read and end everybody's, and must not."""
+    """Whether it runs as our user. Root could read and end everybody's processes, and must not."""
     try:
         return bool(process.uids().effective == os.geteuid())
     except psutil.Error:
@@ -95,7 +100,7 @@ def marks(beginning: str) -> set[str]:
 
 
 def belonging(mark: str, recorded: Iterable[Recorded] = ()) -> list[psutil.Process]:
-    """Every living process of the cluster with this mark, without the caller and its ancestors."""
+    """All living processes of the cluster with this mark, except the caller and its ancestors."""
     ours = {process for process in psutil.process_iter() if mark_of(process) == mark}
     ours |= {process for entry in recorded if (process := find(entry))}
     for process in list(ours):
@@ -108,8 +113,10 @@ def belonging(mark: str, recorded: Iterable[Recorded] = ()) -> list[psutil.Proce
 
 
 def end(search: Callable[[], list[psutil.Process]], grace_s: float) -> int:
-    """Asks all that `search` finds to end, kills what is left after `grace_s`, and searches until nothing is left:
-    a process may have started another one meanwhile. Returns how many there were."""
+    """Terminates all processes that `search` returns, and kills those left after `grace_s`. Returns their number.
+
+    It searches until none is left, because a process may have started another one meanwhile.
+    """
     terminated: set[psutil.Process] = set()
     began = time.monotonic()
     while living := search():
@@ -141,7 +148,7 @@ def free(port: int) -> bool:
 
 
 def free_ports(count: int, apart_from: int = 0) -> list[int]:
-    """Ports below every system's range for outgoing connections, so that none of those takes one before we do."""
+    """Free ports below the range for outgoing connections, so that no connection takes one before we use it."""
     ports: list[int] = []
     for port in random.sample(range(20000, 32000), 2000):
         if len(ports) == count:
@@ -152,7 +159,7 @@ def free_ports(count: int, apart_from: int = 0) -> list[int]:
 
 
 def listener(port: int) -> str:
-    """Who listens on a port that is not free, in words."""
+    """Names the process that listens on a port."""
     for process in psutil.process_iter():
         try:
             for connection in process.net_connections("tcp"):
@@ -164,19 +171,19 @@ def listener(port: int) -> str:
 
 
 def environment(**ours: str) -> dict[str, str]:
-    """The user's environment without what would steer Ray or Python elsewhere, such as somebody's RAY_ADDRESS."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in STRAYS}
+    """The user's environment without variables that redirect Ray or Python, such as RAY_ADDRESS."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in PYTHON_VARIABLES}
     return kept | past_proxies() | ours
 
 
 def credentials() -> dict[str, str]:
-    """Headers with the key for the API that the user's environment names, if it does."""
+    """The header with the API key in the user's environment, if there is one."""
     key = os.environ.get(API_KEY)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def past_proxies() -> dict[str, str]:
-    """What keeps requests to this machine away from a proxy that the user's environment names."""
+    """Variables with which requests to this machine bypass the user's HTTP proxy."""
     listed = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
     value = ",".join(filter(None, dict.fromkeys([*listed, "127.0.0.1", "localhost"])))
     return {"no_proxy": value, "NO_PROXY": value}

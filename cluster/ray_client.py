@@ -1,5 +1,7 @@
-"""Makes this process a client of a Ray cluster, as jobs are. Ray waits 20 s for a cluster that does not take its token,
-and then names no cause; here it is asked first, and the cause is one sentence.
+"""Connects this process to a Ray cluster, as jobs do.
+
+If the token is wrong, Ray waits 20 s and then names no cause. So this module asks the cluster first, and reports the
+cause in one sentence.
 """
 
 import logging
@@ -13,8 +15,8 @@ HOW = 'Run it with `make job JOB=...`, or after: eval "$(make -s address)"'
 
 
 def connect() -> None:
-    """`ray.init()`, or UserError."""
-    if os.environ.get("RAY_ADDRESS", "").startswith("127."):  # else Ray takes another address for 127.0.0.1
+    """Calls `ray.init()`. Raises UserError if no cluster accepts us."""
+    if os.environ.get("RAY_ADDRESS", "").startswith("127."):  # without it Ray replaces 127.0.0.1
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray  # takes a second and more
 
@@ -25,7 +27,7 @@ def connect() -> None:
 
 
 def address() -> str:
-    """Of the cluster that `ray.init()` would take. Without one Ray would start its own, and write into ~/.ray."""
+    """The address that `ray.init()` would use. Without one, Ray would start a cluster and write into ~/.ray."""
     from app.ray_internals.core import find_bootstrap_address
 
     named = os.environ.get("RAY_ADDRESS", "")
@@ -38,7 +40,7 @@ def address() -> str:
 
 
 def check(address: str) -> None:
-    """Raises UserError where no cluster answers, or one that does not take our token."""
+    """Raises UserError if no cluster answers, or if it refuses our token."""
     import grpc  # type: ignore[import-untyped]
 
     sent, where = auth_token.of_this_process()

@@ -1,7 +1,6 @@
-"""What a cluster elsewhere needs on this machine. Asked before anything is started, so before anything is paid for.
+"""Checks what a remote cluster needs on this machine, before anything is started that costs money.
 
-Each thing that is missing is one line that says what to do about it. Asks no cluster; of Google, only whether there are
-credentials.
+Each missing thing is one line with its remedy. Contacts no cluster, and Google only for credentials.
 """
 
 import shutil
@@ -13,17 +12,17 @@ from typing import Any
 from cluster.cli import UserError
 from cluster.config.documents import load_yaml, read
 
-PROGRAMS = {"ssh": "openssh-client", "rsync": "rsync"}  # and the packages of Debian and Ubuntu that bring them
+PROGRAMS = {"ssh": "openssh-client", "rsync": "rsync"}  # program -> package of Debian and Ubuntu
 
 
 def ready(path: Path) -> None:
-    """Raises UserError with all that is missing for any verb."""
+    """Raises UserError with all that is missing for the verbs of a remote cluster."""
     if missing := [*lacks_programs(), *lacks_google(path, content(path))]:
         raise UserError("\n".join(missing))
 
 
 def ready_to_start(path: Path) -> None:
-    """The same for `up`, and the linter, which says more and costs seconds."""
+    """Checks for `up`: also the token and the linter, which takes seconds."""
     content(path)
     from cluster.config.lint import refuse_errors
 
@@ -33,7 +32,7 @@ def ready_to_start(path: Path) -> None:
 
 
 def content(path: Path) -> dict[str, Any]:
-    """A cluster file's. The linter says more about one that is not as it should be."""
+    """The content of a cluster file. Checks only what the verbs need; the linter checks all."""
     cluster = load_yaml(path, f"There is no cluster file {path}. Name one that there is: CLUSTER=cluster.yaml")
     provider = cluster.get("provider") if isinstance(cluster, dict) else None
     if not isinstance(provider, dict) or not provider.get("type") or not cluster.get("cluster_name"):

@@ -1,7 +1,7 @@
-"""SSH tunnels to a cluster's head: ports of its loopback appear on this machine's, for as long as one is held open.
+"""SSH tunnels from ports of this machine to ports of a head's loopback interface.
 
-Ray's launcher says how the head is reached (address, user, key, proxy); ssh does the rest. `ray dashboard` is not used,
-because it leaves its connection behind for 10 s, with the ports that it holds. Knows nothing of Serve.
+Ray's launcher gives the head's address, user, key and proxy. `ray dashboard` is not used, because its connection stays
+for 10 s after it ends and holds its ports. Knows nothing of Serve.
 """
 
 import io
@@ -21,27 +21,27 @@ import yaml
 from cluster.cli import UserError
 from cluster.terminal import make_command
 
-CONNECT_S = 20  # for the connection, and again for the key and the ports
+CONNECT_S = 20  # for the connection, and again for login and ports
 GRACE_S = 5.0
 READY = b"open\n"
-# Ray shares one connection among all its commands, which outlives them; a tunnel is to end with who opened it.
+# Ray's commands share a connection that outlives them. A tunnel must end with its process.
 OURS = ("-T", "-oControlMaster=no", "-oControlPath=none", "-oBatchMode=yes", "-oLogLevel=ERROR")
 
 
 class NoHead(UserError):
-    """Nothing is up that a tunnel could lead to."""
+    """No head is running."""
 
 
 def route(path: Path) -> list[str]:
-    """The ssh command that reaches the head of a cluster file's cluster, but for what it is to do there."""
+    """The ssh command that logs in to the head of a cluster, without a remote command."""
     from app.ray_internals.autoscaler import ssh_command  # takes half a second to import
 
-    logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)  # else it tells how it keeps its books
-    output = io.StringIO()  # as it does on stdout
+    logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)  # otherwise it logs its bookkeeping
+    output = io.StringIO()  # it also prints on stdout
     with redirect_stdout(output), redirect_stderr(output):
         try:
             ssh = ssh_command(yaml.safe_load(path.read_text()), str(path), CONNECT_S)
-        except Exception as error:  # of Ray, of Google's client, of the network: whatever `ray up` would show
+        except Exception as error:  # of Ray, Google's client or the network
             sentence = str(error).strip() or output.getvalue().strip() or type(error).__name__
             raise UserError(f"The head of {path} cannot be looked up: {sentence.splitlines()[-1]}") from None
     if ssh is None:
@@ -52,9 +52,9 @@ def route(path: Path) -> list[str]:
 
 @contextmanager
 def tunnel(route: list[str], ports: Mapping[int, int]) -> Iterator[subprocess.Popen[bytes]]:
-    """From ports of our loopback to those of the head's. It breaks when the process that is given ends.
+    """Forwards local ports to ports of the head. The tunnel is broken when the ssh process has ended.
 
-    What runs on the head reads from us until we are gone, so even our being killed ends the connection.
+    The remote command reads from this process until it ends, so the connection ends even if this process is killed.
     """
     forwards = [f"-L127.0.0.1:{local_port}:127.0.0.1:{remote_port}" for local_port, remote_port in ports.items()]
     with tempfile.TemporaryFile() as errors:
@@ -63,7 +63,7 @@ def tunnel(route: list[str], ports: Mapping[int, int]) -> Iterator[subprocess.Po
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            start_new_session=True,  # Ctrl-C is for us, and we end it in order
+            start_new_session=True,  # Ctrl-C reaches only us, and we end ssh
         )
         try:
             if not opened(ssh):
@@ -74,15 +74,15 @@ def tunnel(route: list[str], ports: Mapping[int, int]) -> Iterator[subprocess.Po
 
 
 def opened(ssh: subprocess.Popen[bytes]) -> bool:
-    """Waits until the head has answered, which it does once all ports are forwarded (ExitOnForwardFailure)."""
+    """Waits for the head's answer, which comes once all ports are forwarded (ExitOnForwardFailure)."""
     assert ssh.stdout
-    heard, until = b"", time.monotonic() + 2 * CONNECT_S
-    while not heard.endswith(READY):  # a head may greet us first
+    received, until = b"", time.monotonic() + 2 * CONNECT_S
+    while not received.endswith(READY):  # a head may print a greeting first
         if not select.select([ssh.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
             return False
         if not (news := os.read(ssh.stdout.fileno(), 4096)):
             return False
-        heard += news
+        received += news
     return True
 
 

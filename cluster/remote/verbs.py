@@ -1,7 +1,7 @@
-"""A cluster elsewhere, as a file for `ray up` describes it: brought up, watched, entered, reached and ended.
+"""The verbs for a remote cluster, which a file for `ray up` describes: up, down, monitor, attach, dashboard, address.
 
-Ray's own launcher does the work; what is added is what it leaves out: to say beforehand what is missing, to leave what
-runs alone when it is asked again, and to wait until the cluster answers. Knows nothing of what is deployed.
+Ray's own launcher does the work. This module adds checks before the start, a second `up` that does not restart what
+runs, and a wait until the cluster answers. Knows nothing of what is deployed.
 """
 
 import json
@@ -31,10 +31,10 @@ from cluster.terminal import Progress, make_command, say
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 MONITOR_LOGS = "/tmp/ray/session_latest/logs/monitor.*"
-API_PORT = 8000  # of Serve, where nothing is deployed that says another
+API_PORT = 8000  # Serve's default
 ANSWER_TIMEOUT_S = 120.0  # from Ray's start on the head until its dashboard answers
 POLL_S = 0.5
-RETRY_S = 3.0  # from a tunnel's break to the next try
+RETRY_S = 3.0  # from a broken tunnel to the next try
 GRACE_S = 5.0
 
 
@@ -53,7 +53,7 @@ def up(path: Path, run_dir: Path) -> None:
 
 
 def silence(path: Path, run_dir: Path) -> str:
-    """Why the cluster does not answer, or nothing if it does. One with another token is not ours to start anew."""
+    """Why the cluster does not answer; empty if it does. Raises Refused if it has another token: do not restart it."""
     try:
         with dashboard_of(str(path), run_dir) as dashboard:
             dashboard.details()
@@ -84,7 +84,7 @@ def down(path: Path, run_dir: Path) -> None:
 
 
 def monitor(path: Path, lines: int) -> None:
-    """As `ray monitor` does, which takes Ctrl-C for a failure. Becomes ssh, so that none can be left behind."""
+    """Does what `ray monitor` does, which reports Ctrl-C as a failure. Becomes ssh, so that no process is left."""
     ready(path)
     *ssh, head = route(path)
     say(f"What the autoscaler of {path}'s cluster logs, until Ctrl-C")
@@ -100,7 +100,7 @@ def attach(path: Path, command: str) -> None:
 
 
 def launch(*arguments: str | Path) -> None:
-    """Ray's command line, until it ends."""
+    """Runs Ray's command line until it ends."""
     process = subprocess.Popen(ray(*arguments))
     try:
         status = process.wait()
@@ -109,12 +109,12 @@ def launch(*arguments: str | Path) -> None:
         raise
     if status:
         raise UserError(
-            f"`ray {arguments[0]}` failed, and has said why. Once that is put right, the same command goes on."
+            f"`ray {arguments[0]}` failed; its output above has the reason. Then run the same command again."
         )
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """After Ctrl-C, which the terminal gives to all that run in it; where a kill was for us alone, we pass it on."""
+    """Waits for Ray's launcher after Ctrl-C, which a terminal sends to both. Ends it if the signal was only for us."""
     try:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
@@ -134,7 +134,7 @@ def ray(*arguments: str | Path) -> list[str]:
 
 
 def dashboard(path: Path, run_dir: Path, wanted: tuple[int | None, int | None]) -> None:
-    """Two tunnels, until Ctrl-C; one that breaks is built again."""
+    """Keeps tunnels to the dashboard and the API open until Ctrl-C. Opens them again if they break."""
     ready(path)
     if standing := tunnels(path, run_dir):
         say(f"Open already, by process {standing[0].pid}: {links(*standing[1:])}")
@@ -150,7 +150,7 @@ def dashboard(path: Path, run_dir: Path, wanted: tuple[int | None, int | None]) 
                 opened = True
                 while not broken():
                     time.sleep(POLL_S)
-            say("The connection broke, and is built again.")
+            say("The connection broke. Connecting again.")
         except NoHead:
             raise
         except UserError as reason:
@@ -162,7 +162,7 @@ def dashboard(path: Path, run_dir: Path, wanted: tuple[int | None, int | None]) 
 
 @contextmanager
 def opening(path: Path, ports: tuple[int, int]) -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether either of them has broken."""
+    """Opens both tunnels. Gives a function that says whether one has broken."""
     dashboard_local, api_local = ports
     ssh_command = route(path)
     with tunnel(ssh_command, {dashboard_local: dashboard_port(content(path))}) as first:
@@ -176,7 +176,7 @@ def api_port(dashboard: Dashboard) -> int:
 
 
 def free_port(variable: str, wanted: int | None, usual: int) -> int:
-    """Of this machine: the one that the user names with a variable, else the head's own, else any."""
+    """A free port of this machine: the one that the user names, else the usual one, else any."""
     if wanted and not processes.free(wanted):
         raise UserError(f"Port {wanted} is taken by {processes.listener(wanted)}. Choose another one with {variable}=")
     return wanted or (usual if processes.free(usual) else processes.free_ports(1)[0])
@@ -188,7 +188,7 @@ def links(dashboard: int, api: int) -> str:
 
 @contextmanager
 def recorded(path: Path, run_dir: Path, ports: tuple[int, int]) -> Iterator[None]:
-    """So that `address` finds the tunnels."""
+    """Records the tunnels, so that `address` finds them."""
     file = folder(path, run_dir) / "tunnels.json"
     ownership.make_folder(file.parent, "RUN_DIR=")
     ownership.write(file, json.dumps({"process": asdict(processes.record(psutil.Process())), "ports": ports}))
@@ -199,7 +199,7 @@ def recorded(path: Path, run_dir: Path, ports: tuple[int, int]) -> Iterator[None
 
 
 def tunnels(path: Path, run_dir: Path) -> tuple[psutil.Process, int, int] | None:
-    """Who holds the tunnels open, and on which ports of this machine."""
+    """The process that holds the tunnels open, and their ports on this machine."""
     try:
         state = json.loads(ownership.read(folder(path, run_dir) / "tunnels.json"))
         process, (dashboard, api) = processes.find(Recorded(**state["process"])), state["ports"]
@@ -213,7 +213,7 @@ def folder(path: Path, run_dir: Path) -> Path:
 
 
 def address(path: Path, run_dir: Path) -> None:
-    """Lines for a shell's `eval`, and nothing else on stdout."""
+    """Prints lines for a shell's `eval`, and nothing else on stdout."""
     standing = tunnels(path, run_dir)
     _, dashboard, api = standing or (None, DASHBOARD_PORT, API_PORT)
     if not standing:
@@ -225,13 +225,13 @@ def address(path: Path, run_dir: Path) -> None:
 
 
 def variables(dashboard: int, api: int) -> dict[str, str]:
-    """What `ray job`, `serve` and `curl` need."""
+    """Variables for `ray job`, `serve` and `curl`."""
     bin_dir, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     return {
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # which is what `serve` reads
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # which `ray job` prefers
-        "RAY_AUTH_MODE": "token",  # without it a client sends no token
+        "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # for `serve`
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # for `ray job`
+        "RAY_AUTH_MODE": "token",  # otherwise a client sends no token
         "IMAGINE_URL": f"http://127.0.0.1:{api}",  # curl "$IMAGINE_URL/v1/models"
         "PATH": path if bin_dir in path.split(os.pathsep) else f"{bin_dir}{os.pathsep}{path}",
         **processes.past_proxies(),
@@ -242,15 +242,15 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("verb", choices=["up", "down", "monitor", "attach", "dashboard", "address"])
     parser.add_argument("--cluster", type=Path, required=True, help="a file for `ray up`")
-    parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="where it is kept who holds tunnels open")
-    parser.add_argument("--lines", type=int, default=30, help="of monitor, the last ones before what comes")
-    parser.add_argument("--command", default="", help="of attach, to run instead of a shell")
-    parser.add_argument("--dashboard-port", default="", help=f"here, of dashboard ({DASHBOARD_PORT}, or a free one)")
-    parser.add_argument("--serve-port", default="", help=f"here, of dashboard ({API_PORT}, or a free one)")
+    parser.add_argument("--run-dir", type=Path, default=RUN_DIR, help="of the state of tunnels")
+    parser.add_argument("--lines", type=int, default=30, help="monitor: the last lines first")
+    parser.add_argument("--command", default="", help="attach: a command instead of a shell")
+    parser.add_argument("--dashboard-port", default="", help=f"dashboard: its port here (default {DASHBOARD_PORT})")
+    parser.add_argument("--serve-port", default="", help=f"dashboard: port of the API here (default {API_PORT})")
     arguments = parser.parse_args()
     path, run_dir = arguments.cluster, arguments.run_dir.resolve()
     isolate(str(path), run_dir)
-    os.environ["RAY_UP_enable_autoscaler_v2"] = "1"  # Ray's default; where it is not set, Ray announces it each time
+    os.environ["RAY_UP_enable_autoscaler_v2"] = "1"  # Ray's default, which it announces unless it is set
     match arguments.verb:
         case "up":
             up(path, run_dir)

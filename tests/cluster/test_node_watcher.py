@@ -215,7 +215,7 @@ def test_a_metadata_server_that_fails_is_asked_until_it_answers(
     told = [message for message in caplog.messages if message.startswith("preempted ")]
     told = [message for message in told if "refused" not in message]  # listeners of earlier tests, whose server is gone
     assert told == [
-        "preempted cannot be read, and is asked for until it can: HTTP Error 503: Service Unavailable",
+        "preempted cannot be read. Trying again: HTTP Error 503: Service Unavailable",
         "preempted is TRUE",
     ]
 
@@ -228,9 +228,7 @@ def test_a_drain_that_fails_is_tried_again_and_its_reason_logged(
     watching()
     arguments(metadata)
     failed = [message for message in caplog.messages if "failed" in message]
-    assert (
-        failed == ["ray drain-node failed, and is tried again: Error: The drain request is not accepted: not now"] * 2
-    )
+    assert failed == ["ray drain-node failed. Trying again: Error: The drain request is not accepted: not now"] * 2
 
 
 def test_the_watcher_ends_with_ray(

@@ -309,7 +309,7 @@ def test_plain_clients_reach_dashboard_and_api_through_tunnels_that_are_built_ag
         assert "Sent deploy request successfully" in succeeds(plain(far, "serve", "deploy", config))
         sshs = psutil.Process(tunnels.pid).children()
         sshs[0].kill()
-        line(tunnels, "The connection broke, and is built again.")
+        line(tunnels, "The connection broke. Connecting again.")
         line(tunnels, "Open again")
         asked = plain(far, "bash", "-c", "curl -fsS $IMAGINE_URL/")
         assert json.loads(succeeds(asked))["text"] == "hello"

@@ -13,7 +13,7 @@ from cluster.local import head
 from cluster.local import state as clusters
 from tests.clusters import surroundings
 
-STRAY = {name: "1" for name in processes.STRAYS} | {"PYTHONPATH": "/another", "PYTHONHOME": "/another"}
+STRAY = {name: "1" for name in processes.PYTHON_VARIABLES} | {"PYTHONPATH": "/another", "PYTHONHOME": "/another"}
 
 
 @pytest.mark.parametrize(
