@@ -32,7 +32,7 @@ def findings_of(tmp_path: Path, key: tuple[str, ...], value: object) -> list[str
 @pytest.mark.parametrize("name", ["Imagine_TPU", "imagine_tpu", "imagine.tpu", "1imagine", "imagine-", "", "a" * 38, 3])
 def test_a_cluster_name_must_be_the_beginning_of_machine_names(tmp_path: Path, name: object) -> None:
     assert findings_of(tmp_path, ("cluster_name",), name) == [
-        f"cluster_name must be 1 to 37 {NAME}, as machines are called by it (ray-{name}-head-...), got {name}."
+        f"cluster_name must be 1 to 37 {NAME}, because machines are named after it (ray-{name}-head-...), got {name}."
     ]
 
 
@@ -104,7 +104,7 @@ def test_labels_follow_the_rules_for_keys_and_for_values(tmp_path: Path) -> None
     assert findings_of(tmp_path, (*TPU, "labels"), good) == []
     for bad in ("Team", "1team", "", "team.x", "a" * 64):
         (finding,) = findings_of(tmp_path, (*TPU, "labels"), {bad: "x"})
-        assert finding.startswith(f"{place}.{bad} must be called by 1 to 63 lower-case letters, digits, hyphens and")
+        assert finding.startswith(f"{place}.{bad} must be named with 1 to 63 lower-case letters, digits, hyphens and")
     for value in ("Team", "a.b", "b" * 64, 3, None):
         (finding,) = findings_of(tmp_path, (*TPU, "labels"), {"team": value})
         words = "a text of at most 63 lower-case letters, digits, hyphens and underscores"
@@ -123,9 +123,7 @@ def test_a_node_types_name_must_be_valid_as_a_label(tmp_path: Path) -> None:
     (finding,) = findings_of(
         tmp_path, ("available_node_types",), {"head": content["head"], "TPU.big": content["ray_tpu"]}
     )
-    assert finding.startswith(
-        "available_node_types.TPU.big must be a name that can be a label's value, which Ray makes"
-    )
+    assert finding.startswith("available_node_types.TPU.big must be a valid value of a label, because Ray labels")
 
 
 @pytest.mark.parametrize(("network", "good"), [("Default", False), ("my_net", False), ("projects/x/global/n/ok", True)])

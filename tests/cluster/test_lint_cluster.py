@@ -140,7 +140,7 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
         put(("cluster_name",), "Imagine_TPU"),
         ("cluster_name",),
         "error: {} must be 1 to 37 lower-case letters, digits and hyphens, beginning with a letter and not ending with "
-        "a hyphen, as machines are called by it (ray-Imagine_TPU-head-...), got Imagine_TPU.",
+        "a hyphen, because machines are named after it (ray-Imagine_TPU-head-...), got Imagine_TPU.",
     ),
     (
         both(drop(("file_mounts", "~/.ray/auth_token")), lambda text: text.replace("~/.ray/auth_token", "~/.ray/x")),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from app.ray_internals.autoscaler import GOOGLE_HEAD_NAME, GOOGLE_NAME_SUFFIX, GOOGLE_WORKER_NAME
+from cluster.config.cluster_config import KEY
 from cluster.config.documents import Document, Finding, Key
 
 MAX_LENGTH = 63  # of a machine's name
@@ -49,12 +50,11 @@ def check_names(document: Document) -> Iterator[Finding]:
         value = document.at(("provider", field))
         if value is not None and not form(str(value)):
             yield wrong(document, ("provider", field), form.description, value)
-    for name in document.at(("available_node_types",)) or {}:
-        key: Key = ("available_node_types", name)
+    for name in document.at((KEY,)) or {}:
+        key: Key = (KEY, name)
         if not is_label_value(str(name)):
-            yield wrong(
-                document, key, f"a name that can be a label's value, which Ray makes of it: {LABEL_VALUE}", name
-            )
+            valid = f"a valid value of a label, because Ray labels its machines with it: {LABEL_VALUE}"
+            yield wrong(document, key, valid, name)
         yield from check_labels(document, (*key, "node_config", "labels"))
         yield from check_tags(document, (*key, "node_config", "tags"))
         yield from check_networks(document, (*key, "node_config"))
@@ -62,21 +62,17 @@ def check_names(document: Document) -> Iterator[Finding]:
 
 def check_cluster_name(document: Document) -> Iterator[Finding]:
     name = str(document.at(("cluster_name",)))
-    types = document.at(("available_node_types",)) or {}
+    types = document.at((KEY,)) or {}
     machines = [GOOGLE_HEAD_NAME + GOOGLE_NAME_SUFFIX + "-compute"]
     for node_type in types:
         if node_type != document.at(("head_node_type",)):
-            compute = document.has(("available_node_types", node_type, "node_config", "machineType"))
+            compute = document.has((KEY, node_type, "node_config", "machineType"))
             machines.append(GOOGLE_WORKER_NAME + GOOGLE_NAME_SUFFIX + ("-compute" if compute else "-tpu"))
     longest = MAX_LENGTH - max(len(machine.format("")) for machine in machines)
     if not NAME(name) or len(name) > longest:
         form = NAME.description.replace("1 to 63", f"1 to {longest}")
-        yield wrong(
-            document,
-            ("cluster_name",),
-            f"{form}, as machines are called by it ({GOOGLE_HEAD_NAME.format(name)}-...)",
-            name,
-        )
+        machine = f"{GOOGLE_HEAD_NAME.format(name)}-..."
+        yield wrong(document, ("cluster_name",), f"{form}, because machines are named after it ({machine})", name)
 
 
 def check_labels(document: Document, key: Key) -> Iterator[Finding]:
@@ -87,7 +83,7 @@ def check_labels(document: Document, key: Key) -> Iterator[Finding]:
         yield document.error(key, f"must be at most {MAX_LABELS}, got {len(labels)}.")
     for name, value in labels.items():
         if not (str(name)[:1].isalpha() and is_label_value(str(name))):
-            yield wrong(document, (*key, name), f"called by {LABEL_KEY}", name)
+            yield wrong(document, (*key, name), f"named with {LABEL_KEY}", name)
         if not isinstance(value, str) or not is_label_value(value):
             yield wrong(document, (*key, name), f"a text of {LABEL_VALUE}", value)
 
@@ -116,10 +112,9 @@ def check_networks(document: Document, key: Key) -> Iterator[Finding]:
     for place in [*places, (*key, "networkConfig")]:
         for field in ("network", "subnetwork"):
             value = document.at((*place, field))
-            if value is not None and not NAME(str(value).rpartition("/")[2]):  # a name, or a path that ends with one
-                yield wrong(
-                    document, (*place, field), f"a name, or a path that ends with one: {NAME.description}", value
-                )
+            if value is not None and not NAME(str(value).rpartition("/")[2]):
+                form = f"a name, or a path that ends with one: {NAME.description}"
+                yield wrong(document, (*place, field), form, value)
 
 
 def wrong(document: Document, key: Key, form: str, value: object) -> Finding:
