@@ -108,6 +108,13 @@ def test_every_block_of_commands_says_how_it_is_tested() -> None:
     assert {block.marker for page in PAGES for block in blocks(page)} <= {*MARKERS, ""}
 
 
+@each_page
+def test_a_block_has_a_known_language_and_no_markdown_in_it(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in ("bash", "console", "json", "python", "text"), block
+        assert "](" not in block.text, block
+
+
 def shown(page: Path) -> list[str]:
     """Every command that a page names, in fences and in backticks; a row of shell commands apart."""
     named = [command for block in blocks(page) for command in block.commands]
@@ -367,7 +374,7 @@ def test_the_page_of_the_api_has_every_error_code() -> None:
 def sentences() -> str:
     """Every string of the code, one a line, with a NUL for each value that is filled in."""
     lines = []
-    for package in ("app", "capacity", "cluster", "demo", "jobs", "loadtest"):
+    for package in ("app", "capacity", "cluster", "demo", "jobs", "loadtest", "benchmarks"):
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.JoinedStr):
