@@ -20,7 +20,7 @@ from typing import Any
 from cluster.cli import Parser, UsageError, UserError, integer_between
 from cluster.ray_client import connect
 from cluster.terminal import format_duration, say
-from jobs.batch_worker import Painter, folders, text_of
+from jobs.batch_worker import BatchWorker, folders, text_of
 from jobs.entry import path, run
 from jobs.prompts import InvalidRow, Row, read
 from jobs.replica_config import ReplicaConfig, config_path, resources, waiting_message
@@ -120,7 +120,7 @@ def draw_on_hosts(
     say(waiting_message(config.chips))
     items = [{"row": text_of(row)} for row in rows]
     drawn = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
-        Painter,
+        BatchWorker,
         fn_constructor_args=(out, unfinished, config.name, spec, config.args.admission_gain),
         batch_size=None,  # a block
         compute=ActorPoolStrategy(

@@ -1,7 +1,7 @@
-"""One TPU host's part in batch generation: an engine, and the files of what it draws.
+"""One TPU host's part in batch generation: an engine, and the files of its images.
 
-A row is finished when its record stands in `rows/`, which is written last, under a name that the row's key alone
-decides, and by rename. So whatever is killed, and however often a row is given out, there is one record of it or none.
+A row is finished when its record is in `rows/`. The record is written last, by rename, under a name that follows from
+the row's key alone. So a row has one record or none, whatever is killed and however often the row is handed out.
 """
 
 import dataclasses
@@ -9,27 +9,24 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from app.api.messages import fact_text
 from app.api.settings import Encoding
-from app.diffusion.images import encode
 from app.engine.engine import Engine
 from app.engine.errors import EngineStopped
 from app.engine.request import Generated
-from app.serving.replica import facts_of
+from app.serving.image_metadata import encode_image, facts_of, timings_of
 from app.types import Generation, InvalidField, PipelineSpec
 from jobs.prompts import Row
 from jobs.unfinished import write
 
 
-class Painter:
-    """What Ray Data calls with blocks of rows, several at a time, so that the engine never waits for the next."""
+class BatchWorker:
+    """Ray Data calls it with several blocks of rows at a time, so that the engine never waits for the next block."""
 
     def __init__(self, out: Path, drafts: Path, name: str, spec: PipelineSpec, gain: float) -> None:
         from app.diffusion.pipeline import Pipeline
@@ -43,9 +40,9 @@ class Painter:
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         rows = [row_of(text) for text in block["row"]]
-        # Of a block that is given out again, because who drew it was killed, some may be finished.
-        left = [row for row in rows if not all((self.out / name).exists() for name in row.made)]
-        pending = [(row, self.submit(row.generation)) for row in left]
+        # A block is handed out again when its worker was killed, and some of its rows may be finished.
+        unfinished = [row for row in rows if not all((self.out / name).exists() for name in row.made)]
+        pending = [(row, self.submit(row.generation)) for row in unfinished]
         outcomes = {row.key: ("", time.time()) for row in rows}
         for row, future in pending:
             outcomes[row.key] = self.finish(row, future), time.time()
@@ -55,53 +52,36 @@ class Painter:
     def submit(self, generation: Generation) -> "Future[Generated] | str":
         try:
             return self.engine.submit(generation)
-        except InvalidField as error:  # what only the checkpoint can refuse, such as a sampler that does not suit it
+        except InvalidField as error:  # only the checkpoint can refuse it, such as a sampler that does not suit it
             return str(error)
 
     def finish(self, row: Row, future: "Future[Generated] | str") -> str:
-        """Writes the row's pictures and its record; returns why not, if so."""
+        """Writes the row's images and its record. Returns an error message, or an empty string."""
         if isinstance(future, str):
             return future
         try:
             generated = future.result()
             began = time.perf_counter()
-            facts = facts_of(row.generation, generated)
-            for name, pixels, seed in zip(row.files, generated.pixels, generated.seeds, strict=True):
-                write(self.out / name, self.encoded(row, pixels, {**facts, "seed": seed}), self.drafts)
+            for index, name in enumerate(row.files):
+                image = encode_image(row.generation, generated, index, row.encoding, self.name)
+                write(self.out / name, image, self.drafts)
             record = {
                 "key": row.key,
                 "prompt": row.generation.prompt,
                 "negative_prompt": row.generation.negative_prompt,
-                **facts,
+                **facts_of(row.generation, generated),
                 "n": row.generation.n,
                 "files": row.files,
-                "queue_s": generated.queue_s,
-                "denoise_s": generated.denoise_s,
-                "decode_s": generated.decode_s,
-                "encode_s": time.perf_counter() - began,
-                "device_s": generated.device_s,
+                **timings_of(generated, encode_s=time.perf_counter() - began),
                 "host": self.host,
                 "ended": time.time(),
             }
             write(self.out / row.record, json.dumps(record).encode(), self.drafts)
-        except (EngineStopped, OSError):  # a disk that is full, a mount that is gone: no row will fare better
+        except (EngineStopped, OSError):  # a full disk or a lost mount fails every other row too
             raise
-        except Exception as error:  # of the device, for this row
+        except Exception as error:  # of the device, with this row
             return f"{type(error).__name__}: {error}"
         return ""
-
-    def encoded(self, row: Row, pixels: np.ndarray, facts: Mapping[str, Any]) -> bytes:
-        encoding = row.encoding
-        about = {
-            "prompt": row.generation.prompt,
-            "negative_prompt": row.generation.negative_prompt,
-            "model": self.name,
-            "Software": "imagine-tpu",
-            **{name: fact_text(fact) for name, fact in facts.items()},
-        }
-        return encode(
-            pixels, encoding.output_format, quality=encoding.quality, png_level=encoding.png_level, text=about
-        )
 
 
 def folders(out: Path) -> None:
@@ -114,6 +94,6 @@ def text_of(row: Row) -> str:
 
 
 def row_of(text: str) -> Row:
-    given = json.loads(text)
-    generation, encoding = Generation(**given["generation"]), Encoding.model_validate(given["encoding"])
-    return Row(given["number"], given["key"], generation, encoding)
+    fields = json.loads(text)
+    generation, encoding = Generation(**fields["generation"]), Encoding.model_validate(fields["encoding"])
+    return Row(fields["number"], fields["key"], generation, encoding)

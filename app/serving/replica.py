@@ -1,17 +1,16 @@
-"""The replica: one checkpoint, one engine, and the way from a request to encoded pictures.
+"""The replica: one checkpoint, one engine, and the way from a request to encoded images.
 
-Imports nothing heavy, so that builders.py may import it: JAX arrives with the first replica. Knows nothing of HTTP, and
-of Ray only the name of Serve's logger, the replica's own and its metrics.
+It imports JAX only when it is constructed, so that builders.py may import it anywhere. Knows nothing of HTTP, and of
+Ray only Serve's logger, the replica's name and its metrics.
 """
 
 import asyncio
 import logging
-import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,24 +19,20 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from app.api.errors import ApiError, api_error
-from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, fact_text
-from app.api.settings import Encoding
-from app.diffusion.images import encode
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
 from app.engine.engine import Engine
-from app.engine.errors import DeadlineUnmeetable, EngineStalled, EngineStopped, QueueFull
+from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
 from app.engine.request import Generated
+from app.serving.image_metadata import encode_image, encode_preview, facts_of, timings_of
 from app.serving.metrics import Metrics
 from app.serving.profiling import Profiler, Trace
-from app.types import Generation, InvalidField, PipelineSpec
+from app.serving.refusals import outcome_of, refusal
+from app.types import InvalidField, PipelineSpec
 
-# Serve's handlers serve this tree only, and prefix each line with the request id that clients see as X-Request-ID.
+# Serve handles this tree of loggers only, and prefixes each line with the request id, which is X-Request-ID to clients.
 logger = logging.getLogger(f"ray.serve.{__name__}")
 
 DRAIN_S = 10.0  # Serve has waited for every request before it ends a replica, so nothing should be left
-PREVIEW_PNG_LEVEL = 1  # a preview is looked at once
-STALLED_RETRY_S = 5.0  # Serve needs three failed health checks to replace a replica
-
-Facts = dict[str, str | int | float]
 
 
 class StableDiffusion:
@@ -59,11 +54,9 @@ class StableDiffusion:
         from app.diffusion.pipeline import Pipeline
 
         self.name = name
-        self.unanswered = 0  # requests that have come and have no answer yet
-        self.all_answered = asyncio.Event()
-        self.all_answered.set()
+        self.unanswered = Unanswered()
         self.ended = False
-        # Unix times, in the order in which they come; a load test breaks a scale-up down by them.
+        # Unix times, in their order. A load test splits the duration of a scale-up by them.
         self.milestones = {"process": psutil.Process().create_time(), "constructor": time.time()}
         started = time.perf_counter()
         self.pipeline = Pipeline.load(spec)
@@ -88,16 +81,16 @@ class StableDiffusion:
         self.engine.start()
         self.milestones["warm"] = time.time()
         self.profiler = Profiler(replica_id(), self.steps)
-        self.found_dead = False
+        self.logged_unhealthy = False
 
-    async def generate(self, asked: ImageRequest) -> Images | ApiError:
+    async def generate(self, request: ImageRequest) -> Images | ApiError:
         """An expected refusal is returned: raised, Serve would log it with a traceback and count a failure."""
         began = time.perf_counter()
-        with self.answering():
-            future = self.submit(asked)
-            return future if isinstance(future, ApiError) else await self.finish(asked, future, began)
+        with self.unanswered:
+            future = self.submit(request)
+            return future if isinstance(future, ApiError) else await self.finish(request, future, began)
 
-    async def generate_stream(self, asked: ImageRequest) -> AsyncIterator[Accepted | Preview | Images | ApiError]:
+    async def generate_stream(self, request: ImageRequest) -> AsyncIterator[Accepted | Preview | Images | ApiError]:
         """Accepted, as many previews as were asked for, and the images; or a refusal in the place of any of them."""
         began = time.perf_counter()
         loop = asyncio.get_running_loop()
@@ -106,93 +99,61 @@ class StableDiffusion:
         def put(preview: tuple[int, np.ndarray] | None) -> None:  # called by the engine's threads
             loop.call_soon_threadsafe(previews.put_nowait, preview)
 
-        future = self.submit(asked, lambda index, pixels: put((index, pixels)))
+        future = self.submit(request, lambda index, pixels: put((index, pixels)))
         if isinstance(future, ApiError):
             yield future
             return
         future.add_done_callback(lambda _: put(None))
-        with self.answering():
+        with self.unanswered:
             try:
                 yield Accepted()
                 while preview := await previews.get():
                     index, pixels = preview
-                    yield Preview(index, await self.encoded(pixels, asked.encoding, PREVIEW_PNG_LEVEL, {}))
-                yield await self.finish(asked, future, began)
+                    yield Preview(index, await self.in_encoder(encode_preview, pixels, request.encoding))
+                yield await self.finish(request, future, began)
             finally:
                 future.cancel()  # by now it is done, unless the client has gone
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        self.unanswered += 1
-        self.all_answered.clear()
-        try:
-            yield
-        finally:
-            self.unanswered -= 1
-            if not self.unanswered:
-                self.all_answered.set()
-
     def submit(
-        self, asked: ImageRequest, on_preview: Callable[[int, np.ndarray], None] | None = None
+        self, request: ImageRequest, on_preview: Callable[[int, np.ndarray], None] | None = None
     ) -> Future[Generated] | ApiError:
         try:
             future = self.engine.submit(
-                asked.generation, timeout_s=asked.timeout_s, previews=asked.partial_images, on_preview=on_preview
+                request.generation, timeout_s=request.timeout_s, previews=request.partial_images, on_preview=on_preview
             )
         except (QueueFull, DeadlineUnmeetable, EngineStopped) as error:
             self.metrics.requests.inc(tags={"outcome": outcome_of(error)})
-            return refusal(error, asked)
-        except InvalidField as error:  # what only the checkpoint can refuse, such as a sampler that does not suit it
+            return refusal(error, request)
+        except InvalidField as error:  # only the checkpoint can refuse it, such as a sampler that does not suit it
             self.metrics.requests.inc(tags={"outcome": "invalid"})
             return api_error(error)
         future.add_done_callback(self.count)
         return future
 
-    async def finish(self, asked: ImageRequest, future: Future[Generated], began: float) -> Images | ApiError:
+    async def finish(self, request: ImageRequest, future: Future[Generated], began: float) -> Images | ApiError:
         try:
             generated = await asyncio.wrap_future(future)  # cancelled here, it is cancelled in the engine too
         except EngineStopped as error:
-            return refusal(error, asked)
+            return refusal(error, request)
         encoding = time.perf_counter()
-        facts = facts_of(asked.generation, generated)
-        files = await self.files(asked, generated, facts)
+        generation = request.generation
+        files = [
+            self.in_encoder(encode_image, generation, generated, index, request.encoding, self.name)
+            for index in range(generation.n)
+        ]
+        encoded = tuple(await asyncio.gather(*files))
         ended = time.perf_counter()
-        timings = {
-            "queue_s": generated.queue_s,
-            "denoise_s": generated.denoise_s,
-            "decode_s": generated.decode_s,
-            "encode_s": ended - encoding,
-            "device_s": generated.device_s,
-        }
-        self.metrics.finished(asked.generation.n, ended - began, timings)
+        facts, timings = facts_of(generation, generated), timings_of(generated, ended - encoding)
+        self.metrics.finished(generation.n, ended - began, timings)
         logger.info(
             "generated n=%d size=%s steps=%d sampler=%s %s",
-            *(asked.generation.n, facts["size"], asked.generation.num_inference_steps, generated.sampler),
+            *(generation.n, facts["size"], generation.num_inference_steps, generated.sampler),
             " ".join(f"{name}={seconds:.3f}" for name, seconds in timings.items()),
         )
-        return Images(files, generated.seeds, facts, timings, self.name)
+        return Images(encoded, generated.seeds, facts, timings, self.name)
 
-    async def files(self, asked: ImageRequest, generated: Generated, facts: Facts) -> tuple[bytes, ...]:
-        """One file for each image; a PNG says what made it, with the seed that makes this very image alone."""
-        text = {
-            "prompt": asked.generation.prompt,
-            "negative_prompt": asked.generation.negative_prompt,
-            "model": self.name,
-            "Software": "imagine-tpu",
-            **{name: fact_text(fact) for name, fact in facts.items()},
-        }
-        each = zip(generated.pixels, generated.seeds, strict=True)
-        level = asked.encoding.png_level
-        pending = [
-            self.encoded(pixels, asked.encoding, level, {**text, "seed": fact_text(seed)}) for pixels, seed in each
-        ]
-        return tuple(await asyncio.gather(*pending))
-
-    async def encoded(self, pixels: np.ndarray, encoding: Encoding, png_level: int, text: dict[str, str]) -> bytes:
-        def work() -> bytes:
-            return encode(pixels, encoding.output_format, quality=encoding.quality, png_level=png_level, text=text)
-
-        return await asyncio.get_running_loop().run_in_executor(self.encoders, work)
+    async def in_encoder(self, function: Callable[..., bytes], *arguments: Any) -> bytes:
+        return await asyncio.get_running_loop().run_in_executor(self.encoders, function, *arguments)
 
     def count(self, future: Future[Generated]) -> None:
         error = None if future.cancelled() else future.exception()
@@ -219,33 +180,35 @@ class StableDiffusion:
         return sum(size["steps"] for size in self.engine.stats()["sizes"].values())
 
     async def profile(self, steps: int, timeout_s: float) -> Trace | str:
-        """For jobs/profile.py, over Ray; no route of the API leads here."""
+        """jobs/profile.py calls this over Ray. No route of the API does."""
         return await self.profiler.trace(steps, timeout_s)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks every metrics_interval_s."""
+        """Serve calls this every metrics_interval_s."""
         stats = await self.stats()
         self.metrics.report(stats)
         return {"backlog_s": stats["backlog_s"], "unfinished": float(stats["unfinished"])}
 
     async def check_health(self) -> None:
         """Three failures in a row make Serve replace this replica."""
-        self.metrics.report(await self.stats())  # a fixed number of replicas is never asked for autoscaling's
+        self.metrics.report(await self.stats())  # without autoscaling, record_autoscaling_stats is never called
         if not self.engine.healthy:
             why = self.engine.stalled or "The engine has stopped."
-            if not self.found_dead:
+            if not self.logged_unhealthy:
                 logger.error("%s So this replica is unhealthy, and Serve will replace it.", why)
-            self.found_dead = True
+            self.logged_unhealthy = True
             raise RuntimeError(why)
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:
-        """Serve calls this on its event loop once the replica has drained, and awaits what it returns. As an
-        `async def` it would leave a coroutine that nobody awaits to every collection of garbage."""
+        """Serve calls this on its event loop once the replica has drained, and awaits what it returns.
+
+        It is no `async def`, because garbage collection would then leave a coroutine that is never awaited.
+        """
         if vars(self).get("ended", True):
             return None
         try:
             asyncio.get_running_loop()
-        except RuntimeError:  # not Serve: the interpreter exits, or nobody needs this replica any more
+        except RuntimeError:  # not Serve: the interpreter exits, or the object is collected as garbage
             self.ended = True
             if "engine" in vars(self):
                 self.engine.close()
@@ -253,71 +216,43 @@ class StableDiffusion:
         return self.shut_down()
 
     async def shut_down(self) -> None:
-        """Lets requests that have begun end with their files, and refuses the others. The event loop goes on meanwhile.
-        Of a replica whose constructor failed, some attributes may be missing."""
+        """Finishes requests that have begun and refuses the others, without blocking the event loop.
+
+        A replica whose constructor failed may lack some attributes.
+        """
         self.ended, parts = True, vars(self)
         if "engine" in parts:
             await asyncio.to_thread(self.engine.drain, DRAIN_S)
         if "profiler" in parts:
             await self.profiler.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.all_answered.wait(), DRAIN_S)
+            await asyncio.wait_for(self.unanswered.none.wait(), DRAIN_S)
         if "encoders" in parts:
             await asyncio.to_thread(self.encoders.shutdown)
         if "compiles" in parts:
             self.compiles.close()
 
 
-def outcome_of(error: BaseException | None) -> str:
-    match error:
-        case None:
-            return "completed"
-        case QueueFull():
-            return "queue_full"
-        case DeadlineUnmeetable():
-            return "deadline"
-        case EngineStopped():
-            return "stopped"
-    return "failed"
+class Unanswered:
+    """Requests without an answer: `with` counts one of them."""
 
+    def __init__(self) -> None:
+        self.count = 0
+        self.none = asyncio.Event()
+        self.none.set()
 
-def refusal(error: QueueFull | DeadlineUnmeetable | EngineStopped, asked: ImageRequest) -> ApiError:
-    match error:
-        case QueueFull():
-            return ApiError(503, "The queue is full; try again later.", None, "queue_full", error.retry_after_s)
-        case DeadlineUnmeetable():
-            message = (
-                f"This would be ready in {up(error.estimate_s)} s, and timeout is {asked.timeout_s:g} s; "
-                "try again later or with a longer timeout."
-            )
-            return ApiError(503, message, "timeout", "deadline_unmeetable", error.retry_after_s)
-        case EngineStalled():
-            return ApiError(
-                503, "The replica's device does not answer; try again.", None, "replica_lost", STALLED_RETRY_S
-            )
-    return ApiError(503, "The replica is stopping; try again.", None, "replica_lost", 1.0)
+    def __enter__(self) -> None:
+        self.count += 1
+        self.none.clear()
 
-
-def up(seconds: float) -> str:
-    """Rounded up to a tenth, so that a deadline that is missed narrowly does not read as if it were met."""
-    return f"{math.ceil(10 * seconds) / 10:g}"
-
-
-def facts_of(generation: Generation, generated: Generated) -> Facts:
-    """What a client needs in order to make the same picture again, and whether all of its prompt was read."""
-    return {
-        "seed": generation.seed,
-        "sampler": generated.sampler,
-        "num_inference_steps": generation.num_inference_steps,
-        "guidance_scale": generation.guidance_scale,
-        "size": f"{generation.width}x{generation.height}",
-        "prompt_truncated": generated.prompt_truncated,
-        "negative_prompt_truncated": generated.negative_prompt_truncated,
-    }
+    def __exit__(self, *error: object) -> None:
+        self.count -= 1
+        if not self.count:
+            self.none.set()
 
 
 def device() -> str:
-    """Such as 'TPU v5 lite x4': all that this host has is one replica's."""
+    """Such as 'TPU v5 lite x4'. A replica has all devices of its host."""
     import jax
 
     devices = jax.local_devices()

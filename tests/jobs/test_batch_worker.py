@@ -16,7 +16,7 @@ from app.api.settings import Encoding
 from app.diffusion.pipeline import Pipeline
 from app.types import PipelineSpec
 from jobs.batch_generate import SCHEMA, progress, write_manifest
-from jobs.batch_worker import Painter, folders, row_of, text_of
+from jobs.batch_worker import BatchWorker, folders, row_of, text_of
 from jobs.prompts import InvalidRow, Row
 from tests.fake_pipeline import FakePipeline, request
 
@@ -38,18 +38,18 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def painter(fake: FakePipeline, out: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Painter]:
-    painter = Painter(out, tmp_path_factory.mktemp("drafts"), "fake", SPEC, 0.05)
-    yield painter
-    painter.engine.close()
+def worker(fake: FakePipeline, out: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchWorker]:
+    worker = BatchWorker(out, tmp_path_factory.mktemp("drafts"), "fake", SPEC, 0.05)
+    yield worker
+    worker.engine.close()
 
 
 def row(number: int, **other: Any) -> Row:
     return Row(number, f"key{number}", request(f"a boat, {number}", seed=number, **other), Encoding())
 
 
-def drawn(painter: Painter, *rows: Row) -> dict[str, str]:
-    told = painter({"row": np.array([text_of(one) for one in rows])})
+def drawn(worker: BatchWorker, *rows: Row) -> dict[str, str]:
+    told = worker({"row": np.array([text_of(one) for one in rows])})
     assert len({len(values) for values in told.values()}) == 1
     return dict(zip(told["key"], told["error"], strict=True))
 
@@ -63,9 +63,9 @@ def test_a_row_travels_as_text_and_comes_back_the_same() -> None:
     assert row_of(text_of(one)) == one
 
 
-def test_a_row_leaves_its_pictures_and_a_record_and_nothing_else(painter: Painter, out: Path) -> None:
+def test_a_row_leaves_its_pictures_and_a_record_and_nothing_else(worker: BatchWorker, out: Path) -> None:
     rows = [row(1), row(2, n=2)]
-    assert drawn(painter, *rows) == {"key1": "", "key2": ""}
+    assert drawn(worker, *rows) == {"key1": "", "key2": ""}
     assert files(out) == {name for one in rows for name in one.made}
     record = json.loads((out / rows[1].record).read_text())
     assert set(record) == set(SCHEMA) - {"row", "error"}
@@ -74,43 +74,43 @@ def test_a_row_leaves_its_pictures_and_a_record_and_nothing_else(painter: Painte
         assert picture.text["seed"] == "3"  # type: ignore[attr-defined]
 
 
-def test_a_row_that_is_given_out_twice_at_once_is_told_once(painter: Painter, out: Path) -> None:
-    assert drawn(painter, row(1), row(1), row(2)) == {"key1": "", "key2": ""}
+def test_a_row_that_is_given_out_twice_at_once_is_told_once(worker: BatchWorker, out: Path) -> None:
+    assert drawn(worker, row(1), row(1), row(2)) == {"key1": "", "key2": ""}
     assert files(out) == {name for one in (row(1), row(2)) for name in one.made}
 
 
 def test_what_is_finished_is_not_drawn_again_and_what_lost_a_picture_is(
-    painter: Painter, fake: FakePipeline, out: Path
+    worker: BatchWorker, fake: FakePipeline, out: Path
 ) -> None:
     rows = [row(1), row(2), row(3)]
-    drawn(painter, *rows)
+    drawn(worker, *rows)
     before = {name: (out / name).stat().st_mtime_ns for name in files(out)}
     fake.calls.clear()
     (out / rows[1].files[0]).unlink()
-    assert drawn(painter, *rows) == {"key1": "", "key2": "", "key3": ""}
+    assert drawn(worker, *rows) == {"key1": "", "key2": "", "key3": ""}
     assert {call.seeds for call in fake.of("insert")} == {(2,)}
     assert files(out) == set(before)
     assert all((out / name).stat().st_mtime_ns == before[name] for one in (rows[0], rows[2]) for name in one.made)
 
 
-def test_a_row_that_fails_is_told_and_the_others_are_drawn(painter: Painter, fake: FakePipeline, out: Path) -> None:
+def test_a_row_that_fails_is_told_and_the_others_are_drawn(worker: BatchWorker, fake: FakePipeline, out: Path) -> None:
     fake.fail("encode")
-    first = drawn(painter, row(1))
+    first = drawn(worker, row(1))
     assert "encode failed" in first["key1"] and files(out) == set()
     refused = dataclasses.replace(row(2), generation=dataclasses.replace(row(2).generation, width=24))
-    told = drawn(painter, refused, row(3))
+    told = drawn(worker, refused, row(3))
     assert told["key2"].startswith("size must be one of ") and told["key3"] == ""
 
 
-def test_a_disk_that_takes_nothing_ends_the_job(painter: Painter, out: Path) -> None:
-    painter.drafts.rmdir()
+def test_a_disk_that_takes_nothing_ends_the_job(worker: BatchWorker, out: Path) -> None:
+    worker.drafts.rmdir()
     with pytest.raises(FileNotFoundError):
-        drawn(painter, row(1))
+        drawn(worker, row(1))
 
 
-def test_the_manifest_has_each_row_of_the_file_once_and_in_order(painter: Painter, out: Path) -> None:
+def test_the_manifest_has_each_row_of_the_file_once_and_in_order(worker: BatchWorker, out: Path) -> None:
     rows = [row(3), row(1)]
-    drawn(painter, *rows)
+    drawn(worker, *rows)
     failed = row(4)
     records = write_manifest(
         out, [*rows, failed], [InvalidRow(2, "x", "prompt must not be empty.")], {"key4": "it broke"}

@@ -28,7 +28,8 @@ from app.api.settings import Encoding
 from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
 from app.engine.virtual import number_of
-from app.serving.replica import StableDiffusion, refusal
+from app.serving.refusals import refusal
+from app.serving.replica import StableDiffusion
 from app.types import Generation, PipelineSpec
 from tests.clusters import soon as soon_true
 from tests.fake_pipeline import SMALL, FakePipeline
@@ -184,7 +185,7 @@ def test_files_are_made_in_the_replicas_own_threads(replica: Any, monkeypatch: p
         names.append(threading.current_thread().name)
         return b"file"
 
-    monkeypatch.setattr("app.serving.replica.encode", encode)
+    monkeypatch.setattr("app.serving.image_metadata.encode", encode)
     generate(replica)
     streamed(replica, partial_images=2)
     assert len(names) == 2 + 3 and all(name.startswith("encode_") for name in names)

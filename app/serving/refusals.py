@@ -1,0 +1,45 @@
+"""What a client is told when the engine refuses a request, and the outcome that metrics count."""
+
+import math
+
+from app.api.errors import ApiError
+from app.api.messages import ImageRequest
+from app.engine.errors import DeadlineUnmeetable, EngineStalled, EngineStopped, QueueFull
+
+STALLED_RETRY_S = 5.0  # Serve needs three failed health checks to replace a replica
+
+Refused = QueueFull | DeadlineUnmeetable | EngineStopped
+
+
+def outcome_of(error: BaseException | None) -> str:
+    match error:
+        case None:
+            return "completed"
+        case QueueFull():
+            return "queue_full"
+        case DeadlineUnmeetable():
+            return "deadline"
+        case EngineStopped():
+            return "stopped"
+    return "failed"
+
+
+def refusal(error: Refused, request: ImageRequest) -> ApiError:
+    match error:
+        case QueueFull():
+            return ApiError(503, "The queue is full; try again later.", None, "queue_full", error.retry_after_s)
+        case DeadlineUnmeetable():
+            message = (
+                f"This would be ready in {rounded_up(error.estimate_s)} s, and timeout is {request.timeout_s:g} s; "
+                "try again later or with a longer timeout."
+            )
+            return ApiError(503, message, "timeout", "deadline_unmeetable", error.retry_after_s)
+        case EngineStalled():
+            message = "The replica's device does not answer; try again."
+            return ApiError(503, message, None, "replica_lost", STALLED_RETRY_S)
+    return ApiError(503, "The replica is stopping; try again.", None, "replica_lost", 1.0)
+
+
+def rounded_up(seconds: float) -> str:
+    """Rounded up to a tenth, so that a deadline that is missed narrowly does not read as if it were met."""
+    return f"{math.ceil(10 * seconds) / 10:g}"
