@@ -116,7 +116,8 @@ def start(model: Path, programs: Path) -> None:
     """Does what a replica does until it is ready. Runs in a process of its own."""
     import jax
 
-    from app.aot import program as compiling
+    from app.aot import compile as compiling
+    from app.aot.jax_internals import BACKEND_COMPILE
     from app.diffusion.pipeline import Pipeline
     from app.types import PipelineSpec
 
@@ -128,7 +129,7 @@ def start(model: Path, programs: Path) -> None:
         return True
 
     def note_compile(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == compiling.BACKEND_COMPILE:
+        if event == BACKEND_COMPILE:
             compiles.append(str(kwargs.get("fun_name")))
 
     compiling.logger.setLevel(logging.INFO)

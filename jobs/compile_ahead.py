@@ -117,7 +117,7 @@ def compile_on_head(config: ReplicaConfig, host: Host, folder: Path) -> dict[str
 
 def publish_all(programs: Sequence["Program"], facts: Mapping[str, str], folder: Path) -> dict[str, Any]:
     from app.aot.cache_key import key_of
-    from app.aot.program import compiled
+    from app.aot.compile import compiled
     from app.aot.store import PUBLISHED, Place, prepare, publish
 
     if refusal := prepare(folder):

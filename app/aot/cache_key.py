@@ -1,5 +1,7 @@
-"""What a compiled program depends on, as plain facts that can be compared and told: versions, devices, flags, sources,
-shapes, and the values that its function holds. Knows nothing of files.
+"""What a compiled program depends on, as plain facts that can be compared and logged.
+
+They are versions, devices, flags, sources, shapes, and the values that the program's function holds. Knows nothing of
+files.
 """
 
 import hashlib
@@ -11,15 +13,13 @@ import types
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from app.aot.program import Program
 from app.aot.sources import ROOT, sources
-
-if TYPE_CHECKING:
-    from app.aot.program import Program
 
 FORMAT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
@@ -37,18 +37,18 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def fingerprint(devices: Iterable[jax.Device] | None = None) -> dict[str, str]:
-    """All but the program itself: versions, devices, flags and sources, each under the name that the log gives it.
+    """Versions, devices, flags and sources, each under its name in the log: all but the program itself.
 
-    The same for devices that libtpu compiles for elsewhere (capacity/libtpu.py) as on their own host.
+    It is the same on a TPU host as where libtpu compiles for such a host (capacity/libtpu.py).
     """
     first, *others = jax.devices() if devices is None else devices
-    here = jax.device_count() if first in jax.devices() else 1 + len(others)
+    total = jax.device_count() if first in jax.devices() else 1 + len(others)
     facts = {package: version(package) for package in PACKAGES}
     facts |= {
-        # A TPU's is libtpu, of which the version is told already.
+        # A TPU's platform is libtpu, whose version is in the facts already.
         "platform": "tpu" if first.platform == "tpu" else f"{first.platform} {first.client.platform_version}",
         "device": first.device_kind,
-        "devices": f"{1 + len(others)} of {here} in {jax.process_count()} processes",
+        "devices": f"{1 + len(others)} of {total} in {jax.process_count()} processes",
     }
     if first.platform == "cpu":
         facts["host"] = host()
@@ -65,7 +65,7 @@ def version(package: str) -> str:
 
 
 def host() -> str:
-    """A program for a CPU is compiled for its instructions, and divides its loops among the cores."""
+    """A CPU program is compiled for the CPU's instructions, and divides its loops among the cores."""
     features = platform.processor()
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
@@ -76,8 +76,8 @@ def host() -> str:
     return f"{platform.machine()} {features}, {cores} cores"
 
 
-def key_of(program: "Program", fingerprint: Mapping[str, str], seen: dict[int, str]) -> dict[str, Any]:
-    """What a saved program must have been made of; `seen` keeps long descriptions that programs share."""
+def key_of(program: Program, fingerprint: Mapping[str, str], seen: dict[int, str]) -> dict[str, Any]:
+    """Everything that a saved program was made of. `seen` caches long descriptions that programs share."""
     return {
         "format": FORMAT,
         "program": program.name,
@@ -90,18 +90,18 @@ def key_of(program: "Program", fingerprint: Mapping[str, str], seen: dict[int, s
 
 
 def describe_function(value: Any, seen: dict[int, str]) -> str:
-    """A function with the values that it holds on to, which are part of the program as its source is."""
+    """A function and the values in its partials and closures, which are part of the program as its source is."""
     if isinstance(value, partial):
-        held = [*value.args, *(item for pair in sorted(value.keywords.items()) for item in pair)]
-        return f"{describe_function(value.func, seen)}({', '.join(describe_function(x, seen) for x in held)})"
+        values = [*value.args, *(item for pair in sorted(value.keywords.items()) for item in pair)]
+        return f"{describe_function(value.func, seen)}({', '.join(describe_function(x, seen) for x in values)})"
     if isinstance(value, types.FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or ()]
-        return f"{value.__module__}.{value.__qualname__}" + "".join(f"[{describe_function(x, seen)}]" for x in held)
+        values = [cell.cell_contents for cell in value.__closure__ or ()]
+        return f"{value.__module__}.{value.__qualname__}" + "".join(f"[{describe_function(x, seen)}]" for x in values)
     if isinstance(value, jax.sharding.Sharding):
         return describe_sharding(value)
     if id(value) not in seen:
         arrays = [x for x in jax.tree.leaves(value) if isinstance(x, (np.ndarray, jax.Array))]
-        # The repr of a Flax graph holds functions with their addresses, which differ from run to run.
+        # The repr of a Flax graph has functions with their addresses, which differ from run to run.
         text = re.sub(r" at 0x[0-9a-f]+", "", repr(value)) + "".join(digest(np.asarray(x).tobytes()) for x in arrays)
         seen[id(value)] = shorten(text, type(value).__name__)
     return seen[id(value)]
@@ -131,12 +131,11 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The facts that differ, with both values where those tell more than a checksum."""
-    names = [name for name in here if name != "fingerprint" and saved.get(name) != here[name]]
-    theirs, ours = saved["fingerprint"], here["fingerprint"]
-    for name in sorted(theirs | ours):
-        was, now = theirs.get(name), ours.get(name)
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """The facts that differ, with both values unless they are checksums."""
+    names = [name for name in current if name != "fingerprint" and saved.get(name) != current[name]]
+    for name in sorted(saved["fingerprint"] | current["fingerprint"]):
+        was, now = saved["fingerprint"].get(name), current["fingerprint"].get(name)
         if was != now:
             names.append(name if name.startswith("source ") else f"{name} ({was!s:.80}, here {now!s:.80})")
     return ", ".join(names)

@@ -1,9 +1,7 @@
-"""Which source files a compiled program may depend on: whatever app/diffusion/pipeline.py imports, and what that
-imports in turn.
+"""The source files that a compiled program may depend on: app/diffusion/pipeline.py and all that it imports.
 
-Read from the sources, so that every process on every machine finds the same files, whatever it has imported so far.
-An import counts wherever it stands, but not under TYPE_CHECKING. A module that is imported under a computed name would
-be missed.
+They are read from the sources, so every process on every machine gets the same files, whatever it has imported so far.
+Every import counts, except under TYPE_CHECKING. A module that is imported under a computed name would be missed.
 """
 
 import ast
@@ -12,13 +10,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = "app.diffusion.pipeline"
-# Device code imports these too, but nothing in them is part of a program: they plan on the host, and keep programs.
-# Without this list a change of theirs would have every program compiled again. A new module is never left out.
+# The pipeline imports these too, but nothing in them is part of a program: they keep programs, or measure them.
+# Without this list every change of them would compile all programs again. A new module is never left out.
 HOST_ONLY = {
     "app.aot",
     "app.aot.libtpu_flags",  # the flags themselves are in the key
     "app.aot.store",
     "app.aot.cache_key",
+    "app.aot.compile",
+    "app.aot.jax_internals",
     "app.aot.sources",
     "app.aot.program",
     "app.diffusion.calibration",  # what it measures reaches programs as arguments
@@ -26,16 +26,16 @@ HOST_ONLY = {
 
 
 def sources(root: Path = ROOT) -> list[Path]:
-    """In the order of their names."""
+    """They are sorted by module name."""
     files = {module_of(file, root): file for file in sorted((root / ENTRY.partition(".")[0]).rglob("*.py"))}
-    found, pending = {ENTRY}, [ENTRY]
+    modules, pending = {ENTRY}, [ENTRY]
     while pending:
         module = pending.pop()
         for name in (*imports(files[module], module), *packages_of(module)):
-            if name in files and name not in found | HOST_ONLY:
-                found.add(name)
+            if name in files and name not in modules | HOST_ONLY:
+                modules.add(name)
                 pending.append(name)
-    return [files[name] for name in sorted(found)]
+    return [files[name] for name in sorted(modules)]
 
 
 def module_of(file: Path, root: Path) -> str:
@@ -44,13 +44,13 @@ def module_of(file: Path, root: Path) -> str:
 
 
 def packages_of(module: str) -> Iterator[str]:
-    """Those around it, whose __init__.py runs too."""
+    """The packages around a module. Their __init__.py runs too."""
     while module := module.rpartition(".")[0]:
         yield module
 
 
 def imported_by(node: ast.Import | ast.ImportFrom, file: Path, module: str) -> Iterator[str]:
-    """Dotted names of one statement in `module`; `from a import b` gives a and a.b, as b may be a module."""
+    """Dotted names of one statement in `module`. `from a import b` gives a and a.b, because b may be a module."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
         return

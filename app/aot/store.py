@@ -1,18 +1,18 @@
 """Saved programs as files: where they are, which are trusted, what is in them.
 
-**Loading one runs what its author wrote.** It is native code, in an envelope that JAX pickled. A checksum finds damage,
-not malice, so trust rests on the file system alone: nothing is loaded, or even saved, unless the folder belongs to this
-user or to root and nobody else may write to it, and the same holds for each file. Nothing is ever fetched from
-elsewhere. Who can write as this user or as root can run code here in any case. Access control lists and what a network
-file system makes of owners are not looked at. As a second fence the envelope may name none but the few classes in
-`ENVELOPE`, and the structure of arguments and results is never unpickled: the one comes from the declared program, the
-other is plain JSON.
+**Loading a saved program runs what its author wrote.** It is native code, in an envelope that JAX pickled. A checksum
+finds damage, not malice, so trust rests on the file system alone. Nothing is loaded or saved unless the folder and each
+file belong to this user or to root, and nobody else may write to them. Nothing is fetched from other machines. Who can
+write as this user or as root can run code on this machine anyway. Access control lists, and how a network file system
+maps owners, are not checked.
+
+There is a second defence. The envelope may name only the few classes of jax_internals.ENVELOPE. The structure of
+arguments and results is never unpickled: the first comes from the declared program, the second is plain JSON.
 """
 
 import contextlib
 import hashlib
 import inspect
-import io
 import json
 import os
 import re
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,37 +29,15 @@ import jax
 from jax.experimental import serialize_executable
 from jax.stages import Compiled
 
-KEEP = 4  # files of a program's name; the longest unused go first
-HEADER_BYTES = 1 << 20  # longest first line of a file
-PUBLISHED = "published.json"  # where it lies, jobs/compile_ahead.py alone adds files, and none is changed or removed
+from app.aot.jax_internals import UnknownClass, devices_of, load_executable
 
-# All that JAX 0.10 pickles around an executable whose arguments and results are arrays of numbers.
-ENVELOPE = {
-    ("jax", "P"),
-    ("jax._src.core", "ManualAxisType"),
-    ("jax._src.core", "MemorySpace"),
-    ("jax._src.core", "ShapedArray"),
-    ("jax._src.interpreters.pxla", "AllArgsInfo"),
-    ("jax._src.interpreters.pxla", "UnloadedMeshExecutable"),
-    ("jax._src.layout", "Layout"),
-    ("jax._src.linear_util", "DebugInfo"),
-    ("jax._src.mesh", "AbstractDevice"),
-    ("jax._src.mesh", "AbstractMesh"),
-    ("jax._src.mesh", "AxisType"),
-    ("jax._src.mesh", "Mesh"),
-    ("jax._src.named_sharding", "_unpickle_named_sharding"),
-    ("jax._src.sharding_impls", "_unpickle_single_device_sharding"),
-    ("jax._src.stages", "ArgInfo"),
-    ("jaxlib._jax", "DeviceList"),
-    ("ml_dtypes", "bfloat16"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy._core.multiarray", "_reconstruct"),
-}
+KEEP = 4  # files of each program's name; the least recently used are removed first
+HEADER_BYTES = 1 << 20  # the longest first line of a file
+PUBLISHED = "published.json"  # in a folder with this file only jobs/compile_ahead.py adds files; none ever changes
 
 
 class Place(NamedTuple):
-    """Where a program is kept, and what it must have been made of."""
+    """Where a program is kept, and the key that its file must have."""
 
     folder: Path
     key: dict[str, Any]
@@ -73,15 +51,14 @@ class Place(NamedTuple):
         return re.sub(r"\W+", "-", self.key["program"])
 
     def others(self) -> list[Path]:
-        """The files of this program, of whatever key, the last used first."""
+        """The files of this program with any key, the most recently used first."""
         digits = "[0-9a-f]" * 32
-        used = {
-            path: status.st_mtime for path in self.folder.glob(f"{self.stem}-{digits}.xla") if (status := seen(path))
-        }
-        return sorted(used, key=lambda path: used[path], reverse=True)
+        files = self.folder.glob(f"{self.stem}-{digits}.xla")
+        used = {file: status.st_mtime for file in files if (status := status_of(file))}
+        return sorted(used, key=lambda file: used[file], reverse=True)
 
 
-def seen(path: Path) -> os.stat_result | None:
+def status_of(path: Path) -> os.stat_result | None:
     with contextlib.suppress(OSError):  # another process may have removed it
         return path.stat()
     return None
@@ -97,20 +74,20 @@ class Unusable(Exception):
 
 
 def prepare(folder: Path) -> str:
-    """Makes the folder if need be; returns why it cannot be used, if so."""
+    """Makes the folder if there is none. Returns why it cannot be used, or an empty string."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if why := distrust(folder, folder.stat()):
-            # Safe even if others did write to it: what they wrote is theirs, and is not loaded.
-            mend = f"chmod go-w {folder}" if "written" in why else "name another folder, or remove this one"
-            return f"{why} To mend it: {mend}."
+            # Safe even if others have written to it: their files belong to them, and are not loaded.
+            remedy = f"chmod go-w {folder}" if "written" in why else "name another folder, or remove this one"
+            return f"{why} To mend it: {remedy}."
         return ""
     except OSError as error:
         return f"{first_line(error)}."
 
 
 def distrust(path: Path, status: os.stat_result) -> str:
-    """Why this file or folder might hold what somebody else wrote; empty where it cannot."""
+    """Why another user may have written this file or folder, or an empty string."""
     if status.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to user {status.st_uid}, not to {os.geteuid()} or root."
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -123,7 +100,7 @@ def line_of(content: Mapping[str, Any]) -> bytes:
 
 
 def read(path: Path) -> Saved:
-    """A file that is whole and that nobody else could have written. Raises FileNotFoundError, or Unusable."""
+    """A file that is whole and that no other user could have written. Raises FileNotFoundError or Unusable."""
     with opened(path) as file:
         line, payload = file.readline(HEADER_BYTES), file.read()
     try:
@@ -139,8 +116,10 @@ def read(path: Path) -> Saved:
 
 
 def key_in(path: Path) -> dict[str, Any]:
-    """Of what a file says that it was made, by its first line alone: whether the rest is whole, only `read` knows.
-    Raises FileNotFoundError, Unusable or ValueError."""
+    """The key in a file's first line. Only `read` checks whether the rest is whole.
+
+    Raises FileNotFoundError, Unusable or ValueError.
+    """
     with opened(path) as file:
         header = json.loads(file.readline(HEADER_BYTES))
     if not (isinstance(header, dict) and isinstance(key := header.get("key"), dict)):
@@ -162,7 +141,7 @@ def checksum_of(header: Mapping[str, Any], payload: bytes) -> str:
 
 def save(place: Place, executable: Compiled, seconds: float) -> None:
     content, _, out_tree = serialize_executable.serialize(executable)
-    payload = zlib.compress(content, 1)  # a fifth of the size in 15 ms for 3 MB; higher levels save little more
+    payload = zlib.compress(content, 1)  # 3 MB shrink to a fifth in 15 ms; higher levels save little more
     header = {
         "key": place.key,
         "length": len(payload),
@@ -181,21 +160,12 @@ def save(place: Place, executable: Compiled, seconds: float) -> None:
         raise
 
 
-def devices_of(executable: Compiled) -> Iterable[jax.Device]:
-    runtime: Any = executable.runtime_executable()
-    if hasattr(runtime, "local_devices"):
-        devices: Iterable[jax.Device] = runtime.local_devices()
-        return devices
-    result: Any = jax.tree.leaves(executable.output_shardings)[0]  # compiled for devices that are elsewhere
-    return list(result.mesh.devices.flat)
-
-
 def published(folder: Path) -> bool:
     return (folder / PUBLISHED).is_file()
 
 
 def publish(draft: Path, path: Path) -> None:
-    """Puts a saved program where others load it from: whole under its name or not at all."""
+    """Copies a saved program to where replicas load it from: whole under its name, or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:
         with open(handle, "wb") as file:
@@ -208,37 +178,25 @@ def publish(draft: Path, path: Path) -> None:
 
 
 def prune(place: Place) -> None:
-    """Removes what is beyond the last used files of this program, and what a killed process left behind."""
-    with contextlib.suppress(FileNotFoundError):  # another process is at it too
+    """Removes all but the most recently used files of this program, and what killed processes left behind."""
+    with contextlib.suppress(FileNotFoundError):  # another process removes files too
         left = [path for path in place.folder.glob(".*.tmp") if path.stat().st_mtime < time.time() - 3600]
         for path in place.others()[KEEP:] + left:
             path.unlink()
 
 
-class Unpickler(serialize_executable._JaxPjrtUnpickler):
-    """JAX's own, for the classes in `ENVELOPE` alone."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ENVELOPE:
-            raise Unusable(f"it asks for {module}.{name}, which no saved program needs.")
-        return super().find_class(module, name)
-
-
 def revive(arguments: tuple[Any, ...], saved: Saved) -> Compiled:
-    """`serialize_executable.deserialize_and_load` with our unpickler; `arguments` as they were declared."""
-    client = jax.devices()[0].client
-    devices = {device.id: device for device in client.devices()}
-    content = io.BytesIO(zlib.decompress(saved.payload))
-    unpickler: Any = Unpickler
-    chosen = tuple(devices[i] for i in saved.header["devices"])
-    unloaded, infos, no_kwargs = unpickler(content, client, chosen).load()
-    in_tree: Any = jax.tree.structure((arguments, {}))
+    """The saved executable on its devices, for `arguments` as they were declared."""
+    content = zlib.decompress(saved.payload)
     out_tree = jax.tree.structure(results_from_json(saved.header["results"]))
-    return Compiled(unloaded.load(), [], in_tree.unflatten(infos), out_tree, no_kwargs=no_kwargs)
+    try:
+        return load_executable(content, saved.header["devices"], arguments, out_tree)
+    except UnknownClass as error:
+        raise Unusable(str(error)) from None
 
 
 def results_to_json(results: Any) -> Any:
-    """The structure of what a program returns: 0 for an array, named tuples by their class."""
+    """The structure of what a program returns: 0 for an array, and named tuples by their class."""
     match results:
         case None | 0:
             return results
@@ -265,14 +223,14 @@ def results_from_json(node: Any) -> Any:
 
 
 def named_tuple(name: str) -> Any:
-    """A NamedTuple that is imported already: nothing is imported, or called, because a file says so."""
+    """A NamedTuple of a module that is already imported. A file can make nothing be imported or called."""
     module, _, attributes = name.partition(":")
-    found: Any = sys.modules.get(module)
+    value: Any = sys.modules.get(module)
     for attribute in attributes.split("."):
-        found = getattr(found, attribute, None)
-    if not (inspect.isclass(found) and issubclass(found, tuple) and hasattr(found, "_fields")):
+        value = getattr(value, attribute, None)
+    if not (inspect.isclass(value) and issubclass(value, tuple) and hasattr(value, "_fields")):
         raise Unusable(f"{name} is no named tuple here.")
-    return found
+    return value
 
 
 def first_line(error: BaseException) -> str:

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from app.aot.cache_key import fingerprint
+from app.aot.compile import compiled
 from app.aot.libtpu_flags import set_flags
-from app.aot.program import compiled
 from app.aot.store import first_line
 from app.diffusion.calibration import calibrate
 from app.diffusion.declared_programs import ENCODE_TEXTS, Shapes, declared

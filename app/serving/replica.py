@@ -50,7 +50,7 @@ class StableDiffusion:
         encoding_threads: int,
         stall_s: float,
     ) -> None:
-        from app.aot.program import CompileWatch
+        from app.aot.compile import CompileWatch
         from app.diffusion.pipeline import Pipeline
 
         self.name = name

@@ -24,9 +24,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from app.aot import cache_key, store
-from app.aot import program as aot_program
+from app.aot import compile as aot_compile
 from app.aot.cache_key import fingerprint
-from app.aot.program import CompileWatch, Program, compiled
+from app.aot.compile import CompileWatch, compiled
+from app.aot.program import Program
 
 FACTS = {"jaxlib": "0.10.2", "source app/diffusion/pipeline.py": "1234", "XLA_FLAGS": ""}
 
@@ -62,10 +63,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What was logged since the last look."""
-    caplog.set_level(logging.INFO, aot_program.logger.name)
+    caplog.set_level(logging.INFO, aot_compile.logger.name)
 
     def told() -> list[str]:
-        lines = [record.getMessage() for record in caplog.records if record.name == aot_program.logger.name]
+        lines = [record.getMessage() for record in caplog.records if record.name == aot_compile.logger.name]
         caplog.clear()
         return lines
 
@@ -239,7 +240,7 @@ def test_what_is_stale_is_named_from_its_first_line_and_the_latest_files_alone(f
     path.unlink()
     (recent,) = folder.iterdir()
     os.utime(recent, (0, 0))
-    for number in range(aot_program.EXPLAINED):
+    for number in range(aot_compile.EXPLAINED):
         (folder / f"{recent.name[: -len('.xla') - 32]}{number:032x}.xla").write_bytes(b"{}\n")
     make(add(), folder, FACTS | {"jaxlib": "0.10.4"})
     assert told()[0].endswith("none was saved")
@@ -526,7 +527,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from tests.aot.test_program import mesh_programs, state_on
 from app.aot.cache_key import fingerprint
-from app.aot.program import compiled
+from app.aot.compile import compiled
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 assert jax.device_count() == 4
 for order in ([0, 1, 2, 3], [2, 0, 3, 1], [3]):

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from app.aot.program import CompileWatch
+from app.aot.compile import CompileWatch
 from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
 from app.engine.request import Generated

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import app.diffusion.pipeline
-from app.aot.program import CompileWatch, compiled
+from app.aot.compile import CompileWatch, compiled
 from app.diffusion.device_programs import rows_of
 from app.diffusion.pipeline import Pipeline
 from app.diffusion.sharding import row_sharding

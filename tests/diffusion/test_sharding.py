@@ -16,7 +16,7 @@ import sys
 import jax, numpy as np
 from app.diffusion.pipeline import Pipeline
 from app.diffusion.sharding import ROWS_TOGETHER, passes_of, row_sharding, strips_of
-from app.aot.program import CompileWatch
+from app.aot.compile import CompileWatch
 from app.types import ActiveSlot, PipelineSpec
 
 SIZE = (16, 24)

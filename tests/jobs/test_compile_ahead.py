@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from app.aot.jax_internals import ENVELOPE
 from app.aot.libtpu_flags import VARIABLE, set_flags
-from app.aot.store import ENVELOPE, read
+from app.aot.store import read
 from capacity import libtpu
 from cluster import ROOT
 

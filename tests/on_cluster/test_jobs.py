@@ -21,7 +21,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from app.aot import program
+from app.aot import compile as aot_compile
 from app.aot.cache_key import fingerprint
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.pipeline import Pipeline
@@ -213,17 +213,17 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
     assert "0 of them compiled now" in succeeds(submitted(verbs, "compile_ahead", "--config", config))
 
     def told() -> list[str]:
-        lines = [record.getMessage() for record in caplog.records if record.name == program.logger.name]
+        lines = [record.getMessage() for record in caplog.records if record.name == aot_compile.logger.name]
         caplog.clear()
         return lines
 
-    caplog.set_level(logging.INFO, program.logger.name)
+    caplog.set_level(logging.INFO, aot_compile.logger.name)
     replica = Pipeline.load(ReplicaConfig.read(config).pipeline_spec)
     replica.warmup()
     assert [line.split()[0] for line in told()] == ["loaded"] * 6
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
     facts = fingerprint(replica.mesh.devices.flat)
-    program.compiled(replica.programs[:1], folder=folder, fingerprint=facts)
+    aot_compile.compiled(replica.programs[:1], folder=folder, fingerprint=facts)
     line, _ = told()
     assert re.fullmatch(r"compiled .*: the saved one differs in LIBTPU_INIT_ARGS \(.*, here --other\)", line)
     assert {file.name for file in folder.iterdir()} == before  # who loads from a published folder adds nothing

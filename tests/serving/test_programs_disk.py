@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from app.aot import program
-from app.aot.program import compiled
+from app.aot import compile as aot_compile
+from app.aot.compile import compiled
 from app.api.messages import Images
 from app.serving.replica import StableDiffusion
 from tests.aot.test_program import FACTS, add
@@ -63,7 +63,7 @@ def remount(folder: Path, how: str) -> None:
 def started(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Started:
     """Starts a replica with this folder of programs and has it draw; how many it loaded and compiled, and warnings."""
     monkeypatch.setitem(sys.modules, "app.diffusion.pipeline", SimpleNamespace(Pipeline=CompilingPipeline))
-    caplog.set_level(logging.INFO, program.logger.name)
+    caplog.set_level(logging.INFO, aot_compile.logger.name)
 
     async def serve(folder: Path) -> Any:
         replica = StableDiffusion(replace(SPEC, programs=folder), **SETTINGS)
@@ -76,7 +76,7 @@ def started(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -
     def started(folder: Path) -> tuple[dict[str, int], list[str]]:
         caplog.clear()
         assert isinstance(asyncio.run(serve(folder)), Images)
-        records = [record for record in caplog.records if record.name == program.logger.name]
+        records = [record for record in caplog.records if record.name == aot_compile.logger.name]
         began = [record.getMessage().split()[0] for record in records if record.levelno == logging.INFO]
         warnings = [record.getMessage() for record in records if record.levelno > logging.INFO]
         return {word: began.count(word) for word in began}, warnings

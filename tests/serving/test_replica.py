@@ -73,7 +73,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         sys.modules, "app.diffusion.pipeline", SimpleNamespace(Pipeline=Pipeline)
     )  # the real ones import JAX
-    monkeypatch.setitem(sys.modules, "app.aot.program", SimpleNamespace(CompileWatch=CompileWatch))
+    monkeypatch.setitem(sys.modules, "app.aot.compile", SimpleNamespace(CompileWatch=CompileWatch))
     monkeypatch.setattr("app.serving.replica.device", lambda: "abacus x2")
 
 
