@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import yaml
 
-from capacity.check import verdicts
+from capacity.check_report import verdicts
 from capacity.chips import host_of
 from capacity.compile_pool import CompileOutcome
 from capacity.configs import Workload, workload_of
+from capacity.fragments import cluster_fragment, serve_fragment, write_fragments
 from capacity.host_costs import HostCosts
 from capacity.model_names import MODEL_NAMES
 from capacity.models import presets
-from capacity.plan import MOST_HOSTS, cluster_fragment, plan_hosts, serve_fragment, write_fragments
+from capacity.planner import MOST_HOSTS, plan_hosts
 from capacity.program_cost import GIB
 from cluster import ROOT
 from cluster.cli import UserError
