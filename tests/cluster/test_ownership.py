@@ -16,7 +16,7 @@ from cluster.cli import UserError
 from cluster.local import state as clusters
 from cluster.local import verbs
 from cluster.local.state import Cluster
-from tests import stranger
+from tests import other_user
 from tests.clusters import refuses
 
 
@@ -105,7 +105,7 @@ def test_a_token_that_cannot_be_trusted_is_told_without_quoting_it(
 def shared() -> Iterator[Path]:
     """A folder that is nobody's, which another user can reach."""
     with tempfile.TemporaryDirectory(prefix="shared-", dir="/tmp") as folder:
-        os.chown(folder, stranger.NOBODY, stranger.NOBODY)
+        os.chown(folder, other_user.NOBODY, other_user.NOBODY)
         os.chmod(folder, 0o777)
         yield Path(folder)
 
@@ -131,17 +131,17 @@ def planted(run_dir: Path, temp_dir: Path, recorded: processes.Recorded) -> Clus
     return cluster
 
 
-@stranger.as_root
+@other_user.as_root
 def test_root_does_not_believe_what_another_user_wrote(shared: Path, victim: psutil.Process, tmp_path: Path) -> None:
     precious = tmp_path / "imagine-0123abcd"
     precious.mkdir()
     run_dir = shared / "run"
     planted(run_dir, precious, processes.record(victim))
-    os.chown(run_dir / "cluster.json", stranger.NOBODY, stranger.NOBODY)
+    os.chown(run_dir / "cluster.json", other_user.NOBODY, other_user.NOBODY)
     for verb in (lambda: verbs.down(run_dir), lambda: clusters.running(run_dir), lambda: verbs.up(run_dir, 18264)):
         with pytest.raises(UserError, match="cluster.json belongs to nobody, and you are root: it is not believed"):
             verb()
-    os.chown(run_dir, stranger.NOBODY, stranger.NOBODY)
+    os.chown(run_dir, other_user.NOBODY, other_user.NOBODY)
     with pytest.raises(
         UserError, match=r"run belongs to nobody, and you are root: .* Name a folder of your own: RUN_DIR="
     ):
@@ -149,14 +149,14 @@ def test_root_does_not_believe_what_another_user_wrote(shared: Path, victim: psu
     assert precious.exists() and not processes.dead(victim)
 
 
-@stranger.as_root
+@other_user.as_root
 def test_root_leaves_alone_what_is_another_users_though_our_own_file_names_it(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs = shared / "imagine-0123abcd"
     theirs.mkdir()
-    os.chown(theirs, stranger.NOBODY, stranger.NOBODY)
-    program = f"import sys, time{stranger.BECOME}print(flush=True); time.sleep(60)"
+    os.chown(theirs, other_user.NOBODY, other_user.NOBODY)
+    program = f"import sys, time{other_user.BECOME}print(flush=True); time.sleep(60)"
     mark = {processes.MARK: f"{tmp_path}/run#01234567"}
     with subprocess.Popen([sys.executable, "-c", program], env=os.environ | mark, stdout=-1) as process:
         assert process.stdout
@@ -197,7 +197,7 @@ def unwritable(tmp_path: Path) -> Iterator[Path]:
 
 def run_as_another(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     if os.geteuid() == 0:
-        return stranger.run(stranger.VERB, module, *arguments)
+        return other_user.run(other_user.VERB, module, *arguments)
     return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -217,7 +217,7 @@ def test_a_command_that_may_not_write_says_where_and_no_more(unwritable: Path) -
     assert f"{unwritable}/" in told and "Permission denied" in told and "\n" not in told
 
 
-@stranger.as_root
+@other_user.as_root
 def test_a_cluster_that_is_somebody_elses_is_one_sentence(shared: Path) -> None:
     run_dir = shared / "run"
     ownership.make_folder(run_dir, "RUN_DIR=")

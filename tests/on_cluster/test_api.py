@@ -30,7 +30,7 @@ from ray.util.metrics import Metric
 from app.serving.metrics import Metrics
 from cluster import ROOT, sample_images
 from cluster.local.state import Cluster
-from tests import crowd
+from tests import many_clients
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds
 from tests.docs_commands import API, commands
 
@@ -217,11 +217,11 @@ def test_under_overload_some_are_refused_and_all_others_answered(api: str) -> No
 
 
 def test_of_200_clients_those_who_stay_get_what_a_lone_one_gets_and_the_others_leave_nothing(api: str) -> None:
-    crowd.of_200_clients_those_who_stay_get_what_a_lone_one_gets_and_the_others_leave_nothing(api)
+    many_clients.of_200_clients_some_disconnect_and_the_others_get_the_images_of_a_single_client(api)
 
 
 def test_streams_that_nobody_reads_end_all_the_same_and_hold_up_nobody(api: str) -> None:
-    crowd.streams_that_nobody_reads_end_all_the_same_and_hold_up_nobody(api)
+    many_clients.unread_streams_end_and_delay_nobody(api)
 
 
 def test_openais_client_retrieves_the_model_by_its_id(api: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from cluster import ROOT, auth_token, ownership, processes
 from cluster.local.state import Cluster
-from tests import stranger
+from tests import other_user
 from tests.clusters import Verbs, fetch, refuses, succeeds
 
 pytestmark = pytest.mark.cluster
@@ -121,21 +121,21 @@ def test_what_address_says_is_all_that_plain_commands_need(verbs: Verbs, greeter
     assert '200\n{"text":"hello"' in done.stdout, done
 
 
-@stranger.as_root
+@other_user.as_root
 def test_another_user_can_read_and_do_nothing(verbs: Verbs, greeter: Path) -> None:
     succeeds(verbs.deploy(greeter))
     cluster = verbs.cluster
     kept = (cluster.token_file, verbs.run_dir / "cluster.json", cluster.temp_dir / "autoscaling.yaml")
-    assert set(stranger.read(*kept).values()) == {"PermissionError"}
+    assert set(other_user.read(*kept).values()) == {"PermissionError"}
     jobs, google = (cluster.dashboard_port, "POST", "/api/jobs/"), cluster.ports["metadata"]
     agent = (cluster.ports["runtime-env-agent-port"], "POST", "/get_or_create_runtime_env")
-    assert {*stranger.ask((*jobs, {}), (*agent, {}), (google, "GET", "/", {})).values()} == {401}
-    assert {*stranger.ask((google, "PUT", "/ray_tpu-1/preempted", {})).values()} == {401}
+    assert {*other_user.ask((*jobs, {}), (*agent, {}), (google, "GET", "/", {})).values()} == {401}
+    assert {*other_user.ask((google, "PUT", "/ray_tpu-1/preempted", {})).values()} == {401}
     guess = {"Authorization": f"Bearer {'0' * 64}"}
-    assert {*stranger.ask((*jobs, guess), (*agent, guess), (google, "GET", "/", guess)).values()} == {403}
+    assert {*other_user.ask((*jobs, guess), (*agent, guess), (google, "GET", "/", guess)).values()} == {403}
 
 
-@stranger.as_root
+@other_user.as_root
 def test_no_port_does_what_another_user_asks_for(verbs: Verbs, greeter: Path) -> None:
     """Each replica's gRPC port unpickled what it was sent. None is opened, and Ray's others ask for the token."""
     succeeds(verbs.deploy(greeter))
@@ -145,10 +145,10 @@ def test_no_port_does_what_another_user_asks_for(verbs: Verbs, greeter: Path) ->
     assert len(replicas) == 1 and opened == [1, 1], "Ray's own, which each of its actors has"
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        answers = stranger.attack({port for _, port in listening(verbs.cluster)}, Path(folder) / "unpickled")
+        answers = other_user.attack({port for _, port in listening(verbs.cluster)}, Path(folder) / "unpickled")
         assert not (Path(folder) / "unpickled").exists()
     assert {*answers.values()} == {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}, answers
-    for call in stranger.CALLS:
+    for call in other_user.CALLS:
         assert any(code == "UNAUTHENTICATED" for name, code in answers.items() if name.endswith(call)), call
     assert fetch(f"http://127.0.0.1:{verbs.serve_port}/")[0] == 200
 

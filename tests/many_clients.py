@@ -111,7 +111,7 @@ async def hang_up(api: str, heard: bytes) -> None:
             await writer.wait_closed()
 
 
-def of_200_clients_those_who_stay_get_what_a_lone_one_gets_and_the_others_leave_nothing(api: str) -> None:
+def of_200_clients_some_disconnect_and_the_others_get_the_images_of_a_single_client(api: str) -> None:
     (model,) = json.loads(fetch(f"{api}/v1/models")[1])["data"]
     requests = kinds(model["samplers"])
     rng = random.Random(14)
@@ -143,7 +143,7 @@ def of_200_clients_those_who_stay_get_what_a_lone_one_gets_and_the_others_leave_
     asyncio.run(crowd())
 
 
-def streams_that_nobody_reads_end_all_the_same_and_hold_up_nobody(api: str) -> None:
+def unread_streams_end_and_delay_nobody(api: str) -> None:
     host, _, port = api.removeprefix("http://").partition(":")
     request = {"prompt": "a blue boat", "seed": 3, "num_inference_steps": 4}
     alone = fetch(f"{api}/v1/images/generations", request)
