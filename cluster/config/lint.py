@@ -9,7 +9,7 @@ To add a rule:
 1. Choose the module of cluster/config/rules/ that it belongs to. Its list below says what part of a config it gets.
 2. Write `check_...` there. It yields `error(key, text)` for what would fail, and `advice(key, text)` for the rest.
 3. `text` follows the key in a sentence, with the offender and the allowed range: "must be above 40, ..., got 5."
-4. Add the function to its list below, and nowhere else.
+4. Add the function to its list below, and nowhere else. A test refuses a `check_...` that stands in no list.
 5. Add a slip and its message to the table of the test of that list (tests/cluster/test_lint_*.py); the shipped files
    must stay without findings: `make check-config`.
 """
@@ -36,7 +36,11 @@ from cluster.config.rules import (
 from cluster.config.serve_config import Application, Deployment, ServeConfig
 from cluster.terminal import say
 
-# Of each application, before anything else is known to be valid.
+DocumentRule = Callable[[Document], Iterator[Finding]]
+
+# The following get a file of which nothing is known to be valid.
+SERVE_KEY_RULES: list[DocumentRule] = [serve_keys.check_keys]
+CLUSTER_KEY_RULES: list[DocumentRule] = [cluster_file.check_keys]
 BUILDER_RULES: list[Callable[[Application], Iterator[Finding]]] = [serve_builder.check_builder]
 
 # The following get a Serve config whose every value is valid by itself.
@@ -58,8 +62,8 @@ IMAGE_RULES: list[Callable[[Application, Args], Iterator[Finding]]] = [  # of ap
 ]
 
 # The following get a cluster file that fits Ray's schema.
-CLUSTER_FILE_RULES: list[Callable[[Document], Iterator[Finding]]] = [cluster_file.check_file_mounts]
-GOOGLE_RULES: list[Callable[[Document], Iterator[Finding]]] = [
+CLUSTER_FILE_RULES: list[DocumentRule] = [cluster_file.check_file_mounts]
+GOOGLE_RULES: list[DocumentRule] = [
     google_names.check_names,
     google_cloud.check_zone,
     google_cloud.check_commands,
@@ -132,7 +136,8 @@ def check(document: Document) -> tuple[list[Finding], ServeConfig | ClusterConfi
 
 
 def check_serve(document: Document) -> tuple[list[Finding], ServeConfig | None]:
-    config, findings = ServeConfig(document), [*serve_keys.check_keys(document)]
+    config = ServeConfig(document)
+    findings = [finding for rule in SERVE_KEY_RULES for finding in rule(document)]
     invalid = serve_config.problems(document)
     invalid += [finding for app in config.applications for rule in BUILDER_RULES for finding in rule(app)]
     findings += dict.fromkeys(invalid)
@@ -148,7 +153,8 @@ def check_serve(document: Document) -> tuple[list[Finding], ServeConfig | None]:
 
 
 def check_cluster(document: Document) -> tuple[list[Finding], ClusterConfig | None]:
-    config, findings = ClusterConfig(document), [*cluster_file.check_keys(document)]
+    config = ClusterConfig(document)
+    findings = [finding for rule in CLUSTER_KEY_RULES for finding in rule(document)]
     if invalid := [*cluster_config.schema_problems(document)]:
         return findings + invalid, None
     rules = CLUSTER_FILE_RULES + (GOOGLE_RULES if config.is_google else [])

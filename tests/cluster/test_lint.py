@@ -1,13 +1,17 @@
 """cluster/config/lint.py: the shipped files have no findings, and the command's output and exit status."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
 from cluster import ROOT
 from cluster.cli import run_command
+from cluster.config import lint as linter
+from cluster.config import rules
 from cluster.config.lint import lint, main
 from tests.cluster.slips import ACTOR, CLUSTER, MODEL, SCALING, SERVE, edited, findings_of, put, rename
 
@@ -22,6 +26,15 @@ def short_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_the_shipped_files_have_no_findings() -> None:
     assert [str(finding) for finding in lint(SHIPPED)] == []
+
+
+def test_every_rule_is_in_a_list() -> None:
+    """A function check_... of a module of rules that stands in no list of lint.py would never run."""
+    lists = [value for name, value in vars(linter).items() if name.endswith("_RULES")]
+    listed = {rule for each in lists for rule in each}
+    modules = [importlib.import_module(f"{rules.__name__}.{module.name}") for module in iter_modules(rules.__path__)]
+    written = {function for module in modules for name, function in vars(module).items() if name.startswith("check_")}
+    assert written == listed
 
 
 def test_the_files_that_tests_put_slips_into_have_no_findings(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
     unet = UNetConfig.from_json(files["unet"], problems)
     vae = VAEConfig.from_json(files["vae"], problems)
     text_encoder = CLIPTextConfig.from_json(files["text_encoder"], problems)
-    yield from check_schedule(files["scheduler"], args, report, problems)
+    yield from wrong_schedule(files["scheduler"], args, report, problems)
     if not problems:  # otherwise the architecture is unknown
         problems += mismatches(unet, vae, text_encoder)
         problems += tokenizer_problems(folder / "tokenizer", text_encoder)
@@ -95,7 +95,7 @@ def read_json(file: Path, problems: Problems) -> Mapping[str, Any]:
     return {}
 
 
-def check_schedule(content: Mapping[str, Any], args: Args, report: Report, problems: Problems) -> Iterator[Finding]:
+def wrong_schedule(content: Mapping[str, Any], args: Args, report: Report, problems: Problems) -> Iterator[Finding]:
     """A request that names neither sampler nor steps must be possible with this checkpoint."""
     try:
         schedule = Schedule.from_config(corrected(content)[0])

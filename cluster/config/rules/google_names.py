@@ -45,7 +45,7 @@ MAX_LABELS = MAX_TAGS = 64
 
 
 def check_names(document: Document) -> Iterator[Finding]:
-    yield from check_cluster_name(document)
+    yield from wrong_cluster_name(document)
     for field, form in (("region", REGION), ("availability_zone", ZONE), ("project_id", PROJECT)):
         value = document.at(("provider", field))
         if value is not None and not form(str(value)):
@@ -55,12 +55,12 @@ def check_names(document: Document) -> Iterator[Finding]:
         if not is_label_value(str(name)):
             valid = f"a valid value of a label, because Ray labels its machines with it: {LABEL_VALUE}"
             yield wrong(document, key, valid, name)
-        yield from check_labels(document, (*key, "node_config", "labels"))
-        yield from check_tags(document, (*key, "node_config", "tags"))
-        yield from check_networks(document, (*key, "node_config"))
+        yield from wrong_labels(document, (*key, "node_config", "labels"))
+        yield from wrong_tags(document, (*key, "node_config", "tags"))
+        yield from wrong_networks(document, (*key, "node_config"))
 
 
-def check_cluster_name(document: Document) -> Iterator[Finding]:
+def wrong_cluster_name(document: Document) -> Iterator[Finding]:
     name = str(document.at(("cluster_name",)))
     types = document.at((KEY,)) or {}
     machines = [GOOGLE_HEAD_NAME + GOOGLE_NAME_SUFFIX + "-compute"]
@@ -75,7 +75,7 @@ def check_cluster_name(document: Document) -> Iterator[Finding]:
         yield wrong(document, ("cluster_name",), f"{form}, because machines are named after it ({machine})", name)
 
 
-def check_labels(document: Document, key: Key) -> Iterator[Finding]:
+def wrong_labels(document: Document, key: Key) -> Iterator[Finding]:
     labels = document.at(key)
     if not isinstance(labels, dict):
         return
@@ -92,7 +92,7 @@ def is_label_value(text: str) -> bool:
     return len(text) <= MAX_LENGTH and all(c in "-_" or unicodedata.category(c) in ("Ll", "Lo", "Nd") for c in text)
 
 
-def check_tags(document: Document, key: Key) -> Iterator[Finding]:
+def wrong_tags(document: Document, key: Key) -> Iterator[Finding]:
     """Tags for firewall rules: below `items` for Compute Engine, and a list for Cloud TPU."""
     if isinstance(document.at(key), dict):
         key = (*key, "items")
@@ -106,7 +106,7 @@ def check_tags(document: Document, key: Key) -> Iterator[Finding]:
             yield wrong(document, (*key, i), NAME.description, tag)
 
 
-def check_networks(document: Document, key: Key) -> Iterator[Finding]:
+def wrong_networks(document: Document, key: Key) -> Iterator[Finding]:
     interfaces = document.at((*key, "networkInterfaces"))
     places = [(*key, "networkInterfaces", i) for i in range(len(interfaces))] if isinstance(interfaces, list) else []
     for place in [*places, (*key, "networkConfig")]:

@@ -25,10 +25,10 @@ def check_builder(app: Application) -> Iterator[Finding]:
             model.model_validate(args)
         except ValidationError:  # already a finding: of a wrong value, or of an unknown key
             return
-    yield from check_deployments(app, builder, args)
+    yield from wrong_deployments(app, builder, args)
 
 
-def check_deployments(app: Application, builder: Any, args: Any) -> Iterator[Finding]:
+def wrong_deployments(app: Application, builder: Any, args: Any) -> Iterator[Finding]:
     """The builder accepts the args, and makes every deployment that the config names."""
     try:
         names = deployment_names(builder, args)
