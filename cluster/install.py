@@ -1,7 +1,7 @@
 """Makes .venv and installs requirements/LEVEL.txt into it, once for each content of that file.
 
-Runs under the system's Python, before anything is installed: standard library only, and syntax that a Python 3.6
-can read, to be told that it is too old (hence the quotes around some annotations).
+It runs under the system's Python before anything is installed, so it imports only the standard library, and nothing of
+this repository. Its syntax is that of Python 3.6, so that an old Python prints a message instead of a SyntaxError.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from typing import Iterator  # noqa: UP035  (Python 3.6 has no other)
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements"
-LEVELS = ("runtime", "dev", "gcp", "parity", "tpu")  # each holds all of runtime
-OLDEST, NEWEST = (3, 11), (3, 14)  # what every pinned package is built for
-LIVELY_S = 10.0
-# Of what the environment tells pip: how it reaches packages. The rest could have it install elsewhere, or nothing.
+LEVELS = ("runtime", "dev", "gcp", "parity", "tpu")  # each includes runtime
+OLDEST, NEWEST = (3, 11), (3, 14)  # all pinned packages have wheels for these
+LOG_EVERY_S = 10.0
+# Settings of pip that say how it reaches packages. Others could make it install elsewhere, or nothing.
 PIP_KEPT = (
     *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_TRUSTED_HOST", "PIP_PROXY"),
     *("PIP_CERT", "PIP_CLIENT_CERT", "PIP_USE_DEPRECATED", "PIP_USE_FEATURE", "PIP_KEYRING_PROVIDER"),
@@ -31,19 +31,19 @@ PIP_KEPT = (
 )
 
 
-class Stop(Exception):
-    """Ends the command with this one line."""
+class InstallError(Exception):
+    """Ends the command with this sentence. (cluster/cli.py has UserError, in newer syntax.)"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("level", choices=LEVELS)
     parser.add_argument("--venv", default=str(ROOT / ".venv"))
-    parser.add_argument("--this-python", action="store_true", help="make it anew if another Python made it")
+    parser.add_argument("--this-python", action="store_true", help="recreate it if another Python made it")
     arguments = parser.parse_args()
     try:
         install(Path(os.path.abspath(arguments.venv)), arguments.level, arguments.this_python)
-    except Stop as reason:
+    except InstallError as reason:
         sys.exit(str(reason))
     except OSError as error:
         if not error.filename:
@@ -54,11 +54,11 @@ def main() -> None:
 
 
 def install(venv: Path, level: str, this_python: bool) -> None:
-    if not why_anew(venv, this_python) and current(venv, level):
+    if not why_recreate(venv, this_python) and current(venv, level):
         return
     with locked(venv):
-        reason = why_anew(venv, this_python)
-        if not reason and current(venv, level):  # another make did it while this one waited
+        reason = why_recreate(venv, this_python)
+        if not reason and current(venv, level):  # another make did it meanwhile
             return
         if reason or not venv.exists():
             make(venv, reason)
@@ -68,13 +68,13 @@ def install(venv: Path, level: str, this_python: bool) -> None:
         unfinished(venv).unlink()
 
 
-def why_anew(venv: Path, this_python: bool) -> str:
-    """Why an environment that is there cannot be used; nothing if it can, or if there is none."""
+def why_recreate(venv: Path, this_python: bool) -> str:
+    """Why an existing environment must be recreated; empty if it is usable, or if there is none."""
     if not venv.exists():
         return ""
     facts = settings(venv)
     if not facts and any(venv.iterdir()) and not unfinished(venv).exists():
-        raise Stop(f"{venv} is not a virtual environment. Move it out of the way.")
+        raise InstallError(f"{venv} is not a virtual environment. Move it out of the way.")
     version = tuple(int(part) for part in facts.get("version", facts.get("version_info", "0.0")).split(".")[:2])
     if unfinished(venv).exists():
         return "its last installation was interrupted"
@@ -100,7 +100,7 @@ def settings(venv: Path) -> "dict[str, str]":
 
 
 def same(options_and_path: str, venv: Path) -> bool:
-    """Whether `python -m venv OPTIONS PATH` was about this folder, however its path was written."""
+    """Whether `python -m venv OPTIONS PATH` made this folder, whatever spelling PATH has."""
     if options_and_path.endswith(str(venv)):
         return True
     path = Path(options_and_path.split(" ")[-1])
@@ -116,7 +116,7 @@ def unfinished(venv: Path) -> Path:
 
 
 def current(venv: Path, level: str) -> bool:
-    """Whether this level is installed as its file now says; any other level brings all of runtime with it."""
+    """Whether this level is installed as in its file. Every level includes runtime."""
     for candidate in LEVELS if level == "runtime" else (level,):
         if stamp(venv, candidate).exists() and stamp(venv, candidate).read_text() == fingerprint(candidate):
             return True
@@ -128,11 +128,11 @@ def fingerprint(level: str) -> str:
     try:
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     except OSError as error:
-        raise Stop(f"{error.filename} cannot be read: {error.strerror}.") from None
+        raise InstallError(f"{error.filename} cannot be read: {error.strerror}.") from None
 
 
 def complaint(version: "tuple[int, int]") -> str:
-    """What is wrong with the Python that runs this, and what to do; nothing if it will do."""
+    """What is wrong with the running Python, and the remedy; empty if nothing."""
     if not OLDEST <= version <= NEWEST:
         names = [f"python3.{minor}" for minor in range(NEWEST[1], OLDEST[1] - 1, -1)]
         candidates = [name for name in names if shutil.which(name)] or names
@@ -165,9 +165,9 @@ def locked(venv: Path) -> "Iterator[None]":
 def make(venv: Path, reason: str) -> None:
     problem = complaint(sys.version_info[:2])
     if problem:
-        raise Stop(problem)
+        raise InstallError(problem)
     if reason:
-        say(f"Making {venv.name} anew: {reason}.")
+        say(f"Recreating {venv.name}: {reason}.")
         shutil.rmtree(str(venv))
     else:
         say(f"Making {venv.name} with {python(sys.version_info[:2])}")
@@ -176,7 +176,7 @@ def make(venv: Path, reason: str) -> None:
     command = [sys.executable, "-m", "venv", str(venv)]
     made = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if made.returncode:
-        raise Stop("The environment could not be made. " + made.stdout.decode(errors="replace").strip())
+        raise InstallError("The environment could not be made. " + made.stdout.decode(errors="replace").strip())
 
 
 def run_pip(venv: Path, level: str) -> None:
@@ -185,10 +185,10 @@ def run_pip(venv: Path, level: str) -> None:
     say(f"Installing requirements/{level}.txt ({total} packages; minutes the first time)")
     command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--require-hashes", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "-r", str(file)]
-    command += ["--no-compile"]  # minutes on two cores, for modules most of which are never imported
+    command += ["--no-compile"]  # compiling takes minutes on two cores, and most modules are never imported
     began = shown = time.monotonic()
     collected, errors, unreachable = 0, [], False
-    lively = sys.stdout.isatty()
+    live = sys.stdout.isatty()
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True
     ) as pip:
@@ -203,20 +203,22 @@ def run_pip(venv: Path, level: str) -> None:
                 unreachable |= "Retrying" in line
                 errors += [line.strip()] if line.startswith("ERROR:") else []
                 continue
-            if lively or time.monotonic() - shown >= LIVELY_S or state.startswith("unpacking"):
+            if live or time.monotonic() - shown >= LOG_EVERY_S or state.startswith("unpacking"):
                 shown = time.monotonic()
                 text = f"{shown - began:6.0f} s  {state}"
-                print("\r\033[K" + text if lively else text, end="" if lively else "\n", flush=True)
-    if lively:
+                print("\r\033[K" + text if live else text, end="" if live else "\n", flush=True)
+    if live:
         print("\r\033[K", end="")
     if pip.returncode:
         why = ["The package index cannot be reached."] if unreachable else []
-        raise Stop(" ".join(["The installation failed."] + why + errors[:1] + ["To go on, run the same make again."]))
+        raise InstallError(
+            " ".join(["The installation failed."] + why + errors[:1] + ["To go on, run the same make again."])
+        )
     say(f"Installed in {time.monotonic() - began:.0f} s")
 
 
 def environment() -> "dict[str, str]":
-    """The user's, without what would lead Python or pip elsewhere."""
+    """The user's environment without variables that redirect Python or pip."""
     return {
         name: value
         for name, value in os.environ.items()

@@ -77,9 +77,19 @@ def replica(state: str = "RUNNING", name: str = "r1") -> Details:
 
 
 def app(status: str = "RUNNING", deployment: str = "HEALTHY", **changes: Any) -> Details:
-    one = {"status": deployment, "status_trigger": "CONFIG_UPDATE_COMPLETED", "message": "", "target_num_replicas": 1}
-    one |= {"replicas": [replica()], **changes}
-    return {"status": status, "message": "", "deployed_app_config": {"name": "app"}, "deployments": {"Model": one}}
+    deployment_details = {
+        "status": deployment,
+        "status_trigger": "CONFIG_UPDATE_COMPLETED",
+        "message": "",
+        "target_num_replicas": 1,
+    }
+    deployment_details |= {"replicas": [replica()], **changes}
+    return {
+        "status": status,
+        "message": "",
+        "deployed_app_config": {"name": "app"},
+        "deployments": {"Model": deployment_details},
+    }
 
 
 def details(**apps: Details) -> Details:
@@ -259,7 +269,7 @@ class FakeServe:
 
     def deploy_applications(self, config: Details) -> None:
         self.puts.append(config["applications"])
-        self.apps = {one["name"]: self.outcome(one) for one in config["applications"]}
+        self.apps = {application["name"]: self.outcome(application) for application in config["applications"]}
 
     def outcome(self, config: Details) -> Details:
         text, known = config["args"]["text"], self.apps.get(config["name"])
@@ -306,7 +316,7 @@ def test_all_applications_of_before_are_put_back_also_those_that_the_new_config_
     with pytest.raises(UserError, match="a, b, c serves as before"):
         deployed(tmp_path, one_app("a", "bad"), one_app("b", "better"), one_app("d", "good"))
     assert serve.puts[-1] == [one_app(name, "good") for name in "abc"]
-    assert {name: one["status"] for name, one in serve.apps.items()} == dict.fromkeys("abc", "RUNNING")
+    assert {name: app["status"] for name, app in serve.apps.items()} == dict.fromkeys("abc", "RUNNING")
 
 
 def test_the_capacity_of_before_is_put_back_with_it() -> None:
@@ -389,13 +399,13 @@ def api() -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
         thread.join()
 
 
-def told(
+def status_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str, **changes: Any
 ) -> tuple[str, str]:
     """What `make status` prints, and what it ends with."""
     port = int(url.rpartition(":")[2])
-    one = app() | {"route_prefix": "/v2"} | changes.pop("app", {})
-    state = details(app=one) | {"http_options": {"port": port}, "controller_info": {"node_id": "n"}} | changes
+    application = app() | {"route_prefix": "/v2"} | changes.pop("app", {})
+    state = details(app=application) | {"http_options": {"port": port}, "controller_info": {"node_id": "n"}} | changes
     monkeypatch.setattr(Dashboard, "details", lambda _: state)
     monkeypatch.setattr("cluster.nodes.status", lambda _: Nodes(Counter(head=1), []))
     monkeypatch.setattr("cluster.nodes.past", lambda _: [])
@@ -411,10 +421,10 @@ def test_status_asks_the_api_itself_and_shows_the_proxies(
 ) -> None:
     url, answers = api
     answers["/v2/healthz"] = (200, b"{}")
-    shown, wrong = told(monkeypatch, capsys, url)
+    shown, wrong = status_output(monkeypatch, capsys, url)
     assert "Proxy  HEALTHY on n\napp  RUNNING, answers after 0.0" in shown and not wrong
     answers["/v2/healthz"] = (404, b"not ours")
-    assert told(monkeypatch, capsys, url)[1] == "", "another application has no such route"
+    assert status_output(monkeypatch, capsys, url)[1] == "", "another application has no such route"
 
 
 def test_an_api_that_does_not_serve_is_wrong_whatever_serve_calls_it(
@@ -422,17 +432,17 @@ def test_an_api_that_does_not_serve_is_wrong_whatever_serve_calls_it(
 ) -> None:
     url, answers = api
     answers["/v2/healthz"] = (503, json.dumps({"error": {"message": "No replica has answered."}}).encode())
-    assert told(monkeypatch, capsys, url)[1] == (
+    assert status_output(monkeypatch, capsys, url)[1] == (
         "app does not serve: its /healthz answers 503: No replica has answered."
     )
     answers["/v2/healthz"] = (500, b"Internal\nServer Error")
-    assert told(monkeypatch, capsys, url)[1].endswith("answers 500: Internal Server Error")
+    assert status_output(monkeypatch, capsys, url)[1].endswith("answers 500: Internal Server Error")
     closed = f"http://127.0.0.1:{processes.free_ports(1)[0]}"
-    shown, wrong = told(monkeypatch, capsys, closed)
+    shown, wrong = status_output(monkeypatch, capsys, closed)
     assert wrong == "app does not serve: its /healthz does not answer: [Errno 111] Connection refused"
     assert "app  RUNNING, its /healthz does not answer" in shown
     starting = app("DEPLOYING", "UPDATING") | {"route_prefix": "/v2"}
-    assert told(monkeypatch, capsys, closed, app=starting)[1] == "", "what starts need not answer yet"
+    assert status_output(monkeypatch, capsys, closed, app=starting)[1] == "", "what starts need not answer yet"
 
 
 def test_an_api_that_hangs_is_wrong_within_seconds(
@@ -441,7 +451,7 @@ def test_an_api_that_hangs_is_wrong_within_seconds(
     monkeypatch.setattr(status, "ANSWER_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        assert told(monkeypatch, capsys, url)[1].endswith("its /healthz does not answer: nothing within 0.1 s")
+        assert status_output(monkeypatch, capsys, url)[1].endswith("its /healthz does not answer: nothing within 0.1 s")
 
 
 def test_what_serve_itself_calls_wrong_is_wrong(
@@ -450,7 +460,7 @@ def test_what_serve_itself_calls_wrong_is_wrong(
     url, answers = api
     answers["/v2/healthz"] = (200, b"{}")
     failed = app("DEPLOY_FAILED", "DEPLOY_FAILED", message=CONSTRUCTOR_FAILED) | {"route_prefix": "/v2"}
-    shown, wrong = told(monkeypatch, capsys, url, app=failed)
+    shown, wrong = status_output(monkeypatch, capsys, url, app=failed)
     assert wrong == "app is DEPLOY_FAILED." and REASON in shown
     sick = {"n": {"status": "UNHEALTHY", "node_ip": "10.0.0.7"}}
-    assert told(monkeypatch, capsys, url, proxies=sick)[1] == "The proxy on 10.0.0.7 is UNHEALTHY."
+    assert status_output(monkeypatch, capsys, url, proxies=sick)[1] == "The proxy on 10.0.0.7 is UNHEALTHY."

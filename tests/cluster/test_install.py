@@ -1,4 +1,4 @@
-"""cluster/install.py: when .venv is as it should be, when it is made anew, and what a user is told. pip is not run."""
+"""cluster/install.py: when .venv is as it should be, when it is recreated, and what a user is told. pip is not run."""
 
 import importlib.util
 import shutil
@@ -24,9 +24,9 @@ def venv(tmp_path: Path) -> Path:
 @pytest.fixture
 def pips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The levels that pip was asked for."""
-    asked: list[str] = []
-    monkeypatch.setattr(install, "run_pip", lambda venv, level: asked.append(level))
-    return asked
+    levels: list[str] = []
+    monkeypatch.setattr(install, "run_pip", lambda venv, level: levels.append(level))
+    return levels
 
 
 def change_settings(venv: Path, **changes: str) -> None:
@@ -73,40 +73,40 @@ def test_an_interrupted_installation_starts_anew(venv: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         install.install(venv, "runtime", this_python=False)
     assert not install.current(venv, "runtime")
-    assert install.why_anew(venv, this_python=False) == "its last installation was interrupted"
+    assert install.why_recreate(venv, this_python=False) == "its last installation was interrupted"
 
 
 def test_a_moved_checkout_is_noticed(venv: Path) -> None:
     moved = venv.parent / "elsewhere" / ".venv"
     moved.parent.mkdir()
     venv.rename(moved)
-    assert install.why_anew(moved, this_python=False) == "it was made in another folder"
+    assert install.why_recreate(moved, this_python=False) == "it was made in another folder"
 
 
 def test_a_link_to_the_checkout_is_not_a_move(venv: Path) -> None:
     (venv.parent / "link").symlink_to(venv.parent)
-    assert install.why_anew(venv.parent / "link" / ".venv", this_python=False) == ""
+    assert install.why_recreate(venv.parent / "link" / ".venv", this_python=False) == ""
 
 
 def test_a_python_that_was_removed_is_noticed(venv: Path) -> None:
     for name in ("python", "python3", f"python3.{sys.version_info[1]}"):
         (venv / "bin" / name).unlink()
         (venv / "bin" / name).symlink_to("/nowhere/python3")
-    assert install.why_anew(venv, this_python=False) == "the Python that made it is gone"
+    assert install.why_recreate(venv, this_python=False) == "the Python that made it is gone"
 
 
 def test_another_python_matters_only_if_it_is_too_old_or_asked_for(venv: Path) -> None:
     change_settings(venv, version="3.10.4")
-    assert install.why_anew(venv, this_python=False) == "Python 3.10 made it"
+    assert install.why_recreate(venv, this_python=False) == "Python 3.10 made it"
     other = (3, 11 if sys.version_info[1] > 11 else 12)
     change_settings(venv, version=f"3.{other[1]}.9")
-    assert install.why_anew(venv, this_python=False) == ""
-    assert install.why_anew(venv, this_python=True).startswith(f"Python 3.{other[1]} made it, and")
+    assert install.why_recreate(venv, this_python=False) == ""
+    assert install.why_recreate(venv, this_python=True).startswith(f"Python 3.{other[1]} made it, and")
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(install.Stop, match="is not a virtual environment"):
+    with pytest.raises(install.InstallError, match="is not a virtual environment"):
         install.install(tmp_path, "runtime", this_python=False)
     assert (tmp_path / "thesis.txt").exists()
 
@@ -135,7 +135,7 @@ def test_a_failing_pip_is_told_in_one_line(venv: Path, tmp_path: Path) -> None:
         "#!/bin/sh\necho 'Collecting x==1'; echo 'ERROR: No matching distribution.'; exit 1\n"
     )
     (venv / "bin" / "python").chmod(0o755)
-    with pytest.raises(install.Stop) as stop:
+    with pytest.raises(install.InstallError) as stop:
         install.run_pip(venv, "runtime")
     assert str(stop.value) == (
         "The installation failed. ERROR: No matching distribution. To go on, run the same make again."

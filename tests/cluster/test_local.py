@@ -50,9 +50,9 @@ def start() -> Iterator[Start]:
         started.append(process)
         assert process.stdout
         process.first_line = process.stdout.readline()  # type: ignore[attr-defined]
-        found = psutil.Process(process.pid)
-        found.first_line = process.first_line  # type: ignore[attr-defined]
-        return found
+        child = psutil.Process(process.pid)
+        child.first_line = process.first_line  # type: ignore[attr-defined]
+        return child
 
     yield run
     for process in started:
@@ -196,11 +196,11 @@ def test_down_finds_a_cluster_whose_state_was_deleted(start: Start, run_dir: Pat
 
 
 def test_down_spares_the_cluster_of_another_checkout(start: Start, tmp_path: Path) -> None:
-    ours, theirs = cluster_in(tmp_path / "run"), cluster_in(tmp_path / "run2")
-    neighbour = start(SLEEP, theirs.mark)
+    ours, other = cluster_in(tmp_path / "run"), cluster_in(tmp_path / "run2")
+    neighbour = start(SLEEP, other.mark)
     verbs.down(ours.run_dir)
-    assert not processes.dead(neighbour) and theirs.temp_dir.exists()
-    verbs.down(theirs.run_dir)
+    assert not processes.dead(neighbour) and other.temp_dir.exists()
+    verbs.down(other.run_dir)
     assert processes.dead(neighbour)
 
 

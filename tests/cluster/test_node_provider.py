@@ -33,19 +33,19 @@ TAGS = {TAG_RAY_USER_NODE_TYPE: "ray_tpu"}
 
 @each_cluster
 def test_the_local_cluster_has_the_node_types_of_the_file_and_ray_accepts_them(path: Path) -> None:
-    said = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text())
     read = AutoscalingConfig(
         autoscaler_config.autoscaling(autoscaler_config.read(path), Timings()), skip_content_hash=True
     )
     head, tpu = (read.get_node_type_configs()[name] for name in ("head", "ray_tpu"))
-    declared = said["available_node_types"]["ray_tpu"]
+    declared = content["available_node_types"]["ray_tpu"]
     slice_name = declared["node_config"]["acceleratorType"]
     assert head.resources == {"CPU": 0} and read.get_head_node_type() == "head"
     assert tpu.resources == declared["resources"] | {f"TPU-{slice_name}-head": 1}, "as the launcher adds it"
     assert tpu.labels == declared["labels"]
     assert (tpu.min_worker_nodes, tpu.max_worker_nodes) == (declared["min_workers"], declared["max_workers"])
-    assert read.get_max_num_worker_nodes() == said["max_workers"]
-    assert read.get_idle_timeout_s() == said["idle_timeout_minutes"] * 60
+    assert read.get_max_num_worker_nodes() == content["max_workers"]
+    assert read.get_idle_timeout_s() == content["idle_timeout_minutes"] * 60
 
 
 def test_nothing_of_google_is_left_in_it() -> None:
@@ -315,9 +315,9 @@ Pending Demands:
 
 
 def test_the_nodes_are_read_out_of_ray_status() -> None:
-    found = nodes.parsed(STATUS)
-    assert found.running == Counter(ray_tpu=2, head=1)
-    assert [*found.rows()] == ["1 head, 2 ray_tpu", "pending: ray_tpu, 1 launching; ray_tpu, starting"]
+    status = nodes.parsed(STATUS)
+    assert status.running == Counter(ray_tpu=2, head=1)
+    assert [*status.rows()] == ["1 head, 2 ray_tpu", "pending: ray_tpu, 1 launching; ray_tpu, starting"]
     assert [*nodes.parsed("No cluster status.").rows()] == ["none yet"]
 
 
@@ -346,11 +346,11 @@ def test_the_address_is_nothing_but_lines_for_eval(
     cluster = new(tmp_path, 8265)
     auth_token.create(cluster.token_file)
     shell_environment.export(cluster)
-    said = capsys.readouterr().out
-    assert all(line.startswith(("export ", "unset ")) for line in said.splitlines())
-    assert cluster.token_file.read_text() not in said
+    output = capsys.readouterr().out
+    assert all(line.startswith(("export ", "unset ")) for line in output.splitlines())
+    assert cluster.token_file.read_text() not in output
     names = "$RAY_ADDRESS $RAY_DASHBOARD_ADDRESS $RAY_API_SERVER_ADDRESS $IMAGINE_URL"
-    script = f'{said}\necho "{names}"; command -v ray; echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH $RAY_AUTH_TOKEN"'
+    script = f'{output}\necho "{names}"; command -v ray; echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH $RAY_AUTH_TOKEN"'
     strays = os.environ | {"RAY_AUTH_TOKEN": "somebody-elses"}
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, env=strays)
     addresses, ray, token = done.stdout.splitlines()

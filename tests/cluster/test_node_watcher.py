@@ -40,7 +40,7 @@ class Metadata(ThreadingHTTPServer):
         self.changed = threading.Condition()
         self.values = {"preempted": "FALSE", "maintenance-event": "NONE"}
         self.tags = dict.fromkeys(self.values, "1")
-        self.asked: list[tuple[str, str]] = []  # (key, last_etag)
+        self.requests: list[tuple[str, str]] = []  # (key, last_etag)
         self.failures: dict[str, int] = {}  # path -> how often it is still to fail
         self.drained: queue.Queue[str] = queue.Queue()
 
@@ -52,7 +52,7 @@ class Metadata(ThreadingHTTPServer):
     def seen(self, key: str) -> None:
         """Waits until the watcher has the current value of a key, and so asks for a newer one."""
         with self.changed:
-            assert self.changed.wait_for(lambda: (key, self.tags[key]) in self.asked, PATIENCE_S)
+            assert self.changed.wait_for(lambda: (key, self.tags[key]) in self.requests, PATIENCE_S)
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -64,7 +64,7 @@ class Answer(BaseHTTPRequestHandler):
         if self.headers["Metadata-Flavor"] != "Google" or query["wait_for_change"] != "true":
             return self.answer(403, "")
         with self.server.changed:
-            self.server.asked.append((key, query["last_etag"]))
+            self.server.requests.append((key, query["last_etag"]))
             self.server.changed.notify_all()
             if self.fails(key):
                 return self.answer(503, "")
@@ -195,8 +195,8 @@ def test_a_notice_drains_once_and_a_new_one_again(
     watching()
     arguments(metadata)
     with metadata.changed:
-        asked = len(metadata.asked)
-        assert metadata.changed.wait_for(lambda: len(metadata.asked) > asked + 5, PATIENCE_S)
+        requests = len(metadata.requests)
+        assert metadata.changed.wait_for(lambda: len(metadata.requests) > requests + 5, PATIENCE_S)
     assert metadata.drained.empty()
     metadata.set("maintenance-event", "NONE")
     metadata.seen("maintenance-event")
@@ -212,9 +212,11 @@ def test_a_metadata_server_that_fails_is_asked_until_it_answers(
     metadata.set("preempted", "TRUE")
     watching()
     arguments(metadata)
-    told = [message for message in caplog.messages if message.startswith("preempted ")]
-    told = [message for message in told if "refused" not in message]  # listeners of earlier tests, whose server is gone
-    assert told == [
+    messages = [message for message in caplog.messages if message.startswith("preempted ")]
+    messages = [
+        message for message in messages if "refused" not in message
+    ]  # listeners of earlier tests, whose server is gone
+    assert messages == [
         "preempted cannot be read. Trying again: HTTP Error 503: Service Unavailable",
         "preempted is TRUE",
     ]

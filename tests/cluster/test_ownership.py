@@ -153,20 +153,20 @@ def test_root_does_not_believe_what_another_user_wrote(shared: Path, victim: psu
 def test_root_leaves_alone_what_is_another_users_though_our_own_file_names_it(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    theirs = shared / "imagine-0123abcd"
-    theirs.mkdir()
-    os.chown(theirs, other_user.NOBODY, other_user.NOBODY)
+    folder = shared / "imagine-0123abcd"
+    folder.mkdir()
+    os.chown(folder, other_user.NOBODY, other_user.NOBODY)
     program = f"import sys, time{other_user.BECOME}print(flush=True); time.sleep(60)"
     mark = {processes.MARK: f"{tmp_path}/run#01234567"}
     with subprocess.Popen([sys.executable, "-c", program], env=os.environ | mark, stdout=-1) as process:
         assert process.stdout
         process.stdout.readline()
         other = psutil.Process(process.pid)
-        planted(tmp_path / "run", theirs, processes.record(other))
+        planted(tmp_path / "run", folder, processes.record(other))
         verbs.down(tmp_path / "run")
-        assert theirs.exists() and not processes.dead(other)
+        assert folder.exists() and not processes.dead(other)
         process.kill()
-    assert f"{theirs} is not our own folder, and is left alone.\n" in capsys.readouterr().out
+    assert f"{folder} is not our own folder, and is left alone.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["imagine-0123abcd", "imagine-", "imagine-0123abcd-old", "thesis"])
@@ -203,18 +203,23 @@ def run_as_another(module: str, *arguments: str) -> subprocess.CompletedProcess[
 
 def test_a_checkout_that_cannot_be_written_is_one_sentence(unwritable: Path) -> None:
     for verb in ("up", "down"):
-        told = refuses(run_as_another("cluster.local.verbs", verb, "--run-dir", str(unwritable / ".run")))
-        assert told.startswith(f"{unwritable}/.run cannot be made: Permission denied. You are ") and "\n" not in told
-        assert f", and {unwritable} belongs to " in told and told.endswith("Name a folder of your own: RUN_DIR=")
+        sentence = refuses(run_as_another("cluster.local.verbs", verb, "--run-dir", str(unwritable / ".run")))
+        assert (
+            sentence.startswith(f"{unwritable}/.run cannot be made: Permission denied. You are ")
+            and "\n" not in sentence
+        )
+        assert f", and {unwritable} belongs to " in sentence and sentence.endswith(
+            "Name a folder of your own: RUN_DIR="
+        )
     for arguments in (("deploy", "status"), ("job", "list"), ("logs",), ("local.verbs", "address")):
         module, *rest = arguments
-        told = refuses(run_as_another(f"cluster.{module}", *rest, "--run-dir", str(unwritable / ".run")))
-        assert told == "No cluster is up in this checkout. Start one with: make up"
+        sentence = refuses(run_as_another(f"cluster.{module}", *rest, "--run-dir", str(unwritable / ".run")))
+        assert sentence == "No cluster is up in this checkout. Start one with: make up"
 
 
 def test_a_command_that_may_not_write_says_where_and_no_more(unwritable: Path) -> None:
-    told = refuses(run_as_another("cluster.api_key", "--name", "alice", "--file", str(unwritable / "keys.yaml")))
-    assert f"{unwritable}/" in told and "Permission denied" in told and "\n" not in told
+    sentence = refuses(run_as_another("cluster.api_key", "--name", "alice", "--file", str(unwritable / "keys.yaml")))
+    assert f"{unwritable}/" in sentence and "Permission denied" in sentence and "\n" not in sentence
 
 
 @other_user.as_root
@@ -222,7 +227,7 @@ def test_a_cluster_that_is_somebody_elses_is_one_sentence(shared: Path) -> None:
     run_dir = shared / "run"
     ownership.make_folder(run_dir, "RUN_DIR=")
     planted(run_dir, shared / "imagine-0123abcd", processes.Recorded(2**22 + 1, 0.0, "gone"))
-    told = refuses(run_as_another("cluster.local.verbs", "down", "--run-dir", str(run_dir)))
-    assert told.startswith(f"{run_dir} belongs to root, and you are nobody")
-    told = refuses(run_as_another("cluster.deploy", "status", "--run-dir", str(run_dir)))
-    assert told == f"{run_dir}/cluster.json cannot be read: Permission denied. You are nobody."
+    sentence = refuses(run_as_another("cluster.local.verbs", "down", "--run-dir", str(run_dir)))
+    assert sentence.startswith(f"{run_dir} belongs to root, and you are nobody")
+    sentence = refuses(run_as_another("cluster.deploy", "status", "--run-dir", str(run_dir)))
+    assert sentence == f"{run_dir}/cluster.json cannot be read: Permission denied. You are nobody."

@@ -73,9 +73,9 @@ def test_nothing_is_said_where_nothing_is_missing(ours: Path, capsys: pytest.Cap
 def test_a_project_that_is_not_set_is_told_with_its_line(home: Path) -> None:
     path = write(home / "cluster.yaml", BASE)
     line = 1 + next(i for i, text in enumerate(BASE.splitlines()) if "project_id: null" in text)
-    told = f"{path}:{line}: provider.project_id must be the id of your Google Cloud project, and is not set."
+    sentence = f"{path}:{line}: provider.project_id must be the id of your Google Cloud project, and is not set."
     for check in (preflight.ready, preflight.ready_to_start):
-        assert missing(check, path) == [told]
+        assert missing(check, path) == [sentence]
 
 
 def missing(check: Any, path: Path) -> list[str]:
@@ -86,17 +86,17 @@ def missing(check: Any, path: Path) -> list[str]:
 
 @pytest.mark.usefixtures("complete")
 @pytest.mark.parametrize(
-    ("program", "told"),
+    ("program", "sentence"),
     [
         ("ssh", "ssh is not installed, and Ray's launcher needs it: sudo apt-get install openssh-client"),
         ("rsync", "rsync is not installed, and Ray's launcher needs it: sudo apt-get install rsync"),
     ],
 )
 def test_a_program_that_is_missing_is_told_with_its_package(
-    ours: Path, monkeypatch: pytest.MonkeyPatch, program: str, told: str
+    ours: Path, monkeypatch: pytest.MonkeyPatch, program: str, sentence: str
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None if name == program else name)
-    assert missing(preflight.ready, ours) == [told]
+    assert missing(preflight.ready, ours) == [sentence]
 
 
 @pytest.mark.usefixtures("complete")
@@ -125,9 +125,11 @@ def test_the_token_must_be_there_and_be_the_users_alone(ours: Path, home: Path) 
     file.write_text("\n")
     assert missing(preflight.ready_to_start, ours)[0].startswith(f"{file} is empty.")
     file.unlink()
-    (told,) = missing(preflight.ready_to_start, ours)
-    assert told.startswith(f"{file} is missing, the token that the cluster will ask its callers for. To make one: ")
-    command = told.partition("To make one: ")[2].replace(".venv/bin/ray", f"{sys.executable} -m ray.scripts.scripts")
+    (sentence,) = missing(preflight.ready_to_start, ours)
+    assert sentence.startswith(f"{file} is missing, the token that the cluster will ask its callers for. To make one: ")
+    command = sentence.partition("To make one: ")[2].replace(
+        ".venv/bin/ray", f"{sys.executable} -m ray.scripts.scripts"
+    )
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "") and missing_none(ours)
     assert file.read_text().strip() not in done.stderr and file.stat().st_mode & 0o777 == 0o600
@@ -146,7 +148,7 @@ def test_all_that_is_missing_is_told_at_once(home: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "sentence"),
     [
         (None, "There is no cluster file "),
         ("a: [", " is not valid YAML: "),
@@ -154,11 +156,11 @@ def test_all_that_is_missing_is_told_at_once(home: Path, monkeypatch: pytest.Mon
         ("- a", " must have a cluster_name and a provider with a type"),
     ],
 )
-def test_a_file_that_is_none_is_one_sentence(home: Path, text: str | None, told: str) -> None:
+def test_a_file_that_is_none_is_one_sentence(home: Path, text: str | None, sentence: str) -> None:
     path = home / "x.yaml" if text is None else write(home / "x.yaml", text)
     for verb in ("up", "down", "monitor", "attach", "dashboard", "address"):
         done = called("remote", verb, "--cluster", str(path), "--run-dir", str(home / "run"))
-        assert done.returncode == 1 and done.stdout == "" and told in done.stderr
+        assert done.returncode == 1 and done.stdout == "" and sentence in done.stderr
         assert len(done.stderr.splitlines()) == 1
 
 
@@ -280,16 +282,16 @@ def test_a_tunnel_binds_loopback_alone_and_ends_what_it_started(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "sentence"),
     [
         ("echo first >&2; echo 'Permission denied (publickey).' >&2; exit 255", ": Permission denied (publickey)."),
         ("exit 255", "."),
     ],
 )
-def test_an_ssh_that_does_not_get_through_is_told_in_its_words(tmp_path: Path, script: str, told: str) -> None:
+def test_an_ssh_that_does_not_get_through_is_told_in_its_words(tmp_path: Path, script: str, sentence: str) -> None:
     with pytest.raises(UserError) as stop, tunnel(pretended(tmp_path, script), {18265: 8265}):
         pass
-    assert str(stop.value) == f"SSH does not get through to ubuntu@10.0.0.2{told}"
+    assert str(stop.value) == f"SSH does not get through to ubuntu@10.0.0.2{sentence}"
 
 
 def test_ports_are_the_heads_own_where_they_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,11 +308,11 @@ def test_ports_are_the_heads_own_where_they_are_free(monkeypatch: pytest.MonkeyP
 
 
 def exports(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, str], str]:
-    told = capsys.readouterr()
-    first, *lines = told.out.splitlines()
+    output = capsys.readouterr()
+    first, *lines = output.out.splitlines()
     assert all(re.fullmatch(r"export \w+=\S.*", line) for line in lines)
     assert first == "unset RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH", "which a local cluster's address may have left"
-    return dict(line.removeprefix("export ").split("=", 1) for line in lines), told.err
+    return dict(line.removeprefix("export ").split("=", 1) for line in lines), output.err
 
 
 def test_address_tells_the_open_tunnels_and_else_that_there_are_none(
@@ -318,19 +320,24 @@ def test_address_tells_the_open_tunnels_and_else_that_there_are_none(
 ) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     verbs.address(ours, home / "run")
-    told, note = exports(capsys)
+    variables, note = exports(capsys)
     assert note == (
         f"These lead nowhere until another terminal holds the tunnels open: make dashboard CLUSTER={ours}\n"
     )
-    assert told["RAY_ADDRESS"] == told["RAY_DASHBOARD_ADDRESS"] == "http://127.0.0.1:8265"
-    assert told["RAY_API_SERVER_ADDRESS"] == told["RAY_ADDRESS"], "which another cluster's address may have set"
-    assert (told["IMAGINE_URL"], told["RAY_AUTH_MODE"]) == ("http://127.0.0.1:8000", "token")
-    assert told["PATH"] == f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    assert variables["RAY_ADDRESS"] == variables["RAY_DASHBOARD_ADDRESS"] == "http://127.0.0.1:8265"
+    assert variables["RAY_API_SERVER_ADDRESS"] == variables["RAY_ADDRESS"], (
+        "which another cluster's address may have set"
+    )
+    assert (variables["IMAGINE_URL"], variables["RAY_AUTH_MODE"]) == ("http://127.0.0.1:8000", "token")
+    assert variables["PATH"] == f"{Path(sys.executable).parent}:/usr/bin:/bin"
     with verbs.recorded(ours, home / "run", (18265, 18000)):
         verbs.address(ours, home / "run")
-        told, note = exports(capsys)
-        assert (told["RAY_ADDRESS"], told["IMAGINE_URL"]) == ("http://127.0.0.1:18265", "http://127.0.0.1:18000")
-        assert note == "" and TOKEN not in str(told)
+        variables, note = exports(capsys)
+        assert (variables["RAY_ADDRESS"], variables["IMAGINE_URL"]) == (
+            "http://127.0.0.1:18265",
+            "http://127.0.0.1:18000",
+        )
+        assert note == "" and TOKEN not in str(variables)
         standing = verbs.tunnels(ours, home / "run")
         assert standing and standing[0].pid == psutil.Process().pid
     assert verbs.tunnels(ours, home / "run") is None

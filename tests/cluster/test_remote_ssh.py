@@ -29,7 +29,7 @@ from cluster import ROOT, processes
 from tests.clusters import refuses, soon, succeeds
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
-MISSING = [name for name, found in (("sshd", SSHD), ("rsync", shutil.which("rsync"))) if not found]
+MISSING = [name for name, path in (("sshd", SSHD), ("rsync", shutil.which("rsync"))) if not path]
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(
@@ -211,13 +211,13 @@ def far() -> Iterator[Far]:
 
 def head(far: Far) -> dict[str, int]:
     """Ray's processes on the head."""
-    return {processes.name_of(one): one.pid for one in processes.belonging(str(far.base))}
+    return {processes.name_of(process): process.pid for process in processes.belonging(str(far.base))}
 
 
 def line(process: subprocess.Popen[str], words: str) -> str:
     """The next one that a process writes with these words."""
     assert process.stdout
-    return next(one for one in process.stdout if words in one)
+    return next(text for text in process.stdout if words in text)
 
 
 def plain(far: Far, *command: str) -> subprocess.CompletedProcess[str]:
@@ -233,21 +233,21 @@ def plain(far: Far, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_before_it_is_up_each_verb_says_so_in_a_line(far: Far) -> None:
-    told = f"No cluster is up by {far.file}. Start it with: make up CLUSTER={far.file}"
-    assert refuses(far("deploy", "status")) == told
-    assert refuses(far("remote", "dashboard")) == told
+    sentence = f"No cluster is up by {far.file}. Start it with: make up CLUSTER={far.file}"
+    assert refuses(far("deploy", "status")) == sentence
+    assert refuses(far("remote", "dashboard")) == sentence
 
 
 def test_up_that_is_interrupted_goes_on_when_it_is_run_again(far: Far) -> None:
     with far.start("remote", "up") as first:
         assert soon(lambda: (far.base / "home/setting-up").exists())
         os.killpg(first.pid, signal.SIGINT)
-        said = first.communicate(timeout=60)[0]
-    assert first.returncode == 130 and said.endswith("Interrupted.\n"), said
+        output = first.communicate(timeout=60)[0]
+    assert first.returncode == 130 and output.endswith("Interrupted.\n"), output
     assert "gcs_server" not in head(far)
-    said = succeeds(far("remote", "up"))
-    assert "Starting it with `ray up`" in said
-    assert "its dashboard answers, to the token." in said.splitlines()[-1]
+    output = succeeds(far("remote", "up"))
+    assert "Starting it with `ray up`" in output
+    assert "its dashboard answers, to the token." in output.splitlines()[-1]
     assert {"gcs_server", "raylet"} <= set(head(far))
     assert (far.base / "home/.ray/auth_token").read_text() == far.token
 
@@ -255,8 +255,8 @@ def test_up_that_is_interrupted_goes_on_when_it_is_run_again(far: Far) -> None:
 def test_up_again_brings_files_and_leaves_ray_alone(far: Far) -> None:
     before = head(far)
     far.write("code/news", "changed")
-    said = succeeds(far("remote", "up"))
-    assert "It is up. `ray up` brings files and node types up to date; what runs there goes on" in said
+    output = succeeds(far("remote", "up"))
+    assert "It is up. `ray up` brings files and node types up to date; what runs there goes on" in output
     assert (far.base / "home/imagine/tests/news").read_text() == "changed"
     assert all(head(far)[name] == before[name] for name in ("gcs_server", "raylet"))
 
@@ -266,24 +266,24 @@ def test_a_deploy_that_failed_works_again_once_the_cause_is_gone(far: Far) -> No
     failed = refuses(far("deploy", "deploy", "--config", config))
     assert failed.startswith("greeting/Greeter did not start: model must be a folder in diffusers layout, got")
     (far.base / "model").mkdir()
-    said = succeeds(far("deploy", "deploy", "--config", config))
-    assert "greeting has failed before and is removed first" in said
-    assert said.splitlines()[-1].endswith(f"on the head, and here at the end of: make dashboard CLUSTER={far.file}")
+    output = succeeds(far("deploy", "deploy", "--config", config))
+    assert "greeting has failed before and is removed first" in output
+    assert output.splitlines()[-1].endswith(f"on the head, and here at the end of: make dashboard CLUSTER={far.file}")
     status = succeeds(far("deploy", "status"))  # which asks the API itself, at the end of a tunnel
     assert re.search(r"\ngreeting  RUNNING, answers after [\d.]+ s\n  Greeter  HEALTHY  1 of 1 ready\n", status)
     assert "Greeter " in succeeds(far("logs", "--lines", "5"))
 
 
 def test_attach_runs_a_command_on_the_head(far: Far) -> None:
-    said = succeeds(far("remote", "attach", "--command", "ray status; pwd"))
-    assert "Autoscaler status" in said and f"{far.base}/home\n" in said.replace("\r", "")
+    output = succeeds(far("remote", "attach", "--command", "ray status; pwd"))
+    assert "Autoscaler status" in output and f"{far.base}/home\n" in output.replace("\r", "")
 
 
 def test_a_job_runs_on_the_head_with_the_code_from_here(far: Far) -> None:
-    asked = f"--arguments={ROOT / 'assets' / 'demo-model'} --out weights/demo"
-    said = succeeds(far("job", "run", "--job", "fetch_weights", asked))
+    job_arguments = f"--arguments={ROOT / 'assets' / 'demo-model'} --out weights/demo"
+    output = succeeds(far("job", "run", "--job", "fetch_weights", job_arguments))
     out = far.base / "home" / "imagine" / "weights" / "demo"  # where the head has the repository
-    assert f"Made {out}: " in said and (out / "model_index.json").is_file()
+    assert f"Made {out}: " in output and (out / "model_index.json").is_file()
     assert not (far.base / "home" / "imagine" / "jobs").exists()  # it came with the job
     failed = far("job", "run", "--job", "fetch_weights", "--arguments=nowhere --out weights/other")
     assert failed.returncode == 2 and "\nmodel must be a folder in diffusers layout" in failed.stdout
@@ -311,8 +311,8 @@ def test_plain_clients_reach_dashboard_and_api_through_tunnels_that_are_built_ag
         sshs[0].kill()
         line(tunnels, "The connection broke. Connecting again.")
         line(tunnels, "Open again")
-        asked = plain(far, "bash", "-c", "curl -fsS $IMAGINE_URL/")
-        assert json.loads(succeeds(asked))["text"] == "hello"
+        answer = plain(far, "bash", "-c", "curl -fsS $IMAGINE_URL/")
+        assert json.loads(succeeds(answer))["text"] == "hello"
         sshs = psutil.Process(tunnels.pid).children(recursive=True)
         tunnels.kill()  # worse than Ctrl-C
         tunnels.wait()
@@ -325,9 +325,9 @@ def test_plain_clients_reach_dashboard_and_api_through_tunnels_that_are_built_ag
 def test_another_token_is_refused_in_a_line_and_restarts_nothing(far: Far) -> None:
     before = head(far)
     far.write("user/.ray/auth_token", "0" * 64)
-    told = f"The dashboard of {far.file}'s cluster answers 403: it was started with another token"
+    sentence = f"The dashboard of {far.file}'s cluster answers 403: it was started with another token"
     for verb in (("deploy", "status"), ("remote", "up"), ("remote", "dashboard")):
-        assert refuses(far(*verb)).startswith(told)
+        assert refuses(far(*verb)).startswith(sentence)
     far.write("user/.ray/auth_token", far.token)
     assert head(far)["gcs_server"] == before["gcs_server"]
 

@@ -86,8 +86,8 @@ def test_pip_is_told_how_to_reach_packages_and_nothing_else(monkeypatch: pytest.
     dropped = {"PIP_TARGET": "/t", "PIP_USER": "1", "PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_REQUIREMENT": "/r"}
     for name, value in (kept | dropped | STRAY).items():
         monkeypatch.setenv(name, value)
-    found = install.environment()
-    assert kept.items() <= found.items() and not (dropped | STRAY).keys() & found.keys()
+    environment = install.environment()
+    assert kept.items() <= environment.items() and not (dropped | STRAY).keys() & environment.keys()
 
 
 def test_an_environment_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
