@@ -1,6 +1,6 @@
-"""Notices when a device no longer answers: a call that takes many times longer than it should.
+"""Notices when a device no longer answers: when a call takes many times longer than predicted.
 
-Knows of a call only its name, when it began and how long it should take. It never interrupts one, as nothing can.
+Knows of a call only its name, when it began and its predicted duration. It never interrupts a call, as nothing can.
 """
 
 import threading
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-STALL_S = 60.0  # no call is a stall before this, however short it should be
-STALL_TIMES = 10  # nor before so many times its expected duration
-LOOK_S = 1.0  # between two looks
+STALL_S = 60.0  # no call is a stall before this, however short its predicted duration
+STALL_TIMES = 10  # nor before this many times its predicted duration
+CHECK_INTERVAL_S = 1.0
 
 
 @dataclass(eq=False)
@@ -21,14 +21,14 @@ class Call:
     verb: str
     began: float
     limit_s: float
-    seen_s: float = 0.0  # time that passed while this process ran
+    elapsed_s: float = 0.0  # while this process ran
 
 
 class StallWatch:
-    """Looks at all calls under way from a thread of its own, and reports the first that exceeds its limit, once.
+    """Checks all calls under way in a thread of its own, and reports the first that exceeds its limit, once.
 
-    Time counts only from look to look, and at most twice the usual interval: a process that was frozen, by SIGSTOP or
-    by a suspended machine, finds no stall when it wakes up.
+    From one check to the next, at most twice the usual interval counts as elapsed. So a process that was frozen, by
+    SIGSTOP or by a suspended machine, finds no stall when it wakes up.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class StallWatch:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.stall_s = stall_s
-        self.look_s = min(LOOK_S, stall_s / 4)
-        self.stalled = ""  # which call exceeded its limit, as a sentence
+        self.interval_s = min(CHECK_INTERVAL_S, stall_s / 4)
+        self.stalled = ""  # a sentence on the call that exceeded its limit
         self._on_stall = on_stall
         self._clock = clock
-        self._looked = clock()
+        self._checked = clock()
         self._calls: set[Call] = set()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -54,9 +54,9 @@ class StallWatch:
         self._ended.set()
 
     @contextmanager
-    def call(self, verb: str, expected_s: float) -> Iterator[None]:
-        """Around whatever may block on the device."""
-        call = Call(verb, self._clock(), max(self.stall_s, STALL_TIMES * expected_s))
+    def call(self, verb: str, predicted_s: float) -> Iterator[None]:
+        """Watches a block of code that may wait for the device."""
+        call = Call(verb, self._clock(), max(self.stall_s, STALL_TIMES * predicted_s))
         with self._lock:
             self._calls.add(call)
         try:
@@ -65,20 +65,20 @@ class StallWatch:
             with self._lock:
                 self._calls.discard(call)
 
-    def look(self) -> None:
+    def check(self) -> None:
         now = self._clock()
-        passed_s, self._looked = min(now - self._looked, 2 * self.look_s), now
+        passed_s, self._checked = min(now - self._checked, 2 * self.interval_s), now
         with self._lock:
             calls = list(self._calls)
         for call in calls:
-            call.seen_s += min(passed_s, now - call.began)
-            if call.seen_s >= call.limit_s and not self.stalled:
+            call.elapsed_s += min(passed_s, now - call.began)
+            if call.elapsed_s >= call.limit_s and not self.stalled:
                 self.stalled = (
-                    f"The device does not answer: {call.verb} has not returned for {call.seen_s:.1f} s, "
+                    f"The device does not answer: {call.verb} has not returned for {call.elapsed_s:.1f} s, "
                     f"and its limit is {call.limit_s:.1f} s."
                 )
                 self._on_stall(self.stalled)
 
     def _run(self) -> None:
-        while not (self.stalled or self._ended.wait(self.look_s)):
-            self.look()
+        while not (self.stalled or self._ended.wait(self.interval_s)):
+            self.check()

@@ -1,7 +1,7 @@
-"""An executor of one daemon thread. Nothing that it runs fails unseen, and no process waits for it in order to exit.
+"""An executor of one daemon thread. Every failure of a job is logged, and no process waits for the thread at its exit.
 
 Python joins the threads of its own executors when the interpreter exits, so one that hangs on a device would keep the
-process alive. Knows nothing of what it runs.
+process alive. Knows nothing of its jobs.
 """
 
 import logging
@@ -17,7 +17,7 @@ Job = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class Worker(Executor):
-    """Runs what it is given in order. An exception reaches the future, and the log."""
+    """Runs jobs in the order of their submission. An exception reaches the future, and the log."""
 
     def __init__(self, name: str):
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -33,7 +33,7 @@ class Worker(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """What was given before still runs, unless it is cancelled here."""
+        """Jobs that were submitted before still run, unless they are cancelled by this call."""
         self._closed = True
         if cancel_futures:
             while not self._jobs.empty():
@@ -50,9 +50,9 @@ class Worker(Executor):
                 continue
             try:
                 result = function(*arguments, **named)
-            except BaseException as error:  # this thread has others to serve
+            except BaseException as error:  # the next job must still run
                 logger.exception("%s failed in the thread %s.", function, self.thread.name)
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            del job, future, function, arguments, named  # it may hold what is on the device
+            del job, future, function, arguments, named  # they may hold arrays on the device

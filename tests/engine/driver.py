@@ -1,4 +1,4 @@
-"""An engine without threads, for tests that make its turns themselves, on a virtual clock."""
+"""Drives an engine without threads, tick by tick on a virtual clock."""
 
 import json
 from collections import deque
@@ -10,11 +10,16 @@ from app.engine.engine import Engine
 from app.engine.request import Generated
 from app.engine.virtual import Pixels
 from app.types import Generation
-from tests.fake_pipeline import FakePipeline
+from tests.fake_pipeline import FakePipeline, Seconds, flat
+
+
+def wide(step_time: Seconds = flat, **options: Any) -> FakePipeline:
+    """A pipeline in which up to four guided images share a step, and eight have slots."""
+    return FakePipeline(step_time=step_time, row_buckets=(1, 2, 4, 8), num_slots=8, **options)
 
 
 class Fetcher(Executor):
-    """In place of the fetching thread: what was submitted waits, in order, until `run`."""
+    """In place of the fetching thread: jobs wait, in order, until a test runs them."""
 
     def __init__(self) -> None:
         self.pending: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
@@ -25,17 +30,17 @@ class Fetcher(Executor):
         return future
 
     def next_at(self) -> float:
-        """When what the first one waits for is ready."""
+        """When the pixels of the first job are ready."""
         return next(argument.ready_at for argument in self.pending[0][2] if isinstance(argument, Pixels))
 
     def run(self) -> None:
-        """The first."""
+        """Runs the first job."""
         future, function, arguments = self.pending.popleft()
-        future.set_result(function(*arguments))  # what it raises no engine may leave unhandled
+        future.set_result(function(*arguments))  # the engine must handle whatever its jobs raise
 
 
 class Driver:
-    """An engine without threads, on a virtual clock."""
+    """An engine, its pipeline, their clock, and the fetching thread's jobs."""
 
     def __init__(self, fake: FakePipeline | None = None, *, max_waiting: int = 100, **options: Any):
         self.fake = fake or FakePipeline()
@@ -53,7 +58,7 @@ class Driver:
         return future
 
     def tick(self) -> bool:
-        """One turn of the engine, and of the fetching thread as far as the device has come."""
+        """One tick of the engine, and the jobs of the fetching thread as far as the device has come."""
         busy = self.engine.tick()
         if not busy and self.fetcher.pending:
             self.clock.reach(self.fetcher.next_at())
@@ -66,7 +71,7 @@ class Driver:
             self.fetcher.run()
 
     def finish(self, *futures: "Future[Generated]") -> list[Generated]:
-        """Ticks until they are done."""
+        """Ticks until all are done; returns their results."""
         for _ in range(100_000):
             if all(future.done() for future in futures):
                 return [future.result(0) for future in futures]
@@ -81,7 +86,7 @@ class Driver:
         raise AssertionError("the engine never gets there")
 
     def check(self) -> None:
-        """Statistics that must add up at every moment."""
+        """Checks what must hold of the statistics at every moment."""
         stats = self.engine.stats()
         sizes = stats["sizes"].values()
         unfinished = sum(not future.done() for future in set(self.owners.values()))
@@ -97,7 +102,7 @@ class Driver:
         json.dumps(stats)
 
     def until(self, moment: float) -> None:
-        """Ticks until the clock shows it."""
+        """Ticks until the clock shows the moment."""
         while self.clock() < moment:
             if not self.tick():
                 self.clock.reach(moment)

@@ -1,5 +1,5 @@
-"""Random schedules: whatever clients, the device and the clock do and in whatever order, every picture is right, every
-request ends exactly once, and an engine with nothing left to do is empty.
+"""Random schedules: clients, the device and the clock act in any order, and three things always hold. Every image is
+right, every request ends exactly once, and an engine with nothing left to do is empty.
 
 The default run is the same each time. For a long one, of other schedules each time:
 `SCHEDULES=5000 pytest tests/engine/test_engine_schedules.py`; what fails is printed as the calls that lead to it.
@@ -36,17 +36,17 @@ def knee(size: Size, rows: int) -> float:
 
 
 def fast(size: Size, rows: int) -> float:
-    """So that many steps fit into a dispatch."""
+    """Many steps fit into a dispatch."""
     return 0.001 * rows**0.8
 
 
 @dataclass(eq=False)
-class Asked:
-    """What was submitted and what became of it so far."""
+class Client:
+    """A client with one request, and what it has seen of it so far."""
 
     generation: Generation
     since: float
-    due: list[int]  # steps after which a preview is
+    due: list[int]  # steps after which a preview is due
     future: "Future[Generated]" = field(default_factory=Future)
     cancelled: bool = False
     ended: int = 0
@@ -94,11 +94,12 @@ WISHES = st.fixed_dictionaries(
 class Schedules(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[Asked] = []
-        self.owners: dict[int, Asked] = {}  # by seed
+        self.clients: list[Client] = []
+        self.owners: dict[int, Client] = {}  # by seed
         self.taken: dict[int, int] = {}  # steps, by seed
         self.seeds = itertools.count(0, 1000)
         self.refused = {"queue_full": 0, "deadline": 0}
+        self.failed_encodes = 0  # before the latest dispatch
         self.stopped = False
 
     @initialize(
@@ -116,7 +117,7 @@ class Schedules(RuleBasedStateMachine):
         images_at_once: int | None,
         num_slots: int,
         decode_buckets: tuple[int, ...],
-        decode_s: tuple[float, float],  # for each image, and in any case
+        decode_s: tuple[float, float],  # for each image, and for each decode
         prompt_cache: int,
         max_waiting: int,
     ) -> None:
@@ -139,17 +140,19 @@ class Schedules(RuleBasedStateMachine):
     @rule(wishes=st.lists(WISHES, min_size=1, max_size=4))
     def submit(self, wishes: list[dict[str, Any]]) -> None:
         for wish in wishes:
-            self.submit_one(**wish)
+            self.submit_wish(**wish)
 
-    def submit_one(self, n: int, previews: int, timeout_s: float, **wish: Any) -> None:
+    def submit_wish(self, n: int, previews: int, timeout_s: float, **wish: Any) -> None:
         generation = request(n=n, seed=next(self.seeds), **wish)
         previews = previews if n == 1 else 0
-        asked = Asked(generation, self.clock(), [])
-        asked.due = sorted({round(asked.steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, asked.steps})
+        client = Client(generation, self.clock(), [])
+        client.due = sorted(
+            {round(client.steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, client.steps}
+        )
         full = self.engine.stats()["waiting"] >= self.max_waiting
         try:
-            asked.future = self.driver.submit(
-                generation, timeout_s=timeout_s, previews=previews, on_preview=asked.show if previews else None
+            client.future = self.driver.submit(
+                generation, timeout_s=timeout_s, previews=previews, on_preview=client.show if previews else None
             )
         except EngineStopped:
             assert self.stopped
@@ -161,20 +164,20 @@ class Schedules(RuleBasedStateMachine):
             self.refused["deadline"] += 1
         else:
             assert not full and not self.stopped
-            asked.future.add_done_callback(asked.end)
-            self.asked.append(asked)
-            self.owners.update(dict.fromkeys(asked.seeds, asked))
+            client.future.add_done_callback(client.end)
+            self.clients.append(client)
+            self.owners.update(dict.fromkeys(client.seeds, client))
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.clients)
     @rule(which=st.integers(0, 10))
     def cancel(self, which: int) -> None:
-        """One of the unfinished, or the last of all."""
-        unfinished = [asked for asked in self.asked if not asked.future.done()]
-        asked = unfinished[which % len(unfinished)] if unfinished else self.asked[-1]
-        done = asked.future.done()
-        cancelled = asked.future.cancel()
-        assert cancelled or asked.future.done()
-        asked.cancelled |= cancelled and not done
+        """Cancels an unfinished request, or the last one if all are finished."""
+        unfinished = [client for client in self.clients if not client.future.done()]
+        client = unfinished[which % len(unfinished)] if unfinished else self.clients[-1]
+        done = client.future.done()
+        cancelled = client.future.cancel()
+        assert cancelled or client.future.done()
+        client.cancelled |= cancelled and not done
 
     # What the device and the clock do
 
@@ -183,7 +186,7 @@ class Schedules(RuleBasedStateMachine):
         self.clock.reach(self.clock() + seconds)
         self.fake.pace = pace
 
-    @precondition(lambda self: len(self.asked) > 2 and len(self.fake.faults) < 4)
+    @precondition(lambda self: len(self.clients) > 2 and len(self.fake.faults) < 4)
     @rule(
         verb=st.sampled_from(["encode", "insert", "step", "decode", "preview"]),
         after=st.integers(0, 3),
@@ -205,15 +208,15 @@ class Schedules(RuleBasedStateMachine):
         for _ in range(times):
             try:
                 self.engine.tick()
-            except RuntimeError:  # what ends the thread, which then closes the engine
+            except RuntimeError:  # it would end the thread, which then closes the engine
                 assert self.may_give_up()
                 self.engine.close()
                 self.stopped = True
                 return
             inserted = {seed for call in self.fake.of("insert") for seed in call.seeds}
             decoded = {seed for call in self.fake.of("decode") for seed in call.seeds}
-            seated = [seed for seed in inserted - decoded if not self.owners[seed].future.done()]
-            assert self.engine.stats()["active_slots"] == len(seated)
+            in_slots = [seed for seed in inserted - decoded if not self.owners[seed].future.done()]
+            assert self.engine.stats()["active_slots"] == len(in_slots)
 
     @precondition(lambda self: self.driver.fetcher.pending)
     @rule(all_of_them=st.booleans())
@@ -224,18 +227,18 @@ class Schedules(RuleBasedStateMachine):
             if not all_of_them:
                 break
 
-    @precondition(lambda self: not self.stopped and len(self.asked) > 8)
-    @rule(now=st.sampled_from([False] * 5 + [True]))  # or most runs would be over soon
+    @precondition(lambda self: not self.stopped and len(self.clients) > 8)
+    @rule(now=st.sampled_from([False] * 5 + [True]))  # rarely, as it ends most runs soon
     def drain(self, now: bool) -> None:
         if not now:
             return
-        begun = {asked for asked in self.asked if any(seed in self.taken for seed in asked.seeds)}
+        begun = {client for client in self.clients if any(seed in self.taken for seed in client.seeds)}
         inserted = {self.owners[seed] for call in self.fake.of("insert") for seed in call.seeds}
-        waiting = [asked for asked in self.asked if not asked.future.done() and asked not in begun | inserted]
+        waiting = [client for client in self.clients if not client.future.done() and client not in begun | inserted]
         draining = threading.Thread(target=self.engine.drain, args=(1e9,))
         draining.start()
-        for asked in waiting:
-            assert isinstance(asked.future.exception(WAIT_S), EngineStopped)
+        for client in waiting:
+            assert isinstance(client.future.exception(WAIT_S), EngineStopped)
         self.stopped = True
         while draining.is_alive():
             try:
@@ -247,40 +250,43 @@ class Schedules(RuleBasedStateMachine):
                 draining.join(WAIT_S)
                 assert not draining.is_alive()
         draining.join(WAIT_S)
-        for asked in inserted:
-            if not asked.cancelled and asked.future.exception(0) and not self.spoilt(asked):
+        for client in inserted:
+            if not client.cancelled and client.future.exception(0) and not self.spoilt(client):
                 assert self.may_give_up()
 
     # What must hold
 
     def may_give_up(self) -> bool:
-        """What was encoded badly spoils a dispatch of each size."""
+        """A failed encoding spoils a dispatch of each size."""
         spoilt = [len(self.fake.sizes) if fault.verb == "encode" else 1 for fault in self.fake.faults]
         return sum(spoilt) >= MOST_FAILURES
 
     def check_step(self, call: Call) -> None:
-        """Before each dispatch: who shares it, and how many steps of it."""
+        """Before each dispatch: checks which images share it, and its number of steps."""
         assert call.size is not None
         stats = self.engine.stats()["sizes"][f"{call.size[0]}x{call.size[1]}"]
         step_s = {int(rows): seconds for rows, seconds in stats["step_s"].items()}
         row_s = min(seconds / rows for rows, seconds in step_s.items())
 
-        def rank(asked: Asked) -> float:
-            left = sum(asked.steps - self.taken.get(seed, 0) for seed in asked.seeds)
-            return left * asked.rows * row_s + AGEING * asked.since
+        def rank(client: Client) -> float:
+            left = sum(client.steps - self.taken.get(seed, 0) for seed in client.seeds)
+            return left * client.rows * row_s + AGEING * client.since
 
         chosen = {self.owners[seed] for seed in call.seeds}
-        assert not any(asked.future.done() for asked in chosen), "a step of what was cancelled"
+        assert not any(client.future.done() for client in chosen), "a step of a cancelled request"
         inserted = {seed for other in self.fake.of("insert") for seed in other.seeds}
-        seated = stats["active"] < self.fake.num_slots
-        last = max(rank(asked) for asked in chosen)
-        for asked in self.asked:
-            if asked.size == call.size and not asked.future.done() and rank(asked) < last - 1e-9:
-                before = sum(self.owners[seed].rows for seed in call.seeds if rank(self.owners[seed]) <= rank(asked))
-                for seed in asked.seeds:
-                    left_out = seed not in call.seeds and self.taken.get(seed, 0) < asked.steps
-                    fits = before + asked.rows <= call.bucket and (seated or seed in inserted)
-                    assert not (left_out and fits), "a step past those whose turn it is"
+        in_slots = stats["active"] < self.fake.num_slots
+        last = max(rank(client) for client in chosen)
+        # A batch is not chosen anew when prompts of it could not be encoded, so some rows or slots may stay free.
+        failed_encodes = sum(bool(fault.texts) for fault in self.fake.faults)
+        as_chosen, self.failed_encodes = failed_encodes == self.failed_encodes, failed_encodes
+        for client in self.clients if as_chosen else []:
+            if client.size == call.size and not client.future.done() and rank(client) < last - 1e-9:
+                before = sum(self.owners[seed].rows for seed in call.seeds if rank(self.owners[seed]) <= rank(client))
+                for seed in client.seeds:
+                    left_out = seed not in call.seeds and self.taken.get(seed, 0) < client.steps
+                    fits = before + client.rows <= call.bucket and (in_slots or seed in inserted)
+                    assert not (left_out and fits), "a step that leaves out an image of a lower rank"
 
         assert call.count == 1 or call.count * step_s[call.bucket] <= CLOSED_DISPATCH_S + 1e-9
         stops = []
@@ -291,21 +297,21 @@ class Schedules(RuleBasedStateMachine):
             assert not any(taken < mark < after for mark in marks), "steps past an end or a preview"
             stops += [mark == after for mark in marks]
             self.taken[seed] = after
-        if not any(stops):  # else as many as fit
+        if not any(stops):  # then as many steps as fit
             assert (call.count + 1) * step_s[call.bucket] > DISPATCH_S
 
-    def spoilt(self, asked: Asked) -> set[Fault]:
-        texts = {asked.generation.prompt, asked.generation.negative_prompt}
-        return {fault for fault in self.fake.faults if fault.touched & {*asked.seeds} or fault.texts & texts}
+    def spoilt(self, client: Client) -> set[Fault]:
+        texts = {client.generation.prompt, client.generation.negative_prompt}
+        return {fault for fault in self.fake.faults if fault.touched & {*client.seeds} or fault.texts & texts}
 
-    def check_previews(self, asked: Asked) -> None:
-        indices = [index for index, _ in asked.shown]
-        shown = [shown - asked.generation.seed for _, shown in asked.shown]
+    def check_previews(self, client: Client) -> None:
+        indices = [index for index, _ in client.shown]
+        shown = [shown - client.generation.seed for _, shown in client.shown]
         assert indices == sorted(set(indices)) and shown == sorted(shown)
-        assert all(asked.due[index] == taken for index, taken in zip(indices, shown, strict=True))
+        assert all(client.due[index] == taken for index, taken in zip(indices, shown, strict=True))
         if not any(fault.verb == "preview" for fault in self.fake.faults):
             assert indices == list(range(len(indices)))
-            assert asked.future.cancelled() or asked.future.exception(0) or len(indices) == len(asked.due)
+            assert client.future.cancelled() or client.future.exception(0) or len(indices) == len(client.due)
 
     @invariant()
     def nothing_is_broken(self) -> None:
@@ -316,24 +322,24 @@ class Schedules(RuleBasedStateMachine):
         stats = self.engine.stats()
         outcomes = stats["requests"]
         assert {key: outcomes[key] for key in self.refused} == self.refused
-        for asked in self.asked:
-            future = asked.future
-            assert asked.ended == future.done()
-            assert asked.cancelled == future.cancelled()
-            if not future.done() or asked.cancelled:
+        for client in self.clients:
+            future = client.future
+            assert client.ended == future.done()
+            assert client.cancelled == future.cancelled()
+            if not future.done() or client.cancelled:
                 continue
             error = future.exception(0)
             if isinstance(error, EngineStopped):
                 assert self.stopped
             elif error is not None:
-                assert error in self.spoilt(asked), error
+                assert error in self.spoilt(client), error
             else:
                 generated = future.result(0)
-                assert numbers(generated) == [seed + asked.steps for seed in asked.seeds]
-                assert generated.seeds == tuple(asked.seeds)
-                assert not any(fault.touched & {*asked.seeds} for fault in self.fake.faults if fault.verb != "preview")
+                assert numbers(generated) == [seed + client.steps for seed in client.seeds]
+                assert generated.seeds == tuple(client.seeds)
+                assert not any(fault.touched & {*client.seeds} for fault in self.fake.faults if fault.verb != "preview")
                 assert min(generated.queue_s, generated.denoise_s, generated.decode_s, generated.device_s) >= 0
-                self.check_previews(asked)
+                self.check_previews(client)
 
     def teardown(self) -> None:
         if not hasattr(self, "driver"):
@@ -347,7 +353,7 @@ class Schedules(RuleBasedStateMachine):
                 self.engine.close()
                 self.stopped = True
         self.nothing_is_broken()
-        assert all(asked.future.done() for asked in self.asked)
+        assert all(client.future.done() for client in self.clients)
         stats = self.engine.stats()
         assert (stats["unfinished"], stats["waiting"]) == (0, 0)
         if not self.stopped:

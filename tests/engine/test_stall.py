@@ -1,4 +1,4 @@
-"""A device that hangs, in every verb and for both threads; and what is slow, and no stall."""
+"""A device that hangs is noticed, in every verb and for both threads; a device that is only slow is no stall."""
 
 import logging
 import threading
@@ -8,10 +8,9 @@ import pytest
 
 from app.engine.engine import Engine
 from app.engine.errors import EngineStalled
-from app.engine.stall import LOOK_S, STALL_TIMES, StallWatch
+from app.engine.stall import CHECK_INTERVAL_S, STALL_TIMES, StallWatch
 from app.engine.virtual import VirtualClock
-from tests.engine.driver import Driver
-from tests.engine.test_engine import wide
+from tests.engine.driver import Driver, wide
 from tests.fake_pipeline import START, VERBS, WAIT_S, FakePipeline, flat, numbers, request
 
 # The watch
@@ -22,23 +21,23 @@ def watched(stall_s: float = 60.0) -> tuple[StallWatch, VirtualClock, list[str]]
     return StallWatch(stall_s, reports.append, clock), clock, reports
 
 
-def look_until(watch: StallWatch, clock: VirtualClock, moment: float) -> None:
+def check_until(watch: StallWatch, clock: VirtualClock, moment: float) -> None:
     while clock() < moment and not watch.stalled:
-        clock.reach(clock() + LOOK_S)
-        watch.look()
+        clock.reach(clock() + CHECK_INTERVAL_S)
+        watch.check()
 
 
-@pytest.mark.parametrize("expected_s", [0.0, 5.9, 30.0])
-def test_a_call_is_a_stall_after_the_floor_and_after_many_times_its_expected_duration(expected_s: float) -> None:
+@pytest.mark.parametrize("predicted_s", [0.0, 5.9, 30.0])
+def test_a_call_is_a_stall_after_the_floor_and_after_many_times_its_predicted_duration(predicted_s: float) -> None:
     watch, clock, reports = watched()
-    limit_s = max(60.0, STALL_TIMES * expected_s)
-    with watch.call("step", expected_s):
-        look_until(watch, clock, 1000 + limit_s - LOOK_S)
+    limit_s = max(60.0, STALL_TIMES * predicted_s)
+    with watch.call("step", predicted_s):
+        check_until(watch, clock, 1000 + limit_s - CHECK_INTERVAL_S)
         assert not reports and not watch.stalled
-        look_until(watch, clock, 2000)
+        check_until(watch, clock, 2000)
         assert clock() == pytest.approx(1000 + limit_s)
-        watch.look()
-    assert reports == [watch.stalled], "once"
+        watch.check()
+    assert reports == [watch.stalled], "reported once"
     assert f"step has not returned for {limit_s:.1f} s, and its limit is {limit_s:.1f} s" in watch.stalled
 
 
@@ -48,10 +47,10 @@ def test_calls_that_return_are_forgotten_and_calls_beside_them_are_not() -> None
         for _ in range(59):
             with watch.call("step", 0.0):
                 clock.reach(clock() + 1)
-                watch.look()
+                watch.check()
         assert not reports
         clock.reach(clock() + 1)
-        watch.look()
+        watch.check()
     assert len(reports) == 1 and "read has not returned" in reports[0]
 
 
@@ -59,30 +58,30 @@ def test_time_for_which_the_process_was_frozen_is_no_stall() -> None:
     watch, clock, reports = watched()
     with watch.call("wait", 0.0):
         clock.reach(clock() + 3600)
-        watch.look()
+        watch.check()
         assert not reports
-        look_until(watch, clock, clock() + 120)
+        check_until(watch, clock, clock() + 120)
     assert len(reports) == 1
 
 
 # The engine, on a virtual clock
 
 
-class LookedAt(VirtualClock):
-    """Moves on from look to look, as a real one does under the watch's thread."""
+class WatchedClock(VirtualClock):
+    """Moves on by the interval of checks, and has the watch check each time, as its thread does in real time."""
 
     watch: StallWatch | None = None
 
     def reach(self, moment: float) -> None:
         while self.now < moment:
-            super().reach(min(moment, self.now + LOOK_S))
+            super().reach(min(moment, self.now + CHECK_INTERVAL_S))
             if self.watch:
-                self.watch.look()
+                self.watch.check()
 
 
 @pytest.mark.parametrize(("pace", "stalls"), [(1.0, False), (5.0, False), (100.0, True)])
 def test_a_long_queue_and_a_slow_device_are_no_stall_and_a_hundred_times_slower_is(pace: float, stalls: bool) -> None:
-    clock = LookedAt(START)
+    clock = WatchedClock(START)
     fake = FakePipeline(step_time=lambda size, rows: 20.0, decode_time=lambda size, images: 30.0, clock=clock)
     driver = Driver(fake, stall_s=60.0)
     clock.watch = driver.engine._watch
@@ -104,7 +103,7 @@ def test_a_long_queue_and_a_slow_device_are_no_stall_and_a_hundred_times_slower_
 @pytest.fixture
 def fake() -> Iterator[FakePipeline]:
     pipeline = wide(flat)
-    pipeline.abandoned = lambda seed: True  # after a stall the engine's thread still ends its turn
+    pipeline.abandoned = lambda seed: True  # after a stall the engine's thread still ends its tick
     yield pipeline
     pipeline.open()
     assert not pipeline.broken
@@ -130,7 +129,7 @@ def test_a_device_that_hangs_fails_all_who_wait_and_the_health_check(
     ]
     errors = [future.exception(WAIT_S) for future in futures]
     assert {type(error) for error in errors} == {EngineStalled}
-    seen_in = "wait|read" if verb == "wait" else verb  # whoever fetches waits for the last step too
+    seen_in = "wait|read" if verb == "wait" else verb  # the fetching thread waits for the last step too
     with pytest.raises(EngineStalled, match=f"^The device does not answer: ({seen_in}) has not returned for"):
         engine.submit(request())
     assert not engine.healthy and engine.stats()["unfinished"] == 0

@@ -1,4 +1,4 @@
-"""One thread that does what it is given."""
+"""The executor of one daemon thread."""
 
 import logging
 import subprocess
@@ -14,7 +14,7 @@ WAIT_S = 20.0
 
 
 def test_jobs_run_in_order_in_one_daemon_thread() -> None:
-    worker, seen = Worker("one"), list[tuple[int, str, bool]]()
+    worker, seen = Worker("first"), list[tuple[int, str, bool]]()
 
     def job(number: int) -> int:
         thread = threading.current_thread()
@@ -23,7 +23,7 @@ def test_jobs_run_in_order_in_one_daemon_thread() -> None:
 
     futures = [worker.submit(job, number) for number in range(5)]
     assert [future.result(WAIT_S) for future in futures] == [0, 2, 4, 6, 8]
-    assert seen == [(number, "one", True) for number in range(5)]
+    assert seen == [(number, "first", True) for number in range(5)]
     worker.shutdown()
 
 
@@ -31,7 +31,7 @@ def test_jobs_run_in_order_in_one_daemon_thread() -> None:
 def test_what_a_job_raises_is_logged_and_the_next_one_runs(
     kind: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = Worker("one")
+    worker = Worker("first")
 
     def fail() -> None:
         raise kind("no")
@@ -46,7 +46,7 @@ def test_what_a_job_raises_is_logged_and_the_next_one_runs(
 
 
 def test_after_its_end_it_takes_nothing_and_what_it_had_is_done_or_cancelled() -> None:
-    worker, gate, begun = Worker("one"), threading.Event(), threading.Event()
+    worker, gate, begun = Worker("first"), threading.Event(), threading.Event()
 
     def job() -> bool:
         begun.set()
@@ -55,11 +55,11 @@ def test_after_its_end_it_takes_nothing_and_what_it_had_is_done_or_cancelled() -
     running, waiting = worker.submit(job), worker.submit(int, "7")
     assert begun.wait(WAIT_S)
     worker.shutdown(wait=False)
-    with pytest.raises(RuntimeError, match="the thread one has been shut down"):
+    with pytest.raises(RuntimeError, match="the thread first has been shut down"):
         worker.submit(int, "8")
     gate.set()
     assert running.result(WAIT_S) and waiting.result(WAIT_S) == 7
-    cancelled = Worker("two")
+    cancelled = Worker("second")
     gate.clear()
     begun.clear()
     running, waiting = cancelled.submit(job), cancelled.submit(int, "7")
