@@ -389,6 +389,20 @@ def test_an_error_has_openais_shape_and_survives_pickling() -> None:
     assert ApiError(503, "Later.", None, "queue_full", 2.5).body()["error"]["type"] == "server_error"
 
 
+def test_an_invalid_field_names_the_field_its_code_and_its_status_and_survives_pickling() -> None:
+    for fields, field, code, status in (
+        ({"prompt": "a", "seed": -1}, "seed", "invalid_value", 400),
+        ({"prompt": "a", "model": "other"}, "model", "model_not_found", 404),
+        ({"prompt": "a", "colour": 1}, "colour", "unknown_parameter", 400),
+        ({"seed": 1}, "prompt", "missing_required_parameter", 400),
+    ):
+        with pytest.raises(InvalidField) as caught:
+            body(**fields)
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert (again.field, again.code, str(again)) == (field, code, str(caught.value))
+        assert (api_error(again).param, api_error(again).status) == (field, status)
+
+
 def test_the_message_to_a_replica_is_small() -> None:
     request = body(prompt="x" * 20, seed=1)
     assert pickle.loads(pickle.dumps(request)) == request
