@@ -35,11 +35,11 @@ from rich.table import Table
 from benchmarks.report import machine, write
 from cluster import ROOT
 from cluster.cli import Parser, run_command
+from loadtest.percentiles import PERCENTILES
 
 RATE_BAR = 1000.0  # requests a second
 SHARE_BAR, FLOOR_BAR_S = 0.02, 0.001
 RATES = (500, 1000, 1250, 1500, 1750, 2000, 2500, 3000)
-PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 MEDIAN_S, SIGMA = 0.2, 0.4  # of the log-normal delays, which are about those of the demo model
 TAIL_S, TAIL = 1.0, 0.03  # seconds added to this share of the delays
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -125,7 +125,7 @@ def server(kind: str) -> Iterator[str]:
             process.stdin.close()
 
 
-def loadtest(url: str, process: str, rate: float, duration_s: float) -> dict[str, Any]:
+def run_loadtest(url: str, process: str, rate: float, duration_s: float) -> dict[str, Any]:
     """The summary of a run of `python -m loadtest`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -159,7 +159,7 @@ def highest_rate(duration_s: float, table: Table) -> tuple[float, list[dict[str,
     with server("at-once") as url:
         beside = wrk(url, 16, duration_s)
         for rate in RATES:
-            summary = loadtest(url, "constant", rate, duration_s)
+            summary = run_loadtest(url, "constant", rate, duration_s)
             good = not summary["invalid"] and not summary["failed"] and summary["completed_per_s"] > 0.99 * rate
             lag, latency = summary["send_lag"], summary["latency"]
             table.add_row(
@@ -180,7 +180,7 @@ def highest_rate(duration_s: float, table: Table) -> tuple[float, list[dict[str,
 def errors(rate: float, duration_s: float, table: Table) -> list[dict[str, Any]]:
     compared: list[dict[str, Any]] = []
     with server("delayed") as url:
-        summary = loadtest(url, "poisson", rate, duration_s)
+        summary = run_loadtest(url, "poisson", rate, duration_s)
         if summary["invalid"]:  # for example because this machine is busy with other work
             table.caption = f"The run with these percentiles is invalid: {'; '.join(summary['invalid'])}."
         with urlopen(f"{url}/delays") as answer:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from loadtest.summary import PERCENTILES, Summary, seconds
+from loadtest.percentiles import PERCENTILES
+from loadtest.summary import Summary, seconds
 
 Row = tuple[str, float | None, float | None, bool]  # name, value of A, value of B, whether the values are seconds
 

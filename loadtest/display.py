@@ -12,8 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from loadtest.percentiles import add, histogram_of
 from loadtest.run import Clock, Progress
-from loadtest.summary import add, counted, histogram_of, seconds
+from loadtest.summary import counted, seconds
 
 LINE_S = 5.0  # between lines in a log file
 RECENT_S = 5.0  # over which rates are averaged

@@ -13,10 +13,11 @@ import yaml
 from plotly.offline import get_plotlyjs
 
 from loadtest import charts
+from loadtest.percentiles import PERCENTILES
 from loadtest.records import MEANING, Run
 from loadtest.scaling import PHASES
 from loadtest.scenario import Scenario
-from loadtest.summary import PERCENTILES, Summary, counted, seconds, summarize
+from loadtest.summary import Summary, counted, seconds, summarize
 from loadtest.sweep import Level
 from loadtest.timeline_chart import over_time
 

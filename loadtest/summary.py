@@ -1,27 +1,24 @@
 """Summarizes a run: counts, rates, percentiles, goodput, cost, and whether the measurement itself is valid.
 
-Percentiles come from HDR histograms of microseconds with three significant digits. The summary contains the histograms,
-so that several runs can be added up. Latency counts from the time at which a request was intended to be sent, so a slow
-server that holds up the client cannot shorten the measured latencies.
+Latency counts from the time at which a request was intended to be sent. So a slow server that holds up the client
+cannot shorten the measured latencies.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
+from loadtest.percentiles import distribution, histogram_of, supported
 from loadtest.records import OUTCOMES, Record, Run
 from loadtest.scaling import backdated, chip_seconds, scale_ups
 from loadtest.scenario import Scenario
 
-PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
-HIGHEST_US = 24 * 3600 * 1_000_000
-DIGITS = 3
 MOST_ERRORS = 20  # kinds in the report
 LAG_SHARE, LAG_FLOOR_S = 0.01, 0.001  # p99 of the send lag may be this share of the median latency, or this
 Summary = dict[str, Any]
@@ -105,50 +102,6 @@ def intended_span(records: Sequence[Record]) -> float:
     if len(records) < 2:
         return 0.0
     return (records[-1].intended - records[0].intended) * len(records) / (len(records) - 1)
-
-
-def histogram_of(seconds: Iterable[float]) -> HdrHistogram:
-    histogram = HdrHistogram(1, HIGHEST_US, DIGITS)
-    for value in seconds:
-        add(histogram, value)
-    return histogram
-
-
-def add(histogram: HdrHistogram, seconds: float) -> None:
-    histogram.record_value(min(HIGHEST_US, max(1, round(seconds * 1e6))))
-
-
-def distribution(histogram: HdrHistogram) -> Summary | None:
-    """Mean, extremes and percentiles in seconds. A percentile beyond which there is no request is None."""
-    if not histogram.total_count:
-        return None
-    count = histogram.total_count
-    return {
-        "count": count,
-        "mean": histogram.get_mean_value() / 1e6,
-        "min": histogram.get_min_value() / 1e6,
-        "max": histogram.get_max_value() / 1e6,
-        **{f"p{p:g}": histogram.get_value_at_percentile(p) / 1e6 if supported(count, p) else None for p in PERCENTILES},
-        "between": {f"p{p:g}": between_95(histogram, p) for p in PERCENTILES if supported(count, p)},
-        "hdr": histogram.encode().decode(),
-    }
-
-
-def between_95(histogram: HdrHistogram, percentile: float) -> tuple[float, float]:
-    """The 95 % confidence interval of a percentile, from the binomial distribution of its rank.
-
-    It assumes independent requests, which requests in a common queue are only approximately.
-    """
-    count, share = histogram.total_count, percentile / 100
-    reach = 1.96 * math.sqrt(count * share * (1 - share))
-    ranks = max(1.0, count * share - reach), min(float(count), count * share + reach + 1)
-    low, high = (histogram.get_value_at_percentile(100 * rank / count) / 1e6 for rank in ranks)
-    return low, high
-
-
-def supported(count: int, percentile: float) -> bool:
-    """Whether at least one request is beyond the percentile."""
-    return count * (100 - percentile) >= 100 - 1e-6
 
 
 def invalid(lag: HdrHistogram, latency: HdrHistogram, overloaded: int) -> list[str]:
@@ -251,15 +204,6 @@ def cost(run: Run, scenario: Scenario, pictures: int, began: float, ended: float
     price = scenario.price.chip_hour_usd
     dollars = used / 3600 * price / pictures * 1000 if price and pictures else None
     return {"chips_per_replica": chips, "images_per_chip_s": pictures / used, "usd_per_1000_images": dollars}
-
-
-def merged(summaries: Sequence[Summary]) -> Summary | None:
-    """The latency distribution of several runs together."""
-    whole = histogram_of([])
-    for summary in summaries:
-        if summary["latency"]:
-            whole.decode_and_add(summary["latency"]["hdr"].encode())
-    return distribution(whole)
 
 
 def seconds(value: float | None) -> str:
