@@ -189,7 +189,7 @@ def wrong_slice(node_config: Mapping[str, Any]) -> str:
         return f"must be a TPU that Ray knows, {', '.join(tpu.VALID_TPU_TYPES)} and a size, got {value}.{meant}"
     if tpus.chips not in sizes:
         names = [f"{tpus.generation}-{chips * tpu.get_tpu_cores_per_chip(tpus.name)}" for chips in sorted(sizes)]
-        return f"must be a size that there is, {', '.join(names[:4])} and so on, got {tpus.name}."
+        return f"must be a size that exists, {', '.join(names[:4])} and so on, got {tpus.name}."
     return ""
 
 

@@ -116,7 +116,7 @@ def read(path: Path) -> tuple[Document | None, list[Finding]]:
         text = f"it is not YAML: {problem or ' '.join(str(error).split())}."
         return None, [Finding(str(path), mark.line + 1 if mark else 1, text, error=True)]
     return document, [
-        Finding(str(path), line, f"{name} stands twice in one mapping, and only the last counts.", error=True)
+        Finding(str(path), line, f"{name} appears twice in one mapping, and only the last one counts.", error=True)
         for name, line in duplicate_keys(root)
     ]
 

@@ -97,7 +97,7 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
     (
         rename(("setup_commands",), "metadata: {}\nhead_setup_commands"),
         ("setup_commands",),
-        "error: {} is left out, so Ray takes its own, for an old Ray and an open dashboard.",
+        "error: {} is left out, so Ray's default installs an old Ray and opens the dashboard.",
     ),
     (
         replace("--autoscaling-config=$HOME/ray_bootstrap_config.yaml", ""),
@@ -107,7 +107,7 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
     (
         replace("ray start --address", "ray begin --address"),
         ("worker_start_ray_commands",),
-        "error: {} must hold a `ray start`.",
+        "error: {} must contain a `ray start`.",
     ),
     (
         replace("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"),
@@ -122,8 +122,8 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
     (
         replace("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=app.api.proxy:guards", ""),
         ("head_start_ray_commands",),
-        "advice: {} lack RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=app.api.proxy:guards: nothing then bounds what "
-        "strangers send to Serve's proxy.",
+        "advice: {} lack RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=app.api.proxy:guards: nothing then limits what "
+        "clients send to Serve's proxy.",
     ),
     (
         replace("app.api.proxy:guards", "app.proxies:guards"),
@@ -145,7 +145,7 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
     (
         both(drop(("file_mounts", "~/.ray/auth_token")), lambda text: text.replace("~/.ray/auth_token", "~/.ray/x")),
         ("file_mounts",),
-        "error: {} ask for a token that no node gets: mount ~/.ray/auth_token.",
+        "error: {} require a token that no node gets: mount ~/.ray/auth_token.",
     ),
     (
         rename((*NODE, "acceleratorType"), "accelerator_type"),
@@ -166,7 +166,7 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
     (
         put((*NODE, "acceleratorType"), "v5litepod-3"),
         (*NODE, "acceleratorType"),
-        "error: {} must be a size that there is, v5litepod-1, v5litepod-4, v5litepod-8, v5litepod-16 and so on, "
+        "error: {} must be a size that exists, v5litepod-1, v5litepod-4, v5litepod-8, v5litepod-16 and so on, "
         "got v5litepod-3.",
     ),
     (
@@ -198,12 +198,12 @@ CLUSTERS: list[tuple[Edit, Key, str]] = [
     (
         replace("TPU: 4}", "TPU: 4, TPU-v6e-4-head: 1}"),
         (*TPU, "resources", "TPU-v6e-4-head"),
-        "error: {} is not what a v5litepod-4 has.",
+        "error: {} is no resource of a v5litepod-4.",
     ),
     (
         put((*NODE, "acceleratorType"), "v5litepod-16"),
         NODE,
-        "advice: {} is 4 hosts, of which the autoscaler sees one: set min_workers and max_workers alike.",
+        "advice: {} is 4 hosts, of which the autoscaler sees one: set min_workers and max_workers to one value.",
     ),
     (
         both(

@@ -69,8 +69,8 @@ TOGETHER: list[tuple[Edit, Edit, Key, str]] = [
         both(),
         both(put((*NODE, "acceleratorType"), "v5litepod-8"), put((*TPU, "resources", "TPU"), 8)),
         (*ACTOR, "resources"),
-        "advice: {} ask for 4 of the 8 chips of a v5litepod-8 in cluster.yaml; Ray 2.60 does not tell libtpu how they "
-        "lie.",
+        "advice: {} ask for 4 of the 8 chips of a v5litepod-8 in cluster.yaml; Ray 2.60 does not tell libtpu which "
+        "are neighbours.",
     ),
 ]
 

@@ -80,7 +80,7 @@ ADDED = [
     ),
     (
         before((*APP, "import_path"), "route_prefix: /v2"),
-        "error: route_prefix stands twice in one mapping, and only the last counts.",
+        "error: route_prefix appears twice in one mapping, and only the last one counts.",
     ),
     (
         before((*ACTOR, "num_cpus"), "runtime_env: {working_dir: .}"),
@@ -199,7 +199,7 @@ FIT: list[tuple[Edit, Key, str]] = [
     (
         put((*MODEL, "max_queued_requests"), -1),
         (*MODEL, "max_queued_requests"),
-        "advice: {} is without limit, so while no replica is ready requests pile up until they time out.",
+        "advice: {} is unlimited: while no replica is ready, requests pile up until they time out.",
     ),
     (
         put((*INGRESS, "max_ongoing_requests"), 100),
@@ -215,7 +215,7 @@ FIT: list[tuple[Edit, Key, str]] = [
     (
         put((*SCALING, "target_ongoing_requests"), 2),
         (*SCALING, "target_ongoing_requests"),
-        "advice: {} is 2: replicas are added before one fills its largest bucket, 4.",
+        "advice: {} is 2: replicas are added before one replica fills its largest bucket, 4.",
     ),
     (
         put((*ACTOR, "resources", "TPU"), 3),
@@ -265,7 +265,7 @@ FIT: list[tuple[Edit, Key, str]] = [
     (
         before(("http_options", "host"), "request_timeout_s: 60"),
         ("http_options", "request_timeout_s"),
-        "error: {} must be above limits.timeout_s, 120, or Serve's 408 comes before our answer, got 60.",
+        "error: {} must be above limits.timeout_s, 120, or Serve answers 408 before the API, got 60.",
     ),
     (
         put((*MODEL, "health_check_period_s"), 40),

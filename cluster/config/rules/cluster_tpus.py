@@ -18,7 +18,7 @@ def check_resources(node_type: NodeType, tpus: Slice) -> Iterator[Finding]:
     for name in resources:
         wrong_type = name.startswith("accelerator_type:") and name != f"accelerator_type:{tpus.label}"
         if wrong_type or (re.fullmatch("TPU-.*-head", name) and name != f"TPU-{tpus.name}-head"):
-            yield node_type.error(("resources", name), f"is not what a {tpus.name} has.")
+            yield node_type.error(("resources", name), f"is no resource of a {tpus.name}.")
 
 
 def check_labels(node_type: NodeType, tpus: Slice) -> Iterator[Finding]:
@@ -36,7 +36,7 @@ def check_labels(node_type: NodeType, tpus: Slice) -> Iterator[Finding]:
 
 def check_hosts(node_type: NodeType, tpus: Slice) -> Iterator[Finding]:
     if tpus.hosts > 1 and node_type.at("min_workers") != node_type.at("max_workers"):
-        text = f"is {tpus.hosts} hosts, of which the autoscaler sees one: set min_workers and max_workers alike."
+        text = f"is {tpus.hosts} hosts, of which the autoscaler sees one: set min_workers and max_workers to one value."
         yield node_type.advice(("node_config",), text)
 
 

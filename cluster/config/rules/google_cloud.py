@@ -23,12 +23,12 @@ def check_zone(document: Document) -> Iterator[Finding]:
 def check_commands(document: Document) -> Iterator[Finding]:
     for name in REQUIRED:
         if not document.at((name,)):
-            text = "is left out, so Ray takes its own, for an old Ray and an open dashboard."
+            text = "is left out, so Ray's default installs an old Ray and opens the dashboard."
             yield document.error((name,), text)
     starts = ray_starts(document)
     for name in START_COMMANDS:
         if document.at((name,)) and not any(key[0] == name for key in starts):
-            yield document.error((name,), "must hold a `ray start`.")
+            yield document.error((name,), "must contain a `ray start`.")
     for key, command in starts.items():
         if key[0] == HEAD and "--autoscaling-config" not in command:
             text = "starts a head that adds no node: it needs --autoscaling-config=$HOME/ray_bootstrap_config.yaml."
@@ -47,10 +47,10 @@ def check_security(document: Document) -> Iterator[Finding]:
         lack = "lack RAY_AUTH_MODE=token: whoever reaches a port of the cluster may run code on it."
         yield document.advice((HEAD,), lack)
     elif "auth_token" not in text.lower():
-        yield document.error(("file_mounts",), "ask for a token that no node gets: mount ~/.ray/auth_token.")
+        yield document.error(("file_mounts",), "require a token that no node gets: mount ~/.ray/auth_token.")
     callbacks = set(re.findall(rf"{PROXY_CALLBACK}=([^\s'\"\\]*)", text))
     if not callbacks:
-        lack = f"lack {PROXY_CALLBACK}={PROXY_GUARDS}: nothing then bounds what strangers send to Serve's proxy."
+        lack = f"lack {PROXY_CALLBACK}={PROXY_GUARDS}: nothing then limits what clients send to Serve's proxy."
         yield document.advice((HEAD,), lack)
     for callback in sorted(callbacks - {PROXY_GUARDS}):
         other = f"name {callback} as {PROXY_CALLBACK}, not {PROXY_GUARDS}; a proxy that cannot import it never starts."

@@ -72,5 +72,7 @@ def check_model_has_chips(deployment: Deployment, cluster: ClusterConfig) -> Ite
         yield deployment.advice(("ray_actor_options", "resources"), text)
     for name, chips in hosts.items():
         if deployment.chips == 4 and chips == 8:  # Ray sets which chips are visible, but not their bounds
-            text = f"ask for 4 of the 8 chips of a {name} in {file}; Ray 2.60 does not tell libtpu how they lie."
+            text = (
+                f"ask for 4 of the 8 chips of a {name} in {file}; Ray 2.60 does not tell libtpu which are neighbours."
+            )
             yield deployment.advice(("ray_actor_options", "resources"), text)

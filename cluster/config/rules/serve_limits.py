@@ -97,7 +97,7 @@ def check_queues(app: Application, args: Args) -> Iterator[Finding]:
         )
         yield model.error(("max_ongoing_requests",), text)
     if model.option("max_queued_requests") < 0:
-        text = "is without limit, so while no replica is ready requests pile up until they time out."
+        text = "is unlimited: while no replica is ready, requests pile up until they time out."
         yield model.advice(("max_queued_requests",), text)
     elif ingress := app.deployment(APIIngress):
         most = model.max_replicas * model.option("max_ongoing_requests") + model.option("max_queued_requests")
@@ -123,7 +123,7 @@ def check_target(app: Application, args: Args) -> Iterator[Finding]:
         text = f"must be below {held}, what a replica holds at most, or no load adds a replica, got {target:g}."
         yield model.error(key, text)
     elif target < largest:
-        text = f"is {target:g}: replicas are added before one fills its largest bucket, {largest}."
+        text = f"is {target:g}: replicas are added before one replica fills its largest bucket, {largest}."
         yield model.advice(key, text)
 
 
@@ -147,9 +147,7 @@ def check_timeouts(app: Application, args: Args) -> Iterator[Finding]:
     timeout_s = args.limits.timeout_s
     request_s = app.document.at(("http_options", "request_timeout_s"))
     if app.deployment(StableDiffusion) and request_s is not None and request_s <= timeout_s:
-        text = (
-            f"must be above limits.timeout_s, {timeout_s:g}, or Serve's 408 comes before our answer, got {request_s:g}."
-        )
+        text = f"must be above limits.timeout_s, {timeout_s:g}, or Serve answers 408 before the API, got {request_s:g}."
         yield app.document.error(("http_options", "request_timeout_s"), text)
     for deployment in on_the_way(app):
         drain_s = deployment.option("graceful_shutdown_timeout_s")
