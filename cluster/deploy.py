@@ -41,7 +41,7 @@ def deploy(dashboard: Dashboard, config: "ServeDeploySchema", path: Path, timeou
     before = dashboard.details()
     check_http_options(before, config, path, dashboard.cluster)
     if same := unchanged(before, wanted):
-        say(f"{', '.join(same)} runs this config already. To have it load changed code: {reload(dashboard.cluster)}")
+        say(f"{', '.join(same)} already runs this config. To load changed code: {reload(dashboard.cluster)}")
     if again := stuck(before, wanted):
         say(f"{', '.join(sorted(again))} has failed before and is removed first: Serve does not retry by itself.")
         put(dashboard, {**wanted, "applications": [app for app in wanted["applications"] if name_of(app) not in again]})
@@ -52,7 +52,7 @@ def deploy(dashboard: Dashboard, config: "ServeDeploySchema", path: Path, timeou
     except Failed as failure:
         put_back(dashboard, before, wanted, path, str(failure), timeout_s)
     except KeyboardInterrupt:
-        say(f"Serve goes on deploying {path}; see: {make_command('status', dashboard.cluster)}")
+        say(f"Serve keeps deploying {path}; see: {make_command('status', dashboard.cluster)}")
         raise
     say(f"{', '.join(names_of(wanted))} is ready after {format_duration(took)}: {reach(dashboard)}")
 
@@ -65,15 +65,15 @@ def put_back(
     if previous is None:
         raise UserError(failure)
     names = ", ".join(names_of(previous))
-    say(f"{path} failed. What ran before is put back: {names}.")
+    say(f"{path} failed. Rolling back to what ran before: {names}.")
     sound = [name for name in names_of(previous) if before["applications"][name]["status"] == "RUNNING"]
     try:
         put(dashboard, previous)
         took = wait(dashboard, lambda details: ready(details, sound or names_of(previous)), timeout_s)
     except UserError as second:
-        raise UserError(f"{failure}\n{path} failed, and what ran before could not be put back. {second}") from None
+        raise UserError(f"{failure}\n{path} failed, and the rollback failed too. {second}") from None
     except KeyboardInterrupt:
-        say(f"Serve goes on putting back {names}; see: {make_command('status', dashboard.cluster)}")
+        say(f"Serve keeps rolling back to {names}; see: {make_command('status', dashboard.cluster)}")
         raise
     raise UserError(
         f"{failure}\n{path} is not deployed. {names} serves as before, since {format_duration(took)} after the failure."
@@ -194,7 +194,7 @@ def wait(dashboard: Dashboard, done: Callable[[Details], bool], timeout_s: float
         while not done(details := dashboard.details()):
             if progress.elapsed > timeout_s:
                 see = ", ".join(make_command(verb, dashboard.cluster) for verb in ("status", "logs"))
-                raise UserError(f"Not ready after {format_duration(timeout_s)}. It goes on trying; see: {see}")
+                raise UserError(f"Not ready after {format_duration(timeout_s)}. Serve keeps trying; see: {see}")
             progress.show(dict(rows(dashboard, details, news)))
             time.sleep(POLL_S)
         return progress.elapsed

@@ -90,7 +90,7 @@ def follow(dashboard: Dashboard, job: str) -> int:
 def wait_for_start(dashboard: Dashboard, job: str) -> "JobDetails":
     with Progress() as progress:
         while (info := details(dashboard, job)).status == "PENDING":
-            progress.show({job: ("waiting for its place", (info.message or "").partition("\n")[0])})
+            progress.show({job: ("pending", (info.message or "").partition("\n")[0])})
             time.sleep(POLL_S)
     return info
 
@@ -166,7 +166,7 @@ def details(dashboard: Dashboard, job: str) -> "JobDetails":
         return client(dashboard).get_job_info(job)
     except (RuntimeError, OSError) as error:
         if "status code 404" not in str(error):
-            raise UserError(f"The {dashboard.name} says nothing of {job}. {reason(str(error))}") from None
+            raise UserError(f"The {dashboard.name} gives no details of {job}. {reason(str(error))}") from None
     raise UserError(f"There is no job {job}. See: {make_command('jobs', dashboard.cluster)}")
 
 

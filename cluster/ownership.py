@@ -87,7 +87,7 @@ def read(path: Path) -> str:
     if not stat.S_ISREG(status.st_mode):
         wrong = "is no file. Remove it."
     elif status.st_uid != os.geteuid():
-        wrong = f"belongs to {name_of(status.st_uid)}, and you are {name_of(os.geteuid())}: it is not believed."
+        wrong = f"belongs to {name_of(status.st_uid)}, and you are {name_of(os.geteuid())}: it is not trusted."
     if wrong:
         os.close(descriptor)
         raise UserError(f"{path} {wrong}")

@@ -51,7 +51,7 @@ def draw(api: str, folder: Path) -> None:
     sheet = folder / "contact_sheet.png"
     contact_sheet([Image.open(BytesIO(pictures[prompt])) for prompt in PROMPTS], PROMPTS, columns=4).save(sheet)
     took = format_duration(progress.elapsed)
-    say(f"Drew {len(pictures)} pictures in {took}: {shown(sheet)}, and each by itself beside it")
+    say(f"Generated {len(pictures)} images in {took}: {shown(sheet)}. The single images are beside it")
 
 
 def generate(api: str, prompt: str, seed: int) -> bytes:
@@ -63,7 +63,7 @@ def generate(api: str, prompt: str, seed: int) -> bytes:
             return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
     except HTTPError as error:
         if error.code == 401:
-            raise UserError(f"The API wants a key: put one into the environment, {processes.API_KEY}.") from None
+            raise UserError(f"The API needs a key. Set the environment variable {processes.API_KEY}.") from None
         raise UserError(f"The API answers {error.code} to '{prompt}': {error.read().decode()[:500]}") from None
     except (URLError, TimeoutError, ConnectionError) as error:
         raise UserError(f"The API at {api} does not answer: {error}. See: make status") from None

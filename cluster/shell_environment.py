@@ -57,6 +57,6 @@ def attach(cluster: Cluster) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in strays(ours)} | ours
     environment["PATH"] = f"{path()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     shell = os.environ.get("SHELL", "/bin/sh")
-    words = "A shell for the local Ray: ray status, serve status, curl $IMAGINE_URL/healthz. Leave it with: exit"
+    words = "A shell for the local cluster: ray status, serve status, curl $IMAGINE_URL/healthz. Leave it with: exit"
     print(words, file=sys.stderr, flush=True)
     os.execvpe(shell, [shell], environment)

@@ -57,7 +57,7 @@ def start(cluster: Cluster, types: NodeTypes) -> Cluster:
             refuse_taken(cluster.dashboard_port)  # perhaps another process took it meanwhile
         raise UserError(f"Ray did not start: {', '.join(sorted(cluster.missing))} ended at once. {last_words(log)}")
     cluster.save()
-    say(f"The local Ray is up in {progress.elapsed:.0f} s with {shown(types)}. Dashboard: {cluster.address}")
+    say(f"The local cluster is up in {progress.elapsed:.0f} s with {shown(types)}. Dashboard: {cluster.address}")
     say('Plain serve, ray and curl reach it after: eval "$(make -s address)"')
     return cluster
 
@@ -116,7 +116,7 @@ def wait_for_nodes(cluster: Cluster) -> None:
             counts = {f"{name} nodes": f"{current.running.get(name, 0)} of {count}" for name, count in short.items()}
             if cluster.timings.stock_out == 1 or progress.elapsed > NODES_TIMEOUT_S + cluster.timings.launch_s:
                 summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-                say(f"Not all nodes have started: {summary}. The autoscaler goes on trying; see: make monitor")
+                say(f"Not all nodes have started: {summary}. The autoscaler keeps trying; see: make monitor")
                 return
             progress.show({name: (count, "; ".join(current.pending)) for name, count in counts.items()})
             time.sleep(0.5)

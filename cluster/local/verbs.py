@@ -47,7 +47,7 @@ def up(
         cluster = Cluster.load(run_dir)
         if cluster and not cluster.missing:
             cluster = reconfigured(cluster, wanted_port, file, options or {})
-            say(f"The local Ray is already up: {cluster.address}")
+            say(f"The local cluster is already up: {cluster.address}")
         else:
             timings = autoscaler_config.timings(options or {}, Timings())
             cluster = start_new(run_dir, wanted_port or DASHBOARD_PORT, file or CLUSTER_FILE, timings)
@@ -57,9 +57,9 @@ def up(
 def reconfigured(cluster: Cluster, wanted_port: int | None, file: Path | None, options: Mapping[str, str]) -> Cluster:
     """Gives the running cluster new timings."""
     if wanted_port not in (None, cluster.dashboard_port):
-        raise UserError(f"A local Ray is already up at {cluster.address}. To move it, first: make down")
+        raise UserError(f"A local cluster is already up at {cluster.address}. To move it, first: make down")
     if file and str(file.resolve()) != cluster.file:
-        raise UserError(f"The local Ray that is up has the node types of {cluster.file}. For others, first: make down")
+        raise UserError(f"The local cluster has the node types of {cluster.file}. For others, first: make down")
     timings = autoscaler_config.timings(options, cluster.timings)
     if timings != cluster.timings:
         cluster = replace(cluster, timings=timings)
@@ -72,7 +72,7 @@ def reconfigured(cluster: Cluster, wanted_port: int | None, file: Path | None, o
 def start_new(run_dir: Path, dashboard_port: int, file: Path, timings: Timings) -> Cluster:
     types = autoscaler_config.read(file.resolve())
     if leftovers := clear(run_dir):
-        say(f"Cleared away what a cluster that died had left: {leftovers}.")
+        say(f"Removed the leftovers of a cluster that died: {leftovers}.")
     head.refuse_taken(dashboard_port)
     try:
         return head.start(replace(new(run_dir, dashboard_port, file), timings=timings), types)
@@ -84,7 +84,7 @@ def start_new(run_dir: Path, dashboard_port: int, file: Path, timings: Timings) 
 def down(run_dir: Path) -> None:
     with locked(run_dir):
         ended = clear(run_dir)
-        say(f"The local Ray is down: {ended}." if ended else "Nothing is up in this checkout, so nothing to end.")
+        say(f"The local cluster is down: {ended}." if ended else "Nothing is up in this checkout, so nothing to end.")
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError("Another make up or make down is at work in this checkout. Wait for it to end.") from None
+            raise UserError("Another make up or make down is running in this checkout. Wait for it to end.") from None
         yield
 
 

@@ -41,7 +41,7 @@ GRACE_S = 5.0
 def up(path: Path, run_dir: Path) -> None:
     ready_to_start(path)
     with locked(folder(path, run_dir)):
-        say(f"Looking whether {path}'s cluster is up")
+        say(f"Checking whether the cluster of {path} is up")
         if unanswered := silence(path, run_dir):
             say(f"{unanswered}\nStarting it with `ray up`: a head within minutes, then what its setup installs")
             launch("up", "--yes", path)

@@ -305,7 +305,7 @@ def test_what_ran_before_a_config_that_fails_is_put_back(
     first, *_, last = str(stop.value).splitlines()
     assert first == f"a/Model {REASON}"
     assert last == f"{tmp_path}/new.yaml is not deployed. a serves as before, since 0 s after the failure."
-    assert f"{tmp_path}/new.yaml failed. What ran before is put back: a." in capsys.readouterr().out
+    assert f"{tmp_path}/new.yaml failed. Rolling back to what ran before: a." in capsys.readouterr().out
     assert serve.apps["a"]["status"] == "RUNNING"
 
 
@@ -342,7 +342,7 @@ def test_what_does_not_start_again_either_is_told_with_both_reasons(
     with pytest.raises(UserError) as stop:
         deployed(tmp_path, one_app("a", "bad"))
     assert len(serve.puts) == 2
-    assert str(stop.value).count(REASON) == 2 and "what ran before could not be put back" in str(stop.value)
+    assert str(stop.value).count(REASON) == 2 and "the rollback failed too" in str(stop.value)
 
 
 def test_an_application_that_was_unhealthy_is_put_back_and_not_waited_for(
@@ -359,7 +359,7 @@ def test_what_is_only_slow_or_interrupted_is_not_put_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve = FakeServe(monkeypatch, one_app("a", "good"))
-    with pytest.raises(UserError, match="Not ready after .* It goes on trying"):
+    with pytest.raises(UserError, match="Not ready after .* Serve keeps trying"):
         deployed(tmp_path, one_app("a", "slow"), timeout_s=0)
 
     def interrupted(_: float) -> None:
@@ -368,7 +368,7 @@ def test_what_is_only_slow_or_interrupted_is_not_put_back(
     monkeypatch.setattr("time.sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         deployed(tmp_path, one_app("a", "slow"))
-    assert f"Serve goes on deploying {tmp_path}/new.yaml; see: make status" in capsys.readouterr().out
+    assert f"Serve keeps deploying {tmp_path}/new.yaml; see: make status" in capsys.readouterr().out
     assert [config for (config,) in serve.puts] == [one_app("a", "slow")] * 2
 
 

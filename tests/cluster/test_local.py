@@ -184,7 +184,7 @@ def test_down_ends_what_a_crash_left_and_removes_its_folder(
     verbs.down(run_dir)
     assert processes.dead(left) and not processes.dead(stranger)
     assert not cluster.temp_dir.exists() and not (run_dir / "cluster.json").exists()
-    assert capsys.readouterr().out == f"The local Ray is down: 1 process ended, {cluster.temp_dir} removed.\n"
+    assert capsys.readouterr().out == f"The local cluster is down: 1 process ended, {cluster.temp_dir} removed.\n"
 
 
 def test_down_finds_a_cluster_whose_state_was_deleted(start: Start, run_dir: Path) -> None:
@@ -256,7 +256,7 @@ def test_timings_that_return_to_their_defaults_are_named(
 
 
 def test_two_at_a_time_are_one_too_many(run_dir: Path) -> None:
-    with verbs.locked(run_dir), pytest.raises(UserError, match="Another make up or make down is at work"):
+    with verbs.locked(run_dir), pytest.raises(UserError, match="Another make up or make down is running"):
         verbs.down(run_dir)
 
 

@@ -139,7 +139,7 @@ def test_root_does_not_believe_what_another_user_wrote(shared: Path, victim: psu
     planted(run_dir, precious, processes.record(victim))
     os.chown(run_dir / "cluster.json", other_user.NOBODY, other_user.NOBODY)
     for verb in (lambda: verbs.down(run_dir), lambda: clusters.running(run_dir), lambda: verbs.up(run_dir, 18264)):
-        with pytest.raises(UserError, match="cluster.json belongs to nobody, and you are root: it is not believed"):
+        with pytest.raises(UserError, match="cluster.json belongs to nobody, and you are root: it is not trusted"):
             verb()
     os.chown(run_dir, other_user.NOBODY, other_user.NOBODY)
     with pytest.raises(

@@ -239,7 +239,7 @@ def test_after_the_head_was_killed_up_and_deploy_serve_again(api: str, verbs: Ve
             process.send_signal(signal.SIGKILL)
     assert soon(lambda: bool(before.missing))
     assert "The cluster died" in refuses(verbs("deploy", "status"))
-    assert "Cleared away what a cluster that died had left" in succeeds(verbs.up("--idle-minutes", "0.1"))
+    assert "Removed the leftovers of a cluster that died" in succeeds(verbs.up("--idle-minutes", "0.1"))
     assert not before.search() and not before.temp_dir.exists()
     succeeds(verbs.deploy(config))
     assert generate(api, {"prompt": PROMPT})[0] == 200
@@ -262,7 +262,7 @@ def test_down_under_load_leaves_nothing_and_nobody_hangs(api: str, verbs: Verbs)
         client.start()
     assert soon(lambda: busy(api))
     began = time.monotonic()
-    assert succeeds(verbs.down()).startswith("The local Ray is down: ")
+    assert succeeds(verbs.down()).startswith("The local cluster is down: ")
     assert time.monotonic() - began < 60
     for client in clients:
         client.join(PATIENCE_S)

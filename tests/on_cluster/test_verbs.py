@@ -64,11 +64,11 @@ def listening_of(processes: list[psutil.Process]) -> set[tuple[str, int]]:
 def test_up_again_is_quick_and_says_so(verbs: Verbs) -> None:
     before = verbs.cluster
     began = time.monotonic()
-    assert succeeds(verbs.up()) == f"The local Ray is already up: {before.address}\n"
+    assert succeeds(verbs.up()) == f"The local cluster is already up: {before.address}\n"
     assert time.monotonic() - began < 10
     assert verbs.cluster == before
     elsewhere = verbs("local", "up", "--dashboard-port", str(verbs.dashboard_port + 1))
-    assert refuses(elsewhere).startswith(f"A local Ray is already up at {before.address}.")
+    assert refuses(elsewhere).startswith(f"A local cluster is already up at {before.address}.")
 
 
 def test_deploy_waits_until_it_serves_and_all_is_on_loopback(verbs: Verbs, greeter: Path) -> None:
@@ -83,7 +83,7 @@ def test_deploy_waits_until_it_serves_and_all_is_on_loopback(verbs: Verbs, greet
 
 def test_status_and_logs_tell_of_it(verbs: Verbs, greeter: Path) -> None:
     succeeds(verbs.deploy(greeter))
-    assert "greeting runs this config already." in succeeds(verbs.deploy(greeter))
+    assert "greeting already runs this config." in succeeds(verbs.deploy(greeter))
     status = succeeds(verbs("deploy", "status"))
     assert re.search(r"greeting  RUNNING, answers after \d.\d\d s\n  Greeter  HEALTHY  1 of 1 ready\n", status)
     assert "\nProxy  HEALTHY on " in status
@@ -269,7 +269,7 @@ def test_after_a_kill_up_clears_away_what_is_left_and_starts_anew(verbs: Verbs, 
             process.wait(10)
     assert f"The cluster died ({victim} gone)" in refuses(verbs("deploy", "status"))
     output = succeeds(verbs.up())
-    assert output.startswith("Cleared away what a cluster that died had left: ") and "The local Ray is up" in output
+    assert output.startswith("Removed the leftovers of a cluster that died: ") and "The local cluster is up" in output
     assert not before.search() and not before.temp_dir.exists()
 
 
@@ -279,7 +279,7 @@ def test_down_leaves_no_process_no_port_and_no_folder(verbs: Verbs, greeter: Pat
     taken = {port for _, port in listening(cluster)}
     stranger = subprocess.Popen(["tail", "-f", str(cluster.temp_dir / "start.log")], stdout=subprocess.DEVNULL)
     try:
-        assert succeeds(verbs.down()).startswith("The local Ray is down: ")
+        assert succeeds(verbs.down()).startswith("The local cluster is down: ")
         assert not cluster.token_file.exists()
         assert not cluster.search() and not cluster.temp_dir.exists()
         assert len(taken) > 10 and all(processes.free(port) for port in taken)
