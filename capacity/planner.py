@@ -46,15 +46,15 @@ def plan_hosts(costs: HostCosts, workload: Workload, evaluations: int, rate: flo
     best = min(throughputs, key=lambda throughput: throughput.image_s)
     buckets = tuple(throughput.images for throughput in throughputs if throughput.images <= best.images)
     alone_s = throughputs[0].image_s
-    draft = Plan(costs.host, buckets, 1 / best.image_s, alone_s)
+    plan = Plan(costs.host, buckets, 1 / best.image_s, alone_s)
     if alone_s > slo_s:
-        return replace(draft, why_not=f"a picture takes {alone_s:.2f} s alone, more than the {slo_s:g} s asked for")
+        return replace(plan, why_not=f"a picture takes {alone_s:.2f} s alone, more than the {slo_s:g} s asked for")
     encode = costs.cost("encode")
     timings = Timings(
         {rows: cost.seconds for rows, cost in costs.steps(size).items() if rows <= 2 * best.images},
         {images: cost.seconds for images, cost in costs.decodes(size).items()},
         encode.seconds if encode else 0.0,
-        slots=draft.slots,
+        slots=plan.slots,
     )
     args = workload.args
     images_at_once = None if args.images_at_once == "auto" else args.images_at_once
@@ -64,8 +64,8 @@ def plan_hosts(costs: HostCosts, workload: Workload, evaluations: int, rate: flo
             timings, load, gain=args.admission_gain, max_waiting=args.max_waiting, images_at_once=images_at_once
         )
         if not simulated.refused and simulated.percentile(95) <= slo_s:
-            return replace(draft, hosts=hosts, simulated=simulated)
-    return replace(draft, why_not=f"{MOST_HOSTS} hosts are not enough")
+            return replace(plan, hosts=hosts, simulated=simulated)
+    return replace(plan, why_not=f"{MOST_HOSTS} hosts are not enough")
 
 
 def arrivals_at(rate: float) -> Seconds:

@@ -19,7 +19,7 @@ from cluster.dashboard import serve_address
 from cluster.local.state import RUN_DIR, running
 from cluster.terminal import Progress, format_duration, say
 
-PROMPTS = (  # of words that the bundled model knows, see demo/scenes.py
+PROMPTS = (  # of words that the bundled model knows, see demo/scenes
     "a red house under a yellow sun at dusk",
     "a blue boat by day",
     "a big green tree in the snow",

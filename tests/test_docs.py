@@ -187,7 +187,7 @@ def options(module: str) -> set[str]:
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("-"):
                 strings.add(node.value)
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):  # demo/train.py's Recipe
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):  # the Recipe of demo.train
                 strings.add(f"--{node.target.id.replace('_', '-')}")
     return strings
 

@@ -185,8 +185,8 @@ def fit(thing: Thing, step: float, rounds: int, cost: Callable[[Thing], float]) 
         for change in ({"size": step}, {"size": -step}, {"x": step}, {"x": -step}, {"y": step}, {"y": -step}):
             name, by = next(iter(change.items()))
             moved = replace(best, **{name: max(getattr(best, name) + by, 0.05)})
-            if (price := cost(moved)) < least:
-                least, best = price, moved
+            if (moved_cost := cost(moved)) < least:
+                least, best = moved_cost, moved
         if best is before:
             break
     return least, best
