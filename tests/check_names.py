@@ -80,13 +80,16 @@ def problems(root: Path) -> list[str]:
 
 
 def shrink(root: Path) -> None:
-    """Removes the lines that the list no longer needs. It never adds a line."""
+    """Removes the lines that the list no longer needs, and the list once it names no file. It never adds a line."""
     kept = [
         line
         for line in listed(root)
         if not is_path(line) or ((root / line).exists() and refused((root / line).read_text()))
     ]
-    (root / LEFT).write_text("\n".join([*kept, ""]))
+    if any(map(is_path, kept)):
+        (root / LEFT).write_text("\n".join([*kept, ""]))
+    else:
+        (root / LEFT).unlink(missing_ok=True)
 
 
 def main() -> None:

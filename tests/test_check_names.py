@@ -76,3 +76,7 @@ def test_the_list_excuses_a_file_only_while_it_has_such_names(tmp_path: Path) ->
     shrink(tmp_path)
     assert left.read_text() == "# why\na.py\n"
     assert problems(tmp_path) == []
+    (tmp_path / "a.py").write_text("row = 1")
+    shrink(tmp_path)
+    shrink(tmp_path)
+    assert not left.exists() and problems(tmp_path) == []
