@@ -27,15 +27,8 @@ from safetensors.numpy import save_file
 
 from app.diffusion.models.config import STEMS
 from app.diffusion.models.errors import one_line
-from app.diffusion.models.loading import (
-    COMPONENTS,
-    DOWNLOADED,
-    Checkpoint,
-    find_tensors,
-    finite,
-    load_checkpoint,
-    to_tensors,
-)
+from app.diffusion.models.loading import COMPONENTS, DOWNLOADED, Checkpoint, load_checkpoint
+from app.diffusion.models.tensors import find_tensors, finite, to_tensors
 from cluster.cli import Parser, UsageError, UserError
 from cluster.terminal import say
 from jobs import hub

@@ -6,9 +6,14 @@ One step of any of them, with latents x, model output o and fresh noise z:
     x_{i+1} = a_i x_i + sum_j b_ij m_{i-j} + n_i z_i
 
 The latents stay variance-preserving, x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise, under every sampler, because
-that is what the UNet is fed. Samplers that the literature writes in sigma space (y = x_0 + sigma noise) are rescaled
-here by y = sqrt(sigma^2 + 1) x, so the device has no input scaling to do. diffusers' schedulers are the oracle:
-tests/make_golden.py records them and tests/diffusion/test_samplers.py holds every step to them.
+the UNet takes such latents. Samplers that the literature writes in sigma space (y = x_0 + sigma noise) are rescaled by
+y = sqrt(sigma^2 + 1) x, so the device has no input scaling to do. diffusers' schedulers are the oracle:
+tests/make_golden.py records them, and tests/diffusion/test_samplers.py compares every step with them.
+
+To add a sampler, write a function `name(steps, schedule) -> SamplerTable` that fits the recurrence above, with formula
+and citation, and add it to `_BUILDERS`. If a checkpoint may name diffusers' class, add that to `_SAMPLER_OF_CLASS`. If
+some schedules do not suit it, say so in `samplers_for`. Nothing else of the app changes. Then record the oracle:
+diffusers' class goes into tests/make_golden.py, and its runs into tests/sampler_cases.py.
 """
 
 import math
@@ -29,8 +34,6 @@ Float32: TypeAlias = npt.NDArray[np.float32]
 # PLMS is a fourth-order method, but its redone second step drops out of the history that the later steps read, so the
 # fifth evaluation needs the first one: m_{i-4}.
 HISTORY = 5
-
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "pndm", "lcm")
 
 _SAMPLER_OF_CLASS = {
     "DDIMScheduler": "ddim",
@@ -53,10 +56,10 @@ class Coefficients(NamedTuple):
 
 
 def update(latents: Array, noise_pred: Array, history: Array, noise: Array, row: Coefficients) -> tuple[Array, Array]:
-    """One step for a batch in which every sample may be under another sampler, at another step; float32 throughout.
+    """One step for a batch in which every sample may have its own sampler and step. All is float32.
 
     `latents`, `noise_pred` and `noise` are [B, H, W, C]; `history` is [B, HISTORY - 1, H, W, C], newest first. A new
-    request starts from a history of zeros: what stands there is multiplied by zero, which does not remove an inf.
+    request starts from a history of zeros. Its coefficients there are zero, but zero times inf would not be zero.
     """
     xp = latents.__array_namespace__()
 
@@ -74,17 +77,15 @@ def update(latents: Array, noise_pred: Array, history: Array, noise: Array, row:
 
 @dataclass(frozen=True)
 class SamplerTable:
-    """What the device needs to know of a sampler: one row for each UNet evaluation."""
+    """A sampler as the device needs it: a row for each UNet evaluation."""
 
-    timesteps: Float32  # [N], what the UNet's clock shows
+    timesteps: Float32  # [N], the UNet's timestep
     p: Float32  # [N]
     q: Float32  # [N]
     a: Float32  # [N]
     n: Float32  # [N]
     b: Float32  # [N, HISTORY]
-    preview: (
-        Float32  # [N, 2], the picture as seen after each step: x_0 = preview[i, 0] x_{i+1} + preview[i, 1] m_i, roughly
-    )
+    preview: Float32  # [N, 2], the denoised image after each step: x_0 ~ preview[i, 0] x_{i+1} + preview[i, 1] m_i
     initial_scale: float  # initial latents = initial_scale * noise
 
     def __len__(self) -> int:
@@ -383,6 +384,7 @@ _BUILDERS: dict[str, Callable[[int, Schedule], SamplerTable]] = {
     "pndm": pndm,
     "lcm": lcm,
 }
+SAMPLERS = tuple(_BUILDERS)
 
 _ADAMS_BASHFORTH = {
     1: (1.0,),

@@ -1,5 +1,6 @@
-"""Every metric of a replica, declared once. Each node exports them at its /metrics as `ray_imagine_...`, tagged with
-application, deployment and replica. Knows of engines only what their statistics look like.
+"""Every metric of a replica, declared once. Knows of engines only what their statistics look like.
+
+Each node exports them at its /metrics as `ray_imagine_...`, tagged with application, deployment and replica.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100
 
 
 class Metrics:
-    """To be made in the replica's constructor, where Serve's tags are known."""
+    """Construct it in the replica's constructor, where Serve's tags are known."""
 
     def __init__(self) -> None:
         self.waiting = Gauge("imagine_waiting_requests", "Requests none of whose images has begun.")
@@ -20,11 +21,11 @@ class Metrics:
         self.slots = Gauge("imagine_slots", "Slots of all sizes.")
         self.backlog = Gauge("imagine_backlog_device_seconds", "Device time that all unfinished requests still need.")
         self.fill = Gauge("imagine_bucket_fill_ratio", "Rows that requests asked for over rows that steps computed.")
-        of_step: Any = ("size", "rows")  # Ray annotates tuples of one key, and takes any
+        of_step: Any = ("size", "rows")  # Ray's annotation allows one key only, its code any number
         self.step = Gauge("imagine_step_seconds", "One step of a bucket of rows, as measured.", of_step)
         self.at_once = Gauge("imagine_images_at_once", "Images of a size that denoise at once.", ("size",))
 
-        # No counter, so that a 0 is there to be seen.
+        # A gauge, so that a 0 is exported too.
         self.compiles = Gauge("imagine_compiles_after_ready", "Programs compiled while serving: each is a bug.")
         self.requests = Counter("imagine_requests", "Requests by how they ended.", ("outcome",))
         self.images = Counter("imagine_images", "Images answered.")
@@ -36,7 +37,7 @@ class Metrics:
         self._busy_s = 0.0
 
     def finished(self, images: int, seconds: float, timings: Mapping[str, float]) -> None:
-        """One request, answered: how long it took in all and, as its answer says, in its phases."""
+        """Counts an answered request, with its whole duration and that of each phase."""
         self.images.inc(images)
         self.first_image.observe(seconds)
         self.device.observe(timings["device_s"])
@@ -44,16 +45,16 @@ class Metrics:
             self.phase.observe(timings[f"{phase}_s"], {"phase": phase})
 
     def report(self, stats: Mapping[str, Any]) -> None:
-        """The engine's state, to be told every few seconds."""
+        """Sets the engine's state. Call it every few seconds."""
         self.waiting.set(stats["waiting"])
         self.unfinished.set(stats["unfinished"])
         self.active.set(stats["active_slots"])
         self.slots.set(stats["num_slots"])
         self.backlog.set(stats["backlog_s"])
         self.fill.set(stats["bucket_fill"])
-        for size, one in stats["sizes"].items():
-            self.at_once.set(one["images_at_once"], {"size": size})
-            for rows, seconds in one["step_s"].items():
+        for size, size_stats in stats["sizes"].items():
+            self.at_once.set(size_stats["images_at_once"], {"size": size})
+            for rows, seconds in size_stats["step_s"].items():
                 self.step.set(seconds, {"size": size, "rows": rows})
         self.compiles.set(stats["compiles_after_ready"])
         if (more := stats["device_busy_s"] - self._busy_s) > 0:  # Ray's counters refuse an increment of nothing

@@ -1,8 +1,7 @@
-"""A profiler's trace of a replica's next steps, under the load that it has. Knows of engines only how many steps they
-have made.
+"""Traces a replica's next steps with JAX's profiler, under its current load. Knows of engines only their step count.
 
-Everything happens in a thread of its own, as starting JAX's profiler may take a second and the event loop has others
-to serve. Whoever no longer waits for a trace makes it end early; that thread stops the profiler in any case.
+A thread of its own does the work, because starting JAX's profiler may take a second, in which the event loop has other
+requests to serve. A trace ends early when its caller is cancelled. The thread stops the profiler in any case.
 """
 
 import asyncio
@@ -25,13 +24,13 @@ class Trace:
     """What JAX's profiler wrote: an .xplane.pb, which XProf reads, and a .trace.json.gz, which Perfetto reads."""
 
     replica: str
-    steps: int  # made meanwhile; a few more than were asked for
+    steps: int  # in the trace; a few more than were asked for
     seconds: float
     files: dict[str, bytes]  # by their endings
 
 
 class Profiler:
-    """One trace at a time, as JAX has one profiler in a process."""
+    """Takes one trace at a time, as JAX has one profiler in a process."""
 
     def __init__(self, replica: str, steps: Callable[[], int]) -> None:
         """`steps` counts them, and never goes back. It is called from another thread."""
@@ -44,7 +43,7 @@ class Profiler:
         return self.under_way is not None and not self.under_way.done()
 
     async def trace(self, steps: int, timeout_s: float) -> Trace | str:
-        """From the first step that is made to the last that is asked for, or a sentence on why there is none."""
+        """A trace of so many steps, or a sentence on why there is none."""
         if self.busy:
             return "A trace of this replica is being taken already."
         self.unwanted = unwanted = threading.Event()
@@ -56,12 +55,12 @@ class Profiler:
             return await asyncio.shield(taken)
         except asyncio.CancelledError:
             unwanted.set()
-            # The next trace may begin once this one has ended. Who cancels twice does not wait for that.
+            # The next trace may begin once this one has ended. A second cancellation does not wait for that.
             await asyncio.wait({taken})
             raise
 
     async def close(self) -> None:
-        """Ends the trace under way, if there is one, with the steps that there were."""
+        """Ends the trace under way, if there is one, after the steps so far."""
         self.unwanted.set()
         if self.under_way and self.busy:
             await asyncio.wait({asyncio.wrap_future(self.under_way)}, timeout=STOP_S)
@@ -77,7 +76,7 @@ class Profiler:
                 made, seconds = self.steps() - first, time.monotonic() - began
             finally:
                 stop()
-            return Trace(self.replica, made, seconds, written(Path(folder)))
+            return Trace(self.replica, made, seconds, files_in(Path(folder)))
 
     def _reaches(self, count: int, deadline: float, unwanted: threading.Event) -> bool:
         while self.steps() < count:
@@ -100,6 +99,6 @@ def stop() -> None:
     jax.profiler.stop_trace()  # type: ignore[no-untyped-call]
 
 
-def written(folder: Path) -> dict[str, bytes]:
-    found = {ending: next(folder.rglob(f"*{ending}"), None) for ending in (".xplane.pb", ".trace.json.gz")}
-    return {ending: file.read_bytes() for ending, file in found.items() if file}
+def files_in(folder: Path) -> dict[str, bytes]:
+    files = {ending: next(folder.rglob(f"*{ending}"), None) for ending in (".xplane.pb", ".trace.json.gz")}
+    return {ending: file.read_bytes() for ending, file in files.items() if file}

@@ -6,7 +6,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from app.diffusion.models.clip import CLIPText
-from app.diffusion.models.loading import to_tensors
+from app.diffusion.models.tensors import to_tensors
 from app.diffusion.models.unet import UNet
 from app.diffusion.models.vae import VAE
 from demo.training.files import write_json

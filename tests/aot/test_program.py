@@ -61,16 +61,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def log_lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What was logged since the last look."""
     caplog.set_level(logging.INFO, aot_compile.logger.name)
 
-    def told() -> list[str]:
+    def log_lines() -> list[str]:
         lines = [record.getMessage() for record in caplog.records if record.name == aot_compile.logger.name]
         caplog.clear()
         return lines
 
-    return told
+    return log_lines
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def watch() -> Iterator[CompileWatch]:
     watch.close()
 
 
-Told = Callable[[], list[str]]
+LogLines = Callable[[], list[str]]
 
 
 def make(program: Program, folder: Path | None, facts: dict[str, str] = FACTS) -> Any:
@@ -93,18 +93,18 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def test_a_saved_program_gives_the_same_results_and_compiles_nothing(
-    folder: Path, watch: CompileWatch, told: Told
+    folder: Path, watch: CompileWatch, log_lines: LogLines
 ) -> None:
     declared = [add(), add("add rows 3", rows=3)]
     args = {5: (state(5), np.int32(4)), 3: (state(3), np.int32(4))}
     first = compiled(declared, folder=folder, fingerprint=FACTS)
-    assert [re.sub(r"[\d.]+ s", "# s", line) for line in sorted(told())] == [
+    assert [re.sub(r"[\d.]+ s", "# s", line) for line in sorted(log_lines())] == [
         "compiled add rows 3 in # s: none was saved",
         "compiled add rows 5 in # s: none was saved",
     ]
     watch.ready()
     second = compiled(declared, folder=folder, fingerprint=FACTS)
-    assert [re.sub(r"[\d.]+ s", "# s", line) for line in sorted(told())] == [
+    assert [re.sub(r"[\d.]+ s", "# s", line) for line in sorted(log_lines())] == [
         "loaded add rows 3 in # s (compiling took # s)",
         "loaded add rows 5 in # s (compiling took # s)",
     ]
@@ -125,10 +125,10 @@ def test_results_come_back_in_their_own_classes(folder: Path) -> None:
 
 def test_donated_arguments_of_a_loaded_program_are_consumed(folder: Path) -> None:
     for _ in ("compiled", "loaded"):
-        donating, given = make(add(donate=(0,)), folder), state()
-        after, _ = donating(given, np.int32(1))
+        donating, donated = make(add(donate=(0,)), folder), state()
+        after, _ = donating(donated, np.int32(1))
         again, _ = donating(after, np.int32(1))
-        assert given.x.is_deleted() and after.x.is_deleted()
+        assert donated.x.is_deleted() and after.x.is_deleted()
         assert int(again.count) == 5
 
 
@@ -179,16 +179,18 @@ def test_a_file_with_any_byte_changed_is_not_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [lambda x: damaged(x, 50), lambda x: x[:-1], lambda x: b"", lambda x: b"\x80" * 99])
-def test_a_damaged_file_is_compiled_again_and_mended(folder: Path, told: Told, spoil: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_file_is_compiled_again_and_mended(
+    folder: Path, log_lines: LogLines, spoil: Callable[[bytes], bytes]
+) -> None:
     make(add(), folder)
     (path,) = folder.iterdir()
     path.write_bytes(spoil(path.read_bytes()))
-    told()
+    log_lines()
     assert int(make(add(), folder)(state(), np.int32(1))[0].count) == 4
-    (line,) = told()
+    (line,) = log_lines()
     assert line.startswith("compiled add rows 5 in") and "damaged" in line and str(path) in line
     make(add(), folder)
-    assert told()[0].startswith("loaded")
+    assert log_lines()[0].startswith("loaded")
 
 
 @pytest.mark.parametrize(
@@ -209,41 +211,43 @@ def test_a_damaged_file_is_compiled_again_and_mended(folder: Path, told: Told, s
     ],
 )
 def test_what_changed_is_compiled_and_named(
-    folder: Path, told: Told, program: Program, facts: dict[str, str], why: str
+    folder: Path, log_lines: LogLines, program: Program, facts: dict[str, str], why: str
 ) -> None:
     make(add(), folder)
-    told()
+    log_lines()
     make(program, folder, facts)
-    (line,) = told()
+    (line,) = log_lines()
     assert line.startswith(f"compiled {program.name} in") and line.endswith(f" s: {why}")
     make(program, folder, facts)
     make(add(), folder)
-    assert [line.split()[0] for line in told()] == ["loaded", "loaded"]
+    assert [line.split()[0] for line in log_lines()] == ["loaded", "loaded"]
 
 
-def test_the_nearest_of_several_saved_ones_is_named(folder: Path, told: Told) -> None:
+def test_the_nearest_of_several_saved_ones_is_named(folder: Path, log_lines: LogLines) -> None:
     make(add(), folder, FACTS | {"jaxlib": "0.9.0", "flax": "0.11"})
     make(add(), folder)
-    told()
+    log_lines()
     make(add(), folder, FACTS | {"jaxlib": "0.10.3"})
-    assert told()[0].endswith("differs in jaxlib (0.10.2, here 0.10.3)")
+    assert log_lines()[0].endswith("differs in jaxlib (0.10.2, here 0.10.3)")
 
 
-def test_what_is_stale_is_named_from_its_first_line_and_the_latest_files_alone(folder: Path, told: Told) -> None:
+def test_what_is_stale_is_named_from_its_first_line_and_the_latest_files_alone(
+    folder: Path, log_lines: LogLines
+) -> None:
     """The stale file is longer than any memory; and of a folder that is never pruned, not all files are looked at."""
     make(add(), folder)
     (path,) = folder.iterdir()
     os.truncate(path, 1 << 40)
-    told()
+    log_lines()
     make(add(), folder, FACTS | {"jaxlib": "0.10.3"})
-    assert told()[0].endswith("the saved one differs in jaxlib (0.10.2, here 0.10.3)")
+    assert log_lines()[0].endswith("the saved one differs in jaxlib (0.10.2, here 0.10.3)")
     path.unlink()
     (recent,) = folder.iterdir()
     os.utime(recent, (0, 0))
     for number in range(aot_compile.EXPLAINED):
         (folder / f"{recent.name[: -len('.xla') - 32]}{number:032x}.xla").write_bytes(b"{}\n")
     make(add(), folder, FACTS | {"jaxlib": "0.10.4"})
-    assert told()[0].endswith("none was saved")
+    assert log_lines()[0].endswith("none was saved")
 
 
 def test_a_fingerprint_follows_versions_flags_options_and_sources(
@@ -295,33 +299,33 @@ def test_values_that_a_function_holds_are_part_of_its_key() -> None:
 # Whom to trust
 
 
-def test_a_folder_that_others_may_write_to_is_not_used(folder: Path, told: Told) -> None:
+def test_a_folder_that_others_may_write_to_is_not_used(folder: Path, log_lines: LogLines) -> None:
     make(add(), folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.iterdir())
     for mode in (0o770, 0o702):
         folder.chmod(mode)
-        told()
+        log_lines()
         assert int(make(add("new"), folder)(state(), np.int32(1))[0].count) == 4
-        warning, line = told()
+        warning, line = log_lines()
         assert f"chmod go-w {folder}" in warning and f"mode {mode:o}" in warning
         assert re.fullmatch(r"compiled new in [\d.]+ s", line)
     assert len(list(folder.iterdir())) == 1
     folder.chmod(0o755)
     make(add(), folder)
-    assert told()[0].startswith("loaded")
+    assert log_lines()[0].startswith("loaded")
 
 
-def test_a_file_that_others_may_write_to_is_compiled_again_and_replaced(folder: Path, told: Told) -> None:
+def test_a_file_that_others_may_write_to_is_compiled_again_and_replaced(folder: Path, log_lines: LogLines) -> None:
     make(add(), folder)
     (path,) = folder.iterdir()
     path.chmod(0o620)
-    told()
+    log_lines()
     make(add(), folder)
-    assert "may be written to by others (mode 620)" in told()[0]
+    assert "may be written to by others (mode 620)" in log_lines()[0]
     assert path.stat().st_mode & 0o777 == 0o600
     make(add(), folder)
-    assert told()[0].startswith("loaded")
+    assert log_lines()[0].startswith("loaded")
 
 
 def test_only_this_users_files_and_roots_are_trusted(tmp_path: Path) -> None:
@@ -350,54 +354,54 @@ def forge(folder: Path, **changes: Any) -> None:
     path.write_bytes(store.line_of(sealed) + payload)
 
 
-def test_an_envelope_may_name_only_what_a_program_needs(folder: Path, tmp_path: Path, told: Told) -> None:
+def test_an_envelope_may_name_only_what_a_program_needs(folder: Path, tmp_path: Path, log_lines: LogLines) -> None:
     evil, trace = pickle.dumps(Evil(tmp_path / "trace")), tmp_path / "trace"
     make(add(), folder)
     forge(folder, payload=zlib.compress(evil))
-    told()
+    log_lines()
     assert int(make(add(), folder)(state(), np.int32(1))[0].count) == 4
-    assert "it asks for posix.mkdir" in told()[0]
+    assert "it asks for posix.mkdir" in log_lines()[0]
     assert not trace.exists()
     pickle.loads(evil)
     assert trace.exists()  # it would have
 
 
-def test_results_name_no_class_but_named_tuples(folder: Path, told: Told) -> None:
+def test_results_name_no_class_but_named_tuples(folder: Path, log_lines: LogLines) -> None:
     for name in ("os:mkdir", "os:nothing", "nowhere:State", "builtins:str"):
         make(add(), folder)
         forge(folder, results={name: [0]})
-        told()
+        log_lines()
         assert int(make(add(), folder)(state(), np.int32(1))[0].count) == 4
-        assert f"{name} is no named tuple here" in told()[0]
+        assert f"{name} is no named tuple here" in log_lines()[0]
 
 
-def test_a_program_under_anothers_name_is_not_loaded(folder: Path, told: Told) -> None:
+def test_a_program_under_anothers_name_is_not_loaded(folder: Path, log_lines: LogLines) -> None:
     make(add(), folder)
     (path,) = folder.iterdir()
     make(add(weight=3.0), folder)
     (other,) = set(folder.iterdir()) - {path}
     os.replace(other, path)
-    told()
+    log_lines()
     after, _ = make(add(), folder)(state(), np.int32(0))
-    assert "it is another program" in told()[0]
+    assert "it is another program" in log_lines()[0]
     np.testing.assert_allclose(after.x, np.sin(np.arange(5)) * 2, rtol=1e-6)
 
 
 # Folders
 
 
-def test_nothing_is_kept_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+def test_nothing_is_kept_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines) -> None:
     monkeypatch.chdir(tmp_path)
     assert int(make(add(), None)(state(), np.int32(1))[0].count) == 4
-    (line,) = told()
+    (line,) = log_lines()
     assert re.fullmatch(r"compiled add rows 5 in [\d.]+ s", line)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path: Path, told: Told) -> None:
+def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path: Path, log_lines: LogLines) -> None:
     (tmp_path / "file").write_text("")
     assert int(make(add(), tmp_path / "file" / "programs")(state(), np.int32(1))[0].count) == 4
-    warning, line = told()
+    warning, line = log_lines()
     assert "Not a directory" in warning and line.startswith("compiled add rows 5")
 
 
@@ -405,7 +409,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path: Path, told: Told) -
     "call, error", [("os.replace", errno.ENOSPC), ("tempfile.mkstemp", errno.EROFS), ("tempfile.mkstemp", errno.EACCES)]
 )
 def test_a_full_disk_or_a_read_only_one_is_a_warning(
-    folder: Path, told: Told, monkeypatch: pytest.MonkeyPatch, call: str, error: int
+    folder: Path, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch, call: str, error: int
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise OSError(error, os.strerror(error))
@@ -413,34 +417,34 @@ def test_a_full_disk_or_a_read_only_one_is_a_warning(
     with monkeypatch.context() as patch:
         patch.setattr(call, fail)
         assert int(make(add(), folder)(state(), np.int32(1))[0].count) == 4
-    line, warning = told()
+    line, warning = log_lines()
     assert line.startswith("compiled") and os.strerror(error) in warning
     assert not list(folder.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_still_loaded_from(
-    folder: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+    folder: Path, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(add(), folder)
-    told()
+    log_lines()
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise PermissionError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("os.utime", fail)
     make(add(), folder)
-    assert told()[0].startswith("loaded")
+    assert log_lines()[0].startswith("loaded")
 
 
-def test_what_came_from_jaxs_own_cache_is_not_saved(folder: Path, tmp_path: Path, told: Told) -> None:
+def test_what_came_from_jaxs_own_cache_is_not_saved(folder: Path, tmp_path: Path, log_lines: LogLines) -> None:
     """Such a program loads, and fails when it is called."""
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         make(add(), None)  # saved by JAX
-        told()
+        log_lines()
         assert int(make(add(), folder)(state(), np.int32(1))[0].count) == 4
-        line, warning = told()
+        line, warning = log_lines()
         assert line.startswith("compiled") and "was not saved" in warning and "JAX's own cache" in warning
         assert not list(folder.iterdir())
         make(add(weight=3.0), folder)  # not in JAX's
@@ -451,7 +455,7 @@ def test_what_came_from_jaxs_own_cache_is_not_saved(folder: Path, tmp_path: Path
         compilation_cache.reset_cache()
 
 
-def test_the_last_used_files_of_a_name_are_kept(folder: Path, told: Told) -> None:
+def test_the_last_used_files_of_a_name_are_kept(folder: Path, log_lines: LogLines) -> None:
     def facts(i: int) -> dict[str, str]:
         return FACTS | {"jaxlib": str(i)}
 
@@ -480,7 +484,7 @@ def test_the_last_used_files_of_a_name_are_kept(folder: Path, told: Told) -> Non
     assert len(left) == store.KEEP + 2
 
 
-def test_a_published_folder_is_loaded_from_and_left_alone(folder: Path, told: Told) -> None:
+def test_a_published_folder_is_loaded_from_and_left_alone(folder: Path, log_lines: LogLines) -> None:
     for number in range(store.KEEP + 1):
         compiled([add(weight=float(number))], folder=folder / "draft", fingerprint=FACTS)
         for path in (folder / "draft").glob("*.xla"):
@@ -490,10 +494,10 @@ def test_a_published_folder_is_loaded_from_and_left_alone(folder: Path, told: To
     before = {path: path.read_bytes() for path in folder.glob("*.xla")}
     assert len(before) == store.KEEP + 1
     assert {stat.S_IMODE(path.stat().st_mode) for path in before} == {0o444}
-    told()
+    log_lines()
     make(add(weight=1.0), folder)
     make(add(weight=99.0), folder)
-    lines = told()
+    lines = log_lines()
     assert [line.split()[0] for line in lines[:2]] == ["loaded", "compiled"] and "was not saved: jobs/" in lines[2]
     assert {path: path.read_bytes() for path in folder.glob("*.xla")} == before
     assert not list(folder.glob(".*.tmp"))
@@ -506,7 +510,7 @@ def test_names_must_differ() -> None:
 
 def test_only_functions_are_programs() -> None:
     """What a method's object holds could change without anyone seeing it in the key."""
-    for function in (Told.__eq__, partial([].append), jax.jit(fresh)):
+    for function in (LogLines.__eq__, partial([].append), jax.jit(fresh)):
         with pytest.raises(ValueError, match="add: function must be a function or a partial of one"):
             Program("add", function, ())
 
@@ -560,8 +564,8 @@ def mesh_programs(devices: list[Any]) -> list[Program]:
     mesh = mesh_of(devices)
     split, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     on = partial(jax.ShapeDtypeStruct, sharding=everywhere)
-    given = State(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=split), on((), jnp.int32))
-    arguments = (given, on((8,), jnp.int32))
+    donated = State(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=split), on((), jnp.int32))
+    arguments = (donated, on((8,), jnp.int32))
     out_shardings = (State(split, everywhere), everywhere)
     return [Program("step", partial(mesh_step, mesh), arguments, (0,), out_shardings)]
 

@@ -50,9 +50,9 @@ def test_nothing_on_the_host_only_list_computes_on_a_device() -> None:
     for name in HOST_ONLY:
         file = ROOT / name.replace(".", "/")
         file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-        assert not [one for one in imports(file, name) if one.startswith(ARRAYS)], name
+        assert not [dotted for dotted in imports(file, name) if dotted.startswith(ARRAYS)], name
         used = {ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
-        assert not [one for one in used if one.startswith(ARRAYS)], name
+        assert not [dotted for dotted in used if dotted.startswith(ARRAYS)], name
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from app.diffusion.models.loading import finite, load_checkpoint
+from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.models.scheduler_config import corrected
+from app.diffusion.models.tensors import finite
 from app.diffusion.samplers import Schedule, make_table
 from cluster import ROOT, processes
 from tests import tiny
@@ -151,8 +152,8 @@ def test_timesteps_begin_at_one_whatever_the_file_says(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="ray.serve.app.models.loading"):
         assert pndm_of(model, steps_offset=offset) == [801, 601, 601, 401, 201, 1]
-    said = {None: "0, its default", 0: "0", 2: "2"}[offset]
-    assert f"steps_offset is 1 instead of {said}, as diffusers' pipeline has it." in caplog.text
+    message = {None: "0, its default", 0: "0", 2: "2"}[offset]
+    assert f"steps_offset is 1 instead of {message}, as diffusers' pipeline has it." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -160,8 +161,8 @@ def test_timesteps_begin_at_one_whatever_the_file_says(
     ["DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"],
 )
 def test_that_holds_for_every_class_of_scheduler(name: str) -> None:
-    given = {"_class_name": name, **BETAS, "timestep_spacing": "leading"}
-    schedule = Schedule.from_config(corrected(given)[0])
+    options = {"_class_name": name, **BETAS, "timestep_spacing": "leading"}
+    schedule = Schedule.from_config(corrected(options)[0])
     assert schedule.steps_offset == 1
     assert [make_table(sampler, 5, schedule).timesteps[-1] for sampler in ("ddim", "euler")] == [1, 1]
 
@@ -195,9 +196,11 @@ def test_what_the_pipeline_corrects_loads_and_is_logged(
 def test_what_no_schedule_can_have_is_refused_with_all_other_problems(model: Path, changes: dict[str, Any]) -> None:
     edit(model / "scheduler/scheduler_config.json", **changes)
     (model / "tokenizer/vocab.json").unlink()
-    said = refused(model)
-    assert f"- scheduler/scheduler_config.json: The scheduler config cannot be followed: {[*changes][0]} must" in said
-    assert "- tokenizer/vocab.json is missing" in said
+    message = refused(model)
+    assert (
+        f"- scheduler/scheduler_config.json: The scheduler config cannot be followed: {[*changes][0]} must" in message
+    )
+    assert "- tokenizer/vocab.json is missing" in message
 
 
 # The weights
@@ -210,8 +213,8 @@ def test_a_number_that_is_none_is_refused_and_every_tensor_with_one_is_named(mod
         tensors = load_file(file)
         tensors[name].reshape(-1)[-1] = value
         save_file(tensors, file)
-    said = refused(model)
-    (line,) = [line for line in said.splitlines() if line.startswith("- ")]
+    message = refused(model)
+    (line,) = [line for line in message.splitlines() if line.startswith("- ")]
     assert line.startswith("- NaN or infinity stands among the weights, in ")
     assert all(name in line for name in ("unet conv_out.bias", "unet conv_in.weight", "vae decoder.conv_in.bias"))
 
@@ -220,8 +223,8 @@ def test_of_many_such_tensors_a_few_are_named(model: Path) -> None:
     file = model / "vae/diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor * np.float32(np.nan) for name, tensor in tensors.items()}, file)
-    said = refused(model)
-    assert f" and {len(tensors) - 5} more." in said and said.count("vae ") == 5
+    message = refused(model)
+    assert f" and {len(tensors) - 5} more." in message and message.count("vae ") == 5
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -232,9 +235,9 @@ def test_every_number_of_every_size_is_finite_or_is_not(dtype: Any) -> None:
     assert finite(long)
     for value in (np.nan, -np.nan, np.inf, -np.inf):
         for place in (0, len(long) // 2, -1):
-            one = long.copy()
-            one[place] = value
-            assert not finite(one.reshape(2, -1))
+            changed = long.copy()
+            changed[place] = value
+            assert not finite(changed.reshape(2, -1))
 
 
 def test_a_weight_of_whole_numbers_is_refused(model: Path) -> None:
@@ -270,9 +273,9 @@ def loaded(environment: dict[str, str], repo: str = REPO) -> str:
         "import sys\nfrom app.diffusion.models.loading import load_checkpoint\n"
         f"try:\n    load_checkpoint({repo!r})\nexcept ValueError as error:\n    print(error)"
     )
-    given = processes.environment(**environment)
+    options = processes.environment(**environment)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=given, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, env=options, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -282,13 +285,13 @@ def loaded(environment: dict[str, str], repo: str = REPO) -> str:
     ("more", "why"), [({}, "Connection refused"), ({"HF_HUB_OFFLINE": "1"}, "`HF_HUB_OFFLINE` environment variable")]
 )
 def test_a_cache_that_lacks_a_file_and_no_way_to_the_hub(cache: dict[str, str], more: dict[str, str], why: str) -> None:
-    said = loaded(cache | more)
-    assert "- vae/config.json is missing.\n" in said
-    assert "\nThe Hub could not be asked for what is missing: " in said and why in said
+    message = loaded(cache | more)
+    assert "- vae/config.json is missing.\n" in message
+    assert "\nThe Hub could not be asked for what is missing: " in message and why in message
 
 
 def test_a_repo_that_the_hub_does_not_have_is_said_in_its_words(model: Path) -> None:
     with serving(Hub(REPO, model)) as endpoint:
-        said = loaded({"HF_ENDPOINT": endpoint, "HF_HOME": str(model.parent / "cache")}, "somebody/else")
-    assert said.startswith("model somebody/else is no folder here and could not be fetched from Hugging Face: 404 ")
-    assert "Repository Not Found" in said and said.count("\n") == 1
+        message = loaded({"HF_ENDPOINT": endpoint, "HF_HOME": str(model.parent / "cache")}, "somebody/else")
+    assert message.startswith("model somebody/else is no folder here and could not be fetched from Hugging Face: 404 ")
+    assert "Repository Not Found" in message and message.count("\n") == 1

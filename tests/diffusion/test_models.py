@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from app.diffusion.models.clip import CLIPText
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from app.diffusion.models.layers import attend
-from app.diffusion.models.loading import Checkpoint, OneKey, load_checkpoint, tensor_name, tensor_shape
+from app.diffusion.models.loading import Checkpoint, OneKey, load_checkpoint
 from app.diffusion.models.tensor_names import squeezed
+from app.diffusion.models.tensors import tensor_name, tensor_shape
 from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.models.unet import UNet
 from app.diffusion.models.vae import VAE
@@ -58,10 +59,10 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     return load
 
 
-def relative_error(ours: Any, theirs: Any) -> float:
+def relative_error(ours: Any, expected: Any) -> float:
     ours = np.asarray(ours, np.float32)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    assert ours.shape == expected.shape
+    return float(np.abs(ours - expected).max() / np.abs(expected).max())
 
 
 call = nnx.jit(lambda module, *arguments: module(*arguments))
@@ -71,19 +72,19 @@ decode = nnx.jit(lambda vae, latents: vae.decode(latents))
 
 def run(checkpoint: Checkpoint, model: str, part: str) -> Any:
     """One submodule on its recorded inputs."""
-    given = tiny.inputs(model)
+    inputs = tiny.inputs(model)
     down = checkpoint.unet.down_blocks[1]
     if part == "prompt_embeds":
         return call(checkpoint.text_encoder, golden(model)["input_ids"])
     if part == "resnet":
-        return call(down.resnets[0], given["resnet"], given["time"])
+        return call(down.resnets[0], inputs["resnet"], inputs["time"])
     if part == "transformer":
-        return call(down.attentions[0], given["transformer"], given["context"][:2])
+        return call(down.attentions[0], inputs["transformer"], inputs["context"][:2])
     if part == "unet":
-        return call(checkpoint.unet, given["unet"], given["timesteps"], given["context"])
+        return call(checkpoint.unet, inputs["unet"], inputs["timesteps"], inputs["context"])
     if part == "moments":
-        return np.concatenate(encode(checkpoint.vae, given["pixels"]), axis=-1)
-    return decode(checkpoint.vae, given["vae_latents"] * checkpoint.vae.config.scaling_factor)
+        return np.concatenate(encode(checkpoint.vae, inputs["pixels"]), axis=-1)
+    return decode(checkpoint.vae, inputs["vae_latents"] * checkpoint.vae.config.scaling_factor)
 
 
 PARTS = ("prompt_embeds", "resnet", "transformer", "unet", "moments", "decoded")
@@ -99,16 +100,16 @@ def test_every_submodule_computes_what_diffusers_computes(load: Load, model: str
 @pytest.mark.parametrize("strips", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_images_cut_into_strips_are_what_whole_ones_are(load: Load, model: str, strips: int) -> None:
-    checkpoint, given = load(model), tiny.inputs(model)
+    checkpoint, inputs = load(model), tiny.inputs(model)
     latents = tiny.noise("strips", 2, 16, 8, 4)
 
     @nnx.jit(static_argnums=2)
     def both(unet: Any, vae: Any, strips: int) -> tuple[jax.Array, jax.Array]:
-        predicted = unet(latents, given["timesteps"][:2], given["context"][:2], strips=strips)
+        predicted = unet(latents, inputs["timesteps"][:2], inputs["context"][:2], strips=strips)
         return predicted, vae.decode(latents, strips=strips)
 
     whole, cut = (both(checkpoint.unet, checkpoint.vae, number) for number in (1, strips))
-    assert all(relative_error(ours, theirs) <= 1e-5 for ours, theirs in zip(cut, whole, strict=True))
+    assert all(relative_error(ours, expected) <= 1e-5 for ours, expected in zip(cut, whole, strict=True))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -153,8 +154,8 @@ def test_modules_hold_exactly_the_tensors_of_the_published_checkpoints(name: str
     module = nnx.eval_shape(lambda: module_class(config, rngs=rngs))
     parameters = nnx.to_flat_state(nnx.state(module, nnx.Param))
     ours = {tensor_name(path): squeezed(tensor_shape(path, parameter.shape)) for path, parameter in parameters}
-    theirs = {tensor: squeezed(tuple(shape)) for tensor, shape in tiny.tensor_shapes()[name][component].items()}
-    assert ours == theirs
+    expected = {tensor: squeezed(tuple(shape)) for tensor, shape in tiny.tensor_shapes()[name][component].items()}
+    assert ours == expected
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -230,7 +231,7 @@ def test_all_problems_of_a_checkpoint_are_said_at_once(tmp_path: Path) -> None:
     save_file(load_file(vae) | {"quant_conv.weight": np.zeros((8, 4, 1, 1), np.float32)}, vae)
     with pytest.raises(ValueError) as caught:
         load_checkpoint(folder)
-    said = str(caught.value)
-    assert "unet: tensor conv_in.bias is missing." in said
-    assert "unet: tensor conv_in.lora_down is not one that this architecture has." in said
-    assert "vae: tensor quant_conv.weight must have shape [8, 8, 1, 1], got [8, 4, 1, 1]." in said
+    message = str(caught.value)
+    assert "unet: tensor conv_in.bias is missing." in message
+    assert "unet: tensor conv_in.lora_down is not one that this architecture has." in message
+    assert "vae: tensor quant_conv.weight must have shape [8, 8, 1, 1], got [8, 4, 1, 1]." in message

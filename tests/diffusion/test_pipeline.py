@@ -21,7 +21,7 @@ SIZE = (16, 24)
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "pndm", "lcm")
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     prompt: str = "a red house"
     negative_prompt: str = "rain"
     sampler: str = "ddim"
@@ -42,18 +42,22 @@ def pipeline(folder: Path) -> Pipeline:
     return pipeline
 
 
-def draw(pipeline: Pipeline, asked: Sequence[Asked], stride: int = 1, slots: Sequence[int] = range(8)) -> np.ndarray:
+def draw(
+    pipeline: Pipeline, requests: Sequence[Request], stride: int = 1, slots: Sequence[int] = range(8)
+) -> np.ndarray:
     """Pictures side by side, in as few dispatches of at most `stride` steps as their tables allow."""
     state = pipeline.empty_state(SIZE)
     left = {}
-    for slot, one in zip(slots, asked, strict=False):
-        prompt, negative_prompt = pipeline.encode([one.prompt, one.negative_prompt])
-        table = pipeline.table(one.sampler, one.steps)
-        state = pipeline.insert(state, slot, prompt, negative_prompt, table, one.guidance_scale, one.seed)
+    for slot, request in zip(slots, requests, strict=False):
+        prompt, negative_prompt = pipeline.encode([request.prompt, request.negative_prompt])
+        table = pipeline.table(request.sampler, request.steps)
+        state = pipeline.insert(state, slot, prompt, negative_prompt, table, request.guidance_scale, request.seed)
         left[slot] = len(table)
     while running := {slot: steps for slot, steps in left.items() if steps}:
         active = [
-            ActiveSlot(slot, one.guidance_scale > 1) for slot, one in zip(slots, asked, strict=False) if left[slot]
+            ActiveSlot(slot, request.guidance_scale > 1)
+            for slot, request in zip(slots, requests, strict=False)
+            if left[slot]
         ]
         count = min(stride, *running.values())
         state, _ = pipeline.step(state, active, count)
@@ -61,14 +65,14 @@ def draw(pipeline: Pipeline, asked: Sequence[Asked], stride: int = 1, slots: Seq
     return np.concatenate([np.asarray(pipeline.decode(state, [slot]))[:1] for slot in left])
 
 
-def far(one: np.ndarray, other: np.ndarray) -> int:
+def far(image: np.ndarray, other: np.ndarray) -> int:
     """Grey levels."""
-    return int(np.abs(one.astype(int) - other.astype(int)).max())
+    return int(np.abs(image.astype(int) - other.astype(int)).max())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_picture_depends_on_its_seed_and_not_on_slot_or_neighbours(pipeline: Pipeline, sampler: str) -> None:
-    seven, last, zero, five = (Asked(seed=seed, sampler=sampler) for seed in (7, 2**32 - 1, 0, 5))
+    seven, last, zero, five = (Request(seed=seed, sampler=sampler) for seed in (7, 2**32 - 1, 0, 5))
     together = draw(pipeline, [seven, last, zero, seven])
     elsewhere = draw(pipeline, [zero, seven, five], slots=[6, 2, 0])  # other slots and neighbours, the same bucket
     assert np.array_equal(together[0], together[3])
@@ -78,26 +82,26 @@ def test_a_picture_depends_on_its_seed_and_not_on_slot_or_neighbours(pipeline: P
 
 
 def test_buckets_agree_within_a_grey_level(pipeline: Pipeline) -> None:
-    asked = [Asked(seed=seed) for seed in (1, 3, 2)]
-    assert far(draw(pipeline, asked[1:2])[0], draw(pipeline, asked)[1]) <= 1
+    requests = [Request(seed=seed) for seed in (1, 3, 2)]
+    assert far(draw(pipeline, requests[1:2])[0], draw(pipeline, requests)[1]) <= 1
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_steps_in_one_dispatch_or_in_many_are_the_same_bit_for_bit(pipeline: Pipeline, sampler: str) -> None:
-    asked = [Asked(sampler=sampler, steps=6), Asked(sampler=sampler, steps=8, seed=8)]
-    assert np.array_equal(draw(pipeline, asked, stride=1), draw(pipeline, asked, stride=3))
+    requests = [Request(sampler=sampler, steps=6), Request(sampler=sampler, steps=8, seed=8)]
+    assert np.array_equal(draw(pipeline, requests, stride=1), draw(pipeline, requests, stride=3))
 
 
 def test_slots_at_different_steps_of_different_samplers_share_a_step(pipeline: Pipeline) -> None:
     """Each slot's picture is the one that it would have made alone."""
-    asked = [
-        Asked("the sea", "", "pndm", 3, 1.0, 11),
-        Asked("a house", "rain", "euler_ancestral", 8, 7.5, 12),
-        Asked("a sun at night", "", "dpmpp_2m", 5, 3.0, 13),
+    requests = [
+        Request("the sea", "", "pndm", 3, 1.0, 11),
+        Request("a house", "rain", "euler_ancestral", 8, 7.5, 12),
+        Request("a sun at night", "", "dpmpp_2m", 5, 3.0, 13),
     ]
-    together = draw(pipeline, asked)
-    for one, picture in zip(asked, together, strict=True):
-        assert far(draw(pipeline, [one])[0], picture) <= 1
+    together = draw(pipeline, requests)
+    for request, picture in zip(requests, together, strict=True):
+        assert far(draw(pipeline, [request])[0], picture) <= 1
 
 
 def test_a_text_is_encoded_to_the_same_bits_beside_any_other(pipeline: Pipeline) -> None:
@@ -105,12 +109,12 @@ def test_a_text_is_encoded_to_the_same_bits_beside_any_other(pipeline: Pipeline)
     alone = [np.asarray(pipeline.encode([text])[0].embeds) for text in texts]
     for order in itertools.islice(itertools.permutations(range(5)), 0, 120, 17):
         together = pipeline.encode([texts[i] for i in order])
-        assert all(np.array_equal(one.embeds, alone[i]) for i, one in zip(order, together, strict=True))
+        assert all(np.array_equal(text.embeds, alone[i]) for i, text in zip(order, together, strict=True))
 
 
 def test_without_guidance_the_negative_prompt_is_nothing(pipeline: Pipeline) -> None:
     def drawn(negative_prompt: str, guidance_scale: float) -> np.ndarray:
-        return draw(pipeline, [Asked(negative_prompt=negative_prompt, guidance_scale=guidance_scale)])
+        return draw(pipeline, [Request(negative_prompt=negative_prompt, guidance_scale=guidance_scale)])
 
     assert np.array_equal(drawn("rain", 1.0), drawn("", 1.0))
     assert far(drawn("rain", 6.0), drawn("", 6.0)) > 1
@@ -144,7 +148,7 @@ def test_nothing_is_compiled_after_warmup(pipeline: Pipeline) -> None:
     watch.ready()
     try:
         for sampler in SAMPLERS:
-            draw(pipeline, [Asked(sampler=sampler, guidance_scale=1.0), Asked(seed=8, steps=8)], stride=2)
+            draw(pipeline, [Request(sampler=sampler, guidance_scale=1.0), Request(seed=8, steps=8)], stride=2)
         for count in range(1, 9):
             pipeline.encode(["a", "", "b", "c", "d", "e", "f", "g"][:count])
         pipeline.preview(pipeline.empty_state(SIZE), 3)
@@ -169,14 +173,17 @@ def test_a_loaded_program_that_fails_at_its_first_run_is_compiled_instead(
         def fail(*arguments: Any) -> None:
             raise jax.errors.JaxRuntimeError("INTERNAL: no such symbol")
 
-        found = compiled(programs, folder=None, fingerprint=fingerprint)
-        return {name: fail if folder and name.startswith("decode") else one for name, one in found.items()}
+        executables = compiled(programs, folder=None, fingerprint=fingerprint)
+        return {
+            name: fail if folder and name.startswith("decode") else executable
+            for name, executable in executables.items()
+        }
 
     monkeypatch.setattr(app.diffusion.pipeline, "compiled", spoilt)
     spec = PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), max_steps=2, programs=tmp_path)
     pipeline = Pipeline.load(spec)
     pipeline.warmup()
-    assert draw(pipeline, [Asked(steps=2)]).shape == (1, SIZE[1], SIZE[0], 3)
+    assert draw(pipeline, [Request(steps=2)]).shape == (1, SIZE[1], SIZE[0], 3)
     assert "A program failed at its first run, so all are compiled anew: INTERNAL: no such symbol" in caplog.text
 
 
@@ -201,7 +208,7 @@ def test_rows_are_divided_among_as_many_devices_as_divide_them(pipeline: Pipelin
 
 
 def test_truncation_is_told_of_each_text(pipeline: Pipeline) -> None:
-    assert [one.truncated for one in pipeline.encode(["a house", "the sea " * 60])] == [False, True]
+    assert [text.truncated for text in pipeline.encode(["a house", "the sea " * 60])] == [False, True]
 
 
 def test_a_size_that_the_checkpoint_cannot_draw_is_refused_at_load(folder: Path) -> None:
@@ -233,4 +240,4 @@ def test_a_decode_bucket_may_be_larger_than_every_batch_bucket(folder: Path) -> 
     spec = PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), decode_buckets=(2,), max_steps=8)
     pipeline = Pipeline.load(spec)
     pipeline.warmup()
-    assert draw(pipeline, [Asked()]).shape == (1, SIZE[1], SIZE[0], 3)
+    assert draw(pipeline, [Request()]).shape == (1, SIZE[1], SIZE[0], 3)

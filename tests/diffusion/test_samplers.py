@@ -54,9 +54,9 @@ def error(table: SamplerTable, case: str) -> float:
     """The largest error of any step, relative to the largest value of that step, in diffusers' scaling."""
     rows = golden()["case"] == golden()["cases"].tolist().index(case)
     ours = np.stack(trajectory(table)) * golden()["scale"][rows].reshape(-1, 1, 1, 1, 1)
-    theirs = golden()["latents"][rows]
-    axes = tuple(range(1, theirs.ndim))
-    return float((np.abs(ours - theirs).max(axes) / np.abs(theirs).max(axes)).max())
+    expected = golden()["latents"][rows]
+    axes = tuple(range(1, expected.ndim))
+    return float((np.abs(ours - expected).max(axes) / np.abs(expected).max(axes)).max())
 
 
 @pytest.mark.parametrize("config, sampler, steps", sampler_cases.cases())
@@ -158,12 +158,12 @@ def test_all_problems_of_a_scheduler_config_are_named_at_once() -> None:
     }
     with pytest.raises(ValueError) as caught:
         Schedule.from_config(config)
-    said = str(caught.value)
-    assert "_class_name must be one of DDIMScheduler, " in said and "got 'UniPCMultistepScheduler'" in said
-    assert "beta_schedule must be 'linear' or 'scaled_linear' or 'squaredcos_cap_v2', got 'sigmoid'" in said
-    assert "clip_sample must be False, got True" in said
-    assert "num_train_timesteps must be a whole number of 2 or more, got 0" in said
-    assert "solver_p is not an option that is known here, got None" in said
+    message = str(caught.value)
+    assert "_class_name must be one of DDIMScheduler, " in message and "got 'UniPCMultistepScheduler'" in message
+    assert "beta_schedule must be 'linear' or 'scaled_linear' or 'squaredcos_cap_v2', got 'sigmoid'" in message
+    assert "clip_sample must be False, got True" in message
+    assert "num_train_timesteps must be a whole number of 2 or more, got 0" in message
+    assert "solver_p is not an option that is known here, got None" in message
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_plms_needs_the_config_to_skip_the_runge_kutta_start() -> None:
 
 
 @pytest.mark.parametrize(
-    "sampler, steps, said",
+    "sampler, steps, message",
     [
         ("ddim", 0, "num_inference_steps must be between 1 and 1000 for sampler ddim, got 0."),
         ("euler", 1001, "num_inference_steps must be between 1 and 1000 for sampler euler, got 1001."),
@@ -220,8 +220,8 @@ def test_plms_needs_the_config_to_skip_the_runge_kutta_start() -> None:
         ("dpmpp_2m", 1000, "distinct timesteps between 0 and 999"),
     ],
 )
-def test_impossible_steps_are_refused_with_the_range(sampler: str, steps: int, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_impossible_steps_are_refused_with_the_range(sampler: str, steps: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make_table(sampler, steps, SD14)
 
 

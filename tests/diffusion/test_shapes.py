@@ -9,9 +9,10 @@ from flax import nnx
 
 from app.diffusion.models.clip import CLIPText
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
-from app.diffusion.models.loading import OneKey, tensor_name, tensor_shape
+from app.diffusion.models.loading import OneKey
 from app.diffusion.models.shapes import Shape, text_encoder_tensors, unet_tensors, vae_tensors
 from app.diffusion.models.tensor_names import squeezed
+from app.diffusion.models.tensors import tensor_name, tensor_shape
 from app.diffusion.models.unet import UNet
 from app.diffusion.models.vae import VAE
 from tests import tiny

@@ -49,9 +49,9 @@ def row(number: int, **other: Any) -> Row:
 
 
 def drawn(worker: BatchWorker, *rows: Row) -> dict[str, str]:
-    told = worker({"row": np.array([text_of(one) for one in rows])})
-    assert len({len(values) for values in told.values()}) == 1
-    return dict(zip(told["key"], told["error"], strict=True))
+    answer = worker({"row": np.array([text_of(each) for each in rows])})
+    assert len({len(values) for values in answer.values()}) == 1
+    return dict(zip(answer["key"], answer["error"], strict=True))
 
 
 def files(out: Path) -> set[str]:
@@ -59,14 +59,14 @@ def files(out: Path) -> set[str]:
 
 
 def test_a_row_travels_as_text_and_comes_back_the_same() -> None:
-    one = row(7, n=2)
-    assert row_of(text_of(one)) == one
+    first = row(7, n=2)
+    assert row_of(text_of(first)) == first
 
 
 def test_a_row_leaves_its_pictures_and_a_record_and_nothing_else(worker: BatchWorker, out: Path) -> None:
     rows = [row(1), row(2, n=2)]
     assert drawn(worker, *rows) == {"key1": "", "key2": ""}
-    assert files(out) == {name for one in rows for name in one.made}
+    assert files(out) == {name for each in rows for name in each.made}
     record = json.loads((out / rows[1].record).read_text())
     assert set(record) == set(SCHEMA) - {"row", "error"}
     assert (record["seed"], record["files"]) == (2, ["images/key2-0.png", "images/key2-1.png"])
@@ -76,7 +76,7 @@ def test_a_row_leaves_its_pictures_and_a_record_and_nothing_else(worker: BatchWo
 
 def test_a_row_that_is_given_out_twice_at_once_is_told_once(worker: BatchWorker, out: Path) -> None:
     assert drawn(worker, row(1), row(1), row(2)) == {"key1": "", "key2": ""}
-    assert files(out) == {name for one in (row(1), row(2)) for name in one.made}
+    assert files(out) == {name for each in (row(1), row(2)) for name in each.made}
 
 
 def test_what_is_finished_is_not_drawn_again_and_what_lost_a_picture_is(
@@ -90,7 +90,7 @@ def test_what_is_finished_is_not_drawn_again_and_what_lost_a_picture_is(
     assert drawn(worker, *rows) == {"key1": "", "key2": "", "key3": ""}
     assert {call.seeds for call in fake.of("insert")} == {(2,)}
     assert files(out) == set(before)
-    assert all((out / name).stat().st_mtime_ns == before[name] for one in (rows[0], rows[2]) for name in one.made)
+    assert all((out / name).stat().st_mtime_ns == before[name] for each in (rows[0], rows[2]) for name in each.made)
 
 
 def test_a_row_that_fails_is_told_and_the_others_are_drawn(worker: BatchWorker, fake: FakePipeline, out: Path) -> None:
@@ -98,8 +98,8 @@ def test_a_row_that_fails_is_told_and_the_others_are_drawn(worker: BatchWorker, 
     first = drawn(worker, row(1))
     assert "encode failed" in first["key1"] and files(out) == set()
     refused = dataclasses.replace(row(2), generation=dataclasses.replace(row(2).generation, width=24))
-    told = drawn(worker, refused, row(3))
-    assert told["key2"].startswith("size must be one of ") and told["key3"] == ""
+    answer = drawn(worker, refused, row(3))
+    assert answer["key2"].startswith("size must be one of ") and answer["key3"] == ""
 
 
 def test_a_disk_that_takes_nothing_ends_the_job(worker: BatchWorker, out: Path) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from app.diffusion.models.loading import load_checkpoint, to_tensors
+from app.diffusion.models.loading import load_checkpoint
+from app.diffusion.models.tensors import to_tensors
 from app.diffusion.models.tokenizer import Tokenizer
 from cluster import ROOT, processes
 from jobs import fetch_weights

@@ -70,7 +70,7 @@ def test_there_is_one_trace_at_a_time_and_then_another(calls: list[str]) -> None
     assert isinstance(asyncio.run(profiler.trace(5, 10)), Trace)
 
 
-PHASES = ["waiting", "start", "tracing", "stop", "written"]
+PHASES = ["waiting", "start", "tracing", "stop", "files_in"]
 
 
 class Held:
@@ -79,7 +79,7 @@ class Held:
     def __init__(self, phase: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.phase, self.arrived, self.gate = phase, threading.Event(), threading.Event()
         self.calls, self.traced = calls, 0
-        for name in ("start", "stop", "written"):
+        for name in ("start", "stop", "files_in"):
             monkeypatch.setattr(profiling, name, partial(self.call, name, getattr(profiling, name)))
 
     def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -156,7 +156,7 @@ def test_a_trace_that_fails_says_so_and_the_next_one_works(calls: list[str], mon
         raise OSError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(profiling, "written", broken)
+        patch.setattr(profiling, "files_in", broken)
         with pytest.raises(OSError, match="no space"):
             asyncio.run(profiler.trace(5, 10))
     assert calls == ["start", "stop"]

@@ -371,12 +371,12 @@ def test_statistics_tell_when_each_part_of_the_start_was_over(replica: Any) -> N
 
 def test_serves_questions_keep_the_gauges_current(replica: Any, recorded: Recorded) -> None:
     running = held(replica)
-    told = asyncio.run(replica.record_autoscaling_stats())
+    stats = asyncio.run(replica.record_autoscaling_stats())
     asyncio.run(replica.check_health())
     replica.pipeline.open()
     running.result(20)
-    assert told["unfinished"] == 1.0 and told["backlog_s"] > 0
-    assert all(isinstance(value, float) for value in told.values()), "Ray takes nothing else"
+    assert stats["unfinished"] == 1.0 and stats["backlog_s"] > 0
+    assert all(isinstance(value, float) for value in stats.values()), "Ray takes nothing else"
     assert [value for name, value, _ in recorded if name == "imagine_active_slots"] == [1, 1]
 
 
@@ -447,10 +447,10 @@ def held_in(pipeline: Pipeline, verb: str) -> None:
 
 
 async def whole_or_stream(replica: Any, stream: bool, **changes: Any) -> Any:
-    asked = asking(stream=stream, **changes)
+    request = asking(stream=stream, **changes)
     if not stream:
-        return await replica.generate(asked)
-    return [item async for item in replica.generate_stream(asked)][-1]
+        return await replica.generate(request)
+    return [item async for item in replica.generate_stream(request)][-1]
 
 
 @pytest.mark.parametrize("broken", ["Pipeline.warmup", "CompileWatch.ready", "Engine.start", "Profiler"])
@@ -507,8 +507,8 @@ def test_a_device_that_hangs_is_a_503_at_once_and_an_unhealthy_replica(
         assert isinstance(await whole_or_stream(replica, stream, n=1), Images)
         await replica.check_health()
         held_in(replica.pipeline, verb)
-        asked = [whole_or_stream(replica, stream, n=1, seed=seed, prompt="new") for seed in range(2)]
-        for answer in [*await asyncio.gather(*asked), await replica.generate(asking())]:
+        request = [whole_or_stream(replica, stream, n=1, seed=seed, prompt="new") for seed in range(2)]
+        for answer in [*await asyncio.gather(*request), await replica.generate(asking())]:
             assert isinstance(answer, ApiError) and answer.retry_after_s == 5.0
             expected = (503, "replica_lost", "The replica's device does not answer; try again.")
             assert (answer.status, answer.code, answer.message) == expected

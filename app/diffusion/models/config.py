@@ -273,11 +273,11 @@ class _Fields:
         if type(value) is int and value > 0:
             self.used(name)
             return (value,) * levels
-        found = self.numbers(name, (default,) * levels)
-        if len(found) != levels:
-            self.problems.append(f"{self.where}: {name} must have {levels} entries, one a level, got {list(found)}.")
+        values = self.numbers(name, (default,) * levels)
+        if len(values) != levels:
+            self.problems.append(f"{self.where}: {name} must have {levels} entries, one a level, got {list(values)}.")
             return (default,) * levels
-        return found
+        return values
 
     def choices(self, name: str, default: tuple[str, ...], levels: int) -> tuple[str, ...]:
         """Block types, one a level; the default's own set is the whole choice."""

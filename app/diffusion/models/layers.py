@@ -46,12 +46,12 @@ class GroupNorm(nnx.GroupNorm):
         mean = by_group([part.mean(positions) for part in wide])
         square = by_group([jnp.square(part).mean(positions) for part in wide])
         factor = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
-        mean, factor = (jnp.expand_dims(repeated(one, strips), positions) for one in (mean, factor))
+        mean, factor = (jnp.expand_dims(repeated(value, strips), positions) for value in (mean, factor))
         return mean, factor
 
     def scaled(self, x: jax.Array, mean: jax.Array, factor: jax.Array) -> jax.Array:
         assert self.scale is not None and self.bias is not None
-        scale, bias = (jnp.expand_dims(one[...], tuple(range(x.ndim - 1))) for one in (self.scale, self.bias))
+        scale, bias = (jnp.expand_dims(value[...], tuple(range(x.ndim - 1))) for value in (self.scale, self.bias))
         return ((x.astype(jnp.float32) - mean) * (factor * scale) + bias).astype(self.dtype)
 
 
@@ -284,13 +284,13 @@ class Upsample(nnx.Module):
         around = 1  # rows of zeros, above and below
         if strips > 1:
             x, around = with_zeros_around(with_neighbours(x), strips), 0
-        above, here, below = jnp.split(self.conv.kernel[...], 3)
+        above, middle, below = jnp.split(self.conv.kernel[...], 3)
 
         def smooth(taps: list[jax.Array], padding: tuple[int, int]) -> jax.Array:
             return convolve(x, jnp.concatenate(taps), (1, 1), (padding, (1, 1)))
 
-        even = smooth([above, here + below], (around, around - 1))
-        odd = smooth([above + here, below], (around - 1, around))
+        even = smooth([above, middle + below], (around, around - 1))
+        odd = smooth([above + middle, below], (around - 1, around))
         x = jnp.stack([even, odd], axis=2).reshape(rows, 2 * height, 2 * width, channels)
         x = x + self.conv.bias[...][None, None, None]
         # Left to itself, XLA for TPU lays this out row by row, and anew for each of the convolutions that follow.

@@ -20,7 +20,7 @@ def corrected(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if type(offset) is int and offset >= 0 and offset != 1:
         changed["steps_offset"] = 1
         remarks.append(
-            f"steps_offset is 1 instead of {said(config, 'steps_offset', offset)}, as diffusers' pipeline has it."
+            f"steps_offset is 1 instead of {stated(config, 'steps_offset', offset)}, as diffusers' pipeline has it."
         )
     if config.get("clip_sample") is True:
         changed["clip_sample"] = False
@@ -30,10 +30,11 @@ def corrected(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     skips = config.get("skip_prk_steps", False)
     if config.get("_class_name") == "PNDMScheduler" and skips is False:
         changed["skip_prk_steps"] = True
-        given = said(config, "skip_prk_steps", skips)
-        remarks.append(f"skip_prk_steps is true instead of {given}: the Runge-Kutta start is not run.")
+        before = stated(config, "skip_prk_steps", skips)
+        remarks.append(f"skip_prk_steps is true instead of {before}: the Runge-Kutta start is not run.")
     return changed, remarks
 
 
-def said(config: Mapping[str, Any], name: str, default: Any) -> str:
+def stated(config: Mapping[str, Any], name: str, default: Any) -> str:
+    """The value in a file that is corrected, as a remark states it."""
     return str(default).lower() + ("" if name in config else ", its default")

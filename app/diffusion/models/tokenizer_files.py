@@ -57,7 +57,7 @@ def some(items: list[str]) -> str:
 
 
 def declared_ids(folder: Path, problems: list[str]) -> dict[str, int]:
-    """The id of every token, by all files that declare some."""
+    """The id of every token, from all files that declare tokens."""
     whole = read(folder, "tokenizer.json", problems)
     parts = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if not whole and parts:
@@ -69,20 +69,20 @@ def declared_ids(folder: Path, problems: list[str]) -> dict[str, int]:
     sources: list[tuple[str, Any]] = [
         ("vocab.json", read(folder, "vocab.json", problems)),
         ("tokenizer.json", model.get("vocab") if isinstance(model, dict) else {}),
-        ("tokenizer.json", {content_of(one): one.get("id") for one in listed(added) if isinstance(one, dict)}),
+        ("tokenizer.json", {content_of(token): token.get("id") for token in listed(added) if isinstance(token, dict)}),
         ("added_tokens.json", read(folder, "added_tokens.json", problems)),
         ("tokenizer_config.json", {content_of(token): number(id) for id, token in mapped(decoder).items()}),
     ]
-    found: dict[str, int] = {}
+    ids: dict[str, int] = {}
     for file, tokens in sources:
         for token, id in mapped(tokens).items():
             if type(id) is not int:
                 problems.append(f"tokenizer/{file}: the id of {token!r} must be a whole number, got {id!r}.")
                 return {}
-            if found.setdefault(str(token), id) != id:
-                problems.append(f"tokenizer/{file}: {token!r} has the id {id}, and {found[str(token)]} elsewhere.")
+            if ids.setdefault(str(token), id) != id:
+                problems.append(f"tokenizer/{file}: {token!r} has the id {id}, and {ids[str(token)]} elsewhere.")
                 return {}
-    return found
+    return ids
 
 
 def listed(value: object) -> list[Any]:
@@ -119,21 +119,21 @@ def unmade(folder: Path, ids: Mapping[str, int]) -> Iterator[str]:
 
 
 def content_of(token: object) -> str | None:
-    """A token is written as its text, or as an object with it."""
+    """A token is written as its text, or as an object that contains its text."""
     value = token.get("content") if isinstance(token, dict) else token
     return value if isinstance(value, str) else None
 
 
 def read(folder: Path, name: str, problems: list[str]) -> dict[str, Any]:
-    """Nothing where there is no such file: which ones must be there, `declared_ids` says."""
+    """Empty where there is no such file. `declared_ids` says which files must be there."""
     try:
-        found = json.loads((folder / name).read_text("utf-8"))
+        content = json.loads((folder / name).read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         problems.append(f"tokenizer/{name} cannot be read: {error}.")
         return {}
-    if not isinstance(found, dict):
-        problems.append(f"tokenizer/{name} must hold a JSON object, got a {type(found).__name__}.")
+    if not isinstance(content, dict):
+        problems.append(f"tokenizer/{name} must hold a JSON object, got a {type(content).__name__}.")
         return {}
-    return found
+    return content
