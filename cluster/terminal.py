@@ -19,7 +19,7 @@ def say(text: str) -> None:
 
 
 def make_command(verbs: str, cluster: str = "local") -> str:
-    """What the user types for these verbs, `cluster` being what CLUSTER= says."""
+    """The make command for these verbs and a value of CLUSTER=."""
     return f"make {verbs}" + ("" if cluster == "local" else f" CLUSTER={cluster}")
 
 
@@ -32,8 +32,10 @@ def format_duration(seconds: float) -> str:
 
 
 class Progress:
-    """Rows of (name, state, detail). On a terminal they are redrawn in place; elsewhere a line is printed when a
-    state changes, within QUIET_S when only a detail does, and every ALIVE_S when nothing does."""
+    """Shows rows of (name, state, detail). On a terminal they are redrawn in place.
+
+    In a log file, a changed state is printed at once, a changed detail within QUIET_S, and every row each ALIVE_S.
+    """
 
     def __init__(self) -> None:
         self.began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What tests of a real local cluster share: the Makefile's verbs as a user would run them, and plain HTTP."""
+"""Shared by tests of a real local cluster: the Makefile's verbs as a user runs them, and plain HTTP."""
 
 import contextlib
 import io
@@ -54,8 +54,8 @@ class Verbs:
 
 
 def surroundings(folder: Path) -> dict[str, str]:
-    """An environment that must change nothing: somebody else's cluster and token, another Python's packages, and a
-    temporary folder below which a socket's path has no room."""
+    """An environment that must not matter: another cluster and token, another Python's packages, and a temporary folder
+    whose path is too long for sockets."""
     temporary, packages = folder / ("t" * (100 - len(str(folder)))), folder / "packages"
     temporary.mkdir(parents=True, exist_ok=True)
     for name in ("pydantic", "yaml", "psutil"):
@@ -82,7 +82,7 @@ def one_node_cluster(run_dir: Path, folder: Path) -> Iterator[Verbs]:
 
 
 def in_this_process(main: Callable[[], str], command: list[str]) -> subprocess.CompletedProcess[str]:
-    """A job's module as `python -m` runs it, without the seconds that its imports take."""
+    """Runs a job's module as `python -m` does, but without the seconds of its imports."""
     out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = command
     try:
@@ -97,7 +97,7 @@ def in_this_process(main: Callable[[], str], command: list[str]) -> subprocess.C
 
 
 def ports(count: int) -> list[int]:
-    """Apart from those that `up` chooses, and from a random start: several test runs may look for some at once."""
+    """Free ports that `up` does not choose. The start is random, as several test runs may search at once."""
     start = random.randrange(18000, 18900)
     return [port for port in range(start, start + 100) if processes.free(port)][:count]
 
@@ -108,7 +108,7 @@ def succeeds(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def refuses(done: subprocess.CompletedProcess[str]) -> str:
-    """The sentence of a refusal; a traceback would be more lines, or begin with the word."""
+    """The sentence of a command that failed without a traceback."""
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stderr.strip()
 

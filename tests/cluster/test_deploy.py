@@ -1,4 +1,4 @@
-"""cluster/deploy.py, cluster/dashboard.py and cluster/logs.py without a cluster: what they read, decide and say."""
+"""cluster/deploy.py, cluster/dashboard.py and cluster/logs.py without a cluster: what they read, decide and print."""
 
 import json
 import socket
@@ -255,8 +255,8 @@ def test_spans_are_told_in_two_units_at_most() -> None:
 
 
 class FakeServe:
-    """What Serve makes of the configs that are put: an application whose text is bad does not start, and replaces what
-    ran; one whose text is slow never gets ready. `broken` names those that do not start again either."""
+    """A fake Serve. An application with the text "bad" fails and replaces what ran; one with "slow" never gets ready.
+    Applications in `broken` do not start again either."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *running: Details, broken: str = "") -> None:
         self.puts: list[list[Details]] = []
@@ -377,7 +377,7 @@ def test_what_is_only_slow_or_interrupted_is_not_put_back(
 
 @pytest.fixture
 def api() -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
-    """Where an API is, and what it answers by path."""
+    """The URL of an API, and its answer for each path."""
     answers: dict[str, tuple[int, bytes]] = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -402,7 +402,7 @@ def api() -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
 def status_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str, **changes: Any
 ) -> tuple[str, str]:
-    """What `make status` prints, and what it ends with."""
+    """The output and the error of `make status`."""
     port = int(url.rpartition(":")[2])
     application = app() | {"route_prefix": "/v2"} | changes.pop("app", {})
     state = details(app=application) | {"http_options": {"port": port}, "controller_info": {"node_id": "n"}} | changes

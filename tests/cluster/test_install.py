@@ -1,4 +1,4 @@
-"""cluster/install.py: when .venv is as it should be, when it is recreated, and what a user is told. pip is not run."""
+"""cluster/install.py: when .venv is reused or recreated, and what the command prints. pip is not run."""
 
 import importlib.util
 import shutil
@@ -14,7 +14,7 @@ from cluster import install
 
 @pytest.fixture
 def venv(tmp_path: Path) -> Path:
-    """What `python -m venv` leaves, without the seconds that it takes to put pip in."""
+    """Files as `python -m venv` makes them, without pip, which takes seconds."""
     folder = tmp_path.resolve() / ".venv"
     stdlib_venv.create(folder, with_pip=False)
     (folder / "bin" / "pip").touch()
@@ -23,7 +23,7 @@ def venv(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The levels that pip was asked for."""
+    """The levels that pip was called for."""
     levels: list[str] = []
     monkeypatch.setattr(install, "run_pip", lambda venv, level: levels.append(level))
     return levels

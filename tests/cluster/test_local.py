@@ -1,5 +1,4 @@
-"""cluster/local/verbs.py and cluster/processes.py with ordinary processes; tests/on_cluster/test_verbs.py does it
-with a real Ray."""
+"""cluster/local/verbs.py and cluster/processes.py with ordinary processes. tests/on_cluster/test_verbs.py uses Ray."""
 
 import json
 import os
@@ -26,9 +25,9 @@ from cluster.processes import MARK
 
 Start = Callable[..., psutil.Process]
 SLEEP = "print(flush=True); import time; time.sleep(60)"
-OURS, THEIRS = f"run{os.getpid()}#1", f"run{os.getpid()}#2"  # of nobody else who runs these tests at the same time
+OURS, OTHERS = f"run{os.getpid()}#1", f"run{os.getpid()}#2"  # unique to this run of the tests
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
-# A child whose environment is empty, in a session of its own: nothing but its parent tells whose it is.
+# A child with an empty environment and its own session: only its parent shows that it belongs to a cluster.
 PARENT = (
     "import subprocess, sys, time\n"
     f"child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], env={{}}, stdout=subprocess.PIPE, "
@@ -75,7 +74,7 @@ def cluster_in(run_dir: Path) -> Cluster:
 
 
 def test_a_marked_process_is_ended_and_a_stranger_is_not(start: Start) -> None:
-    ours, stranger, neighbour = start(SLEEP, OURS), start(SLEEP), start(SLEEP, THEIRS)
+    ours, stranger, neighbour = start(SLEEP, OURS), start(SLEEP), start(SLEEP, OTHERS)
     assert processes.end(lambda: processes.belonging(OURS), grace_s=5) == 1
     assert processes.dead(ours) and not processes.dead(stranger) and not processes.dead(neighbour)
 

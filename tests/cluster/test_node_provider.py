@@ -107,7 +107,7 @@ def test_idle_minutes_take_the_place_of_the_files() -> None:
 
 
 class StartedNode:
-    """In place of Ray's own, which starts processes."""
+    """Stands in for Ray's Node, which starts processes."""
 
     def __init__(self, *args: object, **options: object) -> None:
         self.all_processes: dict[str, list[Any]] = {}
@@ -138,7 +138,7 @@ def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalN
 
 
 def behave(provider: LocalNodeProvider, **timings: float) -> None:
-    """As `make up STOCK_OUT=...` does while the cluster is up."""
+    """Changes timings as `make up STOCK_OUT=...` does while the cluster is up."""
     config = yaml.safe_load(provider.config_file.read_text())
     config["provider"]["timings"].update(timings)
     autoscaler_config.write(config, provider.config_file)
@@ -202,7 +202,7 @@ def test_a_node_that_is_taken_away_has_notice_first(provider: LocalNodeProvider)
 
 
 def test_notices_that_come_while_others_end_are_all_kept(provider: LocalNodeProvider) -> None:
-    """Notices come by HTTP, in threads of their own."""
+    """Notices arrive by HTTP, each in its own thread."""
     before, failed = sys.getswitchinterval(), list[RuntimeError]()
     names = [f"ray_tpu-{i}" for i in range(20000)]
 

@@ -1,4 +1,4 @@
-"""cluster/node_watcher.py against a metadata server that speaks HTTP and a raylet that is a process, both pretended."""
+"""cluster/node_watcher.py with a fake metadata server that speaks HTTP, and a fake raylet that is a process."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ except urllib.error.HTTPError as error:
 
 
 class Metadata(ThreadingHTTPServer):
-    """The part of Google's metadata server that matters here, with a door for FAKE_RAY."""
+    """A fake of Google's metadata server, with a path for FAKE_RAY."""
 
     daemon_threads = True
 
@@ -109,7 +109,7 @@ def metadata() -> Iterator[Metadata]:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[node_watcher.Node]:
-    """A process of the name and the arguments of a raylet."""
+    """A process with the name and the arguments of a raylet."""
     (tmp_path / "raylet").symlink_to(Path(sys.executable).resolve())
     program = "print(flush=True); import time; time.sleep(600)"
     command = [str(tmp_path / "raylet"), "-S", "-c", program, "--node_id=abc123", "--gcs-address=10.0.0.2:6379"]
@@ -123,7 +123,7 @@ def node(tmp_path: Path) -> Iterator[node_watcher.Node]:
 def watching(
     metadata: Metadata, node: node_watcher.Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], threading.Thread]]:
-    """Starts the watcher, and at the end lets the raylet die, with which it must end."""
+    """Starts the watcher. At the end the raylet is killed, and the watcher must end too."""
     monkeypatch.setattr(node_watcher, "PAUSE_S", 0.02)
     (tmp_path / "ray.py").write_text(FAKE_RAY)
     ray = [sys.executable, "-S", str(tmp_path / "ray.py"), metadata.address]
@@ -141,7 +141,7 @@ def watching(
 
 
 def arguments(metadata: Metadata) -> dict[str, str]:
-    """Of the next drain."""
+    """The arguments of the next drain."""
     command, *options = json.loads(metadata.drained.get(timeout=PATIENCE_S))
     assert command == "drain-node"
     return {name.removeprefix("--"): value for name, _, value in (option.partition("=") for option in options)}

@@ -1,4 +1,4 @@
-"""cluster/ownership.py, cluster/auth_token.py, and what the verbs do where files are another user's."""
+"""cluster/ownership.py, cluster/auth_token.py, and the verbs when files belong to another user."""
 
 import os
 import stat
@@ -103,7 +103,7 @@ def test_a_token_that_cannot_be_trusted_is_told_without_quoting_it(
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder that is nobody's, which another user can reach."""
+    """A folder of the user nobody, which other users can reach."""
     with tempfile.TemporaryDirectory(prefix="shared-", dir="/tmp") as folder:
         os.chown(folder, other_user.NOBODY, other_user.NOBODY)
         os.chmod(folder, 0o777)
@@ -122,7 +122,7 @@ def victim() -> Iterator[psutil.Process]:
 
 
 def planted(run_dir: Path, temp_dir: Path, recorded: processes.Recorded) -> Cluster:
-    """As another user would write it, who wants root to end a process and remove a folder."""
+    """Writes a state file as an attacker would, who wants root to end a process and remove a folder."""
     cluster = Cluster(
         run_dir, f"{run_dir}#01234567", temp_dir, 8265, {"port": 1}, "cluster.yaml", processes=(recorded,)
     )
@@ -171,7 +171,7 @@ def test_root_leaves_alone_what_is_another_users_though_our_own_file_names_it(
 
 @pytest.mark.parametrize("name", ["imagine-0123abcd", "imagine-", "imagine-0123abcd-old", "thesis"])
 def test_down_removes_no_folder_but_one_that_up_makes(tmp_path: Path, name: str) -> None:
-    """Nor what a link of the right name leads to."""
+    """A link with the right name is not followed."""
     precious, run_dir = tmp_path / "precious", tmp_path / "run"
     precious.mkdir()
     (precious / "file").touch()
@@ -188,7 +188,7 @@ def test_down_removes_no_folder_but_one_that_up_makes(tmp_path: Path, name: str)
 
 @pytest.fixture
 def unwritable(tmp_path: Path) -> Iterator[Path]:
-    """For root: to nobody; for anybody else: to themselves."""
+    """Runs a command as the user nobody if we are root, else as ourselves."""
     with tempfile.TemporaryDirectory(prefix="checkout-", dir="/tmp") as folder:
         os.chmod(folder, 0o555)
         yield Path(folder)

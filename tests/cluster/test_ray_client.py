@@ -16,7 +16,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_cluster_none_is_started() -> None:
-    """As Ray would do, and write a token into ~/.ray."""
+    """Ray itself would start one, and write a token into ~/.ray."""
     with pytest.raises(
         UserError, match=r"No Ray cluster is named here. Run it with `make job JOB=...`, or after: eval"
     ):

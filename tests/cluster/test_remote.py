@@ -1,6 +1,6 @@
-"""cluster/remote/verbs.py, cluster/remote/tunnel.py, cluster/connection.py and cluster/remote/preflight.py without a
-cluster: what they say and what they run.
-tests/cluster/test_remote_ssh.py does it with a real Ray over SSH. Google Cloud is not asked.
+"""The verbs of a remote cluster without a cluster: what they print and run.
+
+tests/cluster/test_remote_ssh.py uses a real Ray over SSH. Google Cloud is not contacted.
 """
 
 import os
@@ -30,7 +30,7 @@ BASE = (ROOT / "cluster.yaml").read_text()
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a user who has a token."""
+    """The home folder of a user who has a token."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
@@ -53,7 +53,7 @@ def write(file: Path, text: str) -> Path:
 
 @pytest.fixture
 def complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that has all that is asked for."""
+    """A machine that has all requirements."""
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(preflight, "find_spec", lambda name: True)
     monkeypatch.setattr("google.auth.default", lambda: (None, "mine"))

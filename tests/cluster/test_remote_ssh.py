@@ -115,7 +115,7 @@ applications:
 
 @dataclass(frozen=True)
 class Far:
-    """A user with a home, and the cluster that is far away for them."""
+    """A user with a home folder, and a remote cluster."""
 
     base: Path
     token: str = field(repr=False)
@@ -151,7 +151,7 @@ class Far:
 
     @contextmanager
     def start(self, module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """One that goes on while the block runs."""
+        """A command that runs during the block."""
         process = subprocess.Popen(
             self.command(module, *arguments),
             cwd=ROOT,
@@ -215,13 +215,13 @@ def head(far: Far) -> dict[str, int]:
 
 
 def line(process: subprocess.Popen[str], words: str) -> str:
-    """The next one that a process writes with these words."""
+    """The next line of a process's output with these words."""
     assert process.stdout
     return next(text for text in process.stdout if words in text)
 
 
 def plain(far: Far, *command: str) -> subprocess.CompletedProcess[str]:
-    """As the user types it after eval "$(make -s address)", from anywhere."""
+    """Runs a command after eval "$(make -s address)", in any folder."""
     address = succeeds(far("remote", "address"))
     assert all(line.startswith(("export ", "unset ")) for line in address.splitlines())
     shell = f"set -e; {address}\n{shlex.join(command)}"

@@ -1,4 +1,4 @@
-"""What a user's environment may hold and must not change: another Python's packages, options of Python and of pip."""
+"""A user's environment must not change a command: another Python's packages, options of Python and of pip."""
 
 import os
 import shutil
@@ -91,7 +91,7 @@ def test_pip_is_told_how_to_reach_packages_and_nothing_else(monkeypatch: pytest.
 
 
 def test_an_environment_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
-    """As where the checkout is another user's; root may write everywhere, but not into a file's folder."""
+    """The folder cannot be written. Even root cannot make a folder below a file."""
     (tmp_path / "file").touch()
     command = [sys.executable, "cluster/install.py", "runtime", "--venv", str(tmp_path / "file" / ".venv")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
