@@ -30,7 +30,7 @@ class Batcher:
         self.prompt_cache = prompt_cache
 
     def free_cancelled(self) -> None:
-        """Requests leave their slots and the queue, however their futures have ended."""
+        """Takes requests whose futures have ended out of their slots and queues."""
         for queue in self.queues.values():
             if ended := [request for request in queue.requests if request.future.done()]:
                 with self.changed:
@@ -38,14 +38,14 @@ class Batcher:
                         queue.remove(request)
 
     def admit(self, queue: SizeQueue) -> list[Image]:
-        """The images that share the next step; those of them that wait go into free slots."""
+        """Returns the images that share the next step. Those of them that wait go into free slots."""
         batch = choose_batch(queue, self.intake.expected_beside(queue))
         queue.batch_size, queue.expected_arrivals = batch.batch_size, batch.expected_arrivals
         queue.newcomer_joins = batch.newcomer_joins
         self._encode([image.request for image in batch.images if image.request.encoded is None])
         admitted = []
         for image in batch.images:
-            if image.request.encoded is None:  # its prompt could not be encoded, so it has failed
+            if image.request.encoded is None:  # its prompt could not be encoded, so the request has failed
                 continue
             if image.status is Status.WAITING:
                 with self.changed:
@@ -57,7 +57,7 @@ class Batcher:
         return admitted
 
     def _encode(self, requests: Sequence[Request]) -> None:
-        """Gives each request its encoded prompts; texts in the cache cost nothing."""
+        """Gives each request its encoded prompts. Only texts that are not in the cache are encoded."""
         requests = list(dict.fromkeys(requests))
         texts = [text for request in requests for text in request.texts]
         if missing := self.prompt_cache.missing(texts):
@@ -78,7 +78,7 @@ class Batcher:
             request.encoded = (encoded[prompt], encoded[negative_prompt])
 
     def advance(self, queue: SizeQueue, images: Sequence[Image]) -> None:
-        """One dispatch of steps, up to the first at which an image ends or is shown."""
+        """Dispatches steps for the images, and the previews that are due after them."""
         active = [ActiveSlot(image.slot, image.request.guided) for image in images if image.slot is not None]
         rows = sum(slot.rows for slot in active)
         count = steps_in_dispatch(images, queue.step_cost.step_s(rows), queue.newcomer_joins)
@@ -106,7 +106,7 @@ class Batcher:
         self.outputs.show(image.request, number, pixels)
 
     def retire(self, queue: SizeQueue, running: Sequence[Image]) -> None:
-        """Denoised images are decoded, in as few programs as pays, and leave their slots at once."""
+        """Decodes denoised images in the cheapest buckets. They leave their slots at once."""
         images = queue.images
         denoised = [image for image in images if not image.steps_left]
         others = len(images) - len(denoised)
@@ -124,7 +124,9 @@ class Batcher:
                 for image in batch:
                     self._fail(image.request, error)
                 self.failures.failed("decode")
-                denoised = [image for image in denoised if image.status is Status.RUNNING]  # others have just failed
+                denoised = [
+                    image for image in denoised if image.status is Status.RUNNING
+                ]  # the others have just failed
             else:
                 self._leave_slots(queue, batch, decode_s)
                 self.outputs.fetch(batch, decode_s, pixels)
@@ -137,7 +139,7 @@ class Batcher:
                     queue.requests.remove(image.request)
 
     def settle(self, ahead: int) -> bool:
-        """Waits until no more than `ahead` dispatches are in flight; returns whether there were any."""
+        """Waits until at most `ahead` dispatches are in flight. Returns whether there were any."""
         in_flight = bool(self.dispatcher.in_flight)
         while len(self.dispatcher.in_flight) > ahead:
             dispatch = self.dispatcher.in_flight.popleft()
@@ -150,7 +152,7 @@ class Batcher:
         return in_flight
 
     def _fail_dispatch(self, dispatch: Dispatch, error: Exception) -> None:
-        """Also ends the images that were denoised then or later, and have left for the fetching thread already."""
+        """Also fails the images that it or a later dispatch denoised, as they may have left their slots already."""
         later = [other for other in self.dispatcher.in_flight if other.queue is dispatch.queue]
         for failed in (dispatch, *later):
             for image in failed.denoised:
@@ -158,7 +160,7 @@ class Batcher:
         self.fail_queue(dispatch.queue, error, counts=not dispatch.suspect)
 
     def fail_queue(self, queue: SizeQueue, error: Exception, counts: bool = True) -> None:
-        """A failed step or insert has consumed the state, and with it every image that had begun."""
+        """Fails every request that has begun, as a failed step or insert has consumed the state."""
         log_failure(f"A step of {queue.name} failed", error)
         self.dispatcher.forget(queue)
         self.prompt_cache.clear()  # an encoding may have failed on the device

@@ -1,4 +1,4 @@
-"""Calls the verbs of a pipeline, keeps a window of dispatches in flight, and measures what they take.
+"""Calls the verbs of a pipeline, keeps a window of dispatches in flight, and measures how long they take.
 
 The host runs ahead of the device, but only just: a newcomer should find a place in the very next step. Every call is
 watched for a stall (app/engine/stall.py). Knows nothing of the order of requests.
@@ -27,7 +27,7 @@ BLOCKED_S = 1e-4  # a wait that took longer has really waited for the device
 
 @dataclasses.dataclass(eq=False)
 class Dispatch:
-    """Steps of one size that the device has been given."""
+    """Steps of one size, from their dispatch until the engine has waited for them."""
 
     queue: SizeQueue
     done: Any
@@ -35,14 +35,16 @@ class Dispatch:
     count: int
     predicted_s: float
     at: float
-    only_steps: bool  # nothing but steps since the dispatch before, so that the time between them is theirs
-    suspect: bool = False  # in flight when another failed, so it may fail for the same cause
-    ended: float = math.inf  # when the first of the threads that wait for it saw it done
-    denoised: list[Image] = dataclasses.field(default_factory=list)  # images whose last step it has
+    only_steps: (
+        bool  # no other verb was called since the previous dispatch, so the time between both is that of the steps
+    )
+    suspect: bool = False  # it was in flight when another dispatch failed, so it may fail for the same cause
+    ended: float = math.inf  # when the first waiting thread saw it done
+    denoised: list[Image] = dataclasses.field(default_factory=list)  # the images whose last step it has
 
 
 class Dispatcher:
-    """The device as the engine sees it: what is in flight, and when it should be done."""
+    """Tracks what is in flight on the device, and when it should be done."""
 
     def __init__(self, pipeline: Verbs, clock: Callable[[], float], watch: StallWatch):
         self.pipeline = pipeline
@@ -51,13 +53,13 @@ class Dispatcher:
         self.in_flight: deque[Dispatch] = deque()
         self.busy_s = 0.0
         self._last_done = 0.0
-        self._only_steps = True  # since the latest dispatch
+        self._only_steps = True  # no other verb was called since the latest dispatch
         self._spread_s = 0.0  # mean difference between predicted and measured times
         # Predicted device-seconds: of steps in flight, of all decodes so far, and of the decodes that were fetched.
         self._stepping_s = self._decoding_s = self._fetched_s = 0.0
 
     def call(self, verb: str) -> AbstractContextManager[None]:
-        """Around whatever may block until the device has done all that it was given before."""
+        """Watches a call that may block until the device has done all that was dispatched before."""
         return self.watch.call(verb, self._stepping_s + self._decoding_s - self._fetched_s)
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
@@ -104,14 +106,14 @@ class Dispatcher:
         return pixels
 
     def fetched(self, decode_s: float) -> None:
-        """In the fetching thread: a decode is done, or has failed."""
+        """Notes that a decode is done, or has failed. The fetching thread calls it."""
         self._fetched_s += decode_s
 
     def denoised_at(self, image: Image) -> float:
-        """In the fetching thread, within a `call`: when the device ended the image's last step."""
+        """Returns when the device ended the image's last step. The fetching thread calls it within a `call`."""
         dispatch: Dispatch = image.last_dispatch
         if dispatch.ended == math.inf:  # the engine's thread has not waited for it yet
-            with contextlib.suppress(Exception):  # the pixels fail with it
+            with contextlib.suppress(Exception):  # reading the pixels will fail too
                 self.pipeline.wait(dispatch.done)
             dispatch.ended = min(dispatch.ended, self.clock())
         return dispatch.ended
@@ -133,27 +135,27 @@ class Dispatcher:
         cost = dispatch.queue.step_cost
         took_s = now - max(self._last_done, dispatch.at)
         predicted_s = dispatch.count * cost.step_s(dispatch.bucket)
-        # If it was done before anybody waited, `took_s` is an upper bound.
+        # If the wait did not block, the steps were done earlier, and `took_s` is only an upper bound.
         if dispatch.only_steps and (blocked or took_s < predicted_s):
             self._spread_s += SPREAD_WEIGHT * (abs(took_s - predicted_s) - self._spread_s)
             cost.observe(dispatch.bucket, took_s / dispatch.count)
             predicted_s = dispatch.count * cost.step_s(dispatch.bucket)
-        # A decode that ran in between is counted already.
+        # The time of a decode in between is counted already.
         self.busy_s += took_s if dispatch.only_steps else min(took_s, predicted_s)
 
     def pause_s(self) -> float:
-        """Seconds until shortly before the device has done all that is in flight; negative if that is past."""
+        """Returns the seconds until shortly before the device runs out of work. They are negative if it is late."""
         last = self.in_flight[-1]
         ends = max(self._last_done, last.at) + last.count * last.queue.step_cost.step_s(last.bucket)
         return ends - LEAD_S - LEAD_SPREADS * self._spread_s - self.clock()
 
     def reset(self, queue: SizeQueue) -> None:
-        """After a failure that consumed the state of a size: an empty one."""
+        """Gives a size an empty state, after a failure that consumed the old one."""
         with self.call("empty_state"):
             queue.state = self.pipeline.empty_state(queue.size)
 
     def forget(self, queue: SizeQueue) -> None:
-        """Drops what is in flight for a size whose state was lost."""
+        """Drops the dispatches of a size whose state was lost. The others may fail for the same cause."""
         self.in_flight = deque(dispatch for dispatch in self.in_flight if dispatch.queue is not queue)
         self._stepping_s = sum(dispatch.predicted_s for dispatch in self.in_flight)
         for dispatch in self.in_flight:

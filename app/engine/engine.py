@@ -32,7 +32,7 @@ from app.types import Generation, InvalidField
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
-AHEAD = 1  # dispatches beyond the one that the device is at
+AHEAD = 1  # dispatches beyond the one that the device executes
 CLOSE_S = 30.0  # the longest that `close` waits for the threads
 
 
@@ -73,7 +73,7 @@ class Engine:
         outputs = Outputs(self._fetcher, self._dispatcher, self._failures, pipeline.default_sampler, clock)
         self._batcher = Batcher(self._intake, self._dispatcher, outputs, self._failures, self._prompt_cache)
 
-    # Called from any thread.
+    # For any thread.
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -82,7 +82,7 @@ class Engine:
 
     @property
     def stalled(self) -> str:
-        """A sentence on which verb the device does not answer; empty while it answers."""
+        """A sentence that names the verb which the device does not answer. It is empty while the device answers."""
         return self._watch.stalled
 
     @property
@@ -117,7 +117,7 @@ class Engine:
         return request.future
 
     def stats(self) -> dict[str, Any]:
-        """What the engine does now, and has done; plain numbers, for JSON."""
+        """Returns what the engine does now, and has done, as plain numbers for JSON."""
         return self._intake.stats() | {
             "admission": "measured" if self.images_at_once is None else "fixed",
             "gain": self.gain,
@@ -127,9 +127,9 @@ class Engine:
         }
 
     def drain(self, timeout_s: float) -> None:
-        """Finishes the requests that have begun, refuses the others, and closes, after `timeout_s` in any case."""
+        """Refuses waiting requests, finishes the others for at most `timeout_s`, and closes."""
         deadline = self.clock() + timeout_s
-        with self._changed:  # requests begin under it too, so none is both refused and begun
+        with self._changed:  # requests begin under this lock too, so none is both refused and begun
             self._draining = True
             waiting = self._intake.refuse_waiting()
         for request in waiting:
@@ -140,12 +140,12 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads after their present verb; every unfinished request fails with EngineStopped."""
+        """Ends the threads after their current verb. Every unfinished request fails with EngineStopped."""
         self._give_up()  # before the threads have ended, as their device may hang
         deadline = time.monotonic() + CLOSE_S
         self._join(self._thread, deadline)
         self._fetcher.shutdown(wait=False)
-        if isinstance(self._fetcher, Worker):  # a thread that ends with the process while in JAX might abort it
+        if isinstance(self._fetcher, Worker):  # the process might abort if it exits while a thread is inside JAX
             self._join(self._fetcher.thread, deadline)
         self._watch.stop()
 
@@ -168,7 +168,7 @@ class Engine:
         return EngineStalled(self.stalled) if self.stalled else EngineStopped("the engine has stopped")
 
     def _stall(self, sentence: str) -> None:
-        """In the watch's thread, as the engine's may never return from its verb."""
+        """Gives up, in the thread of the watch: the engine's own may never return from its verb."""
         logger.error("%s The engine gives up.", sentence)
         self._give_up()
 
@@ -196,7 +196,7 @@ class Engine:
         return bool(self._intake.arrivals or self._dispatcher.in_flight or queued)
 
     def tick(self) -> bool:
-        """One turn of the loop; returns whether there was anything to do."""
+        """Runs one turn of the loop. Returns whether there was anything to do."""
         self._failures.check()
         self._intake.take_arrivals()
         self._batcher.free_cancelled()
@@ -217,9 +217,9 @@ class Engine:
         return True
 
     def pause_s(self) -> float:
-        """Seconds for which to leave the device alone, so that a newcomer may share the next step.
+        """Returns for how long to put off the next dispatch, so that a newcomer may join it.
 
-        There is no pause where others wait already, or where sharing does not pay.
+        It is 0 where other requests wait already, or where sharing gains nothing.
         """
         open_to_newcomers = all(queue.newcomer_joins for queue in self._queues.values() if queue.requests)
         return self._dispatcher.pause_s() if self._dispatcher.in_flight and open_to_newcomers else 0.0

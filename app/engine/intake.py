@@ -1,4 +1,4 @@
-"""Accepts or refuses requests, and keeps all that are unfinished. Knows nothing of devices or slots.
+"""Accepts or refuses requests, and keeps the unfinished ones. Knows nothing of devices.
 
 Clients' threads and the engine's thread meet here, under one lock.
 """
@@ -52,12 +52,12 @@ class Intake:
         queue, queued = self.queues[request.size], self.queued()
         if (estimate_s := answer_s(request, queue, queued)) > timeout_s:
             self._outcomes["deadline"] += 1
-            # The requests that it could overtake now will have less left by then, or have waited longer.
+            # By then, the requests that it could overtake now have less work left, or have aged.
             last_s = answer_s(request, queue, queued, last=True)
             raise DeadlineUnmeetable(estimate_s, max(last_s - timeout_s, LEAST_RETRY_S))
 
     def _ended(self, request: Request, future: "Future[Generated]") -> None:
-        """However the request ended. Wakes a thread that has nothing else to do than to free its slots."""
+        """Counts the outcome of a request, and wakes the engine's thread, which then frees its slots."""
         outcome = "cancelled" if future.cancelled() else "failed" if future.exception() else "completed"
         with self.changed:
             self.unfinished.discard(request)
@@ -65,7 +65,7 @@ class Intake:
             self.changed.notify_all()
 
     def take_arrivals(self) -> None:
-        """In the engine's thread: those that have arrived join the queues of their sizes."""
+        """Moves new requests to the queues of their sizes. The engine's thread calls it."""
         with self.changed:
             for request in self.arrivals:
                 queue = self.queues[request.size]
@@ -76,21 +76,21 @@ class Intake:
             self.arrivals.clear()
 
     def expected_beside(self, queue: SizeQueue) -> float:
-        """Requests of other sizes, and requests that should arrive before the device is idle."""
+        """Counts the requests of other sizes, and those that are expected before the device is idle."""
         backlog = sum(backlog_s(other, other.images) for other in self.queues.values())
         others = sum(len(other.requests) for other in self.queues.values() if other is not queue)
         return others + self._arrival_rate.expected(self.clock(), backlog)
 
     def refuse_waiting(self) -> list[Request]:
-        """The requests that have not begun; from now on none of them begins."""
+        """Refuses the requests that have not begun, and returns them."""
         with self.changed:
             waiting = self.waiting()
             for request in waiting:
-                request.refused = True
+                request.refuse()
         return waiting
 
     def queued(self) -> Queued:
-        """What stands in each queue, with the latest arrivals at its end; call it under the lock."""
+        """Lists the images of each queue, with new requests at its end. The caller holds the lock."""
         arrived = [image for request in self.arrivals for image in request.images]
         return {
             queue: [*in_order(queue), *(image for image in arrived if image.request.size == size)]
@@ -98,7 +98,7 @@ class Intake:
         }
 
     def stats(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Returns plain numbers, for JSON."""
         with self.changed:
             queued = self.queued()
             active = sum(queue.rows_active for queue in queued)

@@ -12,7 +12,7 @@ from app.engine.request import Image, Request, Status
 
 
 class Outputs:
-    """One thread fetches all, so that a request's previews and images arrive in the order of the device."""
+    """The executor has one thread, so previews and images arrive in the order in which the device makes them."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Outputs:
         self.executor.submit(self._show, request, number, pixels)
 
     def _fetch(self, batch: Sequence[Image], decode_s: float, pixels: Any) -> None:
-        """Whatever fails, the requests of these images end. The engine's thread frees the slots of their others."""
+        """Ends the requests of these images if anything fails. Their other images leave at the engine's next tick."""
         try:
             denoised, images = self._read(batch, pixels)
         except BaseException as error:
@@ -57,7 +57,7 @@ class Outputs:
                 log_failure("A request could not be completed", error)
 
     def _read(self, batch: Sequence[Image], pixels: Any) -> tuple[list[float], np.ndarray]:
-        """When each image's denoising ended, and the decoded images."""
+        """Waits for the device. Returns when each image's denoising ended, and the decoded images."""
         with self.dispatcher.call("read"):
             denoised = [self.dispatcher.denoised_at(image) for image in batch]
             images = np.asarray(pixels)
@@ -66,7 +66,7 @@ class Outputs:
         return denoised, images[: len(batch)]
 
     def _show(self, request: Request, number: int, pixels: Any) -> None:
-        """A preview that fails is no reason to lose the image."""
+        """Gives a preview to the client. If that fails, the image is still made."""
         try:
             if request.status is not Status.FINISHED and request.on_preview is not None:
                 with self.dispatcher.call("read"):

@@ -59,10 +59,10 @@ class Request:
     since: float  # when it was submitted
     on_preview: OnPreview | None = None
     future: "Future[Generated]" = dataclasses.field(default_factory=Future)
-    images: list[Image] = dataclasses.field(default_factory=list)  # that are waiting or running
+    images: list[Image] = dataclasses.field(default_factory=list)  # the waiting and the running ones
     encoded: tuple[Any, Any] | None = None  # prompt and negative prompt
     began: float | None = None
-    refused: bool = False  # it was waiting when the engine began to drain, so it never begins
+    refused: bool = False  # the engine drains, and the request had not begun
     denoised: float = 0.0  # when the device ended the last step of the images that were received
     device_s: float = 0.0
     previews: int = 0  # made so far
@@ -77,7 +77,7 @@ class Request:
         previews: int = 0,
         on_preview: OnPreview | None = None,
     ) -> "Request":
-        """A waiting request. Its previews are due at even steps; there are fewer of them than steps."""
+        """Makes a waiting request. Its previews are due at even intervals, at most one after each step but the last."""
         request, steps = cls(generation, table, since, on_preview), len(table)
         due = sorted({steps - round(steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, steps})
         request.images = [Image(request, number, steps, previews_due=due[:]) for number in range(generation.n)]
@@ -85,7 +85,7 @@ class Request:
 
     @property
     def status(self) -> Status:
-        """Clients may cancel the future at any time, so its end is what finishes a request."""
+        """The end of the future finishes a request, as clients may cancel it at any time."""
         if self.refused or self.future.done():
             return Status.FINISHED
         if self.began is None:
@@ -102,7 +102,7 @@ class Request:
 
     @property
     def rows(self) -> int:
-        """Rows of the denoiser that a step of one image takes."""
+        """The rows of the denoiser in a step of one image."""
         return 1 + self.guided
 
     @property
@@ -113,7 +113,7 @@ class Request:
     def seeds(self) -> tuple[int, ...]:
         return tuple((self.generation.seed + i) % SEEDS for i in range(self.generation.n))
 
-    # The changes of status, in the order in which they happen.
+    # Changes of status, in the order in which they happen.
 
     def begin(self, image: Image, slot: int, now: float) -> None:
         """waiting -> running."""
@@ -122,20 +122,24 @@ class Request:
         if self.began is None:
             self.began = now
 
+    def refuse(self) -> None:
+        """waiting -> finished, before the future ends: the request must not begin meanwhile."""
+        self.refused = True
+
     def advance(self, image: Image, steps: int, device_s: float) -> None:
-        """A running image has taken `steps`; `device_s` is its share of them."""
+        """A running image takes `steps`. `device_s` is its share of their device time."""
         assert image.status is Status.RUNNING
         image.steps_left -= steps
         self.device_s += device_s
 
     def next_preview(self, image: Image) -> int:
-        """The number of the preview that is due."""
+        """Returns the number of the preview that is due, and counts it as made."""
         image.previews_due.pop()
         self.previews += 1
         return self.previews - 1
 
     def leave_slot(self, image: Image, device_s: float) -> int:
-        """running -> decoding; returns the slot, which is free now. `device_s` is its share of the decode."""
+        """running -> decoding. Returns the slot, which is free now. `device_s` is the image's share of the decode."""
         assert image.status is Status.RUNNING and image.slot is not None
         slot, image.slot = image.slot, None
         image.status = Status.DECODING
@@ -144,14 +148,14 @@ class Request:
         return slot
 
     def receive(self, image: Image, pixels: np.ndarray, denoised: float) -> bool:
-        """decoding -> finished; returns whether it was the last image of the request."""
+        """decoding -> finished. Returns whether the request has all its images now."""
         image.status = Status.FINISHED
         self.pixels[image.number] = pixels
         self.denoised = max(self.denoised, denoised)
         return len(self.pixels) == self.generation.n
 
     def leave(self) -> list[int]:
-        """waiting or running -> finished, for all images; returns the slots, which are free now."""
+        """waiting or running -> finished, for all images. Returns the slots, which are free now."""
         slots = [image.slot for image in self.images if image.slot is not None]
         for image in self.images:
             image.status, image.slot = Status.FINISHED, None
@@ -159,7 +163,7 @@ class Request:
         return slots
 
     def end(self, outcome: Generated | BaseException) -> None:
-        """Sets the future's outcome, unless the client has cancelled it, perhaps at this very moment."""
+        """Sets the outcome of the future, unless the client has cancelled it, perhaps at this very moment."""
         try:
             if isinstance(outcome, BaseException):
                 self.future.set_exception(outcome)

@@ -1,4 +1,4 @@
-"""Decides who shares the next step, in which order, when to decode, and estimates when a request would be answered.
+"""Decides which images share the next step, in which order, and when to decode; estimates when a request is answered.
 
 Sharing a step is free only while the device would otherwise idle. If a step for two images takes as long as two steps
 for one, sharing makes both slow, and one after the other is better for everybody. In between it depends on the load:
@@ -17,11 +17,11 @@ from app.engine.cost_model import DecodeCost, StepCost
 from app.engine.request import Image, Request, Status
 from app.engine.size_queue import Queued, SizeQueue
 
-# Less remaining work goes first, but not for ever: a request with t seconds of work more than another is overtaken by
-# it only if the other came no later than t / AGEING seconds after it.
+# The request with the least remaining work goes first, but not for ever. A request that has t seconds of work more than
+# another is overtaken only if the other came no later than t / AGEING seconds after it.
 AGEING = 0.2
-# Several steps share a dispatch up to this: while a newcomer would join the next step, and while it would not. A
-# request that is cancelled, or would overtake, waits no longer for the dispatch to end.
+# A dispatch has several steps, up to this time: while a newcomer would join the next step, and while it would not. It
+# bounds how long a request that overtakes, or a cancelled one in its slot, waits for the dispatch to end.
 DISPATCH_S, CLOSED_DISPATCH_S = 0.01, 0.05
 NEWCOMER_ROWS = 2  # of a guided image
 
@@ -44,20 +44,23 @@ class Batch(NamedTuple):
 
 
 def next_queue(queues: Iterable[SizeQueue]) -> SizeQueue | None:
-    """Sizes share device time in proportion to the images that each has in its queue."""
+    """Returns the queue that goes next. Sizes share device time in proportion to their queued images."""
     busy = (queue for queue in queues if queue.requests)
     return min(busy, key=lambda queue: queue.virtual_time, default=None)
 
 
 def virtual_time_after_idling(queue: SizeQueue, queues: Iterable[SizeQueue]) -> float:
-    """A size that returns has no claim to the time that it did not use, and owes none that nobody else wanted."""
+    """Returns the virtual time of a size that was idle: it has no claim to time that it did not use.
+
+    Nor does it owe time that no other size wanted.
+    """
     queues = list(queues)
     busy = [other.virtual_time for other in queues if other.requests]
     return max(queue.virtual_time, min(busy or [max(other.virtual_time for other in queues)]))
 
 
 def choose_batch(queue: SizeQueue, others_expected: float) -> Batch:
-    """The images that share the next step. Beyond its own queue, `others_expected` requests wait or will arrive."""
+    """Chooses the images that share the next step. `others_expected`: requests that wait elsewhere, or will arrive."""
     images = in_order(queue)
     admissible, free = [], len(queue.free_slots)
     for image in images:
@@ -76,7 +79,7 @@ def choose_batch(queue: SizeQueue, others_expected: float) -> Batch:
 
 
 def in_order(queue: SizeQueue) -> list[Image]:
-    """Requests by remaining work, with ageing; within a request, the images that have begun first."""
+    """Sorts requests by remaining work, with ageing; within a request, the images that have begun come first."""
     return [
         image
         for request in sorted(queue.requests, key=lambda request: rank(request, queue.step_cost))
@@ -86,7 +89,7 @@ def in_order(queue: SizeQueue) -> list[Image]:
 
 
 def rank(request: Request, cost: StepCost) -> float:
-    """The lower, the sooner: remaining device-seconds, and the time of arrival weighted by ageing."""
+    """Ranks a request by remaining device-seconds, plus its arrival weighted by ageing. The lowest goes first."""
     return device_s(map(work_of, request.images), cost) + AGEING * request.since
 
 
@@ -97,7 +100,7 @@ def work_of(image: Image) -> Work:
 def batch_size(
     queue: Sequence[Work], cost: StepCost, gain: float, expected_arrivals: float, fixed: int | None = None
 ) -> int:
-    """How many images of a queue should share the next step.
+    """Returns how many images of a queue should share the next step.
 
     Within a bucket one more image costs nothing. A larger bucket must pass two tests, both by the margin `gain`. It
     raises rows per second over the best smaller bucket. It also lowers the summed latency of a queue that goes through
@@ -131,7 +134,7 @@ def _batch_size(queue: SizeQueue, work: Sequence[Work], expected_arrivals: float
 
 
 def backfill(chosen: Sequence[Image], others: Sequence[Image], cost: StepCost) -> list[Image]:
-    """The first of the others that fit into rows which the bucket of the chosen has left: they cost nothing."""
+    """Returns those of the others that fit into the free rows of the bucket. They cost nothing."""
     if not chosen:
         return []
     rows = sum(image.request.rows for image in chosen)
@@ -145,13 +148,13 @@ def backfill(chosen: Sequence[Image], others: Sequence[Image], cost: StepCost) -
 
 
 def steps_in_dispatch(images: Sequence[Image], step_s: float, newcomer_joins: bool) -> int:
-    """As many steps as fit into the time of a dispatch, up to the first at which an image ends or is shown."""
+    """Returns how many steps fit into a dispatch. It stops where an image ends or is previewed."""
     until = min(image.steps_left - (image.previews_due[-1] if image.previews_due else 0) for image in images)
     return min(until, max(1, int((DISPATCH_S if newcomer_joins else CLOSED_DISPATCH_S) / step_s)))
 
 
 def decode_due(cost: DecodeCost, images: int, next_s: float, others: int) -> bool:
-    """Whether to decode the denoised images now, rather than together with the next one, which takes `next_s`.
+    """Returns whether to decode the denoised images now. Else they wait `next_s` for the next one.
 
     A decode holds up all `others` that run or wait. It is put off if the denoised images lose less by waiting, in sum,
     than the others gain by a shared decode.
@@ -162,14 +165,14 @@ def decode_due(cost: DecodeCost, images: int, next_s: float, others: int) -> boo
 def schedule(
     queue: Sequence[Work], cost: StepCost, gain: float, expected_arrivals: float, fixed: int | None = None
 ) -> list[tuple[float, float]]:
-    """The seconds from now at which each image begins and ends denoising, if no requests arrive.
+    """Returns when each image begins and ends denoising, in seconds from now, if no requests arrive.
 
     A list schedule: each image takes the place of the first that ends among those before it.
     """
     places = batch_size(queue, cost, gain, expected_arrivals, fixed)
     free_at = [0.0] * places
     spans = []
-    for work in queue:  # as if those who share its steps had as many rows
+    for work in queue:  # as if the images that share its steps had as many rows
         begins = heapq.heappop(free_at)
         ends = begins + work.steps * cost.step_s(min(work.rows * places, cost.largest_bucket))
         heapq.heappush(free_at, ends)
@@ -182,17 +185,17 @@ def _schedule(queue: SizeQueue, work: Sequence[Work]) -> list[tuple[float, float
 
 
 def device_s(queue: Iterable[Work], cost: StepCost) -> float:
-    """Device-seconds of the steps that are left, where buckets are full."""
+    """Returns the device-seconds of the steps that are left, as if all buckets were full."""
     return sum(work.steps * work.rows for work in queue) * cost.row_s()
 
 
 def backlog_s(queue: SizeQueue, images: Sequence[Image]) -> float:
-    """Device-seconds of the steps and decodes that are left."""
+    """Returns the device-seconds of the steps and decodes that are left."""
     return device_s(map(work_of, images), queue.step_cost) + len(images) * queue.decode_cost.image_s()
 
 
 def answer_s(request: Request, queue: SizeQueue, queued: Queued, last: bool = False) -> float:
-    """Seconds from now until a new request is answered, if no others arrive; `last`: if it overtakes nobody."""
+    """Estimates the seconds until a new request is answered, if no others arrive. With `last` it overtakes none."""
     own = [work_of(image) for image in request.images]
     images = queued[queue]
     own_rank = rank(request, queue.step_cost)
@@ -212,7 +215,7 @@ def answer_s(request: Request, queue: SizeQueue, queued: Queued, last: bool = Fa
 
 
 def place_s(queued: Queued) -> float:
-    """Seconds from now until the queue should have room: when the next waiting request begins."""
+    """Estimates the seconds until the queue has room, which is when the next waiting request begins."""
     total = sum(map(len, queued.values()))
     places_s = []
     for queue, images in queued.items():

@@ -9,7 +9,7 @@ from app.engine.request import Image, Request, Status
 from app.engine.verbs import Verbs
 from app.types import Size
 
-BUCKET_FILL_DECAY = 0.99  # by each dispatch, of those before it
+BUCKET_FILL_DECAY = 0.99  # weight of the earlier dispatches at each new one
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,16 +22,16 @@ class SizeQueue:
     decode_cost: DecodeCost
     free_slots: list[int]
     num_slots: int
-    gain: float  # least gain in rows per second for which a larger bucket is taken
+    gain: float  # the least gain in rows per second that makes a larger bucket worthwhile
     fixed_batch_size: int | None = None  # overrides the cost model
-    requests: list[Request] = dataclasses.field(default_factory=list)  # with images that are waiting or running
-    virtual_time: float = 0.0  # device time had, divided by the images in the queue; the least goes next
-    expected_arrivals: float = 0.0  # requests before the device is idle
+    requests: list[Request] = dataclasses.field(default_factory=list)  # with waiting or running images
+    virtual_time: float = 0.0  # device time so far, each part divided by the images in the queue; the least goes next
+    expected_arrivals: float = 0.0  # requests that are expected before the device is idle
     batch_size: int = 0
     newcomer_joins: bool = False  # a request that arrived now would share the next step
     steps: int = 0
-    rows_active: float = 0.0  # decaying sum of the rows of active slots
-    rows_computed: float = 0.0  # and of the buckets that held them
+    rows_active: float = 0.0  # rows of active slots, as a decaying sum
+    rows_computed: float = 0.0  # rows of the buckets that held them, likewise
 
     @classmethod
     def of(cls, size: Size, pipeline: Verbs, gain: float, fixed_batch_size: int | None) -> "SizeQueue":
@@ -56,7 +56,7 @@ class SizeQueue:
 
     @property
     def images(self) -> list[Image]:
-        """In no particular order; the denoised ones that are not decoded yet are among them."""
+        """In no particular order. Denoised images that are not decoded yet are among them."""
         return [image for request in self.requests for image in request.images]
 
     def count_steps(self, steps: int, rows: int, bucket: int) -> None:
@@ -65,13 +65,13 @@ class SizeQueue:
         self.rows_computed = self.rows_computed * BUCKET_FILL_DECAY + bucket
 
     def remove(self, request: Request) -> None:
-        """Takes a request that has ended out of the queue and its slots."""
+        """Takes a request out of its slots and the queue."""
         self.free_slots += request.leave()
         if request in self.requests:
             self.requests.remove(request)
 
     def stats(self, images: Sequence[Image]) -> dict[str, Any]:
-        """Plain numbers, for JSON. `images` are those that are not denoised yet."""
+        """Returns plain numbers, for JSON. `images` are those that are not denoised yet."""
         return {
             "step_s": {str(rows): seconds for rows, seconds in self.step_cost.table().items()},
             "images_at_once": self.batch_size,
@@ -81,5 +81,5 @@ class SizeQueue:
         }
 
 
-# For each size the images that are not denoised yet, in their order; at its end those that have just arrived.
+# For each size the images that are not denoised yet, in their order, with new requests at the end.
 Queued = Mapping[SizeQueue, Sequence[Image]]

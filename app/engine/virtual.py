@@ -1,4 +1,4 @@
-"""A stand-in for a pipeline, with a device that only takes time: for tests, for the planner and for paced benchmarks.
+"""A stand-in for a pipeline whose device only takes time, for tests, the planner and paced benchmarks.
 
 The device works through a timeline with as many seconds for each program as a table says. On a virtual clock that time
 passes at once; on the real one `wait` sleeps. An image shows its seed plus the number of its steps, so what a request
@@ -27,7 +27,7 @@ class Clock(Protocol):
 
 
 class VirtualClock:
-    """Stands still until somebody moves it."""
+    """A clock that stands still until it is moved."""
 
     def __init__(self, now: float = 0.0):
         self.now = now
@@ -50,11 +50,11 @@ class RealClock:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a verb; "read" is that of `np.asarray` on pixels."""
+    """A call of a verb. The verb "read" is `np.asarray` of pixels."""
 
     verb: str
     size: Size | None = None
-    seeds: tuple[int, ...] = ()  # of the images that it is about
+    seeds: tuple[int, ...] = ()  # of its images
     slots: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
     count: int = 0  # steps
@@ -82,7 +82,7 @@ class SlotState:
 
 @dataclass
 class State:
-    """The slots of one size; `error` is what the device reports to whoever waits for anything made of them."""
+    """The slots of one size. Whatever is made of them raises `error` when it is waited for."""
 
     size: Size
     slots: list[SlotState | None]
@@ -98,7 +98,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images on the device, as many as the bucket holds; `np.asarray` waits for them."""
+    """As many images on the device as the bucket holds. `np.asarray` waits for them."""
 
     pipeline: "VirtualPipeline"
     size: Size
@@ -121,13 +121,13 @@ class Pixels:
 
 
 def number_of(pixels: npt.NDArray[np.uint8]) -> int:
-    """What an image shows: its seed plus the steps that it took."""
+    """Reads from an image its seed plus the steps that it took."""
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
     return int.from_bytes(pixels.tobytes()[:NUMBER_BYTES])
 
 
 class VirtualPipeline:
-    """The verbs over a device's timeline. Raises AssertionError for what no engine may do to a pipeline."""
+    """The verbs over the timeline of a device. A call that no engine may make raises AssertionError."""
 
     default_sampler = "ddim"
 
@@ -140,23 +140,23 @@ class VirtualPipeline:
         encode_s: float = 0.0,
         clock: Clock,
     ):
-        """Seconds of each program: of a step by size and rows, of a decode by size and images, of encoding a text."""
+        """Takes the seconds of a step by size and rows, of a decode by size and images, and of encoding a text."""
         self.step_s, self.decode_s, self.encode_s = step_s, decode_s, encode_s
         self.sizes = tuple(dict.fromkeys(size for size, _ in step_s))
         self.row_buckets = tuple(sorted({rows for _, rows in step_s}))
         self.decode_buckets = tuple(sorted({images for _, images in decode_s}))
         self.num_slots = num_slots
         self.clock = clock
-        self.pace = 1.0  # how many times longer than the tables say it takes
-        self.idle_at = clock()  # when the device will have done what it was given
+        self.pace = 1.0  # how many times longer than in the tables everything takes
+        self.idle_at = clock()  # when the device will have done all its work
         self.busy_s = 0.0
 
     def called(self, call: Call) -> Exception | None:
-        """Tests override it to record calls, to raise, or to return an error which appears when somebody waits."""
+        """Tests override it to record calls, to raise, or to return an error that the result of the call then has."""
         return None
 
     def refuse(self, what: str) -> NoReturn:
-        """Called for what no engine may do to a pipeline."""
+        """Raises for a call that no engine may make."""
         raise AssertionError(what)
 
     def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable:
@@ -227,7 +227,7 @@ class VirtualPipeline:
             raise done.error
 
     def _images(self, state: State, slots: Sequence[int]) -> list[SlotState]:
-        """Those in slots that may be read."""
+        """Returns the images in slots, which may be decoded or previewed."""
         images = [image for slot in slots if (image := state.slots[slot])]
         if state.consumed or not slots or len(set(slots)) < len(slots) or len(images) < len(slots):
             self.refuse(f"decode of slots {slots} of {state}")
@@ -242,14 +242,14 @@ class VirtualPipeline:
         return Pixels(self, state.size, seeds, numbers, bucket, self._occupy(seconds), state.error or error)
 
     def _consume(self, state: State) -> list[SlotState | None]:
-        """The slots of a state that nobody may use again, like a donated array on a device."""
+        """Returns the slots of a state, which must not be used again, like a donated array on a device."""
         if state.consumed:
             self.refuse("a state that was consumed is used again")
         state.consumed = True
         return state.slots[:]
 
     def _occupy(self, seconds: float) -> float:
-        """Queues so much work behind what is queued; returns when it will be done."""
+        """Queues work behind what is queued. Returns when it will be done."""
         self.idle_at = max(self.idle_at, self.clock()) + seconds
         self.busy_s += seconds
         return self.idle_at
@@ -257,12 +257,12 @@ class VirtualPipeline:
 
 @lru_cache
 def blank_table(evaluations: int) -> SamplerTable:
-    """A table of the right length; nothing reads its values."""
+    """Makes a table of the right length. Nothing reads its values."""
     columns = {name: np.zeros(evaluations, np.float32) for name in ("timesteps", "p", "q", "a", "n")}
     b, preview = np.zeros((evaluations, HISTORY), np.float32), np.zeros((evaluations, 2), np.float32)
     return SamplerTable(**columns, b=b, preview=preview, initial_scale=1.0)
 
 
 def smallest(buckets: Sequence[int], size: int) -> int:
-    """The smallest bucket that holds `size`."""
+    """Returns the smallest bucket that holds `size`."""
     return next(bucket for bucket in buckets if bucket >= size)
