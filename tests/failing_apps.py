@@ -23,7 +23,7 @@ from tests.fake_pipeline import FakePipeline
 
 
 class APIIngress(ingress.APIIngress):
-    """Ours, with a route that blocks its event loop, as a mistake in a route would."""
+    """The ingress, with a route that blocks its event loop, as a mistake in a route would."""
 
     def __serve_build_asgi_app__(self) -> Starlette:
         app = super().__serve_build_asgi_app__()
@@ -36,13 +36,13 @@ class APIIngress(ingress.APIIngress):
 
 
 def blockable(args: builders.Args) -> Application:
-    """The application of serve_config.yaml, of which a request can block the ingress."""
+    """The application of serve_config.yaml, with an ingress that a request can block."""
     builders.APIIngress = APIIngress  # type: ignore[attr-defined]
     return builders.text_to_image(args)
 
 
 class HangingPipeline(FakePipeline):
-    """A device that hangs for ever once somebody asks for a picture of "a device that hangs"."""
+    """A device that hangs for ever once a prompt is "a device that hangs"."""
 
     samplers = ("ddim",)
     hangs = False
@@ -71,6 +71,6 @@ class Hanging(StableDiffusion):
 
 
 def hanging(args: builders.Args) -> Application:
-    """The application as it is, but for the device."""
+    """The application of serve_config.yaml over a device that can hang."""
     vars(builders)["StableDiffusion"] = Hanging
     return builders.text_to_image(args)

@@ -56,6 +56,7 @@ RULES = [
     Rule("app.serving.", HTTP),
     Rule("app.serving.", JAX, lazily=True),
     Rule("app.engine.", JAX | HTTP | {"ray"}),
+    *(Rule(f"app.engine.{name}", {"threading", "time"}) for name in ("cost_model", "request", "scheduler")),
     Rule("app.diffusion.", HTTP | {"ray"}),
     Rule("app.diffusion.images", JAX),
     *(
