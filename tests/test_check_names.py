@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.check_names import LEFT, problems, python_files, refused, shrink
+from tests.check_names import problems, python_files, refused
 
 KINDS = {
     "variable": "one = 1",
@@ -64,19 +64,3 @@ def test_hidden_folders_and_virtual_environments_are_not_read(tmp_path: Path) ->
         (tmp_path / folder / "a.py").touch()
     (tmp_path / "env/pyvenv.cfg").touch()
     assert list(python_files(tmp_path)) == ["app/a.py"]
-
-
-def test_the_list_excuses_a_file_only_while_it_has_such_names(tmp_path: Path) -> None:
-    left = tmp_path / LEFT
-    left.parent.mkdir()
-    left.write_text("# why\na.py\nb.py\ngone.py\n")
-    (tmp_path / "a.py").write_text("one = 1")
-    (tmp_path / "b.py").write_text("row = 1")
-    assert [problem.split()[1] for problem in problems(tmp_path)] == ["b.py", "gone.py"]
-    shrink(tmp_path)
-    assert left.read_text() == "# why\na.py\n"
-    assert problems(tmp_path) == []
-    (tmp_path / "a.py").write_text("row = 1")
-    shrink(tmp_path)
-    shrink(tmp_path)
-    assert not left.exists() and problems(tmp_path) == []

@@ -212,7 +212,7 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
     assert len(before) == 6 + 1  # published.json
     assert "0 of them compiled now" in succeeds(submitted(verbs, "compile_ahead", "--config", config))
 
-    def told() -> list[str]:
+    def new_log_lines() -> list[str]:
         lines = [record.getMessage() for record in caplog.records if record.name == aot_compile.logger.name]
         caplog.clear()
         return lines
@@ -220,11 +220,11 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
     caplog.set_level(logging.INFO, aot_compile.logger.name)
     replica = Pipeline.load(ReplicaConfig.read(config).pipeline_spec)
     replica.warmup()
-    assert [line.split()[0] for line in told()] == ["loaded"] * 6
+    assert [line.split()[0] for line in new_log_lines()] == ["loaded"] * 6
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
     facts = fingerprint(replica.mesh.devices.flat)
     aot_compile.compiled(replica.programs[:1], folder=folder, fingerprint=facts)
-    line, _ = told()
+    line, _ = new_log_lines()
     assert re.fullmatch(r"compiled .*: the saved one differs in LIBTPU_INIT_ARGS \(.*, here --other\)", line)
     assert {file.name for file in folder.iterdir()} == before  # who loads from a published folder adds nothing
 
