@@ -1,7 +1,7 @@
-"""serve_config.yaml's args -> application. The only place that joins ingress and replica; deployment options
-(replicas, autoscaling, resources) stand in the YAML and nowhere in code.
+"""Makes an application of serve_config.yaml's `args:`. It is the only place that joins ingress and replica.
 
-Runs wherever Serve puts the build, on nodes without an accelerator too: nothing here imports JAX or reads weights.
+Deployment options (replicas, autoscaling, resources) are in the YAML and nowhere in code. Serve may run this on a node
+without an accelerator, so nothing here imports JAX or reads weights.
 """
 
 import re
@@ -41,7 +41,7 @@ Buckets = Annotated[list[Annotated[int, Field(ge=1, le=1024)]], AfterValidator(n
 
 
 class Args(Settings):
-    """What `args:` in serve_config.yaml may say; a key that is not listed here is refused."""
+    """The keys of `args:` in serve_config.yaml. Any other key is refused."""
 
     model: str = Field(
         description="a folder in diffusers layout, relative to the repository, or a Hugging Face repo id"
@@ -84,7 +84,7 @@ class Args(Settings):
     encoding: Encoding = Encoding()
 
     def pipeline_spec(self, model: str, programs: Path | None = None) -> PipelineSpec:
-        """What a replica loads and compiles, with the folders as they are called where it runs."""
+        """What a replica loads and compiles. `model` and `programs` are paths on the machine where it runs."""
         return PipelineSpec(
             model=model,
             revision=self.revision,
@@ -133,7 +133,7 @@ def text_to_image(args: Args) -> Application:
 
 
 def keys_file(name: str) -> Path:
-    """Read here as well as by the ingress, so that a mistake in it is told before a model is loaded."""
+    """Reads the file, as the ingress will do again, to report a mistake in it before a model is loaded."""
     path = ROOT / Path(name).expanduser()
     try:
         ApiKeys(path)
@@ -143,7 +143,7 @@ def keys_file(name: str) -> Path:
 
 
 def locate(model: str) -> tuple[str, str]:
-    """Where to load `model` from and what to call it: a folder if there is one, else a Hugging Face repo id."""
+    """Where to load `model` from, and its name: a folder if there is one, else a Hugging Face repo id."""
     folder = (ROOT / Path(model).expanduser()).resolve()
     if model and folder.is_dir():
         return str(folder), folder.name

@@ -26,9 +26,11 @@ class PipelineSpec:
 
     def __post_init__(self) -> None:
         if not self.sizes or any(side < 1 for size in self.sizes for side in size):
-            raise ValueError(f"sizes must be pairs of a width and a height of at least 1, got {self.sizes}.")
+            raise InvalidField("sizes", f"sizes must be pairs of a width and a height of at least 1, got {self.sizes}.")
         if not self.batch_buckets or min(self.batch_buckets) < 1:
-            raise ValueError(f"batch_buckets must be numbers of at least 1, got {self.batch_buckets}.")
+            raise InvalidField(
+                "batch_buckets", f"batch_buckets must be numbers of at least 1, got {self.batch_buckets}."
+            )
         batch_buckets = tuple(sorted(set(self.batch_buckets)))
         # A finished image waits for no other, so few are decoded together.
         few = [bucket for bucket in batch_buckets if bucket <= 4] or [batch_buckets[0]]
@@ -36,16 +38,17 @@ class PipelineSpec:
         object.__setattr__(self, "batch_buckets", batch_buckets)
         object.__setattr__(self, "decode_buckets", decode_buckets)
         if decode_buckets[0] < 1:
-            raise ValueError(f"decode_buckets must be numbers of at least 1, got {decode_buckets}.")
+            raise InvalidField("decode_buckets", f"decode_buckets must be numbers of at least 1, got {decode_buckets}.")
         if decode_buckets[-1] > self.num_slots:
-            raise ValueError(
+            raise InvalidField(
+                "decode_buckets",
                 f"decode_buckets must be at most {self.num_slots}, twice the largest of batch_buckets, "
-                f"got {decode_buckets[-1]}."
+                f"got {decode_buckets[-1]}.",
             )
         if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}.")
+            raise InvalidField("max_steps", f"max_steps must be at least 1, got {self.max_steps}.")
         if self.dtype not in get_args(Dtype):
-            raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {self.dtype}.")
+            raise InvalidField("dtype", f"dtype must be one of {', '.join(get_args(Dtype))}, got {self.dtype}.")
 
     @property
     def num_slots(self) -> int:

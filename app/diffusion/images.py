@@ -14,7 +14,7 @@ PAPER, INK = (250, 249, 246), (45, 45, 52)
 
 
 def encode(pixels: Pixels, output_format: str, *, quality: int, png_level: int, text: Mapping[str, str]) -> bytes:
-    """One picture as a PNG that carries `text`, or as a WebP or JPEG of this quality, which carry no text."""
+    """An image as a PNG with `text` in it, or as a WebP or JPEG of this quality without text."""
     file = BytesIO()
     image = Image.fromarray(pixels)
     if output_format == "png":
@@ -63,7 +63,7 @@ def contact_sheet(
             sheet.paste(pictures[i], (left, top))
             for number, line in enumerate(lines[i]):
                 where = (left + cell / 2, top + picture_height + size // 2 + number * leading)
-                draw.text(where, line, fill=INK, font=font, anchor="ma")  # anchored at its middle and top
+                draw.text(where, line, fill=INK, font=font, anchor="ma")  # anchored at its top, in the middle
         top += row_height
     return sheet
 

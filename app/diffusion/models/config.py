@@ -232,7 +232,7 @@ def mismatches(unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig) -> list[s
 
 
 class _Fields:
-    """Reads one diffusers config.json, noting whatever it holds that nobody asked for."""
+    """Reads one diffusers config.json, and notes every option that was not read."""
 
     def __init__(
         self, where: str, class_name: str, json: Mapping[str, Any], fixed: dict[str, Any], problems: list[str]

@@ -23,8 +23,10 @@ FEW_PIXELS = 2048
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Sums are taken by channels first, in float32, and only they are grouped: the feature map is never laid out anew
-    by groups, as XLA for TPU does where it is joined from two."""
+    """Sums over each channel first, in float32, and then groups the sums.
+
+    So the feature map itself is never laid out by groups, as XLA for TPU would do if it is joined from two.
+    """
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """x [B, ..., C]."""
@@ -65,7 +67,7 @@ def cut(x: jax.Array, strips: int) -> jax.Array:
 
 
 def whole(x: jax.Array, strips: int) -> jax.Array:
-    """The other way round."""
+    """Whole images from strips."""
     return x.reshape(len(x) // strips, -1, *x.shape[2:])
 
 
@@ -81,7 +83,7 @@ def with_neighbours(x: jax.Array) -> jax.Array:
 
 
 def with_zeros_around(x: jax.Array, strips: int) -> jax.Array:
-    """The same strips, with zeros where anything stood."""
+    """Strips with their neighbours' rows, but with zeros for the rows outside of an image."""
     strip = (jnp.arange(len(x)) % strips)[:, None, None, None]
     row = jnp.arange(x.shape[1])[None, :, None, None]
     outside = ((strip == 0) & (row == 0)) | ((strip == strips - 1) & (row == x.shape[1] - 1))
@@ -101,7 +103,7 @@ class Conv(nnx.Conv):
         return self.between(with_zeros_around(with_neighbours(inputs), strips))
 
     def between(self, x: jax.Array) -> jax.Array:
-        """Over strips between their neighbours' rows."""
+        """Convolves strips that include their neighbours' rows."""
         assert self.bias is not None
         (top, bottom), columns = cast(Padding, self.padding)
         strides, rows = cast(tuple[int, int], self.strides), (top - 1, bottom - 1)
@@ -110,8 +112,11 @@ class Conv(nnx.Conv):
 
 
 def normed_conv(norm: GroupNorm, conv: Conv, parts: list[jax.Array], strips: int) -> jax.Array:
-    """conv(silu(norm(x))), of x in parts. Strips get their neighbours before the norm and zeros behind it, for so XLA
-    for TPU takes all of it into the convolution."""
+    """conv(silu(norm(x))), of x in parts.
+
+    Strips get their neighbours before the norm and zeros after it: then XLA for TPU fuses all of it into the
+    convolution.
+    """
     x, statistics = jnp.concatenate(parts, axis=-1), norm.statistics(parts, strips)
     if strips == 1:
         return conv(jax.nn.silu(norm.scaled(x, *statistics)))
@@ -129,7 +134,7 @@ def conv(
     dtype: Dtype,
     rngs: nnx.Rngs,
 ) -> Conv:
-    """Padded, where not said otherwise, so that stride 1 keeps height and width."""
+    """The default padding keeps height and width at stride 1."""
     kernel, around = (size, size), ((size // 2, size // 2),) * 2
     return Conv(
         *(channels_in, channels_out, kernel),
@@ -168,14 +173,18 @@ def attend_few(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def attend_apart(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same, with what makes its inputs kept out of it: where XLA for TPU takes their products into the operation
-    that attention is, that makes them again and again, and one row takes as long as nine."""
+    """Attention whose inputs are computed outside of it.
+
+    Otherwise XLA for TPU fuses their products into the attention, computes them repeatedly, and one row takes as long
+    as nine.
+    """
     return jax.nn.dot_product_attention(*jax.lax.optimization_barrier((q, k, v)))
 
 
 def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same head by head and BLOCK queries at a time, so that the logits stay in a CPU's cache: with 4096 keys it is
-    eight times as quick there. TPUs have attention in one operation, which keeps them on the chip."""
+    """Attention by heads and by BLOCK queries, so that the logits stay in a CPU's cache: eight times as fast for 4096
+    keys. TPUs do not need it, as their attention is one operation that keeps the logits on the chip.
+    """
 
     def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = head
@@ -244,7 +253,7 @@ class ResnetBlock(nnx.Module):
         residual = x
         if hasattr(self, "conv_shortcut"):
             residual = self.conv_shortcut(x)
-            # Of a small map XLA for TPU may take it into the last convolution, at twenty times the price.
+            # XLA for TPU may fuse it into the last convolution if the map is small, at twenty times the cost.
             if strips * x.shape[1] * x.shape[2] < FEW_PIXELS:
                 residual = jax.lax.optimization_barrier(residual)
         x = normed_conv(self.norm1, self.conv1, parts, strips)
@@ -267,9 +276,9 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles height and width by repeating pixels, then smooths.
 
-    Rows are never repeated: of the three that the kernel meets above and below, two are the same one, so their taps are
-    added, and even and odd rows of the answer are two convolutions of 2x3. That saves a third of the products. The same
-    over columns would save as much again, and costs more than that in shuffling.
+    Rows are not actually repeated. Of three rows under the kernel two are equal, so their taps are added, and the even
+    and the odd rows of the result are two convolutions of 2x3. That saves a third of the products. The same over
+    columns would save as much again, but costs more in data movement.
     """
 
     def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
@@ -293,7 +302,7 @@ class Upsample(nnx.Module):
         odd = smooth([above + middle, below], (around - 1, around))
         x = jnp.stack([even, odd], axis=2).reshape(rows, 2 * height, 2 * width, channels)
         x = x + self.conv.bias[...][None, None, None]
-        # Left to itself, XLA for TPU lays this out row by row, and anew for each of the convolutions that follow.
+        # By default XLA for TPU lays this out by rows, and again for each of the convolutions that follow.
         return x if strips == 1 else with_layout_constraint(x, Layout((1, 2, 0, 3)))
 
 
@@ -315,11 +324,11 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """Gated GELU (Shazeer 2020), exact as in PyTorch; in bfloat16 its tanh approximation, which is off by less than
-    that rounds.
+    """Gated GELU (Shazeer 2020), exact as in PyTorch. In bfloat16 it is the tanh approximation, whose error is below
+    bfloat16's rounding.
 
-    The projection's two halves are two products, so that the gate and the gating become part of the second one, and
-    what the first makes is half as wide.
+    The projection's two halves are two products, so that the gating is fused into the second one and the first one's
+    result is half as wide.
     """
 
     def __init__(self, features_in: int, features_out: int, *, dtype: Dtype, rngs: nnx.Rngs):
@@ -389,6 +398,6 @@ class Transformer2D(nnx.Module):
         x = self.proj_in(self.norm(x))
         for block in self.transformer_blocks:
             x = block(x, context)
-        # Left to itself, XLA for TPU keeps pixels minor as attention has them, and turns them round in passes apart.
+        # By default XLA for TPU keeps pixels minor, as attention has them, and transposes them in separate passes.
         x = with_layout_constraint(self.proj_out(x), Layout((0, 1, 2)))
         return (residual + x).reshape(shape)

@@ -12,8 +12,10 @@ from typing import Any
 
 
 def corrected(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The file's content with these options corrected, and a sentence for each that was. A value that is no possible
-    one is left to whoever reads the schedule, who refuses it."""
+    """The file's content with these options corrected, and a sentence for each correction.
+
+    An impossible value stays, and Schedule.from_config refuses it.
+    """
     changed = dict(config)
     remarks = []
     offset = config.get("steps_offset", 0)

@@ -32,8 +32,10 @@ class Tokenizer:
         self.length = length
 
     def problems(self, rows: int) -> Iterator[str]:
-        """What transformers made of the files, held to a text encoder with so many rows: it may add tokens of its own,
-        such as a padding token that the vocabulary lacks."""
+        """Compares the tokenizer that transformers made with a text encoder of so many rows.
+
+        transformers may add tokens, such as a padding token that the vocabulary lacks.
+        """
         yield from beyond(self.tokenizer.get_vocab(), rows)
         empty, ends = self.tokenizer("")["input_ids"], [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         if empty != ends:
