@@ -110,14 +110,15 @@ def lint(paths: Sequence[Path], local: bool = False) -> list[Finding]:
     return [finding for file in findings.values() for finding in sorted(file, key=lambda finding: finding.line)]
 
 
-def refuse_errors(paths: Sequence[Path], local: bool = False) -> None:
+def refuse_errors(paths: Sequence[Path], local: bool = False, advice: bool = True) -> None:
     """Prints advice, and raises UserError with the errors, for a command that is about to use these files."""
     try:
         findings = lint(paths, local)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from None
-    for advice in (finding for finding in findings if not finding.error):
-        say(str(advice))
+    for finding in findings:
+        if advice and not finding.error:
+            say(str(finding))
     if errors := [str(finding) for finding in findings if finding.error]:
         raise UserError("\n".join([*errors, "Nothing was started. Correct this, and run the same command again."]))
 

@@ -70,7 +70,10 @@ def reconfigured(cluster: Cluster, wanted_port: int | None, file: Path | None, o
 
 
 def start_new(run_dir: Path, dashboard_port: int, file: Path, timings: Timings) -> Cluster:
+    from cluster.config.lint import refuse_errors  # imports the app and Ray, which takes seconds
+
     types = autoscaler_config.read(file.resolve())
+    refuse_errors([file], local=True, advice=False)
     if leftovers := clear(run_dir):
         say(f"Removed the leftovers of a cluster that died: {leftovers}.")
     head.refuse_taken(dashboard_port)

@@ -241,6 +241,13 @@ def test_a_failed_start_says_why_and_leaves_nothing(run_dir: Path, monkeypatch: 
     assert [path.name for path in run_dir.iterdir()] == ["lock"]
 
 
+def test_a_cluster_file_that_google_cloud_would_not_take_is_refused_here_too(run_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text((ROOT / "cluster.yaml").read_text().replace("TPU: 4", "TPU: 8"))
+    with pytest.raises(UserError, match=r"cluster.yaml:\d+: error: .*TPU must be 4, .*, got 8"):
+        verbs.up(run_dir, processes.free_ports(1)[0], file)
+
+
 def test_timings_that_return_to_their_defaults_are_named(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
