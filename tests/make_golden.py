@@ -124,17 +124,17 @@ def samplers() -> Arrays:
 def scheduler_for(sampler: str, config: dict[str, Any]) -> Any:
     """diffusers' own way to swap samplers: the checkpoint's scheduler, then Other.from_config(scheduler.config)."""
     checkpoint = getattr(diffusers, config["_class_name"]).from_config(config)
-    class_name, options = {
-        "ddim": ("DDIMScheduler", {}),
+    classes: dict[str, tuple[str, dict[str, Any]]] = {
+        # clip_sample as StableDiffusionPipeline has it where a config is silent
+        "ddim": ("DDIMScheduler", {"clip_sample": False}),
         "euler": ("EulerDiscreteScheduler", {}),
         "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
         "dpmpp_2m": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
         "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
         "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-        "lcm": ("LCMScheduler", {}),
-    }[sampler]
-    if sampler in ("ddim", "lcm"):
-        options["clip_sample"] = False  # as StableDiffusionPipeline has it where a config is silent
+        "lcm": ("LCMScheduler", {"clip_sample": False}),
+    }
+    class_name, options = classes[sampler]
     if "use_karras_sigmas" in checkpoint.config and sampler == "euler":
         options["use_karras_sigmas"] = False
     return getattr(diffusers, class_name).from_config(checkpoint.config, **options)

@@ -1,4 +1,4 @@
-"""Checks DESIGN.md's import directions in the source: what each package may import, and that there is no circle.
+"""Checks the import rules of docs/architecture.md: what each package may import, and that there is no circle.
 
 An import inside a function or under TYPE_CHECKING does not count as an import-time import: that is how app/builders.py
 leaves JAX to the replicas.

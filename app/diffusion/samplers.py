@@ -10,10 +10,7 @@ the UNet takes such latents. Samplers that the literature writes in sigma space 
 y = sqrt(sigma^2 + 1) x, so the device has no input scaling to do. diffusers' schedulers are the oracle:
 tests/make_golden.py records them, and tests/diffusion/test_samplers.py compares every step with them.
 
-To add a sampler, write a function `name(steps, schedule) -> SamplerTable` that fits the recurrence above, with formula
-and citation, and add it to `_BUILDERS`. If a checkpoint may name diffusers' class, add that to `_SAMPLER_OF_CLASS`. If
-some schedules do not suit it, say so in `samplers_for`. Nothing else of the app changes. Then record the oracle:
-diffusers' class goes into tests/make_golden.py, and its runs into tests/sampler_cases.py.
+CONTRIBUTING.md says how to add a sampler.
 """
 
 import math
