@@ -133,6 +133,7 @@ def test_model_and_size_are_all_that_a_user_changes_to_serve_stable_diffusion(re
     assert replicas.init_args[0].model == "CompVis/stable-diffusion-v1-4"
 
 
+@pytest.mark.slow
 def test_building_imports_no_jax() -> None:
     """In a process of its own, because another test may have imported JAX into this one."""
     script = (

@@ -225,6 +225,7 @@ def test_every_module_exists_and_takes_the_options_that_are_shown(page: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands(RUN))
 def test_a_cheap_command_runs(command: str) -> None:
     venv = Path(sys.prefix)

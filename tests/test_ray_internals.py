@@ -52,6 +52,7 @@ def test_no_other_module_names_a_private_module_of_ray() -> None:
     assert users == {f"app/ray_internals/{name}.py" for name in ("core", "serve", "autoscaler")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "unloaded"),
     [
@@ -98,6 +99,7 @@ def test_no_cluster_is_found_where_none_has_started(tmp_path: Path) -> None:
     assert core.find_bootstrap_address(str(tmp_path)) == "127.0.0.1:6379"
 
 
+@pytest.mark.slow
 def test_a_replica_that_wants_a_port_gets_none() -> None:
     """In a process of its own, as it changes Ray for good."""
     script = (
@@ -177,6 +179,7 @@ def test_the_local_provider_has_the_attributes_of_rays() -> None:
     assert isinstance(autoscaler.FakeMultiNodeProvider.create_node_with_resources_and_labels, FunctionType)
 
 
+@pytest.mark.slow
 def test_ssh_reaches_the_head_as_the_launcher_would(tmp_path: Path) -> None:
     """Of a cluster of machines that exist (provider: local); in a process of its own, as Ray leaves files open."""
     cluster = {

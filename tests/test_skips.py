@@ -18,6 +18,7 @@ def test_is_skipped():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "status"),
     [

@@ -576,6 +576,7 @@ def state_on(devices: list[Any]) -> Callable[[], State]:
     return lambda: State(jax.device_put(np.arange(8, dtype=np.float32), split), jax.device_put(np.int32(0), everywhere))
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_share_a_folder_and_the_next_loads_on_its_mesh(folder: Path) -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
 

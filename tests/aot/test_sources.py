@@ -28,6 +28,7 @@ def append(file: Path, text: str) -> None:
     file.write_text(file.read_text() + text)
 
 
+@pytest.mark.slow
 def test_they_are_what_importing_the_pipeline_imports_but_for_what_stays_on_the_host() -> None:
     script = "import json, sys, app.diffusion.pipeline\n"
     script += "print(json.dumps([n for n in sys.modules if n.partition('.')[0] == 'app']))"

@@ -14,6 +14,8 @@ from app.engine.request import Generated
 from app.types import SEEDS, Generation, PipelineSpec
 from tests.tiny import tensor_shapes, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SIZES = ((16, 24), (16, 16))
 WAIT_S = 300
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "pndm", "lcm", None)

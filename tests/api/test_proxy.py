@@ -561,6 +561,7 @@ def test_a_disconnected_client_gets_no_answer(application: Application, port: in
     assert ask(port, head()).status == 200
 
 
+@pytest.mark.slow
 def test_serve_accepts_the_callback_and_it_imports_nothing_heavy() -> None:
     script = (
         "import sys; import ray.serve; before = set(sys.modules); import app.api.proxy; import uvicorn.config\n"

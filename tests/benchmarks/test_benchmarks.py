@@ -212,6 +212,7 @@ def test_mixed_requests_have_every_kind_and_are_the_same_each_time() -> None:
     )
 
 
+@pytest.mark.slow
 def test_latency_counts_from_the_intended_arrival_and_an_error_is_raised() -> None:
     def submit(generation: Generation) -> "Future[Any]":
         future: Future[Any] = Future()

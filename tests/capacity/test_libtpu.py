@@ -10,7 +10,8 @@ from capacity.libtpu import missing
 from capacity.program_cost import KERNEL_SHARE
 from cluster import ROOT
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())  # CI has it: `make tpu-check` goes first
+# CI has it: `make tpu-check` goes first.
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 PRELUDE = """
 from capacity.libtpu import compile_only, devices

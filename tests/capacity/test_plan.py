@@ -68,6 +68,7 @@ def test_what_fits_alone_may_not_fit_beside_the_weights(workload: Workload) -> N
     assert sentences[-1] == "v5litepod-4: at 512x512 no bucket fits."
 
 
+@pytest.mark.slow
 def test_the_fewest_hosts_that_meet_the_target(workload: Workload) -> None:
     rate = 3.0
     plan = plan_hosts(host_costs(), workload, EVALUATIONS, rate, slo_s=10.0)
@@ -110,6 +111,7 @@ def merged(base: Any, change: Any) -> Any:
     return change
 
 
+@pytest.mark.slow
 def test_the_fragments_make_files_that_the_linter_accepts(workload: Workload, tmp_path: Path) -> None:
     plan = plan_hosts(host_costs(), workload, EVALUATIONS, 3.0, slo_s=10.0)
     folder = write_fragments(plan, workload, 3.0, tmp_path)
@@ -132,6 +134,7 @@ def test_a_config_with_a_mistake_is_refused(tmp_path: Path) -> None:
         workload_of(tmp_path / "a.yaml")
 
 
+@pytest.mark.slow
 def test_a_short_name_is_written_as_a_config_can_load_it(workload: Workload) -> None:
     from app.builders import locate
 

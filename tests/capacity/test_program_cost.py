@@ -91,6 +91,7 @@ def test_presets_are_the_published_architectures(name: str) -> None:
     assert not problems
 
 
+@pytest.mark.slow
 def test_a_model_of_shapes_holds_no_weights() -> None:
     import jax
     import jax.numpy as jnp

@@ -16,6 +16,8 @@ from capacity.chips import Host, host_of
 from capacity.programs import keys_of, pipeline_of, resident_bytes, shards_of
 from cluster import ROOT
 
+pytestmark = pytest.mark.slow
+
 HOST = host_of("v5litepod-4")
 SPEC = PipelineSpec("demo", ((128, 128), (64, 128)), (1, 2), 20)
 

@@ -52,6 +52,7 @@ def test_a_full_queue_refuses_and_accepted_requests_are_answered() -> None:
     assert len(outcome.latencies) + outcome.refused == 10
 
 
+@pytest.mark.slow
 def test_latency_rises_with_the_load_and_is_reproducible() -> None:
     def p95(rate: float) -> float:
         load = Load(poisson(round(200 * rate), np.random.default_rng(0)) / rate, 10)
@@ -61,6 +62,7 @@ def test_latency_rises_with_the_load_and_is_reproducible() -> None:
     assert p95(2.0) == p95(2.0)
 
 
+@pytest.mark.slow
 def test_a_queue_of_one_server_is_what_theory_says() -> None:
     """M/D/1 at 60 %: the mean wait is 0.6 / (2 * 0.4) of a service time (Pollaczek and Khinchin)."""
     service_s = 10 * 0.02 + 0.1

@@ -144,6 +144,7 @@ def test_each_package_that_a_node_installs_has_hashes_and_is_the_one_tested_here
     assert set(runtime) <= {f"{package}=={version}" for package, version, _ in pinned}
 
 
+@pytest.mark.slow
 def test_the_folders_that_are_mounted_are_all_that_the_app_needs(tmp_path: Path) -> None:
     content = config(BASE)
     for remote, local in content["file_mounts"].items():

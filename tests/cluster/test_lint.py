@@ -103,6 +103,7 @@ def test_a_wrong_call_is_one_line_and_exit_status_2(
     assert printed.err == "nowhere.yaml cannot be read: No such file or directory.\n"
 
 
+@pytest.mark.slow
 def test_the_command_checks_the_shipped_files() -> None:
     command = [sys.executable, "-m", "cluster.config.lint", "serve_config.yaml", "cluster.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

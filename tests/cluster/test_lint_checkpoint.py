@@ -228,6 +228,7 @@ def test_problems_of_a_checkpoint_in_the_hubs_cache_are_advice(
     assert "advice: applications[0].args.model a/b in this machine's Hub cache cannot be loaded: unet/" in finding
 
 
+@pytest.mark.slow
 def test_the_linter_still_imports_no_jax(checkpoint: Path, tmp_path: Path) -> None:
     findings_of(str(checkpoint), tmp_path)
     script = (

@@ -201,6 +201,7 @@ def run_as_another(module: str, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_checkout_that_cannot_be_written_is_one_sentence(unwritable: Path) -> None:
     for verb in ("up", "down"):
         sentence = refuses(run_as_another("cluster.local.verbs", verb, "--run-dir", str(unwritable / ".run")))

@@ -115,6 +115,7 @@ def test_googles_client_and_credentials_are_asked_for(ours: Path, monkeypatch: p
     assert missing(preflight.ready, ours) == ["Google's client for Python is not installed: make gcp"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("complete")
 def test_the_token_must_be_there_and_be_the_users_alone(ours: Path, home: Path) -> None:
     file = home / ".ray/auth_token"
@@ -147,6 +148,7 @@ def test_all_that_is_missing_is_told_at_once(home: Path, monkeypatch: pytest.Mon
     assert len(missing(preflight.ready_to_start, write(home / "cluster.yaml", BASE))) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

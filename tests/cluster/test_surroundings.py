@@ -16,6 +16,7 @@ from tests.clusters import surroundings
 STRAY = {name: "1" for name in processes.PYTHON_VARIABLES} | {"PYTHONPATH": "/another", "PYTHONHOME": "/another"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

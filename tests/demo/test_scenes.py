@@ -37,11 +37,13 @@ def distorted() -> Observations:
     return [(scene, scenes.look(as_a_vae_returns_it(scenes.draw(scene), rng))) for scene in sampled]
 
 
+@pytest.mark.slow
 def test_the_checker_accepts_true_drawings(clean: Observations) -> None:
     verdicts = [scenes.judge(seen, scene) for scene, seen in clean]
     assert all(verdict.right for verdict in verdicts), [verdict for verdict in verdicts if not verdict.right]
 
 
+@pytest.mark.slow
 def test_the_checker_accepts_drawings_as_a_vae_returns_them(distorted: Observations) -> None:
     verdicts = [scenes.judge(seen, scene) for scene, seen in distorted]
     assert all(verdict.right for verdict in verdicts), [verdict for verdict in verdicts if not verdict.right]

@@ -13,6 +13,8 @@ from cluster.cli import UsageError, UserError
 from demo.training.loop import State, adamw, claim_folder, initial_state, leaves_of, make_step, train
 from demo.training.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(checkpoint_steps=20)
 
 

@@ -124,6 +124,7 @@ def test_a_tokenizer_that_does_not_fit_the_text_encoder_is_refused(
     assert words in refused(model)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_length_of_its_own_has_the_text_encoders(model: Path) -> None:
     edit(model / "tokenizer/tokenizer_config.json", model_max_length=None)
     assert load_checkpoint(model).folder == model
@@ -146,6 +147,7 @@ def pndm_of(model: Path, **changes: Any) -> list[float]:
     return make_table("pndm", 5, schedule).timesteps.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [None, 0, 2])
 def test_timesteps_begin_at_one_whatever_the_file_says(
     model: Path, offset: int | None, caplog: pytest.LogCaptureFixture
@@ -167,12 +169,14 @@ def test_that_holds_for_every_class_of_scheduler(name: str) -> None:
     assert [make_table(sampler, 5, schedule).timesteps[-1] for sampler in ("ddim", "euler")] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_file_that_is_right_is_not_remarked_on(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="ray.serve.app.models.loading"):
         assert pndm_of(model) == [801, 601, 601, 401, 201, 1]
     assert "instead of" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "remark"),
     [
@@ -206,6 +210,7 @@ def test_what_no_schedule_can_have_is_refused_with_all_other_problems(model: Pat
 # The weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_number_that_is_none_is_refused_and_every_tensor_with_one_is_named(model: Path, value: float) -> None:
     for part, name in (("unet", "conv_out.bias"), ("unet", "conv_in.weight"), ("vae", "decoder.conv_in.bias")):
@@ -219,6 +224,7 @@ def test_a_number_that_is_none_is_refused_and_every_tensor_with_one_is_named(mod
     assert all(name in line for name in ("unet conv_out.bias", "unet conv_in.weight", "vae decoder.conv_in.bias"))
 
 
+@pytest.mark.slow
 def test_of_many_such_tensors_a_few_are_named(model: Path) -> None:
     file = model / "vae/diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -281,6 +287,7 @@ def loaded(environment: dict[str, str], repo: str = REPO) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "why"), [({}, "Connection refused"), ({"HF_HUB_OFFLINE": "1"}, "`HF_HUB_OFFLINE` environment variable")]
 )
@@ -290,6 +297,7 @@ def test_a_cache_that_lacks_a_file_and_no_way_to_the_hub(cache: dict[str, str], 
     assert "\nThe Hub could not be asked for what is missing: " in message and why in message
 
 
+@pytest.mark.slow
 def test_a_repo_that_the_hub_does_not_have_is_said_in_its_words(model: Path) -> None:
     with serving(Hub(REPO, model)) as endpoint:
         message = loaded({"HF_ENDPOINT": endpoint, "HF_HOME": str(model.parent / "cache")}, "somebody/else")

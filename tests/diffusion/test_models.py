@@ -90,6 +90,7 @@ def run(checkpoint: Checkpoint, model: str, part: str) -> Any:
 PARTS = ("prompt_embeds", "resnet", "transformer", "unet", "moments", "decoded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_submodule_computes_what_diffusers_computes(load: Load, model: str, part: str) -> None:
@@ -97,6 +98,7 @@ def test_every_submodule_computes_what_diffusers_computes(load: Load, model: str
     assert relative_error(run(load(model), model, part), golden(model)[part]) <= 5e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_images_cut_into_strips_are_what_whole_ones_are(load: Load, model: str) -> None:
     checkpoint, inputs = load(model), tiny.inputs(model)
@@ -120,6 +122,7 @@ def test_prompts_become_the_tokens_that_diffusers_gives_the_text_encoder(load: L
     assert tokens.truncated == (False, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_whole_pictures_are_within_a_grey_level_of_diffusers(load: Load, model: str) -> None:
     height, width = tiny.IMAGE_SIZES[model]
@@ -143,6 +146,7 @@ def test_whole_pictures_are_within_a_grey_level_of_diffusers(load: Load, model: 
         assert (apart <= 1).all(axis=-1).mean() >= 0.999, f"{sampler}: {apart.max()} grey levels apart"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", BUILDERS)
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_modules_hold_exactly_the_tensors_of_the_published_checkpoints(name: str, component: str) -> None:
@@ -174,6 +178,7 @@ def old_names(component: str, name: str) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_tensor_names_of_old_checkpoints_are_understood(load: Load) -> None:
     new, old = load("tiny-sd1"), load("tiny-sd1", rename=old_names)
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in load_file(
@@ -184,6 +189,7 @@ def test_tensor_names_of_old_checkpoints_are_understood(load: Load) -> None:
         jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_files_hold_the_same_model(load: Load, dtype: Any) -> None:
     checkpoint = load("tiny-sd2", dtype=dtype)
@@ -191,6 +197,7 @@ def test_half_precision_files_hold_the_same_model(load: Load, dtype: Any) -> Non
         assert relative_error(run(checkpoint, "tiny-sd2", part), golden("tiny-sd2")[part]) <= 3e-2
 
 
+@pytest.mark.slow
 def test_networks_compute_in_bfloat16_on_request(load: Load) -> None:
     checkpoint = load_checkpoint(load("tiny-sd2").folder, dtype=jnp.bfloat16)
     for part in ("prompt_embeds", "unet", "decoded"):
@@ -199,6 +206,7 @@ def test_networks_compute_in_bfloat16_on_request(load: Load) -> None:
         assert relative_error(answer, golden("tiny-sd2")[part]) <= 5e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries, keys", [(64, 64), (64, 77), (200, 200), (1000, 1000)], ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
 def test_attention_is_the_same_over_few_keys_and_over_many(
@@ -222,6 +230,7 @@ def test_the_logits_of_many_keys_never_stand_in_memory_at_once_on_a_cpu() -> Non
     assert memory is not None and memory.temp_size_in_bytes < rows * heads * tokens * tokens * 4 / 8
 
 
+@pytest.mark.slow
 def test_all_problems_of_a_checkpoint_are_said_at_once(tmp_path: Path) -> None:
     folder = tiny.write_checkpoint(tmp_path, "tiny-sd1", tiny.tensor_shapes()["tiny-sd1"])
     unet, vae = (folder / component / "diffusion_pytorch_model.safetensors" for component in ("unet", "vae"))

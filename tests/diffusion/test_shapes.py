@@ -62,6 +62,7 @@ UNUSUAL: list[tuple[str, Mapping[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "json"), UNUSUAL)
 def test_they_are_what_the_modules_build_of_unusual_configs(part: str, json: Mapping[str, Any]) -> None:
     config, ours = tensors(part, json)

@@ -11,6 +11,8 @@ import pytest
 from cluster import ROOT
 from tests.tiny import tensor_shapes, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CHILD = """
 import sys
 import jax, numpy as np

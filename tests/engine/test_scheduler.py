@@ -86,6 +86,7 @@ def test_a_fixed_batch_size_overrides_the_cost_model_but_not_the_largest_bucket(
     assert batch_size(of([2] * 2), cost, 0.05, MANY, 3) == 2
 
 
+@pytest.mark.slow
 @quick
 @given(rows_lists, costs, st.floats(0, 0.5))
 def test_no_other_batch_size_is_faster_by_more_than_the_margin(rows: list[int], cost: StepCost, gain: float) -> None:

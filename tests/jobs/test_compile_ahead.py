@@ -20,6 +20,8 @@ from app.aot.store import read
 from capacity import libtpu
 from cluster import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:

@@ -49,6 +49,7 @@ def test_an_invalid_variant_is_refused_in_one_line(text: str, words: str) -> Non
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_same_pictures_have_no_distance() -> None:
     distances = Distances.between(pictures(), pictures())
     assert np.isinf(distances.psnr).all() and np.allclose(distances.ssim, 1) and (distances.within_one == 1).all()

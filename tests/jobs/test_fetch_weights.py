@@ -24,6 +24,8 @@ from tests.hub_server import COMMIT, Hub, serving
 from tests.one_file import write_one_file
 from tests.tiny import PROMPTS, tensor_shapes, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 REPO = "somebody/tiny"
 Done = subprocess.CompletedProcess[str]
 

@@ -22,6 +22,7 @@ def test_a_percentile_beyond_which_there_is_no_request_is_none() -> None:
     assert distribution(histogram_of([])) is None
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_true_percentile_in_19_of_20_samples() -> None:
     rng = np.random.default_rng(1)
     held = 0

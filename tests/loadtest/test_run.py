@@ -22,6 +22,8 @@ from loadtest.scaling import PHASES
 from loadtest.summary import summarize
 from tests.picture_server import Server, picture_server
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 60
 
 

@@ -22,6 +22,8 @@ from app.serving.replica import StableDiffusion
 from tests.aot.test_program import FACTS, add
 from tests.serving.test_replica import SETTINGS, SPEC, Pipeline, asking
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["add rows 5", "add rows 6", "add rows 7"]
 Started = Callable[[Path], tuple[dict[str, int], list[str]]]
 
