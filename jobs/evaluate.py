@@ -35,7 +35,7 @@ from cluster.terminal import say
 from demo.scenes import Scene, check
 from jobs import batch_generate
 from jobs.entry import path, run
-from jobs.prompts import FIELDS, Row, read
+from jobs.prompts import ROW_FIELDS, Row, read
 from jobs.replica_config import ReplicaConfig, config_path
 from jobs.unfinished import write
 
@@ -172,7 +172,7 @@ def variant_of(option: str, text: str, base: ReplicaConfig) -> Variant:
         name: literal(value) if name in NUMERIC_FIELDS else value for name, value in values.items() if name in REQUEST
     }
     try:
-        generation = resolve({"prompt": "x", "seed": 0, **fields}, config.service, FIELDS).generation
+        generation = resolve({"prompt": "x", "seed": 0, **fields}, config.service, ROW_FIELDS).generation
     except InvalidField as error:
         raise UsageError(f"{option}: {error.message}") from None
     attributes = {"size": ("width", "height")}
@@ -198,7 +198,9 @@ def captions(count: int, base: ReplicaConfig) -> tuple[list[Scene], list[Generat
     chosen = quality.captions("held_out", (count + 1) // 2, seed=0)
     chosen = [*chosen[: (count + 1) // 2], *chosen[(count + 1) // 2 :][: count // 2]]
     requests = [{"prompt": caption, "seed": seed} for seed, (_, caption) in enumerate(chosen)]
-    return [scene for scene, _ in chosen], [resolve(request, base.service, FIELDS).generation for request in requests]
+    return [scene for scene, _ in chosen], [
+        resolve(request, base.service, ROW_FIELDS).generation for request in requests
+    ]
 
 
 def claims(drawn: Sequence[Drawn], scenes: Sequence[Scene]) -> list[tuple[str, ...]]:

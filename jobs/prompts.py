@@ -19,7 +19,7 @@ from app.types import SEEDS, Generation, InvalidField
 from cluster.cli import UsageError
 from jobs.replica_config import ReplicaConfig
 
-FIELDS = (*(name for name in QUERY_FIELDS if name != "timeout"), "model", "n")
+ROW_FIELDS = (*(name for name in QUERY_FIELDS if name != "timeout"), "model", "n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,9 @@ def read(file: Path, config: ReplicaConfig) -> Iterator[Row | InvalidRow]:
             text = json.dumps(fields, sort_keys=True)
             texts[text] += 1
             digest = hashlib.sha256(f"{text} {texts[text]}".encode())
-            request = resolve({"seed": int.from_bytes(digest.digest()[:4]) % SEEDS, **fields}, config.service, FIELDS)
+            request = resolve(
+                {"seed": int.from_bytes(digest.digest()[:4]) % SEEDS, **fields}, config.service, ROW_FIELDS
+            )
         except (InvalidField, TypeError) as error:
             yield InvalidRow(
                 number, prompt, error.message if isinstance(error, InvalidField) else f"not a row of fields: {error}"

@@ -18,14 +18,15 @@ Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
 
 BLANK_LEVELS = 4  # a picture is blank if the levels of each colour span no more than this
 LOSSY_TOLERANCE = 16  # levels; JPEG and WebP can turn a difference of 1 into this
-HOW_ONLY = {
-    "stream",
-    "partial_images",
-    "timeout",
-    "response_format",
-    "user",
+NOT_IN_THE_PIXELS = {  # fields with which equal requests still get equal pictures
     "output_compression",
-}  # do not change the pixels
+    "partial_images",
+    "response_format",
+    "safety_identifier",
+    "stream",
+    "timeout",
+    "user",
+}
 
 
 class BadPicture(Exception):
@@ -86,7 +87,7 @@ def identity(request: Mapping[str, Any]) -> str | None:
     """A key that is equal for requests that must get equal pictures; None for a request without a seed."""
     if request.get("seed") is None:
         return None
-    return json.dumps({name: value for name, value in request.items() if name not in HOW_ONLY}, sort_keys=True)
+    return json.dumps({name: request[name] for name in request.keys() - NOT_IN_THE_PIXELS}, sort_keys=True)
 
 
 @dataclass

@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cluster.cli import UsageError
 
 FOLDER = Path(__file__).with_name("scenarios")
+POST_ONLY = {  # the fields that GET /imagine does not take
+    *("background", "complexity", "frame_count", "frame_duration_ms", "model", "moderation", "n", "partial_images"),
+    *("quality", "response_format", "safety_identifier", "stream", "style", "svg", "user"),
+}
 Endpoint = Literal["generations", "imagine"]
 Rate = Annotated[float, Field(ge=0, le=100_000)]
 Span = Annotated[float, Field(gt=0, le=86_400)]
@@ -104,8 +108,8 @@ class Kind(BaseModel):
 
     @model_validator(mode="after")
     def the_endpoint_takes_the_fields(self) -> "Kind":
-        if self.endpoint == "imagine" and {"stream", "n", "partial_images"} & set(self.fields):
-            raise ValueError("GET /imagine answers one picture: stream, partial_images and n need endpoint generations")
+        if self.endpoint == "imagine" and (refused := [name for name in self.fields if name in POST_ONLY]):
+            raise ValueError(f"GET /imagine does not take {', '.join(refused)}: such fields need endpoint generations")
         return self
 
 

@@ -15,24 +15,6 @@ from app.types import InvalidField, Size, parse_size
 Check = Callable[[str, object, Service], Any]
 
 
-def text(name: str, value: object, service: Service) -> str:
-    longest = service.limits.prompt_characters
-    if not isinstance(value, str):
-        raise invalid(name, "a string", value)
-    if len(value) > longest:
-        raise InvalidField(name, f"{name} must be at most {longest} characters, got {len(value)}.")
-    # Lone surrogates have no UTF-8. A NUL or an escape has no place in a prompt and cannot stand in a PNG's text.
-    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in value):
-        raise InvalidField(name, f"{name} must be text without control characters.")
-    return value
-
-
-def nonempty_text(name: str, value: object, service: Service) -> str:
-    if not text(name, value, service).strip():
-        raise InvalidField(name, f"{name} must not be empty.")
-    return text(name, value, service)
-
-
 def size(name: str, value: object, service: Service) -> Size:
     chosen = choice(lambda service: (*service.sizes, "auto"))(name, value, service)
     return parse_size(service.sizes[0] if chosen == "auto" else chosen)
@@ -55,6 +37,22 @@ def flag(name: str, value: object, service: Service) -> bool:
     if not isinstance(value, bool):
         raise invalid(name, "true or false", value)
     return value
+
+
+def text(longest: Callable[[Service], int], *, empty: bool = True) -> Check:
+    def check(name: str, value: object, service: Service) -> str:
+        if not isinstance(value, str):
+            raise invalid(name, "a string", value)
+        if len(value) > longest(service):
+            raise InvalidField(name, f"{name} must be at most {longest(service)} characters, got {len(value)}.")
+        # Lone surrogates have no UTF-8. A NUL or an escape has no place in a prompt and cannot stand in a PNG's text.
+        if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in value):
+            raise InvalidField(name, f"{name} must be text without control characters.")
+        if not empty and not value.strip():
+            raise InvalidField(name, f"{name} must not be empty.")
+        return value
+
+    return check
 
 
 def integer(bounds: Callable[[Service], tuple[int, int]]) -> Check:

@@ -1,13 +1,6 @@
 """Parses a query string or a JSON body into an ImageRequest. Knows nothing of JAX, Ray or HTTP libraries.
 
-FIELDS declares every request field. To add one:
-
-1. Add a row to FIELDS: the check of its value, its default, and whether GET /imagine takes it. Checks are in fields.py.
-2. If operators should set its range or its default, add that to `Limits` or `Defaults` in settings.py.
-3. Give the value a place: in `Generation` (app/types.py) if it changes the image, else in `ImageRequest` (messages.py).
-   `resolve` fills it in; a rule about several fields goes to `check_together`.
-4. Use it: the engine reads the Generation, and app/serving/replica.py reads the ImageRequest.
-5. Describe it in docs/api.md, add cases to tests/api/test_protocol.py, and run `pytest tests/api tests/test_docs.py`.
+FIELDS declares every request field; CONTRIBUTING.md says how to add one.
 """
 
 import json
@@ -25,7 +18,6 @@ from app.api.fields import (
     invalid,
     literal,
     model,
-    nonempty_text,
     number,
     seconds,
     shown,
@@ -48,9 +40,13 @@ class Field(NamedTuple):
     query: bool = True  # GET /imagine takes this field, too
 
 
+def longest_prompt(service: Service) -> int:
+    return service.limits.prompt_characters
+
+
 FIELDS: Mapping[str, Field] = {
-    "prompt": Field(nonempty_text, None),
-    "negative_prompt": Field(text, lambda service: ""),
+    "prompt": Field(text(longest_prompt, empty=False), None),
+    "negative_prompt": Field(text(longest_prompt), lambda service: ""),
     "size": Field(size, lambda service: parse_size(service.sizes[0])),
     "num_inference_steps": Field(
         integer(lambda service: service.limits.num_inference_steps),
@@ -74,8 +70,8 @@ FIELDS: Mapping[str, Field] = {
     # No "url": no image is kept that a link could point to.
     "response_format": Field(choice(lambda service: ("b64_json",)), lambda service: "b64_json", query=False),
     # The next two identify an end user and have no effect.
-    "user": Field(text, lambda service: "", query=False),
-    "safety_identifier": Field(text, lambda service: "", query=False),
+    "user": Field(text(longest_prompt), lambda service: "", query=False),
+    "safety_identifier": Field(text(longest_prompt), lambda service: "", query=False),
     "stream": Field(flag, lambda service: False, query=False),
     "partial_images": Field(
         integer(lambda service: (0, service.limits.partial_images)), lambda service: 0, numeric=True, query=False

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import fields, replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +98,7 @@ def replica(no_device: None) -> Iterator[Any]:
 
 
 def asking(stream: bool = False, **changes: Any) -> ImageRequest:
-    request = {name: changes.pop(name) for name in ("encoding", "timeout_s", "partial_images") if name in changes}
+    request = {field.name: changes.pop(field.name) for field in fields(ImageRequest) if field.name in changes}
     return replace(ASKED, stream=stream, generation=replace(ASKED.generation, **changes), **request)
 
 
