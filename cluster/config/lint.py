@@ -5,13 +5,7 @@
 Each Serve config is also held against each cluster file of the same call. No cluster and no network is asked. The exit
 status is 0 without errors, also with advice; 1 with errors; 2 after a wrong call.
 
-To add a rule:
-1. Choose the module of cluster/config/rules/ that it belongs to. Its list below says what part of a config it gets.
-2. Write `check_...` there. It yields `error(key, text)` for what would fail, and `advice(key, text)` for the rest.
-3. `text` follows the key in a sentence, with the offender and the allowed range: "must be above 40, ..., got 5."
-4. Add the function to its list below, and nowhere else. A test refuses a `check_...` that stands in no list.
-5. Add a slip and its message to the table of the test of that list (tests/cluster/test_lint_*.py); the shipped files
-   must stay without findings: `make check-config`.
+To add a rule, see CONTRIBUTING.md. A test refuses a `check_...` that stands in no list.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
