@@ -77,6 +77,7 @@ def falsehoods(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]
     return changed
 
 
+@pytest.mark.slow
 def test_the_checker_rejects_every_false_claim(clean: Observations, distorted: Observations) -> None:
     rng = np.random.default_rng(5)
     for scene, seen in clean + distorted:
@@ -87,6 +88,7 @@ def test_the_checker_rejects_every_false_claim(clean: Observations, distorted: O
             assert not (all(outcome) if isinstance(outcome, tuple) else outcome), (claim, scene, false_scene)
 
 
+@pytest.mark.slow
 def test_colours_exchanged_between_two_things_are_rejected(clean: Observations) -> None:
     for scene, seen in clean:
         if scene.relation is not None and len({thing.colour for thing in scene.things}) == 2:

@@ -17,6 +17,8 @@ from app.diffusion.sharding import row_sharding
 from app.types import ActiveSlot, PipelineSpec
 from tests.tiny import tensor_shapes, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SIZE = (16, 24)
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "pndm", "lcm")
 
@@ -70,7 +72,6 @@ def far(image: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(image.astype(int) - other.astype(int)).max())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_picture_depends_on_its_seed_and_not_on_slot_or_neighbours(pipeline: Pipeline, sampler: str) -> None:
     seven, last, zero, five = (Request(seed=seed, sampler=sampler) for seed in (7, 2**32 - 1, 0, 5))
@@ -167,7 +168,6 @@ def test_every_declared_program_has_run_and_been_timed(pipeline: Pipeline) -> No
     assert set(pipeline.run) == {program.name for program in pipeline.programs}
 
 
-@pytest.mark.slow
 def test_a_loaded_program_that_fails_at_its_first_run_is_compiled_instead(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,7 +225,6 @@ def test_more_steps_than_declared_or_an_unknown_sampler_is_refused(pipeline: Pip
         pipeline.table("ddpm", 4)
 
 
-@pytest.mark.slow
 def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None:
     pipeline = Pipeline.load(
         PipelineSpec(str(folder), dtype="bfloat16", sizes=(SIZE,), batch_buckets=(1,), max_steps=4)
@@ -239,7 +238,6 @@ def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None
     assert np.isfinite(np.asarray(state.latents)).all()
 
 
-@pytest.mark.slow
 def test_a_decode_bucket_may_be_larger_than_every_batch_bucket(folder: Path) -> None:
     spec = PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), decode_buckets=(2,), max_steps=8)
     pipeline = Pipeline.load(spec)

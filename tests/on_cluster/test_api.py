@@ -466,6 +466,7 @@ def test_the_token_stands_in_no_log_no_command_line_and_no_environment(api: str,
 def test_a_replica_whose_device_hangs_says_so_at_once_and_is_replaced(verbs: Verbs, tmp_path: Path) -> None:
     config = tmp_path / "hanging.yaml"
     config.write_text(HANGING.replace("PORT", str(verbs.serve_port)))
+    succeeds(verbs("deploy", "undeploy"))  # Serve keeps its HTTP options while it runs
     succeeds(verbs.deploy(config))
     api = f"http://127.0.0.1:{verbs.serve_port}"
     assert imagine(api, prompt=PROMPT)[0] == 200
