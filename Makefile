@@ -54,7 +54,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONPLATLIBDIR PYTHONUSERBASE PY
 unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-cluster check
+.PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
 .PHONY: test-faults
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
@@ -119,15 +119,18 @@ loadtest: runtime ## Load the local cluster (start it if none is up) or URL=: SC
 	@$(py) -m loadtest run "$(SCENARIO)" $(at) $(if $(URL),--url "$(URL)") $(ARGS)
 
 # Tests that share nothing run in several processes, then those that share one local cluster. In CI a skip is a failure.
-pytest := $(py) -m pytest $(if $(CI),--no-skips-but "$(EXPECTED_SKIPS)")
-beside := -n auto --maxprocesses 4 --dist loadfile
-elsewhere := not scaling and not parity and not faults
+pytest := $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips-but "$(EXPECTED_SKIPS)")
+beside := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+elsewhere := not jobs and not scaling and not parity and not faults
 
 test: dev ## Run all tests but those with a target of their own; TESTS="tests/test_x.py -k name" for some
 	@$(if $(TESTS),$(pytest) $(TESTS),$(pytest) $(beside) -m "$(elsewhere) and not cluster" && $(pytest) -m "$(elsewhere) and cluster")
 
 test-quick: dev ## Run the tests that need neither a cluster nor much computing: under a minute, for the inner loop
 	@$(pytest) -q $(beside) -m "$(elsewhere) and not cluster and not slow"
+
+test-jobs: dev ## Run the tests that submit jobs to a local cluster, a small training among them
+	@$(pytest) -m jobs tests/on_cluster/test_jobs.py
 
 test-cluster: dev ## Run the tests in which nodes of a local cluster come, go and die
 	@$(pytest) -m scaling tests/on_cluster/test_scaling.py

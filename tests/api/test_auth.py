@@ -305,7 +305,7 @@ def test_the_rate_limit_is_429_with_retry_after_and_counts_images(replicas: Repl
 
 def test_concurrent_requests_are_limited_until_one_ends(replicas: Replicas, file: Path) -> None:
     ingress = APIIngress(replicas, PATIENT, write(file, entry("alice", KEY, concurrent_requests=1)))
-    replicas.generate_stream.outcome = lambda _: [Accepted(), Preview(0, b"draft"), None]
+    replicas.generate_stream.outcome = lambda _: [Accepted(), Preview(0, b"preview"), None]
     with serving(ingress) as address, OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
         stream = client.images.generate(prompt="a", stream=True, partial_images=1)
         assert next(stream).type == "image_generation.partial_image"

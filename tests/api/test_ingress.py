@@ -137,7 +137,7 @@ async def awaited(answer: Answer) -> Any:
 def stream_of(request: ImageRequest) -> Iterator[Any]:
     yield Accepted()
     for index in range(request.partial_images):
-        yield Preview(index, f"draft {index}".encode())
+        yield Preview(index, f"preview {index}".encode())
     yield pictures(request)
 
 

@@ -146,7 +146,7 @@ def test_openais_client_streams_through_nginx_and_events_come_one_by_one(nginx: 
 
     def items(request: Any) -> Iterator[Any]:
         yield Accepted()
-        yield Preview(0, b"draft")
+        yield Preview(0, b"preview")
         assert seen.wait(20)
         yield from list(stream_of(request))[-1:]
 

@@ -76,7 +76,7 @@ def test_openais_client_streams_previews_and_the_image(client: OpenAI) -> None:
     first, second, last = list(stream)
     for index, partial in enumerate((first, second)):
         assert isinstance(partial, ImageGenPartialImageEvent) and partial.partial_image_index == index
-        assert base64.b64decode(partial.b64_json) == f"draft {index}".encode()
+        assert base64.b64decode(partial.b64_json) == f"preview {index}".encode()
     assert isinstance(last, ImageGenCompletedEvent) and base64.b64decode(last.b64_json) == b"webp 7"
     for event in (first, second, last):
         type(event).model_validate(event.to_dict())  # the client itself lets anything through
@@ -100,7 +100,7 @@ def test_an_error_before_the_first_event_has_its_status(client: OpenAI, replicas
 
 
 def test_a_client_that_disconnects_stops_the_work(client: OpenAI, replicas: Replicas) -> None:
-    replicas.generate_stream.outcome = lambda _: [Accepted(), Preview(0, b"draft"), None]
+    replicas.generate_stream.outcome = lambda _: [Accepted(), Preview(0, b"preview"), None]
     stream = client.images.generate(prompt="a", stream=True, partial_images=1)
     assert next(stream).type == "image_generation.partial_image"
     (items,) = replicas.generate_stream.answers
@@ -141,7 +141,7 @@ FAILURES: list[tuple[Any, str]] = [
 def test_a_failure_after_the_first_event_is_an_event_that_openais_client_raises(
     client: OpenAI, replicas: Replicas, failure: Any, code: str
 ) -> None:
-    replicas.generate_stream.outcome = lambda _: [Accepted(), Preview(0, b"draft"), failure]
+    replicas.generate_stream.outcome = lambda _: [Accepted(), Preview(0, b"preview"), failure]
     stream = client.images.generate(prompt="a", stream=True, partial_images=1, extra_body={"timeout": 0.5})
     assert next(stream).type == "image_generation.partial_image"
     with pytest.raises(openai.APIError) as caught:

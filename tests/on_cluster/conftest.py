@@ -12,7 +12,7 @@ from tests.clusters import Verbs, one_node_cluster, succeeds
 
 @pytest.fixture(scope="session")
 def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
-    yield from one_node_cluster(ROOT / ".run" / "test", tmp_path_factory.mktemp("twin"))
+    yield from one_node_cluster(ROOT / ".run" / "test", tmp_path_factory.mktemp("local-cluster"))
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from jobs.profile import operations
 from jobs.replica_config import ReplicaConfig
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.jobs]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""A real twin under load and under misfortune: nodes that come and go, die, are taken away or cannot be had.
+"""A real local cluster under load whose nodes come and go, die, are preempted or cannot be had.
 
 It runs serve_config.yaml with delays of seconds instead of minutes. Every wait is for a condition; `PATIENCE_S` only
 bounds how long a slow machine may take for one. The order matters where a test ends the cluster: those come last.
@@ -27,7 +27,7 @@ from tests.clusters import Verbs, fetch, ports, refuses, soon, succeeds
 
 pytestmark = pytest.mark.scaling
 
-RUN_DIR = ROOT / ".run" / "test-twin"
+RUN_DIR = ROOT / ".run" / "test-scaling"
 PATIENCE_S = 180.0
 PROMPT = "a red house under a yellow sun at dusk"
 LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "seed": 7}  # long enough for things to happen to it
@@ -209,7 +209,7 @@ def test_plain_ray_serve_and_curl_work_with_the_address(api: str, verbs: Verbs, 
     assert " 1 ray_tpu" in done.stdout and "RUNNING" in done.stdout and done.stdout.endswith("well\n")
 
 
-def test_two_twins_live_side_by_side_and_each_is_ended_whole(api: str, verbs: Verbs, tmp_path: Path) -> None:
+def test_two_local_clusters_run_side_by_side_and_each_is_ended_whole(api: str, verbs: Verbs, tmp_path: Path) -> None:
     """Also after its autoscaler, the parent of its nodes, was killed."""
     before = verbs.cluster.search()
     other = replace(verbs, run_dir=tmp_path / "run", dashboard_port=ports(1)[0])

@@ -20,7 +20,8 @@ import pytest
 from cluster import ROOT, auth_token, ownership, processes
 from cluster.local.state import Cluster
 from tests import other_user
-from tests.clusters import Verbs, fetch, refuses, succeeds
+from tests.clusters import Verbs, fetch, refuses, soon, succeeds
+from tests.on_cluster.test_api import PROMPT, imagine, refusal, the_replica
 
 pytestmark = pytest.mark.cluster
 
@@ -36,6 +37,26 @@ applications:
       - name: Greeter
         ray_actor_options: {num_cpus: 0.1, resources: {TPU: 4}}
 """
+HANGING = """
+proxy_location: HeadOnly
+http_options: {host: 127.0.0.1, port: PORT}
+applications:
+  - name: hanging
+    route_prefix: /
+    import_path: tests.failing_apps:hanging
+    args: {model: assets/demo-model, sizes: [32x32], stall_s: 1}
+    deployments:
+      - name: Hanging
+        num_replicas: 1
+        health_check_period_s: 1
+        ray_actor_options: {num_cpus: 0.1, resources: {TPU: 4}}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_deployed(verbs: Verbs) -> None:
+    """Serve keeps its HTTP options while it runs, and those of the modules before are others."""
+    verbs("deploy", "undeploy")
 
 
 @pytest.fixture
@@ -255,6 +276,20 @@ def test_undeploy_leaves_the_cluster_and_frees_the_port(verbs: Verbs, greeter: P
         listener.bind(("127.0.0.1", verbs.serve_port))
         listener.listen()
         assert f"is taken by process {os.getpid()}" in refuses(verbs.deploy(greeter))
+
+
+def test_a_replica_whose_device_hangs_says_so_at_once_and_is_replaced(verbs: Verbs, tmp_path: Path) -> None:
+    config = tmp_path / "hanging.yaml"
+    config.write_text(HANGING.replace("PORT", str(verbs.serve_port)))
+    succeeds(verbs.deploy(config))
+    api = f"http://127.0.0.1:{verbs.serve_port}"
+    assert imagine(api, prompt=PROMPT)[0] == 200
+    before = the_replica(api)
+    status, error = refusal(imagine(api, prompt="a device that hangs"))
+    assert (status, error["code"]) == (503, "replica_lost")
+    assert error["message"] == "The replica's device does not answer; try again."
+    assert soon(lambda: imagine(api, prompt=PROMPT)[0] == 200)
+    assert the_replica(api)["pid"] != before["pid"]
 
 
 # The end, and what comes after a crash. These go last: they end the cluster.
