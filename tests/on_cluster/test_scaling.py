@@ -33,7 +33,8 @@ PROMPT = "a red house under a yellow sun at dusk"
 LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "seed": 7}  # long enough for things to happen to it
 QUICK = {"target_ongoing_requests": 3, "upscale_delay_s": 1, "downscale_delay_s": 5}
 QUICK |= {"metrics_interval_s": 1, "look_back_period_s": 2, "max_replicas": 3}
-WAITING = 6  # max_queued_requests
+# max_queued_requests: more than the clients of `load`, who all wait in the router while it probes a busy replica.
+WAITING = 12
 Answer = tuple[int, bytes, dict[str, str]]
 
 
