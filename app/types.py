@@ -75,6 +75,15 @@ class Generation:
     sampler: str | None  # None: the checkpoint's own, known only to the replica
     n: int
 
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+    @property
+    def rows(self) -> int:
+        """The rows of the denoiser in a step of one image: unconditional and conditional where it is guided."""
+        return 1 + self.guided
+
 
 class InvalidField(ValueError):
     """A field of a request, or an argument of the config, has a value that is not allowed.

@@ -58,11 +58,11 @@ class Picture(NamedTuple):
 
     @property
     def guided(self) -> bool:
-        return self.generation.guidance_scale > 1
+        return self.generation.guided
 
     @property
     def rows(self) -> int:
-        return 1 + self.guided
+        return self.generation.rows
 
 
 def next_batch(queue: Sequence[Place], now: float, setting: Setting) -> tuple[list[Place], float]:

@@ -53,6 +53,6 @@ class RetryAfter:
 
 
 def work(generation: Generation) -> float:
-    """Steps x rows x pixels. A guided image has two rows."""
-    rows = 2 if generation.guidance_scale > 1 else 1
-    return float(generation.n * generation.num_inference_steps * rows * generation.width * generation.height)
+    """Steps x rows x pixels."""
+    steps = generation.n * generation.num_inference_steps
+    return float(steps * generation.rows * generation.width * generation.height)

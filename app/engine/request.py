@@ -98,12 +98,12 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        return self.generation.guidance_scale > 1
+        return self.generation.guided
 
     @property
     def rows(self) -> int:
         """The rows of the denoiser in a step of one image."""
-        return 1 + self.guided
+        return self.generation.rows
 
     @property
     def texts(self) -> tuple[str, str]:
