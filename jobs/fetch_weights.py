@@ -28,7 +28,8 @@ from safetensors.numpy import save_file
 from app.diffusion.models.config import STEMS
 from app.diffusion.models.errors import one_line
 from app.diffusion.models.loading import COMPONENTS, DOWNLOADED, Checkpoint, load_checkpoint
-from app.diffusion.models.tensors import find_tensors, finite, to_tensors
+from app.diffusion.models.tensors import finite, to_tensors
+from app.diffusion.models.weight_files import find_tensors
 from cluster.cli import Parser, UsageError, UserError
 from cluster.terminal import say
 from jobs import hub

@@ -61,8 +61,9 @@ RULES = [
     Rule("app.diffusion.images", JAX),
     *(
         Rule(f"app.diffusion.models.{name}", JAX | {"numpy"})
-        for name in ("config", "errors", "scheduler_config", "tokenizer_files")
+        for name in ("config", "errors", "scheduler_config", "small_files", "safetensors_header", "tokenizer_files")
     ),
+    Rule("app.diffusion.models.weight_files", JAX),
     Rule("app.aot.", HTTP | {"ray"}),
     Rule("app.aot.sources", JAX | {"numpy"}),
     Rule("loadtest.", JAX | {"ray"}, lazily=True),

@@ -89,7 +89,7 @@ BROKEN: list[tuple[Change, list[str]]] = [
     (written(UNET, b"\x04" + bytes(7) + b"\xff\xff{}"), [f"{UNET} is not a safetensors file."]),
     (
         written(UNET, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"),
-        [f"{UNET} is a pointer of Git LFS and not the weights; fetch them with: git lfs pull"],
+        [f"{UNET} is a pointer of Git LFS and not the file itself; fetch it with: git lfs pull"],
     ),
     (
         written(UNET, header(a=f32(0, 8, 3)) + bytes(8)),
@@ -142,7 +142,7 @@ BROKEN: list[tuple[Change, list[str]]] = [
     ),
     (
         tensors(lambda content: content.pop("conv_in.bias")),
-        [f"{UNET}: tensor conv_in.bias is missing."],
+        ["unet: tensor conv_in.bias is missing."],
     ),
     (
         tensors(lambda content: content.update(extra=np.zeros(3, np.float32))),

@@ -19,11 +19,12 @@ from app.diffusion.models.config import STEMS, CLIPTextConfig, UNetConfig, VAECo
 from app.diffusion.models.errors import one_line
 from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.models.tensor_names import squeezed
-from app.diffusion.models.tensors import Tensor, find_tensors, finite, from_tensor, tensor_name, tensor_shape
+from app.diffusion.models.tensors import finite, from_tensor, tensor_name, tensor_shape
 from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.models.tokenizer_files import some, tokenizer_problems
 from app.diffusion.models.unet import UNet
 from app.diffusion.models.vae import VAE
+from app.diffusion.models.weight_files import Tensor, find_tensors
 from app.diffusion.samplers import Schedule
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files

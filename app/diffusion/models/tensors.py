@@ -1,52 +1,12 @@
-"""Tensors of safetensors files and parameters of our modules: names, shapes, layouts, and whether they are finite.
+"""Parameters of our modules as tensors of a checkpoint: names, shapes and layouts, and whether they are finite.
 
 Because modules are named like the checkpoint, there are no renaming tables: a parameter's path is its tensor's name.
 """
 
-import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-
-from app.diffusion.models.tensor_names import NOT_WEIGHTS, current_name
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor of a safetensors file, which only `read` reads."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-
-    def read(self) -> np.ndarray:
-        with safe_open(self.file, framework="np") as archive:
-            return np.asarray(archive.get_tensor(self.key))
-
-
-def find_tensors(folder: Path, stem: str, problems: list[str]) -> dict[str, Tensor]:
-    """The tensors of a component by their current names. Older checkpoints have aliases."""
-    file = folder / f"{stem}.safetensors"
-    where = f"{folder.name}/{file.name}"
-    if not file.is_file():
-        hint = " Its pickled .bin weights are not read: convert them first." if list(folder.glob("*.bin")) else ""
-        problems.append(f"{where} is missing.{hint}")
-        return {}
-    tensors = {}
-    try:
-        with safe_open(file, framework="np") as archive:
-            for key in archive.keys():
-                view = archive.get_slice(key)
-                if view.get_dtype() not in ("F32", "F16", "BF16") and current_name(key) not in NOT_WEIGHTS:
-                    problems.append(f"{where}: tensor {key} must be F32, F16 or BF16, got {view.get_dtype()}.")
-                tensors[current_name(key)] = Tensor(file, key, tuple(view.get_shape()))
-    except (OSError, SafetensorError) as error:
-        problems.append(f"{where} cannot be read: {error}.")
-        return {}
-    return {name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS}
 
 
 def tensor_name(path: tuple[Any, ...]) -> str:

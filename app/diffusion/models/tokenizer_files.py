@@ -4,12 +4,12 @@ A tokenizer whose files are missing or cut short still loads in transformers: it
 or spells each word letter by letter. And an id that the text encoder has no row for draws a black picture.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from app.diffusion.models.config import CLIPTextConfig
+from app.diffusion.models.small_files import read_json, read_text
 
 UNLIMITED = 10**29  # transformers writes 10^30 for a model_max_length that nobody set
 NAMED = 5  # tokens that one problem names
@@ -101,11 +101,12 @@ def unmade(folder: Path, ids: Mapping[str, int]) -> Iterator[str]:
     """A sentence where words of vocab.json are made by no line of merges.txt, as where that file is cut short."""
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         return
-    try:
-        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        yield f"tokenizer/merges.txt cannot be read: {error}."
+    unreadable: list[str] = []
+    text = read_text(folder / "merges.txt", "tokenizer/merges.txt", unreadable)
+    if text is None:
+        yield from unreadable
         return
+    lines = text.split("\n")
     made = {line.rstrip("\r").replace(" ", "") for line in lines if not line.startswith("#version")}
     special = read(folder, "added_tokens.json", []).keys() | {"<|startoftext|>", "<|endoftext|>"}
     words = [word for word in read(folder, "vocab.json", []) if len(word.removesuffix("</w>")) > 1]
@@ -126,14 +127,4 @@ def content_of(token: object) -> str | None:
 
 def read(folder: Path, name: str, problems: list[str]) -> dict[str, Any]:
     """Empty where there is no such file. `declared_ids` says which files must be there."""
-    try:
-        content = json.loads((folder / name).read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        problems.append(f"tokenizer/{name} cannot be read: {error}.")
-        return {}
-    if not isinstance(content, dict):
-        problems.append(f"tokenizer/{name} must hold a JSON object, got a {type(content).__name__}.")
-        return {}
-    return content
+    return read_json(folder / name, f"tokenizer/{name}", problems, optional=True)

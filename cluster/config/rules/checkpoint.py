@@ -13,13 +13,13 @@ from app.builders import Args
 from app.diffusion.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig, mismatches
 from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.models.shapes import Shape, text_encoder_tensors, unet_tensors, vae_tensors
-from app.diffusion.models.tensor_names import NOT_WEIGHTS, current_name, squeezed
+from app.diffusion.models.tensor_names import squeezed
 from app.diffusion.models.tokenizer_files import tokenizer_problems
+from app.diffusion.models.weight_files import Tensor, find_tensors
 from app.diffusion.samplers import Schedule, default_sampler, make_table
 from app.types import parse_size
 from cluster import ROOT
 from cluster.config.documents import Finding, Key
-from cluster.config.safetensors_header import Tensor, tensors_of
 from cluster.config.serve_config import Application
 
 CONFIGS = {
@@ -28,7 +28,6 @@ CONFIGS = {
     "text_encoder": "text_encoder/config.json",
     "scheduler": "scheduler/scheduler_config.json",
 }
-LOADED = ("F32", "F16", "BF16")
 LISTED = 3  # problems of one kind that are listed; the rest are counted
 
 Problems = list[str]
@@ -63,7 +62,7 @@ def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
             "text_encoder": text_encoder_tensors(text_encoder),
         }
         for part, tensors in expected.items():
-            problems += weight_problems(folder / part / f"{STEMS[part]}.safetensors", tensors)
+            problems += weight_problems(folder / part, STEMS[part], tensors)
         multiple = vae.scale_factor * unet.scale_factor
         for size in args.sizes:
             if any(side % multiple for side in parse_size(size)):
@@ -108,38 +107,31 @@ def wrong_schedule(content: Mapping[str, Any], args: Args, report: Report, probl
         yield report(("args", "defaults"), f"do not suit {args.model}: {error}")
 
 
-def weight_problems(file: Path, expected: Mapping[str, Shape]) -> Problems:
-    name = f"{file.parent.name}/{file.name}"
-    try:
-        stored = tensors_of(file)
-    except FileNotFoundError:
-        return [f"{name} is missing."]
-    except OSError as error:
-        return [f"{name} cannot be read: {error.strerror}."]
-    except ValueError as error:
-        return [f"{name} {error}"]
-    tensors = {current_name(key): tensor for key, tensor in stored.items() if current_name(key) not in NOT_WEIGHTS}
-    return [f"{name}: {problem}" for kind in differences(tensors, expected) for problem in shortened(kind)]
+def weight_problems(folder: Path, stem: str, expected: Mapping[str, Shape]) -> Problems:
+    problems: Problems = []
+    tensors = find_tensors(folder, stem, problems)
+    if not problems:
+        problems += [problem for kind in differences(folder.name, tensors, expected) for problem in shortened(kind)]
+    return problems
 
 
-def differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> Iterator[Problems]:
+def differences(part: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> Iterator[Problems]:
     """How the stored tensors differ from the architecture's, by kind."""
-    yield [f"tensor {name} is missing." for name in sorted(expected.keys() - tensors.keys())]
+    yield [f"{part}: tensor {name} is missing." for name in sorted(expected.keys() - tensors.keys())]
     surplus = sorted(tensors.keys() - expected.keys())
-    yield [f"tensor {name} is not one that its config.json describes." for name in surplus]
-    both = sorted(expected.keys() & tensors.keys())
+    yield [f"{tensors[name].where}: tensor {name} is not one that its config.json describes." for name in surplus]
     yield [
-        f"tensor {name} must have shape {[*expected[name]]} by its config.json, got {[*tensors[name].shape]}."
-        for name in both
+        f"{tensors[name].where}: tensor {name} must have shape {[*expected[name]]} by its config.json, "
+        f"got {[*tensors[name].shape]}."
+        for name in sorted(expected.keys() & tensors.keys())
         if squeezed(tensors[name].shape) != squeezed(expected[name])
-    ]
-    yield [
-        f"tensor {name} must be {', '.join(LOADED[:-1])} or {LOADED[-1]}, got {tensors[name].dtype}."
-        for name in both
-        if tensors[name].dtype not in LOADED
     ]
 
 
 def shortened(problems: Problems) -> Problems:
     more = len(problems) - LISTED
-    return problems if more <= 1 else [*problems[:LISTED], f"and {more} more of that kind."]
+    return (
+        problems
+        if more <= 1
+        else [*problems[:LISTED], f"{problems[0].partition(': ')[0]}: and {more} more of that kind."]
+    )
