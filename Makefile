@@ -211,6 +211,7 @@ lock: ## Pin requirements/*.txt again from pyproject.toml
 		{ $(PYTHON) -m venv .cache/uv-$(UV_VERSION) && $(dir $(uv))pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
 	@$(lock) -o requirements/runtime.txt
 	@$(lock) -c requirements/runtime.txt --extra tpu -o requirements/tpu.txt
+	@$(lock) -c requirements/runtime.txt --extra cuda -o requirements/cuda.txt
 	@$(lock) -c requirements/runtime.txt --extra gcp -o requirements/gcp.txt
 	@$(lock) -c requirements/runtime.txt --extra dev -o requirements/dev.txt
 	@$(lock) -c requirements/runtime.txt --extra dev --extra parity -o requirements/parity.txt

@@ -23,6 +23,8 @@ from app.aot.sources import ROOT, sources
 
 FORMAT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
+# A program for NVIDIA GPUs holds choices among the kernels of these libraries.
+CUDA_PACKAGES = ("jax-cuda13-plugin", "nvidia-cublas", "nvidia-cudnn-cu13")
 OPTIONS = (  # of JAX; they change what a function lowers or compiles to
     "jax_default_device",
     "jax_default_matmul_precision",
@@ -52,6 +54,8 @@ def fingerprint(devices: Iterable[jax.Device] | None = None) -> dict[str, str]:
     }
     if first.platform == "cpu":
         facts["host"] = host()
+    if first.platform == "gpu":
+        facts |= {package: version(package) for package in CUDA_PACKAGES}
     facts |= {option: str(getattr(jax.config, option, None)) for option in OPTIONS}
     facts |= {flag: os.environ.get(flag, "") for flag in FLAGS}
     return facts | {f"source {path.relative_to(ROOT)}": digest(path.read_bytes()) for path in sources(ROOT)}

@@ -24,6 +24,9 @@ from app.diffusion.sharding import row_sharding
 from app.types import PipelineSpec, Size
 
 ENCODE_TEXTS = 4  # most texts in one dispatch of the text encoder
+# XLA for GPU runs a loop whose count is an argument on the host, which reads the condition back before each iteration.
+# So a dispatch blocks until the device is done, and no CUDA graph spans the loop. Its programs hold one step or text.
+HOST_LOOPS = {"gpu"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Shapes:
         )
 
 
+def loops_on_device(mesh: Mesh) -> bool:
+    """Whether a program may loop over a number of steps or texts that is known only when it is dispatched."""
+    return mesh.devices.flat[0].platform not in HOST_LOOPS
+
+
 def declared(shapes: Shapes, networks: Mapping[str, Any], params: Any, mesh: Mesh) -> tuple[Program, ...]:
     """`networks` makes a module of its params; both are by the component's name."""
     spec, everywhere = shapes.spec, NamedSharding(mesh, PartitionSpec())
@@ -77,9 +85,10 @@ def declared(shapes: Shapes, networks: Mapping[str, Any], params: Any, mesh: Mes
     embeds = shape(shapes.text_length, shapes.hidden_size, dtype=shapes.dtype)
     coefficients = Coefficients(**{name: shape(rows) for name in "pqan"}, b=shape(rows, HISTORY))
     inserted = [number, embeds, embeds, real, shape(dtype=jnp.uint32), real, shape(rows), shape(rows, 2), coefficients]
+    texts, counts = (ENCODE_TEXTS, [number]) if loops_on_device(mesh) else (1, [])
     encode = partial(encode_program, networks["text_encoder"])
-    input_ids = shape(ENCODE_TEXTS, shapes.text_length, dtype=jnp.int32)
-    programs = [program("encode", encode, params["text_encoder"], input_ids, number)]
+    input_ids = shape(texts, shapes.text_length, dtype=jnp.int32)
+    programs = [program("encode", encode, params["text_encoder"], input_ids, *counts)]
     for size in spec.sizes:
         label = f"{size[0]}x{size[1]}"
         state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.state(size))
@@ -87,7 +96,7 @@ def declared(shapes: Shapes, networks: Mapping[str, Any], params: Any, mesh: Mes
         for bucket in spec.row_buckets:
             step = partial(step_program, networks["unet"], row_sharding(mesh, bucket))
             indices: Any = [shape(bucket, dtype=jnp.int32)] * len(Rows._fields)
-            arguments = (params["unet"], state, Rows(*indices), number)
+            arguments = (params["unet"], state, Rows(*indices), *counts)
             programs.append(program(f"step {label} rows {bucket}", step, *arguments, donate=(1,)))
         for bucket in spec.decode_buckets:
             decode = partial(decode_program, networks["vae"], row_sharding(mesh, bucket))

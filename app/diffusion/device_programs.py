@@ -61,9 +61,16 @@ def network_of(graph: Any, tree: Any, params: Sequence[jax.Array]) -> Any:
     return nnx.merge(graph, jax.tree.unflatten(tree, params))
 
 
-def encode_program(text_encoder: Any, params: Any, input_ids: jax.Array, count: jax.Array) -> list[jax.Array]:
-    """Encodes the first `count` texts one after the other, so padding costs nothing and neighbours change no bit."""
+def encode_program(
+    text_encoder: Any, params: Any, input_ids: jax.Array, count: jax.Array | None = None
+) -> list[jax.Array]:
+    """Encodes the first `count` texts one after the other, so padding costs nothing and neighbours change no bit.
+
+    Without a count there is no loop, and `input_ids` is one text.
+    """
     module = text_encoder(params)
+    if count is None:
+        return list(module(input_ids))
     single = jax.eval_shape(module, input_ids[:1])
 
     def encode(i: jax.Array, embeds: jax.Array) -> jax.Array:
@@ -104,16 +111,21 @@ def insert_program(
 
 
 def step_program(
-    unet: Any, sharding: NamedSharding, params: Any, state: DenoiseState, rows: Rows, count: jax.Array
+    unet: Any, sharding: NamedSharding, params: Any, state: DenoiseState, rows: Rows, count: jax.Array | None = None
 ) -> tuple[DenoiseState, jax.Array]:
-    """Gathers the active slots, `count` times runs the UNet over their rows and applies the tables, and scatters."""
+    """Gathers the active slots, `count` times runs the UNet over their rows and applies the tables, and scatters.
+
+    Without a count there is no loop: it is one step.
+    """
     active: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
     positions = jnp.arange(len(rows.slots))
     embeds = active.prompt_embeds[rows.owner, rows.conditional]
     predict = divided(partial(predict_noise, unet, together_on(sharding)), sharding)
     replicated = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(sharding.mesh, PartitionSpec()))
 
-    def step(_: jax.Array, moving: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def step(
+        _: int | jax.Array, moving: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         latents, history, at = moving
         timesteps = active.timesteps[positions, at]
         noise_pred = replicated(predict(params, latents[rows.owner], timesteps[rows.owner], embeds))
@@ -124,7 +136,8 @@ def step_program(
         latents, history = update(latents, noise_pred, history, fresh, coefficients)
         return latents, history, at + 1
 
-    latents, history, at = jax.lax.fori_loop(0, count, step, (active.latents, active.history, active.step))
+    moving = (active.latents, active.history, active.step)
+    latents, history, at = step(0, moving) if count is None else jax.lax.fori_loop(0, count, step, moving)
     state = state._replace(
         latents=state.latents.at[rows.slots].set(latents, mode="drop"),
         history=state.history.at[rows.slots].set(history, mode="drop"),

@@ -22,7 +22,7 @@ from app.aot.compile import compiled
 from app.aot.libtpu_flags import set_flags
 from app.aot.store import first_line
 from app.diffusion.calibration import calibrate
-from app.diffusion.declared_programs import ENCODE_TEXTS, Shapes, declared
+from app.diffusion.declared_programs import ENCODE_TEXTS, Shapes, declared, loops_on_device
 from app.diffusion.device_programs import DenoiseState, network_of, rows_of
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
 from app.diffusion.models.tokenizer import Tokenizer
@@ -75,6 +75,7 @@ class Pipeline:
         )
         self.mesh = mesh_of(jax.local_devices() if devices is None else devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self.loops_on_device = loops_on_device(self.mesh)
         networks, params = {}, {}
         for name in ("unet", "vae", "text_encoder"):
             graph, variables = nnx.split(getattr(checkpoint, name))
@@ -121,11 +122,13 @@ class Pipeline:
         """Several texts go into a dispatch, but what a text becomes never depends on its neighbours."""
         tokens = self.tokenizer(list(texts))
         embeds: list[jax.Array] = []
-        for first in range(0, len(texts), ENCODE_TEXTS):
-            ids = tokens.input_ids[first : first + ENCODE_TEXTS]
-            padded = np.zeros((ENCODE_TEXTS, self.tokenizer.length), np.int32)
+        together = ENCODE_TEXTS if self.loops_on_device else 1
+        for first in range(0, len(texts), together):
+            ids = tokens.input_ids[first : first + together]
+            padded = np.zeros((together, self.tokenizer.length), np.int32)
             padded[: len(ids)] = ids
-            embeds += self.run["encode"](self.params["text_encoder"], padded, np.int32(len(ids)))[: len(ids)]
+            counts = [np.int32(len(ids))] if self.loops_on_device else []
+            embeds += self.run["encode"](self.params["text_encoder"], padded, *counts)[: len(ids)]
         return [Encoded(*text) for text in zip(embeds, tokens.truncated, strict=True)]
 
     def insert(
@@ -159,7 +162,10 @@ class Pipeline:
         """
         rows = rows_of(active, self.row_buckets, self.num_slots)
         program = self.run[f"step {self.label(state)} rows {len(rows.slots)}"]
-        return program(self.params["unet"], state, rows, np.int32(count))
+        dispatches, counts = (1, [np.int32(count)]) if self.loops_on_device else (count, [])
+        for _ in range(dispatches):
+            state, done = program(self.params["unet"], state, rows, *counts)
+        return state, done
 
     def decode(self, state: DenoiseState, slots: Sequence[int]) -> jax.Array:
         """The slots' images, uint8 [bucket, H, W, 3] in the order of `slots`. Rows past `len(slots)` are padding."""

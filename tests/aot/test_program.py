@@ -250,6 +250,16 @@ def test_what_is_stale_is_named_from_its_first_line_and_the_latest_files_alone(
     assert log_lines()[0].endswith("none was saved")
 
 
+def test_a_gpus_fingerprint_has_the_versions_of_cudas_libraries() -> None:
+    gpu: Any = SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H100", client=SimpleNamespace(platform_version="cuda 13000")
+    )
+    facts = fingerprint([gpu])
+    assert facts["platform"] == "gpu cuda 13000" and facts["device"] == "NVIDIA H100"
+    assert {"jax-cuda13-plugin", "nvidia-cublas", "nvidia-cudnn-cu13"} <= facts.keys()
+    assert "nvidia-cudnn-cu13" not in fingerprint()
+
+
 def test_a_fingerprint_follows_versions_flags_options_and_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

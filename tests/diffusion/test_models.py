@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from app.diffusion.models.attention import attend
 from app.diffusion.models.clip import CLIPText
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
-from app.diffusion.models.layers import attend
 from app.diffusion.models.loading import Checkpoint, OneKey, load_checkpoint
 from app.diffusion.models.tensor_names import squeezed
 from app.diffusion.models.tensors import tensor_name, tensor_shape

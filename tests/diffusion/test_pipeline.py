@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import app.diffusion.declared_programs
 import app.diffusion.pipeline
 from app.aot.compile import CompileWatch, compiled
 from app.diffusion.device_programs import rows_of
@@ -243,3 +244,15 @@ def test_a_decode_bucket_may_be_larger_than_every_batch_bucket(folder: Path) -> 
     pipeline = Pipeline.load(spec)
     pipeline.warmup()
     assert draw(pipeline, [Request()]).shape == (1, SIZE[1], SIZE[0], 3)
+
+
+def test_without_loops_on_the_device_the_pictures_are_the_same_and_no_gpu_program_has_a_loop(
+    pipeline: Pipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.diffusion.declared_programs, "HOST_LOOPS", {"cpu"})
+    stepwise = Pipeline.load(PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), max_steps=8))
+    lowered = {program.name: program.trace().lower(lowering_platforms=("cuda",)) for program in stepwise.programs}
+    assert not [name for name, program in lowered.items() if "stablehlo.while" in program.as_text()]
+    stepwise.warmup()
+    for request in (Request(), Request(sampler="dpmpp_2m", steps=6), Request(guidance_scale=1.0)):
+        assert far(draw(stepwise, [request], stride=4), draw(pipeline, [request], stride=4)) <= 1

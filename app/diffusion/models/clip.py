@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from app.diffusion.models.attention import attend
 from app.diffusion.models.config import CLIPTextConfig
-from app.diffusion.models.layers import Dtype, attend, linear
+from app.diffusion.models.layers import Dtype, linear
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from app.diffusion.models.attention import attend
+
 Dtype = Any
 Padding = tuple[tuple[int, int], tuple[int, int]]
-FEW_KEYS = 128
-MANY_KEYS = 512
-BLOCK = 512  # of queries
 FEW_PIXELS = 2048
 
 
@@ -148,58 +147,6 @@ def conv(
 
 def linear(features_in: int, features_out: int, *, bias: bool = True, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(features_in, features_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, *, causal: bool = False) -> jax.Array:
-    """Multi-head attention of q [B, T, C] over k and v [B, S, C]; the softmax is float32 in any dtype."""
-    shape = q.shape
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-    if k.shape[1] < FEW_KEYS and not causal:
-        x = attend_few(q, k, v)
-    elif k.shape[1] > MANY_KEYS and not causal:
-        x = jax.lax.platform_dependent(q, k, v, cpu=attend_in_blocks, default=attend_apart)
-    else:
-        x = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
-    return x.reshape(shape)
-
-
-def attend_few(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same over few keys, [B, T, N, H] and [B, S, N, H]: divided by the softmax's sum at the end, not before the
-    second product. On TPU it is a quarter quicker with 77 keys, and with thousands many times slower."""
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    x = jnp.einsum("bnts,bsnh->bnth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return jnp.swapaxes(x / weights.sum(axis=-1, keepdims=True), 1, 2).astype(q.dtype)
-
-
-def attend_apart(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention whose inputs are computed outside of it.
-
-    Otherwise XLA for TPU fuses their products into the attention, computes them repeatedly, and one row takes as long
-    as nine.
-    """
-    return jax.nn.dot_product_attention(*jax.lax.optimization_barrier((q, k, v)))
-
-
-def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention by heads and by BLOCK queries, so that the logits stay in a CPU's cache: eight times as fast for 4096
-    keys. TPUs do not need it, as their attention is one operation that keeps the logits on the chip.
-    """
-
-    def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q, k, v = head
-
-        def attend_query(q: jax.Array) -> jax.Array:
-            logits = jnp.einsum("h,sh->s", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
-            weights = jnp.exp(logits - logits.max())
-            x = jnp.einsum("s,sh->h", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            return (x / weights.sum()).astype(q.dtype)
-
-        return jax.lax.map(attend_query, q, batch_size=BLOCK)
-
-    heads = (jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v))
-    x = jax.lax.map(attend_head, tuple(heads))
-    return jnp.swapaxes(x.reshape(q.shape[0], q.shape[2], q.shape[1], q.shape[3]), 1, 2)
 
 
 def timestep_embedding(timesteps: jax.Array, channels: int) -> jax.Array:

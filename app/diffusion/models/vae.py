@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from app.diffusion.models.attention import attend
 from app.diffusion.models.config import VAEConfig
 from app.diffusion.models.layers import (
     Downsample,
     Dtype,
     ResnetBlock,
     Upsample,
-    attend,
     conv,
     cut,
     group_norm,
