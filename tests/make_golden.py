@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests import published, sampler_cases, tiny
+from tests import golden_flow, published, sampler_cases, tiny, tiny_flow
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -58,6 +58,8 @@ def main() -> int:
 
 
 def read(path: Path) -> Arrays:
+    if path == tiny_flow.TENSORS:
+        return flow_tensors(tiny_flow.tensor_tables())
     if path.suffix == ".json":
         return {
             f"{checkpoint} {component} {name}": np.array(shape)
@@ -72,7 +74,8 @@ def read(path: Path) -> Arrays:
 def write(path: Path, arrays: Arrays) -> None:
     path.parent.mkdir(exist_ok=True)
     if path.suffix == ".json":
-        lines = json.dumps(named(arrays), separators=(",", ":")).replace("],", "],\n").replace("{", "{\n")
+        nested = nested_by_words(arrays) if path == tiny_flow.TENSORS else named(arrays)
+        lines = json.dumps(nested, separators=(",", ":")).replace("],", "],\n").replace("{", "{\n")
         path.write_text(lines + "\n", "utf-8")
     else:
         np.savez_compressed(path, allow_pickle=False, **arrays)
@@ -171,12 +174,27 @@ def tensors() -> Arrays:
     return shapes
 
 
-def named(shapes: Arrays) -> dict[str, Any]:
-    """As tensors.json has it: checkpoint -> component -> tensor -> shape, or the name of an equal checkpoint."""
+def flow_tensors(tables: dict[str, Any]) -> Arrays:
+    return {
+        f"{checkpoint} {component} {name}": np.array(shape)
+        for checkpoint, components in tables.items()
+        for component, shapes in components.items()
+        for name, shape in shapes.items()
+    }
+
+
+def nested_by_words(shapes: Arrays) -> dict[str, Any]:
+    """checkpoint -> component -> tensor -> shape."""
     nested: dict[str, Any] = {}
     for key, shape in shapes.items():
         checkpoint, component, name = key.split()
         nested.setdefault(checkpoint, {}).setdefault(component, {})[name] = shape.tolist()
+    return nested
+
+
+def named(shapes: Arrays) -> dict[str, Any]:
+    """As tensors.json has it: an equal checkpoint is stored as its name."""
+    nested = nested_by_words(shapes)
     equal = {name: next(other for other in nested if nested[other] == nested[name]) for name in nested}
     return {name: nested[name] if equal[name] == name else equal[name] for name in nested}
 
@@ -244,6 +262,8 @@ MAKERS: dict[str, Callable[[], Arrays]] = {
     "samplers.npz": samplers,
     "tensors.json": tensors,
     **{f"{model}.npz": partial(networks, model) for model in tiny.MODELS},
+    "flow_tensors.json": lambda: flow_tensors(golden_flow.tensor_tables()),
+    **{f"{model}.npz": partial(golden_flow.networks, model) for model in tiny_flow.MODELS},
 }
 
 if __name__ == "__main__":

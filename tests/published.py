@@ -124,3 +124,125 @@ CHECKPOINTS: dict[str, dict[str, Config]] = {
         "scheduler": _SCHEDULER_2 | {"_diffusers_version": "0.8.0"},
     },
 }
+
+_QWEN3_4B: Config = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "initializer_range": 0.02,
+    "intermediate_size": 9728,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+_VAE_OF_FLOW = _VAE | {
+    "force_upcast": True,
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+}
+_FLOW_SCHEDULER: Config = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
+
+_KLEIN_4B: dict[str, Config] = {
+    "transformer": {
+        "_class_name": "Flux2Transformer2DModel",
+        "attention_head_dim": 128,
+        "axes_dims_rope": [32, 32, 32, 32],
+        "eps": 1e-06,
+        "guidance_embeds": False,
+        "in_channels": 128,
+        "joint_attention_dim": 7680,
+        "mlp_ratio": 3.0,
+        "num_attention_heads": 24,
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "out_channels": None,
+        "patch_size": 1,
+        "rope_theta": 2000,
+        "timestep_guidance_channels": 256,
+    },
+    "vae": _VAE_OF_FLOW
+    | {
+        "_class_name": "AutoencoderKLFlux2",
+        "batch_norm_eps": 0.0001,
+        "batch_norm_momentum": 0.1,
+        "latent_channels": 32,
+        "patch_size": [2, 2],
+        "use_post_quant_conv": True,
+        "use_quant_conv": True,
+    },
+    "text_encoder": _QWEN3_4B,
+    "scheduler": _FLOW_SCHEDULER
+    | {
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "invert_sigmas": False,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+        "shift_terminal": None,
+        "stochastic_sampling": False,
+        "time_shift_type": "exponential",
+        "use_beta_sigmas": False,
+        "use_dynamic_shifting": True,
+        "use_exponential_sigmas": False,
+        "use_karras_sigmas": False,
+    },
+}
+
+# FLUX.2-klein-base-4B has klein-4B's files but for model_index.json's is_distilled.
+FLOW_CHECKPOINTS: dict[str, dict[str, Config]] = {
+    "FLUX.2-klein-4B": _KLEIN_4B,
+    "Z-Image-Turbo": {
+        "transformer": {
+            "_class_name": "ZImageTransformer2DModel",
+            "all_f_patch_size": [1],
+            "all_patch_size": [2],
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "cap_feat_dim": 2560,
+            "dim": 3840,
+            "in_channels": 16,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "n_layers": 30,
+            "n_refiner_layers": 2,
+            "norm_eps": 1e-05,
+            "qk_norm": True,
+            "rope_theta": 256.0,
+            "t_scale": 1000.0,
+        },
+        "vae": _VAE_OF_FLOW
+        | {
+            "latent_channels": 16,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "use_post_quant_conv": False,
+            "use_quant_conv": False,
+        },
+        "text_encoder": _QWEN3_4B,
+        "scheduler": _FLOW_SCHEDULER | {"use_dynamic_shifting": False},
+    },
+}

@@ -53,7 +53,6 @@ VAE_FIXED: dict[str, Any] = {
     "act_fn": "silu",
     "latents_mean": None,
     "latents_std": None,
-    "shift_factor": None,
 }
 # Options of transformers' CLIPTextModel, and of how diffusers calls it, that would change what it computes.
 TEXT_FIXED: dict[str, Any] = {
@@ -89,7 +88,7 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any], problems: list[str]) -> "UNetConfig":
-        fields = _Fields("unet/config.json", "UNet2DConditionModel", json, UNET_FIXED, problems)
+        fields = Fields("unet/config.json", "UNet2DConditionModel", json, UNET_FIXED, problems)
         channels = fields.numbers("block_out_channels", (320, 640, 1280, 1280))
         # diffusers' name is wrong for history's sake: it counts heads (huggingface/diffusers issue 2011).
         heads = fields.per_level("attention_head_dim", 8, len(channels))
@@ -128,6 +127,7 @@ class VAEConfig:
     layers_per_block: int
     norm_num_groups: int
     scaling_factor: float
+    shift_factor: float
     mid_block_add_attention: bool
     use_quant_conv: bool
     use_post_quant_conv: bool
@@ -139,7 +139,7 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, json: Mapping[str, Any], problems: list[str]) -> "VAEConfig":
-        fields = _Fields("vae/config.json", "AutoencoderKL", json, VAE_FIXED, problems)
+        fields = Fields("vae/config.json", "AutoencoderKL", json, VAE_FIXED, problems)
         channels = fields.numbers("block_out_channels", (64,))
         fields.choices("down_block_types", ("DownEncoderBlock2D",), len(channels))
         fields.choices("up_block_types", ("UpDecoderBlock2D",), len(channels))
@@ -151,10 +151,12 @@ class VAEConfig:
             layers_per_block=fields.get("layers_per_block", 1),
             norm_num_groups=fields.get("norm_num_groups", 32),
             scaling_factor=fields.get("scaling_factor", 0.18215),
+            shift_factor=fields.get("shift_factor", 0.0) if json.get("shift_factor") else 0.0,
             mid_block_add_attention=fields.get("mid_block_add_attention", True),
             use_quant_conv=fields.get("use_quant_conv", True),
             use_post_quant_conv=fields.get("use_post_quant_conv", True),
         )
+        fields.used("shift_factor")
         fields.finish()
         if (config.in_channels, config.out_channels) != (3, 3):
             problems.append(
@@ -231,7 +233,7 @@ def mismatches(unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig) -> list[s
     return problems
 
 
-class _Fields:
+class Fields:
     """Reads one diffusers config.json, and notes every option that was not read."""
 
     def __init__(

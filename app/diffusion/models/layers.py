@@ -158,9 +158,9 @@ def timestep_embedding(timesteps: jax.Array, channels: int) -> jax.Array:
 
 
 class TimestepEmbedding(nnx.Module):
-    def __init__(self, channels: int, features: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.linear_1 = linear(channels, features, dtype=dtype, rngs=rngs)
-        self.linear_2 = linear(features, features, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, features: int, *, bias: bool = True, dtype: Dtype, rngs: nnx.Rngs):
+        self.linear_1 = linear(channels, features, bias=bias, dtype=dtype, rngs=rngs)
+        self.linear_2 = linear(features, features, bias=bias, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("time-embedding")
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+WEIGHTS = {"kernel", "scale", "embedding"}  # what flax calls a layer's weight; other parameters keep their names
+
 
 def tensor_name(path: tuple[Any, ...]) -> str:
     """`("conv1", "kernel")` -> `conv1.weight`."""
     *module, leaf = map(str, path)
-    return ".".join([*module, "bias" if leaf == "bias" else "weight"])
+    return ".".join([*module, "weight" if leaf in WEIGHTS else leaf])
 
 
 def tensor_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -174,11 +174,11 @@ class VAE(nnx.Module):
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def decode(self, latents: jax.Array, *, strips: int = 1) -> jax.Array:
-        """Scaled latents [B, h, w, C], as the UNet knows them -> pixels [B, H, W, 3] around [-1, 1].
+        """Scaled latents [B, h, w, C], as the denoiser knows them -> pixels [B, H, W, 3] around [-1, 1].
 
         h must be a multiple of `strips`, which change how long it takes on a TPU, and nothing else.
         """
-        x = cut((latents / self.config.scaling_factor).astype(self.dtype), strips)
+        x = cut((latents / self.config.scaling_factor + self.config.shift_factor).astype(self.dtype), strips)
         if hasattr(self, "post_quant_conv"):
             x = self.post_quant_conv(x)
         return whole(self.decoder(x, strips=strips), strips)

@@ -1,0 +1,224 @@
+"""Flux2Transformer2DModel as FLUX.2-klein has it. Attribute names are diffusers' tensor names."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from app.diffusion.models.flow_config import Flux2Config
+from app.diffusion.models.layers import Dtype, TimestepEmbedding, linear, timestep_embedding
+from app.diffusion.models.transformer_layers import attend_to, by_head, normed, rms_norm, rotary_angles, rotate
+
+Modulation = Sequence[jax.Array]  # shift, scale and gate, each float32 [B, 1, D]
+
+
+def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Layer norm, scaled and shifted."""
+    return (normed(x, epsilon) * (1 + scale) + shift).astype(x.dtype)
+
+
+def gated(x: jax.Array, gate: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float32) * gate).astype(x.dtype)
+
+
+def swiglu(x: jax.Array) -> jax.Array:
+    """The second half of the features, gated by SiLU of the first (Shazeer 2020)."""
+    gate, x = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * x
+
+
+class SharedModulation(nnx.Module):
+    """Flux2Modulation: from the timestep's embedding, `sets` times shift, scale and gate for all blocks of a kind."""
+
+    def __init__(self, width: int, sets: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.sets = sets
+        self.linear = linear(width, 3 * sets * width, bias=False, dtype=dtype, rngs=rngs)
+
+    @jax.named_scope("modulation")
+    def __call__(self, time: jax.Array) -> list[Modulation]:
+        parts = jnp.split(self.linear(jax.nn.silu(time)).astype(jnp.float32)[:, None], 3 * self.sets, axis=-1)
+        return [parts[i : i + 3] for i in range(0, len(parts), 3)]
+
+
+class TimeEmbedding(nnx.Module):
+    def __init__(self, config: Flux2Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.timestep_embedder = TimestepEmbedding(
+            config.timestep_guidance_channels, config.width, bias=False, dtype=dtype, rngs=rngs
+        )
+
+
+class JointAttention(nnx.Module):
+    """Flux2Attention: text and image have their own projections and attend to both."""
+
+    def __init__(self, config: Flux2Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.heads = config.num_attention_heads
+
+        def project() -> nnx.Linear:
+            return linear(config.width, config.width, bias=False, dtype=dtype, rngs=rngs)
+
+        def norm() -> nnx.RMSNorm:
+            return rms_norm(config.attention_head_dim, config.eps, dtype=dtype, rngs=rngs)
+
+        self.to_q, self.to_k, self.to_v = project(), project(), project()
+        self.norm_q, self.norm_k = norm(), norm()
+        self.to_out = nnx.List([project()])
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = project(), project(), project()
+        self.norm_added_q, self.norm_added_k = norm(), norm()
+        self.to_add_out = project()
+
+    @jax.named_scope("joint-attention")
+    def __call__(self, text: jax.Array, image: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def joined(of_text: jax.Array, of_image: jax.Array) -> jax.Array:
+            return jnp.concatenate([of_text, of_image], axis=1)
+
+        def heads(x: jax.Array) -> jax.Array:
+            return by_head(x, self.heads)
+
+        q = joined(self.norm_added_q(heads(self.add_q_proj(text))), self.norm_q(heads(self.to_q(image))))
+        k = joined(self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image))))
+        v = joined(heads(self.add_v_proj(text)), heads(self.to_v(image)))
+        x = attend_to(rotate(q, angles), rotate(k, angles), v)
+        return self.to_add_out(x[:, : text.shape[1]]), self.to_out[0](x[:, text.shape[1] :])
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: Flux2Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.linear_in = linear(config.width, 2 * config.mlp_width, bias=False, dtype=dtype, rngs=rngs)
+        self.linear_out = linear(config.mlp_width, config.width, bias=False, dtype=dtype, rngs=rngs)
+
+    @jax.named_scope("feed-forward")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_out(swiglu(self.linear_in(x)))
+
+
+class DoubleBlock(nnx.Module):
+    """Flux2TransformerBlock: a stream of text and one of image, which meet in attention."""
+
+    def __init__(self, config: Flux2Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.epsilon = config.eps
+        self.attn = JointAttention(config, dtype=dtype, rngs=rngs)
+        self.ff = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.ff_context = FeedForward(config, dtype=dtype, rngs=rngs)
+
+    @jax.named_scope("double-block")
+    def __call__(
+        self,
+        text: jax.Array,
+        image: jax.Array,
+        text_modulation: list[Modulation],
+        image_modulation: list[Modulation],
+        angles: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        (shift, scale, gate), (mlp_shift, mlp_scale, mlp_gate) = image_modulation
+        (text_shift, text_scale, text_gate), (text_mlp_shift, text_mlp_scale, text_mlp_gate) = text_modulation
+        of_text, of_image = self.attn(
+            modulated(text, text_shift, text_scale, self.epsilon), modulated(image, shift, scale, self.epsilon), angles
+        )
+        image = image + gated(of_image, gate)
+        image = image + gated(self.ff(modulated(image, mlp_shift, mlp_scale, self.epsilon)), mlp_gate)
+        text = text + gated(of_text, text_gate)
+        text = text + gated(
+            self.ff_context(modulated(text, text_mlp_shift, text_mlp_scale, self.epsilon)), text_mlp_gate
+        )
+        return text, image
+
+
+class ParallelAttention(nnx.Module):
+    """Flux2ParallelSelfAttention: attention beside the feed-forward layer, with joint projections (Dehghani 2023)."""
+
+    def __init__(self, config: Flux2Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        width, mlp_width = config.width, config.mlp_width
+        self.heads = config.num_attention_heads
+        self.to_qkv_mlp_proj = linear(width, 3 * width + 2 * mlp_width, bias=False, dtype=dtype, rngs=rngs)
+        self.norm_q = rms_norm(config.attention_head_dim, config.eps, dtype=dtype, rngs=rngs)
+        self.norm_k = rms_norm(config.attention_head_dim, config.eps, dtype=dtype, rngs=rngs)
+        self.to_out = linear(width + mlp_width, width, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        q, k, v, mlp = jnp.split(self.to_qkv_mlp_proj(x), [width, 2 * width, 3 * width], axis=-1)
+        q, k, v = (by_head(part, self.heads) for part in (q, k, v))
+        x = attend_to(rotate(self.norm_q(q), angles), rotate(self.norm_k(k), angles), v)
+        return self.to_out(jnp.concatenate([x, swiglu(mlp)], axis=-1))
+
+
+class SingleBlock(nnx.Module):
+    """Flux2SingleTransformerBlock: one stream of text and image."""
+
+    def __init__(self, config: Flux2Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.epsilon = config.eps
+        self.attn = ParallelAttention(config, dtype=dtype, rngs=rngs)
+
+    @jax.named_scope("single-block")
+    def __call__(self, x: jax.Array, modulation: Modulation, angles: jax.Array) -> jax.Array:
+        shift, scale, gate = modulation
+        return x + gated(self.attn(modulated(x, shift, scale, self.epsilon), angles), gate)
+
+
+class ModulatedNorm(nnx.Module):
+    """AdaLayerNormContinuous: a layer norm whose scale and shift follow from the timestep's embedding."""
+
+    def __init__(self, config: Flux2Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.epsilon = config.eps
+        self.linear = linear(config.width, 2 * config.width, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        scale, shift = jnp.split(self.linear(jax.nn.silu(time)).astype(jnp.float32)[:, None], 2, axis=-1)
+        return modulated(x, shift, scale, self.epsilon)
+
+
+class Flux2(nnx.Module):
+    """Predicts the velocity of latents whose channels are patches of 2x2."""
+
+    def __init__(self, config: Flux2Config, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = dtype
+        width = config.width
+        self.time_guidance_embed = TimeEmbedding(config, dtype=dtype, rngs=rngs)
+        self.double_stream_modulation_img = SharedModulation(width, 2, dtype=dtype, rngs=rngs)
+        self.double_stream_modulation_txt = SharedModulation(width, 2, dtype=dtype, rngs=rngs)
+        self.single_stream_modulation = SharedModulation(width, 1, dtype=dtype, rngs=rngs)
+        self.x_embedder = linear(config.in_channels, width, bias=False, dtype=dtype, rngs=rngs)
+        self.context_embedder = linear(config.joint_attention_dim, width, bias=False, dtype=dtype, rngs=rngs)
+        self.transformer_blocks = nnx.List(
+            DoubleBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)
+        )
+        self.single_transformer_blocks = nnx.List(
+            SingleBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.num_single_layers)
+        )
+        self.norm_out = ModulatedNorm(config, dtype=dtype, rngs=rngs)
+        self.proj_out = linear(width, config.out_channels, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array) -> jax.Array:
+        """Latents [B, h, w, C], timesteps [B] in 0 to 1000 and embeddings [B, T, D] -> velocity [B, h, w, C]."""
+        rows, height, width, _ = x.shape
+        tokens = prompt_embeds.shape[1]
+        time = timestep_embedding(timesteps, self.config.timestep_guidance_channels).astype(self.dtype)
+        time = self.time_guidance_embed.timestep_embedder(time)
+        angles = rotary_angles(positions(tokens, height, width), self.config.axes_dims_rope, self.config.rope_theta)
+
+        image = self.x_embedder(x.astype(self.dtype).reshape(rows, height * width, -1))
+        text = self.context_embedder(prompt_embeds.astype(self.dtype))
+        text_modulation, image_modulation = (
+            self.double_stream_modulation_txt(time),
+            self.double_stream_modulation_img(time),
+        )
+        for block in self.transformer_blocks:
+            text, image = block(text, image, text_modulation, image_modulation, angles)
+
+        joined = jnp.concatenate([text, image], axis=1)
+        [modulation] = self.single_stream_modulation(time)
+        for single in self.single_transformer_blocks:
+            joined = single(joined, modulation, angles)
+
+        out = self.proj_out(self.norm_out(joined[:, tokens:], time))
+        return out.reshape(rows, height, width, -1)
+
+
+def positions(tokens: int, height: int, width: int) -> jax.Array:
+    """The places of text tokens, then of latents, on four axes: time, row, column, place in the text. [1, T, 4]."""
+    text = jnp.zeros((tokens, 4), jnp.int32).at[:, 3].set(jnp.arange(tokens))
+    rows, columns = (grid.reshape(-1) for grid in jnp.mgrid[:height, :width])
+    image = jnp.stack([jnp.zeros_like(rows), rows, columns, jnp.zeros_like(rows)], axis=-1)
+    return jnp.concatenate([text, image])[None]

@@ -1,0 +1,37 @@
+"""AutoencoderKLFlux2: AutoencoderKL behind patches of 2x2 latents with unit variance. Names are diffusers' tensors'."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from app.diffusion.models.flow_config import Flux2VAEConfig
+from app.diffusion.models.layers import Dtype
+from app.diffusion.models.vae import VAE
+
+
+class Statistics(nnx.Module):
+    """A batch norm's running mean and variance of each channel, in float32: nothing is learned here."""
+
+    def __init__(self, channels: int):
+        self.running_mean = nnx.Param(jnp.zeros(channels))
+        self.running_var = nnx.Param(jnp.ones(channels))
+
+
+class Flux2VAE(VAE):
+    def __init__(self, config: Flux2VAEConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.epsilon = config.batch_norm_eps
+        self.bn = Statistics(config.patch_channels)
+
+    def decode(self, latents: jax.Array, *, strips: int = 1) -> jax.Array:
+        """Latents [B, h, w, 4 * C] as the denoiser knows them -> pixels [B, 16 * h, 16 * w, 3] around [-1, 1]."""
+        deviation = jnp.sqrt(self.bn.running_var[...] + self.epsilon)
+        latents = latents * deviation[None, None, None] + self.bn.running_mean[...][None, None, None]
+        return super().decode(from_patches(latents), strips=strips)
+
+
+def from_patches(x: jax.Array) -> jax.Array:
+    """[B, h, w, 4 * C], channels outermost -> [B, 2 * h, 2 * w, C]."""
+    rows, height, width, channels = x.shape
+    x = x.reshape(rows, height, width, channels // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(rows, 2 * height, 2 * width, channels // 4)

@@ -1,0 +1,86 @@
+"""Qwen3 as a text encoder (Yang et al. 2025). Attribute names are transformers' tensor names, behind `model.`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from app.diffusion.models.flow_config import Qwen3Config
+from app.diffusion.models.layers import Dtype, linear
+from app.diffusion.models.transformer_layers import attend_to, by_head, rms_norm, rotary_angles, rotate
+
+
+class SelfAttention(nnx.Module):
+    """Causal, with fewer heads of keys and values than of queries (Ainslie et al. 2023)."""
+
+    def __init__(self, config: Qwen3Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.config = config
+        width, head = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+        self.q_proj = linear(width, queries, bias=False, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(width, keys, bias=False, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(width, keys, bias=False, dtype=dtype, rngs=rngs)
+        self.o_proj = linear(queries, width, bias=False, dtype=dtype, rngs=rngs)
+        self.q_norm = rms_norm(head, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.k_norm = rms_norm(head, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+
+    @jax.named_scope("self-attention")
+    def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array) -> jax.Array:
+        q = by_head(self.q_proj(x), self.config.num_attention_heads)
+        k = by_head(self.k_proj(x), self.config.num_key_value_heads)
+        v = by_head(self.v_proj(x), self.config.num_key_value_heads)
+        q = rotate(self.q_norm(q), angles, halves=True)
+        k = rotate(self.k_norm(k), angles, halves=True)
+        return self.o_proj(attend_to(q, k, v, lengths, causal=True))
+
+
+class MLP(nnx.Module):
+    """Gated SiLU (Shazeer 2020)."""
+
+    def __init__(self, config: Qwen3Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        width, features = config.hidden_size, config.intermediate_size
+        self.gate_proj = linear(width, features, bias=False, dtype=dtype, rngs=rngs)
+        self.up_proj = linear(width, features, bias=False, dtype=dtype, rngs=rngs)
+        self.down_proj = linear(features, width, bias=False, dtype=dtype, rngs=rngs)
+
+    @jax.named_scope("feed-forward")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: Qwen3Config, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.input_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.self_attn = SelfAttention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array) -> jax.Array:
+        x = x + self.self_attn(self.input_layernorm(x), angles, lengths)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class Qwen3(nnx.Module):
+    """Only as many layers as are read: neither the last ones, nor the final norm, nor the language model's head.
+
+    `config.hidden_states` are counted as transformers counts them: 0 is the embedding, i the output of layer i.
+    """
+
+    def __init__(self, config: Qwen3Config, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers_read))
+
+    def __call__(self, input_ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        """input_ids [B, T], of which the first lengths [B] are text -> hidden states side by side, [B, T, S * D].
+
+        Padding attends to the text before it, and nothing attends to padding.
+        """
+        x = self.embed_tokens(input_ids)
+        positions = jnp.arange(x.shape[1])[None, :, None]
+        angles = rotary_angles(positions, [self.config.head_dim], self.config.rope_theta)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, angles, lengths)
+            states.append(x)
+        return jnp.concatenate([states[i] for i in self.config.hidden_states], axis=-1)

@@ -1,0 +1,82 @@
+"""What make_golden.py makes of flow models: the tensors of checkpoints, and the answers of tiny networks."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from tests import published, tiny_flow
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def tensor_tables() -> dict[str, dict[str, tiny_flow.Shapes]]:
+    """The shape of every tensor of full-size and tiny checkpoints, without their memory."""
+    tables: dict[str, dict[str, tiny_flow.Shapes]] = {}
+    for checkpoint, configs in (published.FLOW_CHECKPOINTS | tiny_flow.MODELS).items():
+        tables[checkpoint] = {}
+        for component in tiny_flow.STEMS:
+            with torch.device("meta"):
+                module = build(component, configs[component])
+            tables[checkpoint][component] = tiny_flow.collapsed(
+                {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+            )
+    return tables
+
+
+def build(component: str, config: dict[str, Any]) -> Any:
+    if component == "text_encoder":
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config))
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def networks(model: str) -> Arrays:
+    """A tiny checkpoint's networks, one by one; images are channels last."""
+    inputs = {name: torch.from_numpy(value) for name, value in tiny_flow.inputs(model).items()}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        tiny_flow.write_checkpoint(Path(folder), model, tensor_tables()[model])
+        pipeline_class: Any = getattr(diffusers, "Flux2KleinPipeline" if model == "tiny-klein" else "ZImagePipeline")
+        pipe = pipeline_class.from_pretrained(folder)
+        mask = torch.arange(inputs["input_ids"].shape[1])[None] < inputs["lengths"][:, None]
+        states = pipe.text_encoder(
+            input_ids=inputs["input_ids"].long(), attention_mask=mask, output_hidden_states=True
+        ).hidden_states
+        embeds = torch.cat([states[i] for i in tiny_flow.HIDDEN_STATES[model]], dim=-1)
+        predict = flux2 if model == "tiny-klein" else z_image
+        answers = {"prompt_embeds": embeds, "velocity": predict(pipe, inputs), "decoded": decoded(pipe, inputs)}
+    return {name: value.numpy() for name, value in answers.items()}
+
+
+def flux2(pipe: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    rows, height, width, channels = inputs["latents"].shape
+    velocity = pipe.transformer(
+        hidden_states=inputs["latents"].reshape(rows, -1, channels),
+        timestep=inputs["timesteps"] / 1000,
+        encoder_hidden_states=inputs["prompt_embeds"],
+        txt_ids=pipe._prepare_text_ids(inputs["prompt_embeds"]),
+        img_ids=pipe._prepare_latent_ids(inputs["latents"].permute(0, 3, 1, 2)),
+        return_dict=False,
+    )[0]
+    return velocity.reshape(rows, height, width, channels)
+
+
+def z_image(pipe: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    latents = inputs["latents"].permute(0, 3, 1, 2)[:, :, None]
+    texts = [embeds[:length] for embeds, length in zip(inputs["prompt_embeds"], inputs["text_lengths"], strict=True)]
+    velocity = pipe.transformer(list(latents), inputs["clock"], texts, return_dict=False)[0]
+    return torch.stack(velocity)[:, :, 0].permute(0, 2, 3, 1).contiguous()
+
+
+def decoded(pipe: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As the pipelines decode what their denoiser knows as latents."""
+    latents, vae = inputs["vae_latents"].permute(0, 3, 1, 2), pipe.vae
+    if hasattr(vae, "bn"):
+        deviation = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+        latents = pipe._unpatchify_latents(latents * deviation + vae.bn.running_mean.view(1, -1, 1, 1))
+    else:
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(latents, return_dict=False)[0].permute(0, 2, 3, 1).contiguous()
