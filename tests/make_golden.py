@@ -22,6 +22,8 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from tests import golden_flow, published, sampler_cases, tiny, tiny_flow
 
@@ -107,8 +109,12 @@ def samplers() -> Arrays:
     noises = sampler_cases.noises()
     names, timesteps, scales, latents = [], [], [], []
     for config_name, sampler, steps in sampler_cases.cases():
-        run = run_scheduler(scheduler_for(sampler, sampler_cases.CONFIGS[config_name]), steps, noises)
-        for timestep, scale, x in run:
+        if config_name in sampler_cases.FLOWS:
+            scheduler = flow_scheduler(sampler_cases.FLOWS[config_name], steps)
+        else:
+            scheduler = scheduler_for(sampler, sampler_cases.CONFIGS[config_name])
+            scheduler.set_timesteps(steps)
+        for timestep, scale, x in run_scheduler(scheduler, noises):
             names.append(f"{config_name} {sampler} {steps}")
             timesteps.append(timestep)
             scales.append(scale)
@@ -143,18 +149,32 @@ def scheduler_for(sampler: str, config: dict[str, Any]) -> Any:
     return getattr(diffusers, class_name).from_config(checkpoint.config, **options)
 
 
-def run_scheduler(scheduler: Any, steps: int, noises: Any) -> Iterator[tuple[float, float, Any]]:
+def flow_scheduler(flow: sampler_cases.Flow, steps: int) -> Any:
+    """As the pipelines of FLUX.2, FLUX.1 and Z-Image set it up."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(flow.config)
+    if flow.dynamic == "flux2":
+        mu = compute_empirical_mu(flow.image_tokens, steps)
+    else:
+        named = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(flow.image_tokens, *(scheduler.config[name] for name in named))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    return scheduler
+
+
+def run_scheduler(scheduler: Any, noises: Any) -> Iterator[tuple[float, float, Any]]:
     """(timestep, what scale_model_input divides by, latents before the evaluation); last (-1, 1, the result)."""
-    scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(
             0
         )  # left to itself, a scheduler whose first two timesteps are equal starts at the second
-    x = torch.from_numpy(noises[0]) * scheduler.init_noise_sigma
+    flow = isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    x = torch.from_numpy(noises[0]) * (1.0 if flow else scheduler.init_noise_sigma)
     module = sys.modules[type(scheduler).__module__]
     for i, timestep in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(x, timestep)
-        yield float(timestep), float(1 / scheduler.scale_model_input(torch.ones(()), timestep)), x.numpy().copy()
+        ones, scaled = torch.ones(()), x
+        if not flow:
+            ones, scaled = scheduler.scale_model_input(ones, timestep), scheduler.scale_model_input(x, timestep)
+        yield float(timestep), float(1 / ones), x.numpy().copy()
         out = torch.from_numpy(sampler_cases.fake_unet(scaled.numpy(), float(timestep)))
         noise = torch.from_numpy(noises[i + 1])
         with patch.object(module, "randn_tensor", lambda *_, noise=noise, **__: noise, create=True):

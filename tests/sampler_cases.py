@@ -1,7 +1,7 @@
-"""The runs that hold app/diffusion/samplers.py to diffusers: make_golden.py records them, test_samplers.py replays
+"""The runs that hold app/diffusion/samplers/ to diffusers: make_golden.py records them, test_samplers.py replays
 them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,43 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+class Flow(NamedTuple):
+    """A flow model: its scheduler_config.json, its pipeline's rule for mu, and what a picture is to its transformer."""
+
+    config: dict[str, Any]
+    dynamic: str
+    image_tokens: int
+
+
+_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+# As published with black-forest-labs/FLUX.2-klein-4B.
+KLEIN = _FLOW | {
+    "_diffusers_version": "0.37.0.dev0",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "invert_sigmas": False,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+# As published with Tongyi-MAI/Z-Image-Turbo.
+Z_IMAGE = _FLOW | {"_diffusers_version": "0.36.0.dev0", "use_dynamic_shifting": False}
+
+FLOWS = {
+    "z-image": Flow(Z_IMAGE, "linear", 4096),
+    "klein-1024": Flow(KLEIN, "flux2", 1024),
+    "klein-4096": Flow(KLEIN, "flux2", 4096),
+    "klein-6144": Flow(KLEIN, "flux2", 6144),
+    "flux-1536": Flow(KLEIN, "linear", 1536),
+}
+
+
 def cases() -> list[tuple[str, str, int]]:
     """Every recorded run as (config name, sampler, number of steps)."""
     spaced = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "pndm")
@@ -103,6 +140,7 @@ def cases() -> list[tuple[str, str, int]]:
     runs += [("cosine", s, n) for s in everything if s != "dpmpp_2m_karras" for n in (3, 7)]
     runs += [("zero-snr", s, n) for s in everything if s != "pndm" for n in (1, 2, 6, 20)]
     runs += [(c, "lcm", n) for c in ("lcm", "lcm-short") for n in (1, 4, 7, 30)]
+    runs += [(c, "euler", n) for c in FLOWS for n in (1, 4, 8, 50)]
     return runs
 
 

@@ -270,7 +270,7 @@ def test_a_fingerprint_follows_versions_flags_options_and_sources(
     before = fingerprint()
     assert changed(before) == set()
     assert before["jax"] == jax.__version__ and before["device"] == "cpu"
-    assert {f"source app/diffusion/{name}.py" for name in ("pipeline", "samplers", "models/unet")} <= set(before)
+    assert {f"source app/diffusion/{name}.py" for name in ("pipeline", "samplers/table", "models/unet")} <= set(before)
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
         patch.setattr(cache_key, "version", lambda package: "9")

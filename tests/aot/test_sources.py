@@ -62,7 +62,7 @@ def test_nothing_on_the_host_only_list_computes_on_a_device() -> None:
         ("models/unet.py", "from app.device_maths import twice"),
         ("models/unet.py", "from ...device_maths import twice"),
         ("pipeline.py", "import app.device_maths as maths"),
-        ("samplers.py", "def later():\n    from app import device_maths"),
+        ("samplers/table.py", "def later():\n    from app import device_maths"),
         ("models/__init__.py", "from app.device_maths import twice"),
     ],
 )

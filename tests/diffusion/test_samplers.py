@@ -13,15 +13,17 @@ from app.diffusion.samplers import (
     HISTORY,
     SAMPLERS,
     Coefficients,
+    FlowSchedule,
     SamplerTable,
     Schedule,
     default_sampler,
+    departures,
     make_table,
     samplers_for,
     update,
 )
 from tests import sampler_cases
-from tests.sampler_cases import CONFIGS
+from tests.sampler_cases import CONFIGS, FLOWS, KLEIN, Z_IMAGE
 
 SD14 = Schedule.from_config(CONFIGS["sd14"])
 ZERO_SNR = Schedule.from_config(CONFIGS["zero-snr"])
@@ -38,6 +40,15 @@ def recorded_rows(case: str) -> Any:
     recorded = golden()["cases"].tolist()
     assert case in recorded, f"{case} is not recorded: run make golden"
     return golden()["case"] == recorded.index(case)
+
+
+def table_of(config: str, sampler: str, steps: int) -> SamplerTable:
+    if config in FLOWS:
+        flow = FLOWS[config]
+        return make_table(
+            sampler, steps, FlowSchedule.from_config(flow.config, dynamic=flow.dynamic), flow.image_tokens
+        )
+    return make_table(sampler, steps, Schedule.from_config(CONFIGS[config]))
 
 
 def row(table: SamplerTable, i: int) -> Coefficients:
@@ -70,7 +81,7 @@ def error(table: SamplerTable, case: str) -> float:
 def test_every_step_is_that_of_diffusers(config: str, sampler: str, steps: int) -> None:
     case = f"{config} {sampler} {steps}"
     rows = recorded_rows(case)
-    table = make_table(sampler, steps, Schedule.from_config(CONFIGS[config]))
+    table = table_of(config, sampler, steps)
     np.testing.assert_allclose(table.timesteps, golden()["timestep"][rows][:-1], rtol=1e-6)
     # diffusers keeps Euler's latents in sigma space in float32, where one rounding at a first sigma of 4096 (zero
     # terminal SNR) is 5e-4 of the result; everywhere else this term is below 2e-6.
@@ -157,20 +168,20 @@ def test_karras_sigmas_are_a_choice_of_sampler_not_of_the_checkpoint() -> None:
 
 def test_all_problems_of_a_scheduler_config_are_named_at_once() -> None:
     config = CONFIGS["sd14"] | {
-        "_class_name": "UniPCMultistepScheduler",
+        "_class_name": "EDMEulerScheduler",
         "beta_schedule": "sigmoid",
         "clip_sample": True,
         "num_train_timesteps": 0,
-        "solver_p": None,
+        "sigma_data": 0.5,
     }
     with pytest.raises(ValueError) as caught:
         Schedule.from_config(config)
     message = str(caught.value)
-    assert "_class_name must be one of DDIMScheduler, " in message and "got 'UniPCMultistepScheduler'" in message
+    assert "_class_name must be one of DDIMScheduler, " in message and "got 'EDMEulerScheduler'" in message
     assert "beta_schedule must be 'linear' or 'scaled_linear' or 'squaredcos_cap_v2', got 'sigmoid'" in message
     assert "clip_sample must be False, got True" in message
     assert "num_train_timesteps must be a whole number of 2 or more, got 0" in message
-    assert "solver_p is not an option that is known here, got None" in message
+    assert "sigma_data is not an option that is known here, got 0.5" in message
 
 
 @pytest.mark.parametrize(
@@ -178,31 +189,65 @@ def test_all_problems_of_a_scheduler_config_are_named_at_once() -> None:
     [
         ("sd14", {"clip_sample": True}),
         ("sd14", {"skip_prk_steps": False}),
-        ("sd14", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
         ("sd14", {"set_alpha_to_one": 1}),
         ("sd14", {"trained_betas": [0.1, 0.2]}),
-        ("sd21", {"prediction_type": "sample"}),
+        ("sd21", {"prediction_type": "flow_prediction"}),
         ("sd21", {"thresholding": True}),
         ("sd21", {"timestep_spacing": "log"}),
         ("sd21", {"steps_offset": 0.5}),
         ("zero-snr", {"prediction_type": "epsilon"}),
-        ("silent", {"use_karras_sigmas": True}),
-        ("silent", {"interpolation_type": "log_linear"}),
         ("silent", {"timestep_type": "continuous"}),
-        ("silent", {"sigma_max": 80.0}),
-        ("dpm", {"algorithm_type": "sde-dpmsolver++"}),
-        ("dpm", {"final_sigmas_type": "sigma_min"}),
-        ("dpm", {"lambda_min_clipped": -5.1}),
-        ("dpm", {"solver_order": 3}),
-        ("dpm", {"solver_type": "heun"}),
-        ("dpm", {"beta_schedule": "squaredcos_cap_v2"}),
-        ("dpm", {"use_lu_lambdas": True}),
+        ("dpm", {"use_flow_sigmas": True}),
         ("lcm", {"original_inference_steps": 2000}),
     ],
 )
 def test_an_unsupported_option_is_refused_by_name(config: str, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=list(change)[0]):
         Schedule.from_config(CONFIGS[config] | change)
+
+
+@pytest.mark.parametrize(
+    "config, change, sampler, sentence",
+    [
+        (
+            "silent",
+            {"interpolation_type": "log_linear"},
+            "euler",
+            "does not follow the checkpoint's interpolation_type",
+        ),
+        ("silent", {"sigma_max": 80.0}, "euler", "sigma_max 80.0"),
+        ("dpm", {"algorithm_type": "dpmsolver"}, "dpmpp_2m_karras", "algorithm_type dpmsolver"),
+        ("dpm", {"final_sigmas_type": "sigma_min"}, "dpmpp_2m_karras", "final_sigmas_type sigma_min"),
+        ("dpm", {"lambda_min_clipped": -5.1}, "dpmpp_2m_karras", "lambda_min_clipped -5.1"),
+        ("dpm", {"solver_order": 3, "solver_type": "heun"}, "dpmpp_2m_karras", "solver_order 3, solver_type heun"),
+        ("dpm", {"use_lu_lambdas": True}, "dpmpp_2m_karras", "use_lu_lambdas True"),
+        ("dpm", {"beta_schedule": "squaredcos_cap_v2"}, "dpmpp_2m", "karras sigmas"),
+        (
+            "sd14",
+            {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+            "ddim",
+            "The checkpoint names PNDMScheduler; the default sampler is the nearest, ddim.",
+        ),
+        ("sd14", {"prediction_type": "sample"}, "ddim", "the nearest, ddim"),
+    ],
+)
+def test_what_only_the_default_sampler_could_follow_is_said_and_not_refused(
+    config: str, change: dict[str, Any], sampler: str, sentence: str
+) -> None:
+    schedule = Schedule.from_config(CONFIGS[config] | change)
+    assert default_sampler(schedule) == sampler
+    assert sentence in " ".join(departures(schedule))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_nothing_is_said_where_the_default_sampler_is_what_the_checkpoint_names(config: str) -> None:
+    assert departures(Schedule.from_config(CONFIGS[config])) == ()
+
+
+def test_betas_may_stand_in_the_file() -> None:
+    betas = np.linspace(SD14.beta_start**0.5, SD14.beta_end**0.5, 1000) ** 2
+    listed = Schedule.from_config(CONFIGS["sd14"] | {"trained_betas": betas.tolist()})
+    assert np.array_equal(make_table("ddim", 5, listed).b, make_table("ddim", 5, SD14).b)
 
 
 def test_plms_needs_the_config_to_skip_the_runge_kutta_start() -> None:
@@ -237,6 +282,49 @@ def test_a_schedule_offers_only_the_samplers_that_can_follow_it() -> None:
     assert samplers_for(ZERO_SNR) == tuple(name for name in SAMPLERS if name != "pndm")
     with pytest.raises(ValueError, match="sampler must be one of ddim, .*, got pndm"):
         make_table("pndm", 5, ZERO_SNR)
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        ({"_class_name": "EulerDiscreteScheduler"}, "_class_name must be FlowMatchEulerDiscreteScheduler for a flow"),
+        ({"shift": 0}, "shift must be a number above 0, got 0"),
+        ({"shift_terminal": 0.1}, "shift_terminal must be None, got 0.1"),
+        ({"stochastic_sampling": True}, "stochastic_sampling must be False, got True"),
+        ({"beta_start": 0.1}, "beta_start is not an option that is known here, got 0.1"),
+    ],
+)
+def test_a_flow_schedule_that_no_table_follows_is_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        FlowSchedule.from_config(Z_IMAGE | options)
+
+
+def test_a_flow_model_is_sampled_with_euler_alone_and_says_why() -> None:
+    schedule = FlowSchedule.from_config(Z_IMAGE)
+    assert samplers_for(schedule) == ("euler",) and default_sampler(schedule) == "euler" and not departures(schedule)
+    with pytest.raises(ValueError, match=r"sampler must be one of euler, got ddim. This model was trained by flow"):
+        make_table("ddim", 4, schedule)
+
+
+def test_the_size_counts_only_where_the_shift_is_dynamic() -> None:
+    static, dynamic = FlowSchedule.from_config(Z_IMAGE), FlowSchedule.from_config(KLEIN, dynamic="flux2")
+    small, large = (make_table("euler", 4, static, tokens) for tokens in (256, 4096))
+    assert np.array_equal(small.b, large.b)
+    small, large = (make_table("euler", 4, dynamic, tokens) for tokens in (256, 4096))
+    assert (small.timesteps[1:] < large.timesteps[1:]).all()
+    with pytest.raises(ValueError, match="needs the number of image tokens"):
+        make_table("euler", 4, dynamic)
+
+
+def test_the_preview_of_a_flow_model_is_what_its_velocity_points_at() -> None:
+    """For a velocity of noise - x_0 the preview is x_0 after every step."""
+    table = make_table("euler", 4, FlowSchedule.from_config(Z_IMAGE))
+    image, noise = np.random.default_rng(1).standard_normal((2, *sampler_cases.LATENTS_SHAPE)).astype(np.float32)
+    x, history = noise, np.zeros((1, HISTORY - 1, *image.shape[1:]), np.float32)
+    for i in range(len(table)):
+        x, history = update(x, noise - image, history, noise, row(table, i))
+        np.testing.assert_allclose(table.preview[i, 0] * x + table.preview[i, 1] * history[:, 0], image, atol=1e-6)
+    np.testing.assert_allclose(x, image, atol=1e-6)
 
 
 def test_every_step_count_that_is_not_refused_gives_a_finite_table() -> None:

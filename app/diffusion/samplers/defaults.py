@@ -1,0 +1,87 @@
+"""The default sampler of a checkpoint: what its scheduler folder names, or the nearest to it.
+
+A file may name a class that is not sampled with here, or options of its class that no sampler here has. The model is
+the same for all samplers, so it loads, and `departures` says what differs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.diffusion.samplers.catalogue import samplers_for
+from app.diffusion.samplers.flow import FlowSchedule
+from app.diffusion.samplers.schedule import Schedule
+
+_SAMPLER_OF_CLASS = {
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "LCMScheduler": "lcm",
+    "PNDMScheduler": "pndm",
+}
+# The nearest, by what it reads: as many evaluations a step, and noise where the class draws it.
+_NEAREST_OF_CLASS = {
+    "DDPMScheduler": "euler_ancestral",
+    "DEISMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "euler_ancestral",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m",
+    "HeunDiscreteScheduler": "euler",
+    "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
+    "KDPM2DiscreteScheduler": "euler",
+    "LMSDiscreteScheduler": "euler",
+    "SASolverScheduler": "euler_ancestral",
+    "TCDScheduler": "lcm",
+    "UniPCMultistepScheduler": "dpmpp_2m",
+}
+_SPACINGS = {"use_karras_sigmas": "_karras", "use_exponential_sigmas": "_exponential", "use_beta_sigmas": "_beta"}
+# What the samplers here do, where a class has the option. The last step is first order in any case where the final
+# sigma is zero, so lower_order_final and euler_at_final change nothing there.
+_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
+    "corrector_order": (2,),
+    "disable_corrector": ("[]",),
+    "euler_at_final": (True, False),
+    "final_sigmas_type": ("zero",),
+    "interpolation_type": ("linear",),
+    "lambda_min_clipped": (float("-inf"),),
+    "lower_order_final": (True, False),
+    "predict_x0": (True,),
+    "predictor_order": (2,),
+    "sigma_max": (None,),
+    "sigma_min": (None,),
+    "solver_order": (2,),
+    "solver_p": (None,),
+    "solver_type": ("midpoint", "bh2", "logrho"),
+    "tau_func": (None,),
+    "use_lu_lambdas": (False,),
+    "variance_type": (None, "fixed_small"),
+    "algorithm_type": ("dpmsolver++", "deis"),
+}
+
+
+def default_sampler(schedule: Schedule | FlowSchedule) -> str:
+    """The sampler that the checkpoint's scheduler folder names, or the nearest that can follow its schedule."""
+    return _resolved(schedule)[0]
+
+
+def departures(schedule: Schedule | FlowSchedule) -> tuple[str, ...]:
+    """A sentence for each way in which the default sampler is not what the checkpoint's scheduler folder names."""
+    return _resolved(schedule)[1]
+
+
+def _resolved(schedule: Schedule | FlowSchedule) -> tuple[str, tuple[str, ...]]:
+    if isinstance(schedule, FlowSchedule):
+        return "euler", ()
+    able, options = samplers_for(schedule), dict(schedule.solver)
+    method = _SAMPLER_OF_CLASS.get(schedule.class_name)
+    wanted = method or _NEAREST_OF_CLASS[schedule.class_name]
+    spacing = next((suffix for option, suffix in _SPACINGS.items() if options.get(option)), "")
+    name = next(name for name in (wanted + spacing, wanted, "ddim") if name in able)
+    sentences = []
+    if method is None or not name.startswith(wanted):
+        sentences.append(f"The checkpoint names {schedule.class_name}; the default sampler is the nearest, {name}.")
+    unlike = [f"{option} {value}" for option, value in options.items() if value not in _FOLLOWED.get(option, (value,))]
+    if spacing and not name.endswith(spacing):
+        unlike.append(f"{spacing[1:]} sigmas")
+    if unlike:
+        sentences.append(f"The default sampler, {name}, does not follow the checkpoint's {', '.join(unlike)}.")
+    return name, tuple(sentences)

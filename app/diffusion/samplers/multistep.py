@@ -1,0 +1,69 @@
+"""Samplers that also look at earlier outputs, so that a step is of higher order with one evaluation."""
+
+import numpy as np
+
+from app.diffusion.samplers.noise_levels import Grid, alphas_bar_of, whole_timesteps
+from app.diffusion.samplers.prediction import to_denoised
+from app.diffusion.samplers.schedule import Schedule
+from app.diffusion.samplers.table import HISTORY, SamplerTable, table_of
+
+_ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def dpmpp_2m(grid: Grid, schedule: Schedule) -> SamplerTable:
+    """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
+
+    x' = (s'/s) x - alpha' (exp(-h) - 1) D, with alpha and s the latents' shares of image and noise,
+    lambda = log(alpha / s), h = lambda' - lambda, r = h_previous / h and D = (1 + 1/2r) m_i - (1/2r) m_{i-1}, m = x_0.
+    The first and the last step have D = m_i.
+    """
+    bar = 1 / (grid.sigmas**2 + 1)
+    p, q = to_denoised(bar[:-1], schedule)
+    a = np.sqrt((1 - bar[1:]) / (1 - bar[:-1]))
+    gain = np.sqrt(bar[1:]) * (1 - grid.sigmas[1:] / grid.sigmas[:-1])
+    # 1/2r = h / (2 h_previous) where both neighbours exist; h = log(sigma / sigma') as alpha / s = 1 / sigma.
+    h = np.log(grid.sigmas[:-2] / grid.sigmas[1:-1])
+    lean = np.zeros(len(p))
+    lean[1:-1] = h[1:] / (2 * h[:-1])
+    return table_of(grid.timesteps, p=p, q=q, a=a, b=[gain * (1 + lean), -gain * lean])
+
+
+def pndm(steps: int, schedule: Schedule) -> SamplerTable:
+    """PNDM without its Runge-Kutta start, that is PLMS (Liu et al. 2022, arXiv:2202.09778, equations 9 and 12).
+
+    x' = sqrt(abar'/abar) x - (abar' - abar) e / (abar sqrt(1 - abar') + sqrt(abar (1 - abar) abar')), with e the
+    Adams-Bashforth combination of the last outputs. The first step is taken twice, the second time from the same x_0
+    with the mean of two outputs: x_0 = (x_1 - b_0 m_0) / a_0, so this is linear in what is at hand, too. Under
+    v-prediction diffusers combines the v's and only then turns the result to epsilon; hence m is the raw output.
+    """
+    train = schedule.num_train_timesteps
+    t = whole_timesteps(steps, schedule, "leading").astype(int)
+    if steps > 1:
+        t = np.insert(t, 1, t[1])
+    stride = train // steps
+    source, target = t.copy(), t - stride
+    if steps > 1:
+        source[1], target[1] = t[1] + stride, t[1]
+    alphas_bar = alphas_bar_of(schedule)
+    end = 1.0 if schedule.set_alpha_to_one is True else alphas_bar[0]
+    bar, target_bar = alphas_bar[source], np.where(target >= 0, alphas_bar[target], end)
+    a = np.sqrt(target_bar / bar)
+    e = -(target_bar - bar) / (bar * np.sqrt(1 - target_bar) + np.sqrt(bar * (1 - bar) * target_bar))
+    if schedule.prediction_type == "v_prediction":
+        a, e = a + e * np.sqrt(1 - bar), e * np.sqrt(bar)
+    b = np.zeros((len(t), HISTORY))
+    for i in range(len(t)):
+        # Which earlier outputs count, newest first: all but that of evaluation 1, the redone step.
+        lags = [i - k for k in range(i, -1, -1) if k != 1][:4] if i != 1 else [0, 1]
+        weights = _ADAMS_BASHFORTH[len(lags)] if i != 1 else (1 / 2, 1 / 2)
+        b[i, lags] = e[i] * np.array(weights)
+    if steps > 1:
+        b[1, 1] -= a[1] * e[0] / a[0]
+        a[1] /= a[0]
+    to_preview = to_denoised(target_bar, schedule)  # m_i is an output, and belongs to a timestep just before
+    return table_of(t.astype(float), p=0.0, q=1.0, a=a, b=b.T, preview=to_preview)
