@@ -1,12 +1,12 @@
-"""Counts the FLOPs of a traced program, and those that a matrix unit spends with padding. Knows nothing of a compiler.
+"""Counts the FLOPs of a traced program for TPUs, and those that a matrix unit spends with padding. Knows no compiler.
 
 For the padded count, the inner and the narrower outer side of each matrix product, and of each tap of a convolution,
 are rounded up to the matrix unit's side: a head of 40 features costs as much as one of 128. The padded count is a
-model, and a compiler may pack better.
+model, and a compiler may pack better. Products whose results nobody reads do not count.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,16 @@ class FlopCount:
         self.open_loops += other.open_loops
 
 
-def count_flops(jaxpr: Any, tile: int, stack: str = "") -> FlopCount:
-    """Counts the FLOPs of a jaxpr, for matrix units of `tile` x `tile`."""
+def count_flops(jaxpr: Any, tile: int) -> FlopCount:
+    """Counts the FLOPs of a jaxpr, closed or not, for matrix units of `tile` x `tile`."""
+    from jax.interpreters.partial_eval import dce_jaxpr
+
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
+    live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return count_equations(live, tile, "")
+
+
+def count_equations(jaxpr: Any, tile: int, stack: str) -> FlopCount:
     total = FlopCount()
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
@@ -43,11 +51,11 @@ def count_flops(jaxpr: Any, tile: int, stack: str = "") -> FlopCount:
         elif name == "pallas_call":
             inner = FlopCount()
             for inside in inner_jaxprs(parameters):
-                inner.add(count_flops(inside, tile), math.prod(parameters["grid_mapping"].grid))
+                inner.add(count_equations(inside, tile, ""), math.prod(parameters["grid_mapping"].grid))
             inner.kernels = {scope: inner.padded_flops}
             total.add(inner)
         elif name == "cond":
-            branches = [count_flops(branch.jaxpr, tile, scope) for branch in parameters["branches"]]
+            branches = [count_equations(branch.jaxpr, tile, scope) for branch in compiled_branches(parameters)]
             total.add(max(branches, key=lambda branch: branch.padded_flops))
         else:
             times = parameters["length"] if name == "scan" else 1
@@ -55,8 +63,16 @@ def count_flops(jaxpr: Any, tile: int, stack: str = "") -> FlopCount:
                 times = shares(parameters)
             total.open_loops += name == "while"
             for inside in inner_jaxprs(parameters):
-                total.add(count_flops(inside, tile, scope), times)
+                total.add(count_equations(inside, tile, scope), times)
     return total
+
+
+def compiled_branches(parameters: dict[str, Any]) -> Sequence[Any]:
+    """The branches of a conditional that are compiled: of one that chooses by platform, the TPU's alone."""
+    branches, platforms = parameters["branches"], parameters.get("branches_platforms")
+    if platforms is None:
+        return branches
+    return [next(b for b, names in zip(branches, platforms, strict=True) if names is None or "tpu" in names)]
 
 
 def shares(parameters: dict[str, Any]) -> int:

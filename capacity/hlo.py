@@ -1,23 +1,18 @@
-"""Adds up the cycles of a compiled program from its HLO text. Knows nothing of chips, models or JAX.
-
-libtpu writes an estimate beside most operations that it compiles (`estimated_cycles`). A loop's body counts once for
-each iteration, and a conditional counts as its most expensive branch. The estimate of a fusion covers what is inside.
-A loop whose number of iterations depends on the program's arguments counts once. Async copies have no estimate: they
-are assumed to be hidden behind computation.
-"""
+"""Reads the HLO text of a compiled program. Knows nothing of costs, chips, models or JAX."""
 
 import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+COMPUTATION_END = re.compile(r"^\}(?:, execution_thread=.*)?$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
 CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 OPERANDS = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(r"(?:calls|to_apply|called_computation|async_computation)=%?([\w.\-]+)")
+DIMENSIONS = re.compile(r"^[a-z]\w*\[([\d,]*)\]")
 LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 BRANCHES = re.compile(
     r"(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))"
@@ -25,27 +20,13 @@ BRANCHES = re.compile(
 KNOWN_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 
 VALUE_KEEPING = {"copy", "bitcast", "convert", "reshape"}  # opcodes that do not change a scalar
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-EXPENSIVE = (  # reported if they have no estimate
-    *COLLECTIVES,
-    "custom-call",
-    "sort",
-    "fusion",
-    "convolution",
-    "dot",
-    "gather",
-    "scatter",
-)
-
-# Custom calls that do nothing.
-MARKERS = ('"AllocateBuffer"', '"AssumeGatherIndicesInBound"', '"GatherScatterIndicesBitpacked"')
-NO_ESTIMATE = 1 << 62  # libtpu writes this many cycles or update where its estimate failed
 
 
 @dataclass(frozen=True)
 class Instruction:
     name: str
     opcode: str
+    type: str  # of its result
     text: str  # from the opcode on
     root: bool
 
@@ -53,6 +34,12 @@ class Instruction:
     def cycles(self) -> int | None:
         match = CYCLES.search(self.text)
         return int(match[1]) if match else None
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """The sides of its result; empty for a scalar and for a tuple."""
+        match = DIMENSIONS.match(self.type)
+        return tuple(int(side) for side in match[1].split(",")) if match and match[1] else ()
 
     @property
     def op_name(self) -> str:
@@ -76,60 +63,41 @@ class Computation:
         return next((instruction for instruction in self.instructions.values() if instruction.root), None)
 
 
-@dataclass
-class CycleCount:
-    """Cycles by op_name. Custom kernels are counted apart, as their estimates are unreliable."""
-
-    cycles: Counter[str] = field(default_factory=Counter)
-    kernels: Counter[str] = field(default_factory=Counter)  # op_name -> calls
-    kernel_cycles: Counter[str] = field(default_factory=Counter)  # op_name -> the kernels' own estimates
-    unpriced: Counter[str] = field(default_factory=Counter)  # opcode -> how many have no estimate
-    open_loops: int = 0  # loops of an unknown number of iterations, which count once
-
-    def add(self, other: "CycleCount", times: int = 1) -> None:
-        for name in ("cycles", "kernels", "kernel_cycles", "unpriced"):
-            mine = getattr(self, name)
-            for key, value in getattr(other, name).items():
-                mine[key] += value * times
-        self.open_loops += other.open_loops
-
-    @property
-    def total(self) -> int:
-        return self.cycles.total() + self.kernel_cycles.total()
-
-
-def count_cycles(text: str) -> CycleCount:
-    """Counts the cycles of a compiled program, given as the text of `Compiled.as_text()`."""
-    computations, entry = parse(text)
-    return count_computation(entry, computations, {})
-
-
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Reiterations all computations by name, and the name of the entry computation."""
+    """Returns all computations by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry, inside = "", None
-    instructions: dict[str, Instruction] = {}
+    lines: list[str] = []
     for line in text.splitlines():
         if inside is None:
             if opened := COMPUTATION.match(line):
-                inside, instructions = opened[2], {}
+                inside, lines = opened[2], []
                 entry = inside if opened[1] else entry
-        elif line.startswith("}"):
-            computations[inside] = Computation(instructions)
+        elif COMPUTATION_END.match(line):
+            computations[inside] = Computation({instruction.name: instruction for instruction in instructions(lines)})
             inside = None
-        elif match := INSTRUCTION.match(line):
-            root, name, value = match.groups()
-            operation = after_type(value)
-            if opcode := OPCODE.search(operation):
-                instructions[name] = Instruction(name, opcode[1], operation[opcode.start(1) :], bool(root))
+        elif INSTRUCTION.match(line) or not lines:
+            lines.append(line)
+        else:
+            lines[-1] += line  # an attribute may hold line breaks, as the metadata of splash attention does
     if not entry:
         raise ValueError("the text holds no ENTRY computation: it is not a compiled program.")
     return computations, entry
 
 
-def after_type(text: str) -> str:
-    """`(f32[2], s32[]) while(...)` -> `while(...)`. The type of a tuple has parentheses too."""
-    return " " + (text[closing(text, 0) + 1 :] if text.startswith("(") else text.partition(" ")[2])
+def instructions(lines: list[str]) -> Iterator[Instruction]:
+    for line in lines:
+        if match := INSTRUCTION.match(line):
+            root, name, value = match.groups()
+            type_, operation = split_type(value)
+            if opcode := OPCODE.search(operation):
+                yield Instruction(name, opcode[1], type_, operation[opcode.start(1) :], bool(root))
+
+
+def split_type(text: str) -> tuple[str, str]:
+    """`(f32[2], s32[]) while(...)` -> its type and ` while(...)`. The type of a tuple has parentheses too."""
+    end = closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    return text[:end], text[end:]
 
 
 def closing(text: str, opened: int) -> int:
@@ -140,35 +108,6 @@ def closing(text: str, opened: int) -> int:
         if not depth:
             return index
     return len(text) - 1
-
-
-def count_computation(name: str, computations: Mapping[str, Computation], done: dict[str, CycleCount]) -> CycleCount:
-    if name in done:
-        return done[name]
-    total = CycleCount()
-    for instruction in computations[name].instructions.values() if name in computations else ():
-        if instruction.opcode == "while" and (loop := LOOP.search(instruction.text)):
-            iterations = trip_count(instruction, computations[name], computations)
-            total.add(count_computation(loop[2], computations, done), 1 if iterations is None else iterations)
-            total.open_loops += iterations is None
-        elif instruction.opcode == "conditional" and (match := BRANCHES.search(instruction.text)):
-            branches = OPERANDS.findall(match[1]) if match[1] else [match[2], match[3]]
-            counts = [count_computation(branch, computations, done) for branch in branches]
-            total.add(max(counts, key=lambda count: count.total))
-        elif instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.text:
-            total.kernels[instruction.op_name] += 1
-            total.kernel_cycles[instruction.op_name] += instruction.cycles or 0
-        elif (cycles := instruction.cycles) is not None:
-            if cycles < NO_ESTIMATE:
-                total.cycles[instruction.op_name] += cycles
-            else:
-                total.unpriced[instruction.opcode] += 1
-        elif instruction.opcode in ("fusion", "call", "async-start") and (called := CALLED.search(instruction.text)):
-            total.add(count_computation(called[1], computations, done))
-        elif instruction.opcode in EXPENSIVE and not any(marker in instruction.text for marker in MARKERS):
-            total.unpriced[instruction.opcode] += 1
-    done[name] = total
-    return total
 
 
 def trip_count(loop: Instruction, around: Computation, computations: Mapping[str, Computation]) -> int | None:

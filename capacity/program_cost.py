@@ -3,7 +3,7 @@
     python -m capacity.program_cost --model stable-diffusion-v1-4 --size 512x512 --rows 32 --tpu v5litepod-1
 
 shows the cost of a UNet alone, on one chip. No time is measured: all are sums of libtpu's own estimates of the
-operations that it compiled (capacity/hlo.py).
+operations that it compiled (capacity/cycles.py).
 """
 
 import argparse
@@ -16,8 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from capacity.chips import CHIPS, Chip, Host, host_of
+from capacity.cycles import CycleCount, count_cycles
 from capacity.flops import FlopCount, count_flops
-from capacity.hlo import CycleCount, count_cycles
 from capacity.libtpu import compile_only, devices, missing
 from cluster.cli import Parser, UsageError, UserError, run_command
 
@@ -92,7 +92,7 @@ def cost_of(traced: "Traced", chip: Chip, shards: int = 1) -> ProgramCost:
         raise
     compile_s = time.perf_counter() - began
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    count = count_cycles(compiled.as_text() or "")
+    count = count_cycles(compiled.as_text() or "", chip)
     parts, notes = cycles_by_part(count, total, chip, shards)
     cycles = sum(parts.values())
     return ProgramCost(
@@ -124,14 +124,18 @@ def cycles_by_part(count: CycleCount, total: FlopCount, chip: Chip, shards: int)
     for stack, flops in total.kernels.items():
         padded[part_of(stack)] = padded.get(part_of(stack), 0.0) + flops
     own: Counter[str] = Counter()
-    for op_name in count.kernels:
+    calls: Counter[str] = Counter()
+    for op_name, number in count.kernels.items():
         own[part_of(op_name)] += count.kernel_cycles[op_name]
+        calls[part_of(op_name)] += number
     for part in own.keys() | padded.keys():
         # A kernel that several chips share is in a shard_map, whose body counts once for each shard.
-        least = padded.get(part, 0.0) / shards / chip.flops_a_cycle / KERNEL_SHARE
-        parts[part] += round(max(own[part], least))
-        if not least:
-            notes.append(f"a kernel in {part} has no visible matrix product: only its own estimate counts")
+        assumed = round(padded.get(part, 0.0) / shards / chip.flops_a_cycle / KERNEL_SHARE)
+        parts[part] += max(own[part], assumed)
+        if not assumed:
+            notes.append(f"{calls[part]} x kernel in {part} without a visible product (only its own estimate counts)")
+        elif assumed > own[part]:
+            notes.append(f"{calls[part]} x kernel in {part} beyond its padded products at {100 * KERNEL_SHARE:.0f} % of peak")
     if count.open_loops > total.open_loops:
         notes.append(f"{count.open_loops - total.open_loops} loops of unknown length count once")
     return parts, notes

@@ -18,7 +18,8 @@ from capacity.chips import Host
 from capacity.libtpu import devices, version
 from capacity.models import shapes_of
 
-COST_SOURCES = [Path(__file__).parent / f"{name}.py" for name in ("chips", "hlo", "libtpu", "program_cost", "flops")]
+COST_MODULES = ("chips", "cycles", "flops", "hlo", "hlo_products", "libtpu", "program_cost")
+COST_SOURCES = [Path(__file__).parent / f"{name}.py" for name in COST_MODULES]
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,21 @@ def test_a_conditional_counts_as_its_most_expensive_branch() -> None:
     assert flops_of(branch, (128, 128)).flops == 2 * 2 * 128**3
 
 
+def test_a_choice_by_platform_counts_as_the_tpus_branch() -> None:
+    def by_platform(x: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(x, cpu=lambda x: x @ x @ x, default=lambda x: x @ x)
+
+    assert flops_of(by_platform, (128, 128)).flops == 2 * 128**3
+
+
+def test_a_product_that_nobody_reads_does_not_count() -> None:
+    @jax.jit
+    def two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return x @ x, x.T @ x
+
+    assert flops_of(lambda x: two(x)[0], (128, 128)).flops == 2 * 128**3
+
+
 def test_a_kernel_counts_once_for_each_cell_of_its_grid_under_its_scope() -> None:
     def kernel(x: Any, y: Any, out: Any) -> None:
         out[...] = jnp.dot(x[...], y[...], preferred_element_type=jnp.float32)
