@@ -40,13 +40,16 @@ def product_flops(instruction: Instruction, around: Mapping[str, Instruction], t
     operands = [around[name].dimensions for name in instruction.operands if name in around]
     if len(operands) != 2:
         return 0.0
-    if instruction.opcode == "dot":
-        return dot_flops(instruction, *operands, tile)
-    return convolution_flops(instruction, *operands, tile)
+    left, right = operands
+    flops_of = dot_flops if instruction.opcode == "dot" else convolution_flops
+    return flops_of(instruction, left, right, tile)
 
 
 def dot_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...], tile: int) -> float:
-    axes = {(side, kind): [int(i) for i in numbers.split(",") if i] for side, kind, numbers in DOT_AXES.findall(instruction.text)}
+    axes = {
+        (side, kind): [int(i) for i in numbers.split(",") if i]
+        for side, kind, numbers in DOT_AXES.findall(instruction.text)
+    }
     inner = math.prod(left[i] for i in axes.get(("lhs", "contracting"), []))
     batch = math.prod(left[i] for i in axes.get(("lhs", "batch"), []))
     rows, columns = (math.prod(sides) // max(1, inner * batch) for sides in (left, right))

@@ -135,7 +135,9 @@ def cycles_by_part(count: CycleCount, total: FlopCount, chip: Chip, shards: int)
         if not assumed:
             notes.append(f"{calls[part]} x kernel in {part} without a visible product (only its own estimate counts)")
         elif assumed > own[part]:
-            notes.append(f"{calls[part]} x kernel in {part} beyond its padded products at {100 * KERNEL_SHARE:.0f} % of peak")
+            notes.append(
+                f"{calls[part]} x kernel in {part} beyond its padded products at {100 * KERNEL_SHARE:.0f} % of peak"
+            )
     if count.open_loops > total.open_loops:
         notes.append(f"{count.open_loops - total.open_loops} loops of unknown length count once")
     return parts, notes
