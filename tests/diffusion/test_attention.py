@@ -1,11 +1,13 @@
 """app/diffusion/models/attention.py: its form on each platform. tests/diffusion/test_models.py has what it computes."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from app.diffusion.models import attention
@@ -83,3 +85,13 @@ def test_the_capability_is_that_of_the_first_nvidia_gpu(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert attention.cuda_capability() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [64, 600])
+def test_keys_beyond_a_rows_length_change_nothing(keys: int) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, keys, 32)).astype(np.float32) for _ in range(3))
+    answer = jax.jit(partial(attend, heads=4))(q, k, v, lengths=jnp.array([keys, 33]))
+    short = jax.nn.dot_product_attention(*(x[1:, :n].reshape(1, n, 4, 8) for x, n in ((q, keys), (k, 33), (v, 33))))
+    np.testing.assert_allclose(answer[1], short.reshape(keys, 32), atol=1e-5)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from app.diffusion.models.attention import attend
 from app.diffusion.models.flow_config import Flux2Config
 from app.diffusion.models.layers import Dtype, TimestepEmbedding, linear, timestep_embedding
-from app.diffusion.models.transformer_layers import attend_to, by_head, normed, rms_norm, rotary_angles, rotate
+from app.diffusion.models.transformer_layers import normed, rms_norm, rotary_angles, turned
 
 Modulation = Sequence[jax.Array]  # shift, scale and gate, each float32 [B, 1, D]
 
@@ -16,6 +17,11 @@ Modulation = Sequence[jax.Array]  # shift, scale and gate, each float32 [B, 1, D
 def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """Layer norm, scaled and shifted."""
     return (normed(x, epsilon) * (1 + scale) + shift).astype(x.dtype)
+
+
+def joined(streams: list[jax.Array]) -> jax.Array:
+    """Text and image, [B, T, D] each, one behind the other."""
+    return jnp.concatenate(streams, axis=1)
 
 
 def gated(x: jax.Array, gate: jax.Array) -> jax.Array:
@@ -69,17 +75,19 @@ class JointAttention(nnx.Module):
 
     @jax.named_scope("joint-attention")
     def __call__(self, text: jax.Array, image: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def joined(of_text: jax.Array, of_image: jax.Array) -> jax.Array:
-            return jnp.concatenate([of_text, of_image], axis=1)
-
-        def heads(x: jax.Array) -> jax.Array:
-            return by_head(x, self.heads)
-
-        q = joined(self.norm_added_q(heads(self.add_q_proj(text))), self.norm_q(heads(self.to_q(image))))
-        k = joined(self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image))))
-        v = joined(heads(self.add_v_proj(text)), heads(self.to_v(image)))
-        x = attend_to(rotate(q, angles), rotate(k, angles), v)
-        return self.to_add_out(x[:, : text.shape[1]]), self.to_out[0](x[:, text.shape[1] :])
+        tokens = text.shape[1]
+        text_angles, image_angles = angles[:, :tokens], angles[:, tokens:]
+        q = [
+            turned(self.add_q_proj(text), self.norm_added_q, text_angles),
+            turned(self.to_q(image), self.norm_q, image_angles),
+        ]
+        k = [
+            turned(self.add_k_proj(text), self.norm_added_k, text_angles),
+            turned(self.to_k(image), self.norm_k, image_angles),
+        ]
+        v = [self.add_v_proj(text), self.to_v(image)]
+        x = attend(joined(q), joined(k), joined(v), self.heads)
+        return self.to_add_out(x[:, :tokens]), self.to_out[0](x[:, tokens:])
 
 
 class FeedForward(nnx.Module):
@@ -138,8 +146,7 @@ class ParallelAttention(nnx.Module):
     def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
         width = x.shape[-1]
         q, k, v, mlp = jnp.split(self.to_qkv_mlp_proj(x), [width, 2 * width, 3 * width], axis=-1)
-        q, k, v = (by_head(part, self.heads) for part in (q, k, v))
-        x = attend_to(rotate(self.norm_q(q), angles), rotate(self.norm_k(k), angles), v)
+        x = attend(turned(q, self.norm_q, angles), turned(k, self.norm_k, angles), v, self.heads)
         return self.to_out(jnp.concatenate([x, swiglu(mlp)], axis=-1))
 
 
@@ -207,12 +214,12 @@ class Flux2(nnx.Module):
         for block in self.transformer_blocks:
             text, image = block(text, image, text_modulation, image_modulation, angles)
 
-        joined = jnp.concatenate([text, image], axis=1)
+        stream = joined([text, image])
         [modulation] = self.single_stream_modulation(time)
         for single in self.single_transformer_blocks:
-            joined = single(joined, modulation, angles)
+            stream = single(stream, modulation, angles)
 
-        out = self.proj_out(self.norm_out(joined[:, tokens:], time))
+        out = self.proj_out(self.norm_out(stream[:, tokens:], time))
         return out.reshape(rows, height, width, -1)
 
 

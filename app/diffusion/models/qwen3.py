@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from app.diffusion.models.attention import attend
 from app.diffusion.models.flow_config import Qwen3Config
 from app.diffusion.models.layers import Dtype, linear
-from app.diffusion.models.transformer_layers import attend_to, by_head, rms_norm, rotary_angles, rotate
+from app.diffusion.models.transformer_layers import rms_norm, rotary_angles, turned
 
 
 class SelfAttention(nnx.Module):
     """Causal, with fewer heads of keys and values than of queries (Ainslie et al. 2023)."""
 
     def __init__(self, config: Qwen3Config, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.config = config
+        self.heads = config.num_attention_heads
         width, head = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
         self.q_proj = linear(width, queries, bias=False, dtype=dtype, rngs=rngs)
@@ -25,12 +26,9 @@ class SelfAttention(nnx.Module):
 
     @jax.named_scope("self-attention")
     def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array) -> jax.Array:
-        q = by_head(self.q_proj(x), self.config.num_attention_heads)
-        k = by_head(self.k_proj(x), self.config.num_key_value_heads)
-        v = by_head(self.v_proj(x), self.config.num_key_value_heads)
-        q = rotate(self.q_norm(q), angles, halves=True)
-        k = rotate(self.k_norm(k), angles, halves=True)
-        return self.o_proj(attend_to(q, k, v, lengths, causal=True))
+        q = turned(self.q_proj(x), self.q_norm, angles, halves=True)
+        k = turned(self.k_proj(x), self.k_norm, angles, halves=True)
+        return self.o_proj(attend(q, k, self.v_proj(x), self.heads, causal=True, lengths=lengths))
 
 
 class MLP(nnx.Module):

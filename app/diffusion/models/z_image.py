@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from app.diffusion.models.attention import attend
 from app.diffusion.models.flow_config import ZImageConfig
 from app.diffusion.models.layers import Dtype, linear, timestep_embedding
-from app.diffusion.models.transformer_layers import attend_to, by_head, normed, rms_norm, rotary_angles, rotate
+from app.diffusion.models.transformer_layers import normed, rms_norm, rotary_angles, turned
 
 TIME_CHANNELS = 256  # of the timestep's sinusoids, and at most of its embedding
 TIME_WIDTH = 1024
@@ -30,8 +31,8 @@ class SelfAttention(nnx.Module):
 
     @jax.named_scope("self-attention")
     def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array | None) -> jax.Array:
-        q, k, v = (by_head(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](attend_to(rotate(self.norm_q(q), angles), rotate(self.norm_k(k), angles), v, lengths))
+        q, k = turned(self.to_q(x), self.norm_q, angles), turned(self.to_k(x), self.norm_k, angles)
+        return self.to_out[0](attend(q, k, self.to_v(x), self.heads, lengths=lengths))
 
 
 class FeedForward(nnx.Module):
