@@ -35,7 +35,7 @@ def build(component: str, config: dict[str, Any]) -> Any:
 
 
 def networks(model: str) -> Arrays:
-    """A tiny checkpoint's networks, one by one; images are channels last."""
+    """A tiny checkpoint's tokens, its networks one by one, and whole pictures; images are channels last."""
     inputs = {name: torch.from_numpy(value) for name, value in tiny_flow.inputs(model).items()}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         tiny_flow.write_checkpoint(Path(folder), model, tensor_tables()[model])
@@ -48,7 +48,53 @@ def networks(model: str) -> Arrays:
         embeds = torch.cat([states[i] for i in tiny_flow.HIDDEN_STATES[model]], dim=-1)
         predict = flux2 if model == "tiny-klein" else z_image
         answers = {"prompt_embeds": embeds, "velocity": predict(pipe, inputs), "decoded": decoded(pipe, inputs)}
-    return {name: value.numpy() for name, value in answers.items()}
+        arrays = {name: value.numpy() for name, value in answers.items()}
+        pipe.set_progress_bar_config(disable=True)
+        return arrays | {"input_ids": input_ids(pipe, thinking=model == "tiny-z-image")} | pictures(pipe, model)
+
+
+def input_ids(pipe: Any, *, thinking: bool) -> np.ndarray[Any, Any]:
+    """As both pipelines make them of prompts, with the complement of the id for padding."""
+    messages = [
+        pipe.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        for prompt in tiny_flow.PROMPTS
+    ]
+    options = {"padding": "max_length", "truncation": True, "max_length": tiny_flow.TEXT_LENGTH}
+    tokens = pipe.tokenizer(messages, return_tensors="np", **options)
+    ids: np.ndarray[Any, Any] = np.where(tokens.attention_mask, tokens.input_ids, ~tokens.input_ids).astype(np.int32)
+    return ids
+
+
+def pictures(pipe: Any, model: str) -> Arrays:
+    """Whole runs. ZImagePipeline counts guidance from 0, where this project counts from 1."""
+    height, width = tiny_flow.IMAGE_SIZES[model]
+    images = {}
+    for run, (steps, guidance_scale) in enumerate(tiny_flow.RUNS[model]):
+        options: dict[str, Any] = {"max_sequence_length": tiny_flow.TEXT_LENGTH}
+        if model == "tiny-klein":
+            pipe.register_to_config(is_distilled=run == 0)
+            options |= {"text_encoder_out_layers": tiny_flow.HIDDEN_STATES[model], "guidance_scale": guidance_scale}
+        else:
+            options |= {
+                "negative_prompt": list(tiny_flow.NEGATIVE_PROMPTS[model]),
+                "guidance_scale": guidance_scale - 1,
+            }
+        pixels = pipe(
+            prompt=list(tiny_flow.PROMPTS),
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            latents=torch.from_numpy(tiny_flow.latents(model)).permute(0, 3, 1, 2),
+            output_type="np",
+            **options,
+        ).images
+        images[f"{steps} {guidance_scale}"] = (pixels * 255).round().astype(np.uint8)
+    return images
 
 
 def flux2(pipe: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -20,7 +20,9 @@ Shapes = dict[str, list[int]]  # tensor name -> shape
 TENSORS = Path(__file__).parent / "golden" / "flow_tensors.json"
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
-PROMPTS = ["A red house, under 2 yellow suns!", "the sea"]
+TEXT_LENGTH = 32  # instead of 512 tokens
+PROMPTS = ["A red house, under 2 yellow suns!", "the sea"]  # as messages the first is longer, the second shorter
+NEGATIVE_PROMPTS = {"tiny-klein": ["", ""], "tiny-z-image": ["the red", ""]}
 
 _MERGES = [
     "Ġ t",
@@ -143,6 +145,18 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 HIDDEN_STATES = {"tiny-klein": (1, 2, 4), "tiny-z-image": (-2,)}
+
+# Whole pictures: num_inference_steps and guidance_scale, as this project counts it; klein's first is distilled.
+RUNS = {"tiny-klein": [(4, 1.0), (3, 4.0)], "tiny-z-image": [(4, 1.0), (3, 4.0)]}
+IMAGE_SIZES = {"tiny-klein": (16, 24), "tiny-z-image": (24, 16)}  # height, width
+
+
+def latents(model: str) -> np.ndarray:
+    """Initial noise of a whole run, [2, h, w, C]."""
+    height, width = IMAGE_SIZES[model]
+    if model == "tiny-klein":
+        return tiny.noise("klein run", 2, height // 4, width // 4, 16)
+    return tiny.noise("z-image run", 2, height // 2, width // 2, 4)
 
 
 def inputs(model: str) -> dict[str, np.ndarray]:

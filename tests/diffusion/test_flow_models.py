@@ -1,5 +1,6 @@
 """Networks of FLUX.2-klein and Z-Image against diffusers' and transformers', as recorded by tests/golden_flow.py."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from app.diffusion.models.chat_tokenizer import ChatTokenizer
 from app.diffusion.models.config import VAEConfig
 from app.diffusion.models.flow_config import Flux2Config, Flux2VAEConfig, Qwen3Config, ZImageConfig
+from app.diffusion.models.flow_shapes import flux2_tensors, flux2_vae_tensors, qwen3_tensors, z_image_tensors
 from app.diffusion.models.flux2 import Flux2
 from app.diffusion.models.flux2_vae import Flux2VAE
 from app.diffusion.models.loading import OneKey, load_module
 from app.diffusion.models.qwen3 import Qwen3
+from app.diffusion.models.shapes import Shape, vae_tensors
 from app.diffusion.models.tensor_names import NOT_WEIGHTS, current_name
 from app.diffusion.models.tensors import tensor_name, tensor_shape
 from app.diffusion.models.vae import VAE
@@ -114,6 +118,14 @@ def test_denoisers_compute_in_bfloat16_on_request(folder: Path, model: str) -> N
     assert relative_error(velocity, golden(model)["velocity"]) <= 5e-2
 
 
+def published_tensors(checkpoint: str, component: str, config: Any) -> dict[str, Shape]:
+    """Those that are read, by their current names."""
+    table = tiny_flow.expanded(tiny_flow.tensor_tables()[checkpoint][component])
+    tensors = {current_name(name): tuple(shape) for name, shape in table.items()}
+    unread = config.unread if component == "text_encoder" else NOT_WEIGHTS.__contains__
+    return {name: shape for name, shape in tensors.items() if not unread(name)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("component", tiny_flow.STEMS)
 @pytest.mark.parametrize("checkpoint", FLOW_CHECKPOINTS)
@@ -121,14 +133,36 @@ def test_modules_hold_exactly_the_tensors_of_the_published_checkpoints(checkpoin
     config, build = module_of(checkpoint, component)
     parameters = nnx.to_flat_state(nnx.state(nnx.eval_shape(build), nnx.Param))
     ours = {tensor_name(path): tensor_shape(path, parameter.shape) for path, parameter in parameters}
-    expected = {
-        current_name(name): tuple(shape)
-        for name, shape in tiny_flow.expanded(tiny_flow.tensor_tables()[checkpoint][component]).items()
-    }
-    expected = {name: shape for name, shape in expected.items() if name not in NOT_WEIGHTS}
-    if component == "text_encoder":
-        expected = {name: shape for name, shape in expected.items() if not config.unread(name)}
+    expected = published_tensors(checkpoint, component, config)
     assert tiny_flow.collapsed(ours) == tiny_flow.collapsed(expected)
+
+
+SHAPES: dict[tuple[str, str], Callable[[Any], dict[str, Shape]]] = {
+    ("klein", "text_encoder"): qwen3_tensors,
+    ("klein", "transformer"): flux2_tensors,
+    ("klein", "vae"): flux2_vae_tensors,
+    ("z-image", "text_encoder"): qwen3_tensors,
+    ("z-image", "transformer"): z_image_tensors,
+    ("z-image", "vae"): vae_tensors,
+}
+
+
+@pytest.mark.parametrize("component", tiny_flow.STEMS)
+@pytest.mark.parametrize("checkpoint", [*FLOW_CHECKPOINTS, *tiny_flow.MODELS])
+def test_the_linter_expects_exactly_the_tensors_of_the_published_checkpoints(checkpoint: str, component: str) -> None:
+    config, _ = config_of(checkpoint, component, {})
+    expected = SHAPES["klein" if "klein" in checkpoint else "z-image", component](config)
+    assert tiny_flow.collapsed(expected) == tiny_flow.collapsed(published_tensors(checkpoint, component, config))
+
+
+@pytest.mark.parametrize("model", tiny_flow.MODELS)
+def test_prompts_become_the_messages_that_diffusers_gives_the_text_encoder(folder: Path, model: str) -> None:
+    thinking = model == "tiny-z-image"
+    tokenizer = ChatTokenizer(folder / model / "tokenizer", tiny_flow.TEXT_LENGTH, thinking=thinking)
+    assert not [*tokenizer.problems(tiny_flow.MODELS[model]["text_encoder"]["vocab_size"])]
+    tokens = tokenizer(tiny_flow.PROMPTS)
+    assert np.array_equal(tokens.input_ids, golden(model)["input_ids"])
+    assert tokens.truncated == (True, False)
 
 
 @pytest.mark.parametrize(

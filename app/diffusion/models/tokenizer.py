@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: text -> input_ids of a fixed length. The only user of `transformers`."""
+"""CLIP's tokenizer: text -> input_ids of a fixed length. Only it and chat_tokenizer.py use `transformers`."""
 
 import dataclasses
 from collections.abc import Iterator
