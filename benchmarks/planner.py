@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import jax
 import numpy as np
 
 from app.diffusion.pipeline import Pipeline
@@ -37,7 +38,7 @@ def timings_of(pipeline: Pipeline) -> Timings:
     pipeline.encode(["a text"])
     began = time.perf_counter()
     for number in range(10):
-        pipeline.encode([f"text {number}"])[0].embeds.block_until_ready()
+        jax.block_until_ready(pipeline.encode([f"text {number}"])[0].conditioning)
     return Timings(
         {rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets},
         {images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets},

@@ -9,11 +9,9 @@ Exit status: 0; 1 where a program does not fit or is refused; 2 after a wrong ca
 import json
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.samplers import Schedule, default_sampler, make_table
 from capacity.check_report import programs_table, report, throughput_table, verdicts, wide_console
 from capacity.chips import PRICES_OF, Host
@@ -75,9 +73,8 @@ class CompileProgress:
         say(f"{compiled} programs compiled in {took}, {self.cached} known from earlier runs.")
 
 
-def evaluations_of(workload: Workload, scheduler: Mapping[str, Any]) -> tuple[str, int]:
+def evaluations_of(workload: Workload, schedule: Schedule) -> tuple[str, int]:
     """The sampler of a request that names none, and how often it evaluates the UNet."""
-    schedule = Schedule.from_config(scheduler)
     sampler = workload.sampler or default_sampler(schedule)
     return sampler, len(make_table(sampler, workload.num_inference_steps, schedule))
 
@@ -103,7 +100,7 @@ def command() -> int:
         hosts = check(workload, hosts_of(arguments.tpu, arguments.cluster, arguments.dollars), arguments.cache)
     except UserError as error:
         raise UsageError(str(error)) from None
-    sampler, evaluations = evaluations_of(workload, scheduler_of(workload))
+    sampler, evaluations = evaluations_of(workload, schedule_of(workload))
     console = wide_console()
     problems = []
     for costs in hosts:
@@ -122,10 +119,10 @@ def command() -> int:
     return 0
 
 
-def scheduler_of(workload: Workload) -> Mapping[str, Any]:
-    from capacity.models import configurations
+def schedule_of(workload: Workload) -> Schedule:
+    from capacity.models import architecture_of
 
-    return corrected(configurations(workload.spec.model, [])[1]["scheduler"])[0]
+    return architecture_of(workload.spec.model)[2]
 
 
 if __name__ == "__main__":

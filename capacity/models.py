@@ -3,15 +3,23 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from flax import nnx
 
-from app.diffusion.models.clip import CLIPText
-from app.diffusion.models.loading import CONFIGS, Checkpoint, architecture, read_json
-from app.diffusion.models.scheduler_config import corrected
-from app.diffusion.models.unet import UNet
-from app.diffusion.models.vae import VAE
+from app.diffusion.families.family import Family
+from app.diffusion.families.registry import recognise
+from app.diffusion.models.loading import (
+    INDEX,
+    SCHEDULER,
+    Checkpoint,
+    architecture,
+    builders,
+    component_configs,
+    read_json,
+    schedule_of,
+)
+from app.diffusion.samplers import Schedule
 from capacity.model_names import MODEL_NAMES
 from cluster import ROOT
 
@@ -24,25 +32,31 @@ def shapes_of(model: str, dtype: Any) -> Checkpoint:
     `model` is a folder in diffusers layout, of which only the configurations are read, or a preset's name with or
     without an owner: CompVis/stable-diffusion-v1-4. Raises ValueError for any other model.
     """
+    folder, family, schedule = architecture_of(model)
+    networks = {part: nnx.eval_shape(build) for part, build in builders(family, dtype).items()}
+    return Checkpoint(folder, family, networks, {}, schedule)
+
+
+def architecture_of(model: str) -> tuple[Path, Family, Schedule]:
+    """Where a model's configurations are, and what they describe. Raises ValueError as `shapes_of` does."""
     problems: list[str] = []
     folder, configs = configurations(model, problems)
-    builders = architecture(configs, dtype, problems)
-    if problems:
+    kind = recognise(configs.get("index", configs), problems)
+    family = architecture(kind, configs, configs.get("index", {}), problems) if kind else None
+    schedule = schedule_of(kind, configs["scheduler"], problems) if kind else None
+    if problems or family is None or schedule is None:
         raise ValueError(f"{folder} is not a model that we support:\n" + "\n".join(f"- {line}" for line in problems))
-    modules = {part: nnx.eval_shape(build) for part, build in builders.items()}
-    return Checkpoint(
-        folder,
-        cast(UNet, modules["unet"]),
-        cast(VAE, modules["vae"]),
-        cast(CLIPText, modules["text_encoder"]),
-        corrected(configs["scheduler"])[0],
-    )
+    return folder, family, schedule
 
 
 def configurations(model: str, problems: list[str]) -> tuple[Path, Mapping[str, Mapping[str, Any]]]:
+    """The configuration of each component and of the scheduler, and model_index.json as "index" if there is one."""
     folder = ROOT / Path(MODEL_NAMES["demo"] if model == "demo" else model).expanduser()
     if folder.is_dir():
-        return folder, {part: read_json(folder, name, problems) for part, name in CONFIGS.items()}
+        index = read_json(folder, INDEX, problems)
+        kind = recognise(index, problems)
+        configs = component_configs(kind, folder, problems) if kind else {}
+        return folder, configs | {"index": index, "scheduler": read_json(folder, SCHEDULER, problems)}
     name = model.rpartition("/")[2]
     if name not in presets():
         known = ", ".join(["demo", *presets()])

@@ -17,7 +17,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from capacity.check import check, evaluations_of, scheduler_of
+from capacity.check import check, evaluations_of, schedule_of
 from capacity.check_report import wide_console
 from capacity.chips import PRICES_OF
 from capacity.configs import Workload, hosts_of, workload_of
@@ -112,7 +112,7 @@ def command() -> int:
         )
     except UserError as error:
         raise UsageError(str(error)) from None
-    _, evaluations = evaluations_of(workload, scheduler_of(workload))
+    _, evaluations = evaluations_of(workload, schedule_of(workload))
     plans = [plan_hosts(host_costs, workload, evaluations, rate, slo_s) for host_costs in costs]
     wide_console().print(table_of(plans, rate, slo_s))
     for plan in plans:

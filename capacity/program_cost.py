@@ -155,6 +155,7 @@ def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -
     from flax import nnx
     from jax.sharding import SingleDeviceSharding
 
+    from app.diffusion.declared_programs import encoded_shapes, part_of
     from app.diffusion.device_programs import predict_noise
     from app.diffusion.sharding import ROWS_TOGETHER
     from capacity.models import shapes_of
@@ -165,15 +166,18 @@ def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -
     def shape(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    graph, params = nnx.split(checkpoint.unet)
-    factor, text = checkpoint.vae.config.scale_factor, checkpoint.text_encoder.config
-    latents = (size[1] // factor, size[0] // factor, checkpoint.unet.config.in_channels)
-    evaluate = partial(predict_noise, partial(nnx.merge, graph), ROWS_TOGETHER["tpu"])
+    family = checkpoint.family
+    networks, params = {}, {}
+    for part, network in checkpoint.networks.items():
+        graph, params[part] = nnx.split(network)
+        networks[part] = partial(nnx.merge, graph)
+    width, height = (side // family.pixels_per_latent for side in size)
+    evaluate = partial(predict_noise, family, networks, ROWS_TOGETHER["tpu"])
     return jax.jit(evaluate, out_shardings=sharding).trace(
-        jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), params),
-        shape(rows, *latents, dtype=jnp.float32),
+        jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), part_of(family, params, "denoise")),
+        shape(rows, height, width, family.latent_channels, dtype=jnp.float32),
         shape(rows, dtype=jnp.float32),
-        shape(rows, text.max_position_embeddings, text.hidden_size, dtype=checkpoint.unet.dtype),
+        jax.tree.map(lambda x: shape(rows, *x.shape, dtype=x.dtype), encoded_shapes(family, networks, params)),
     )
 
 

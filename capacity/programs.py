@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
 from app.aot.cache_key import digest, fingerprint, key_of
 from app.aot.program import Program
-from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.pipeline import DTYPES, Pipeline
 from app.types import PipelineSpec
 from capacity.chips import Host
@@ -22,22 +20,9 @@ COST_MODULES = ("chips", "cycles", "flops", "hlo", "hlo_products", "libtpu", "pr
 COST_SOURCES = [Path(__file__).parent / f"{name}.py" for name in COST_MODULES]
 
 
-@dataclass(frozen=True)
-class Positions:
-    """Stands in for the tokenizer, of which the programs' shapes need only the length."""
-
-    length: int
-
-
 def pipeline_of(spec: PipelineSpec, host: Host) -> Pipeline:
     """A pipeline whose programs can be compiled but not run. Raises ValueError for an invalid model or size."""
-    checkpoint = shapes_of(spec.model, DTYPES[spec.dtype])
-    return Pipeline(
-        checkpoint,
-        cast(Tokenizer, Positions(checkpoint.text_encoder.config.max_position_embeddings)),
-        spec,
-        devices=devices(host),
-    )
+    return Pipeline(shapes_of(spec.model, DTYPES[spec.dtype]), spec, devices=devices(host))
 
 
 def shards_of(program: Program) -> int:

@@ -57,21 +57,22 @@ def main() -> str:
     tokenizer = Tokenizer(words, TEXT_JSON["max_position_embeddings"])
 
     steps = dict.fromkeys(STAGES, 0) if args.export_only else {s: getattr(recipe, f"{s}_steps") for s in STAGES}
-    vae = earlier.vae if earlier else train_vae(recipe, args.work, steps["vae"])
+    vae = earlier.networks["vae"] if earlier else train_vae(recipe, args.work, steps["vae"])
     earlier_factor = vae.config.scaling_factor  # the earlier UNet was trained with it
     vae.config = architecture.vae  # the pool's factor scales latents; this one only counts in what is written
     pool = encoded_pool(recipe, args.work, vae, tokenizer)
     if earlier:
         pool["scaling_factor"] = np.array(earlier_factor, np.float32)
-    if earlier and earlier.text_encoder.config == architecture.text_encoder(tokenizer):
-        text_encoder = earlier.text_encoder
+    if earlier and earlier.networks["text_encoder"].config == architecture.text_encoder(tokenizer):
+        text_encoder = earlier.networks["text_encoder"]
     else:
         text_encoder = train_text_encoder(recipe, args.work, tokenizer, steps["text"])
-    unet = earlier.unet if earlier else UNet(architecture.unet, rngs=nnx.Rngs(recipe.seed + 1))
+    unet = earlier.networks["unet"] if earlier else UNet(architecture.unet, rngs=nnx.Rngs(recipe.seed + 1))
     unet, text_encoder = train_unet(recipe, args.work, pool, tokenizer, unet, text_encoder, steps["unet"])
     if args.average:
         start = load_checkpoint(args.start_from)  # loaded again, as training has used up the arrays of `earlier`
-        unet, text_encoder = mean_of(start.unet, unet), mean_of(start.text_encoder, text_encoder)
+        unet = mean_of(start.networks["unet"], unet)
+        text_encoder = mean_of(start.networks["text_encoder"], text_encoder)
     vae = sharpen_decoder(recipe, args.work, vae, steps["decoder"])
     shutil.copytree(words, args.out / "tokenizer", dirs_exist_ok=True)
     export(args.out, architecture, vae, unet, text_encoder, scaling_factor=float(pool["scaling_factor"]))

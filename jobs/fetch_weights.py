@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from app.diffusion.models.config import STEMS
 from app.diffusion.models.errors import one_line
-from app.diffusion.models.loading import COMPONENTS, DOWNLOADED, Checkpoint, load_checkpoint
+from app.diffusion.models.loading import DOWNLOADED, Checkpoint, load_checkpoint
 from app.diffusion.models.tensors import finite, to_tensors
 from app.diffusion.models.weight_files import find_tensors
 from cluster.cli import Parser, UsageError, UserError
@@ -127,10 +126,10 @@ def make(source: Source, out: Path, dtype: str, wanted: dict[str, Any]) -> None:
     clear_stale(out)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
     try:
-        copy_small(source.folder, unfinished)
-        for part in STEMS:
-            write_part(part, checkpoint, unfinished, dtype)
-            verify_part(part, source.folder, unfinished, dtype)
+        copy_small(source.folder, unfinished, ["scheduler", *checkpoint.networks, *checkpoint.tokenizers])
+        for part, component in checkpoint.family.COMPONENTS.items():
+            write_part(part, component.stem, checkpoint, unfinished, dtype)
+            verify_part(part, component.stem, source.folder, unfinished, dtype)
         files = sorted(file for file in unfinished.rglob("*") if file.is_file())
         facts = {
             str(file.relative_to(unfinished)): {"bytes": file.stat().st_size, "sha256": hub.sha256_of(file)}
@@ -152,29 +151,29 @@ def clear_stale(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def copy_small(source: Path, unfinished: Path) -> None:
+def copy_small(source: Path, unfinished: Path, parts: Iterable[str]) -> None:
     """Copies configuration files, from the known parts alone."""
     shutil.copyfile(source / INDEX, unfinished / INDEX)
-    for part in ("scheduler", *COMPONENTS):
+    for part in parts:
         (unfinished / part).mkdir()
         for file in (source / part).iterdir():
             if file.is_file() and file.suffix in (".json", ".txt"):
                 shutil.copyfile(file, unfinished / part / file.name)
 
 
-def write_part(part: str, checkpoint: Checkpoint, unfinished: Path, dtype: str) -> None:
-    tensors = to_tensors(getattr(checkpoint, part), DTYPES[dtype])
+def write_part(part: str, stem: str, checkpoint: Checkpoint, unfinished: Path, dtype: str) -> None:
+    tensors = to_tensors(checkpoint.networks[part], DTYPES[dtype])
     if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
         raise UserError(f"{part}: tensor {bad[0]} holds a number that is not finite in {dtype}.")
-    file = unfinished / part / f"{STEMS[part]}.safetensors"
+    file = unfinished / part / f"{stem}.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})  # as diffusers and transformers ask for
     say(f"{part}: {len(tensors)} tensors, {file.stat().st_size / 1e6:,.1f} MB")
 
 
-def verify_part(part: str, source: Path, unfinished: Path, dtype: str) -> None:
+def verify_part(part: str, stem: str, source: Path, unfinished: Path, dtype: str) -> None:
     """Compares the written tensors with the source's, both read from the disk without our modules."""
     problems: list[str] = []
-    source_tensors, written = (find_tensors(folder / part, STEMS[part], problems) for folder in (source, unfinished))
+    source_tensors, written = (find_tensors(folder / part, stem, problems) for folder in (source, unfinished))
     problems += [f"{part}: tensor {name} is not in both." for name in sorted(set(source_tensors) ^ set(written))]
     for name in set(source_tensors) & set(written):
         before, after = source_tensors[name].read().astype(DTYPES[dtype]), written[name].read()

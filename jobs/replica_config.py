@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from app.api.settings import Service
 from app.builders import Args, locate
-from app.diffusion.models.config import STEMS
+from app.diffusion.families.registry import FAMILIES
 from app.serving.replica import StableDiffusion
 from app.types import PipelineSpec
 from cluster.cli import UsageError, UserError
@@ -100,8 +100,9 @@ def folder_hash(folder: Path) -> str:
 
     Files that are missing are the loader's concern.
     """
-    weights = [folder / part / f"{stem}.safetensors" for part, stem in STEMS.items()]
-    files = [*filter(Path.is_file, weights), *sorted([*folder.glob("*/*.json"), *folder.glob("tokenizer/*.txt")])]
+    parts = [part for family in FAMILIES for part in family.COMPONENTS.items()]
+    weights = {folder / part / f"{component.stem}.safetensors": None for part, component in parts}
+    files = [*filter(Path.is_file, weights), *sorted([*folder.glob("*/*.json"), *folder.glob("tokenizer*/*.txt")])]
     hashes = "".join(f"{file.relative_to(folder)} {hub.sha256_of(file)}\n" for file in files)
     return f"files {hashlib.sha256(hashes.encode()).hexdigest()}"
 

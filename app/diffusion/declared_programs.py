@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from app.diffusion.device_programs import (
     decode_program,
     encode_program,
     insert_program,
+    modules_of,
     preview_program,
     step_program,
 )
+from app.diffusion.families.family import Family, Role
 from app.diffusion.samplers import HISTORY, Coefficients
 from app.diffusion.sharding import row_sharding
 from app.types import PipelineSpec, Size
@@ -31,14 +33,11 @@ HOST_LOOPS = {"gpu"}
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the shapes of all programs follow from: the spec, and what the checkpoint adds to it."""
+    """What the shapes of all programs follow from: the spec, and the checkpoint's family."""
 
     spec: PipelineSpec
-    text_length: int  # tokens of a prompt
-    hidden_size: int  # of a token's embedding
-    dtype: Any  # of the networks
-    latent_channels: int
-    scale_factor: int  # pixels of an image for each of its latents, along a side
+    family: Family
+    encoded: Any  # a pytree of jax.ShapeDtypeStruct: what a text becomes
 
     @property
     def table_rows(self) -> int:
@@ -46,8 +45,8 @@ class Shapes:
 
     def state(self, size: Size) -> DenoiseState:
         """A DenoiseState of jax.ShapeDtypeStruct."""
-        width, height = size
-        latents = (height // self.scale_factor, width // self.scale_factor, self.latent_channels)
+        width, height = (side // self.family.pixels_per_latent for side in size)
+        latents = (height, width, self.family.latent_channels)
 
         def shape(*shape: int, dtype: Any = jnp.float32) -> Any:
             return jax.ShapeDtypeStruct((self.spec.num_slots, *shape), dtype)
@@ -55,7 +54,7 @@ class Shapes:
         return DenoiseState(
             latents=shape(*latents),
             history=shape(HISTORY - 1, *latents),
-            prompt_embeds=shape(2, self.text_length, self.hidden_size, dtype=self.dtype),
+            conditioning=jax.tree.map(lambda x: shape(2, *x.shape, dtype=x.dtype), self.encoded),
             guidance_scale=shape(),
             seed=shape(dtype=jnp.uint32),
             step=shape(dtype=jnp.int32),
@@ -70,6 +69,23 @@ def loops_on_device(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform not in HOST_LOOPS
 
 
+def part_of(family: Family, components: Mapping[str, Any], role: Role) -> dict[str, Any]:
+    """Of what is kept by component: the components with this role."""
+    return {part: components[part] for part, component in family.COMPONENTS.items() if component.role == role}
+
+
+def encoded_shapes(family: Family, networks: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
+    """What a text becomes, as jax.ShapeDtypeStruct."""
+    input_ids = {name: jax.ShapeDtypeStruct((1, length), jnp.int32) for name, length in family.text_lengths.items()}
+    encoders = part_of(family, params, "encode")
+
+    def encode(params: Any, input_ids: Any) -> Any:
+        return family.encode(modules_of(networks, params), input_ids)
+
+    shapes = jax.eval_shape(encode, encoders, input_ids)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+
+
 def declared(shapes: Shapes, networks: Mapping[str, Any], params: Any, mesh: Mesh) -> tuple[Program, ...]:
     """`networks` makes a module of its params; both are by the component's name."""
     spec, everywhere = shapes.spec, NamedSharding(mesh, PartitionSpec())
@@ -82,27 +98,29 @@ def declared(shapes: Shapes, networks: Mapping[str, Any], params: Any, mesh: Mes
 
     params = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), params)
     number, real, rows = shape(dtype=jnp.int32), shape(), shapes.table_rows
-    embeds = shape(shapes.text_length, shapes.hidden_size, dtype=shapes.dtype)
+    text = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.encoded)
     coefficients = Coefficients(**{name: shape(rows) for name in "pqan"}, b=shape(rows, HISTORY))
-    inserted = [number, embeds, embeds, real, shape(dtype=jnp.uint32), real, shape(rows), shape(rows, 2), coefficients]
+    inserted = [number, text, text, real, shape(dtype=jnp.uint32), real, shape(rows), shape(rows, 2), coefficients]
     texts, counts = (ENCODE_TEXTS, [number]) if loops_on_device(mesh) else (1, [])
-    encode = partial(encode_program, networks["text_encoder"])
-    input_ids = shape(texts, shapes.text_length, dtype=jnp.int32)
-    programs = [program("encode", encode, params["text_encoder"], input_ids, *counts)]
+    family = shapes.family
+    encoders, denoisers, decoders = (part_of(family, params, role) for role in get_args(Role))
+    encode, denoise, decode = (part_of(family, networks, role) for role in get_args(Role))
+    input_ids = {name: shape(texts, length, dtype=jnp.int32) for name, length in family.text_lengths.items()}
+    programs = [program("encode", partial(encode_program, family, encode), encoders, input_ids, *counts)]
     for size in spec.sizes:
         label = f"{size[0]}x{size[1]}"
         state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.state(size))
         programs.append(program(f"insert {label}", insert_program, state, *inserted, donate=(0,)))
         for bucket in spec.row_buckets:
-            step = partial(step_program, networks["unet"], row_sharding(mesh, bucket))
+            step = partial(step_program, family, denoise, row_sharding(mesh, bucket))
             indices: Any = [shape(bucket, dtype=jnp.int32)] * len(Rows._fields)
-            arguments = (params["unet"], state, Rows(*indices), *counts)
+            arguments = (denoisers, state, Rows(*indices), *counts)
             programs.append(program(f"step {label} rows {bucket}", step, *arguments, donate=(1,)))
         for bucket in spec.decode_buckets:
-            decode = partial(decode_program, networks["vae"], row_sharding(mesh, bucket))
+            pixels = partial(decode_program, family, decode, row_sharding(mesh, bucket))
             slots = shape(bucket, dtype=jnp.int32)
-            programs.append(program(f"decode {label} images {bucket}", decode, params["vae"], state.latents, slots))
-        preview_map = shape(shapes.latent_channels + 1, 3)
+            programs.append(program(f"decode {label} images {bucket}", pixels, decoders, state.latents, slots))
+        preview_map = shape(family.latent_channels + 1, 3)
         read = (preview_map, state.latents, state.history, state.preview, state.step, number)
         programs.append(program(f"preview {label}", partial(preview_program, size), *read))
     return tuple(programs)

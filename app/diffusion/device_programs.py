@@ -3,7 +3,7 @@
 Knows nothing of requests and queues, nor of how programs are declared, compiled and kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from app.diffusion.families.family import Family, Networks
 from app.diffusion.samplers import Coefficients, update
 from app.diffusion.sharding import divided, passes_of, strips_of, together_on
 from app.types import ActiveSlot, Size
@@ -23,7 +24,7 @@ class DenoiseState(NamedTuple):
 
     latents: jax.Array  # float32 [S, h, w, C], variance-preserving
     history: jax.Array  # float32 [S, HISTORY - 1, h, w, C], newest first
-    prompt_embeds: jax.Array  # [S, 2, T, D]: unconditional, conditional
+    conditioning: Any  # the family's pytree of arrays [S, 2, ...]: unconditional, conditional
     guidance_scale: jax.Array  # float32 [S]
     seed: jax.Array  # uint32 [S]
     step: jax.Array  # int32 [S], the next row of the slot's table
@@ -61,31 +62,40 @@ def network_of(graph: Any, tree: Any, params: Sequence[jax.Array]) -> Any:
     return nnx.merge(graph, jax.tree.unflatten(tree, params))
 
 
+def modules_of(networks: Networks, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`networks` makes a module of each component's params."""
+    return {part: networks[part](params[part]) for part in params}
+
+
 def encode_program(
-    text_encoder: Any, params: Any, input_ids: jax.Array, count: jax.Array | None = None
-) -> list[jax.Array]:
+    family: Family, networks: Networks, params: Any, input_ids: Mapping[str, jax.Array], count: jax.Array | None = None
+) -> list[Any]:
     """Encodes the first `count` texts one after the other, so padding costs nothing and neighbours change no bit.
 
     Without a count there is no loop, and `input_ids` is one text.
     """
-    module = text_encoder(params)
+    encode = partial(family.encode, modules_of(networks, params))
     if count is None:
-        return list(module(input_ids))
-    single = jax.eval_shape(module, input_ids[:1])
+        return [jax.tree.map(lambda x: x[0], encode(input_ids))]
+    texts = len(next(iter(input_ids.values())))
+    single = jax.eval_shape(encode, jax.tree.map(lambda ids: ids[:1], input_ids))
 
-    def encode(i: jax.Array, embeds: jax.Array) -> jax.Array:
-        ids = jax.lax.dynamic_slice_in_dim(input_ids, i, 1)
-        return jax.lax.dynamic_update_slice_in_dim(embeds, module(ids), i, axis=0)
+    def encode_text(i: jax.Array, encoded: Any) -> Any:
+        ids = jax.tree.map(lambda ids: jax.lax.dynamic_slice_in_dim(ids, i, 1), input_ids)
+        return jax.tree.map(
+            lambda x, text: jax.lax.dynamic_update_slice_in_dim(x, text, i, axis=0), encoded, encode(ids)
+        )
 
-    embeds = jax.lax.fori_loop(0, count, encode, jnp.zeros((len(input_ids), *single.shape[1:]), single.dtype))
-    return list(embeds)
+    empty = jax.tree.map(lambda x: jnp.zeros((texts, *x.shape[1:]), x.dtype), single)
+    encoded = jax.lax.fori_loop(0, count, encode_text, empty)
+    return [jax.tree.map(lambda x, i=i: x[i], encoded) for i in range(texts)]
 
 
 def insert_program(
     state: DenoiseState,
     slot: jax.Array,
-    uncond_embeds: jax.Array,
-    cond_embeds: jax.Array,
+    uncond: Any,
+    cond: Any,
     guidance_scale: jax.Array,
     seed: jax.Array,
     initial_scale: jax.Array,
@@ -98,7 +108,7 @@ def insert_program(
     image = DenoiseState(
         latents=initial_scale * noise,
         history=jnp.zeros(state.history.shape[1:]),
-        prompt_embeds=jnp.stack([uncond_embeds, cond_embeds]),
+        conditioning=jax.tree.map(lambda *rows: jnp.stack(rows), uncond, cond),
         # As in diffusers, a scale of 1 or less means no guidance.
         guidance_scale=jnp.maximum(guidance_scale, 1.0),
         seed=seed,
@@ -111,16 +121,22 @@ def insert_program(
 
 
 def step_program(
-    unet: Any, sharding: NamedSharding, params: Any, state: DenoiseState, rows: Rows, count: jax.Array | None = None
+    family: Family,
+    networks: Networks,
+    sharding: NamedSharding,
+    params: Any,
+    state: DenoiseState,
+    rows: Rows,
+    count: jax.Array | None = None,
 ) -> tuple[DenoiseState, jax.Array]:
-    """Gathers the active slots, `count` times runs the UNet over their rows and applies the tables, and scatters.
+    """Gathers the active slots, `count` times denoises their rows and applies the tables, and scatters.
 
     Without a count there is no loop: it is one step.
     """
     active: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
     positions = jnp.arange(len(rows.slots))
-    embeds = active.prompt_embeds[rows.owner, rows.conditional]
-    predict = divided(partial(predict_noise, unet, together_on(sharding)), sharding)
+    conditioning = jax.tree.map(lambda x: x[rows.owner, rows.conditional], active.conditioning)
+    predict = divided(partial(predict_noise, family, networks, together_on(sharding)), sharding)
     replicated = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(sharding.mesh, PartitionSpec()))
 
     def step(
@@ -128,7 +144,7 @@ def step_program(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         latents, history, at = moving
         timesteps = active.timesteps[positions, at]
-        noise_pred = replicated(predict(params, latents[rows.owner], timesteps[rows.owner], embeds))
+        noise_pred = replicated(predict(params, latents[rows.owner], timesteps[rows.owner], conditioning))
         uncond, cond = noise_pred[rows.uncond], noise_pred[rows.cond]
         noise_pred = uncond + active.guidance_scale[:, None, None, None] * (cond - uncond)
         fresh = jax.vmap(partial(slot_noise, shape=latents.shape[1:]))(active.seed, at + 1)
@@ -147,30 +163,40 @@ def step_program(
 
 
 def predict_noise(
-    unet: Any, together: int | None, params: Any, latents: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array
+    family: Family,
+    networks: Networks,
+    together: int | None,
+    params: Any,
+    latents: jax.Array,
+    timesteps: jax.Array,
+    conditioning: Any,
 ) -> jax.Array:
-    """The UNet over one chip's rows: `together` of them at a time, one pass after the other."""
-    module, (rows, height) = unet(params), latents.shape[:2]
+    """The denoiser over one chip's rows: `together` of them at a time, one pass after the other."""
+    rows, height = latents.shape[:2]
     passes = passes_of(rows, together)
-    coarsest = height // module.config.scale_factor
-    predict = partial(module, strips=strips_of(rows // passes, coarsest, together))
+    strips = strips_of(rows // passes, height // family.strip_rows, together)
+    predict = partial(family.denoise, modules_of(networks, params), strips=strips)
+    inputs = (latents, timesteps, conditioning)
     if passes == 1:
-        noise_pred = predict(latents, timesteps, prompt_embeds)
+        noise_pred = predict(*inputs)
     else:
-        parts = [x.reshape(passes, -1, *x.shape[1:]) for x in (latents, timesteps, prompt_embeds)]
-        noise_pred = jax.lax.map(lambda part: predict(*part), tuple(parts)).reshape(latents.shape)
+        parts = jax.tree.map(lambda x: x.reshape(passes, -1, *x.shape[1:]), inputs)
+        noise_pred = jax.lax.map(lambda part: predict(*part), parts).reshape(latents.shape)
     return noise_pred.astype(jnp.float32)
 
 
-def decode_program(vae: Any, sharding: NamedSharding, params: Any, latents: jax.Array, slots: jax.Array) -> jax.Array:
+def decode_program(
+    family: Family, networks: Networks, sharding: NamedSharding, params: Any, latents: jax.Array, slots: jax.Array
+) -> jax.Array:
     """The images of these slots: uint8 [R, H, W, 3]."""
-    decode = divided(partial(decode_rows, vae, together_on(sharding)), sharding)
+    decode = divided(partial(decode_rows, family, networks, together_on(sharding)), sharding)
     return decode(params, latents.at[slots].get(mode="clip"))
 
 
-def decode_rows(vae: Any, together: int | None, params: Any, latents: jax.Array) -> jax.Array:
+def decode_rows(family: Family, networks: Networks, together: int | None, params: Any, latents: jax.Array) -> jax.Array:
     """Where the strips of one image fill a chip, images are decoded one by one: intermediate arrays are smallest so."""
-    decode = partial(vae(params).decode, strips=strips_of(1, latents.shape[1], together))
+    strips = strips_of(1, latents.shape[1], together)
+    decode = partial(family.decode, modules_of(networks, params), strips=strips)
     if together is None or len(latents) == 1:
         return as_pixels(decode(latents))
     return jax.lax.map(lambda image: as_pixels(decode(image[None])[0]), latents)

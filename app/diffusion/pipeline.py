@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,18 @@ from app.aot.compile import compiled
 from app.aot.libtpu_flags import set_flags
 from app.aot.store import first_line
 from app.diffusion.calibration import calibrate
-from app.diffusion.declared_programs import ENCODE_TEXTS, Shapes, declared, loops_on_device
+from app.diffusion.declared_programs import (
+    ENCODE_TEXTS,
+    Shapes,
+    declared,
+    encoded_shapes,
+    loops_on_device,
+    part_of,
+)
 from app.diffusion.device_programs import DenoiseState, network_of, rows_of
+from app.diffusion.families.family import Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
-from app.diffusion.models.tokenizer import Tokenizer
-from app.diffusion.samplers import Coefficients, SamplerTable, Schedule, default_sampler, make_table, samplers_for
+from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, make_table, samplers_for
 from app.diffusion.sharding import mesh_of, placed
 from app.types import ActiveSlot, InvalidField, PipelineSpec, Size
 
@@ -37,9 +44,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class Encoded:
-    """A text's embeddings, [T, D], and whether the text was too long for the text encoder."""
+    """What a text adds to the conditioning, and whether it was too long for a text encoder."""
 
-    embeds: jax.Array
+    conditioning: Any  # the family's pytree of arrays, without leading axes
     truncated: bool
 
 
@@ -49,46 +56,40 @@ class Pipeline:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        tokenizer: Tokenizer,
         spec: PipelineSpec,
         *,
         devices: Sequence[jax.Device] | None = None,
     ):
-        check_sizes(spec.sizes, checkpoint.vae.config.scale_factor * checkpoint.unet.config.scale_factor)
+        family = checkpoint.family
+        check_sizes(spec.sizes, family.size_multiple)
         self.spec = spec
         self.sizes = spec.sizes
         self.row_buckets = spec.row_buckets
         self.decode_buckets = spec.decode_buckets
         self.num_slots = spec.num_slots
         self.max_steps = spec.max_steps
-        self.schedule = Schedule.from_config(checkpoint.scheduler)
+        self.schedule = checkpoint.schedule
         self.samplers = samplers_for(self.schedule)
         self.default_sampler = default_sampler(self.schedule)
-        self.tokenizer = tokenizer
-        self.shapes = Shapes(
-            spec,
-            text_length=tokenizer.length,
-            hidden_size=checkpoint.text_encoder.config.hidden_size,
-            dtype=checkpoint.unet.dtype,
-            latent_channels=checkpoint.vae.config.latent_channels,
-            scale_factor=checkpoint.vae.config.scale_factor,
-        )
+        self.tokenizers = checkpoint.tokenizers
         self.mesh = mesh_of(jax.local_devices() if devices is None else devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         self.loops_on_device = loops_on_device(self.mesh)
         networks, params = {}, {}
-        for name in ("unet", "vae", "text_encoder"):
-            graph, variables = nnx.split(getattr(checkpoint, name))
+        for name, network in checkpoint.networks.items():
+            graph, variables = nnx.split(network)
             # Plain arrays go into a dispatch faster than Flax's variables.
             params[name], tree = jax.tree.flatten(variables)
             networks[name] = partial(network_of, graph, tree)
         self.params = placed(params, self.everywhere)
+        self.encoders, self.denoisers, self.decoders = (part_of(family, self.params, role) for role in get_args(Role))
+        self.shapes = Shapes(spec, family, encoded_shapes(family, networks, self.params))
         self.programs = declared(self.shapes, networks, self.params, self.mesh)
         self.run: Mapping[str, Callable[..., Any]] = {}
         # `warmup` measures these.
         self.step_s: dict[tuple[Size, int], float] = {}
         self.decode_s: dict[tuple[Size, int], float] = {}
-        self.preview_maps = dict.fromkeys(self.sizes, np.zeros((self.shapes.latent_channels + 1, 3), np.float32))
+        self.preview_maps = dict.fromkeys(self.sizes, np.zeros((family.latent_channels + 1, 3), np.float32))
 
     @classmethod
     def load(cls, spec: PipelineSpec, *, devices: Sequence[jax.Device] | None = None) -> "Pipeline":
@@ -98,9 +99,7 @@ class Pipeline:
         """
         set_flags()
         checkpoint = load_checkpoint(spec.model, revision=spec.revision, dtype=DTYPES[spec.dtype])
-        length = checkpoint.text_encoder.config.max_position_embeddings
-        tokenizer = Tokenizer(checkpoint.folder / "tokenizer", length)
-        return cls(checkpoint, tokenizer, spec, devices=devices)
+        return cls(checkpoint, spec, devices=devices)
 
     def warmup(self) -> None:
         """Loads or compiles every declared program, runs each, and times those that the engine plans with."""
@@ -120,16 +119,19 @@ class Pipeline:
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Several texts go into a dispatch, but what a text becomes never depends on its neighbours."""
-        tokens = self.tokenizer(list(texts))
-        embeds: list[jax.Array] = []
+        tokens = {name: tokenizer(list(texts)) for name, tokenizer in self.tokenizers.items()}
+        encoded: list[Any] = []
         together = ENCODE_TEXTS if self.loops_on_device else 1
         for first in range(0, len(texts), together):
-            ids = tokens.input_ids[first : first + together]
-            padded = np.zeros((together, self.tokenizer.length), np.int32)
-            padded[: len(ids)] = ids
-            counts = [np.int32(len(ids))] if self.loops_on_device else []
-            embeds += self.run["encode"](self.params["text_encoder"], padded, *counts)[: len(ids)]
-        return [Encoded(*text) for text in zip(embeds, tokens.truncated, strict=True)]
+            count = min(together, len(texts) - first)
+            padded = {}
+            for name, read in tokens.items():
+                padded[name] = np.zeros((together, read.input_ids.shape[1]), np.int32)
+                padded[name][:count] = read.input_ids[first : first + count]
+            counts = [np.int32(count)] if self.loops_on_device else []
+            encoded += self.run["encode"](self.encoders, padded, *counts)[:count]
+        truncated = map(any, zip(*(read.truncated for read in tokens.values()), strict=True))
+        return [Encoded(*text) for text in zip(encoded, truncated, strict=True)]
 
     def insert(
         self,
@@ -145,8 +147,8 @@ class Pipeline:
         return self.run[f"insert {self.label(state)}"](
             state,
             np.int32(slot),
-            negative_prompt.embeds,
-            prompt.embeds,
+            negative_prompt.conditioning,
+            prompt.conditioning,
             np.float32(guidance_scale),
             np.uint32(seed),
             np.float32(table.initial_scale),
@@ -164,14 +166,14 @@ class Pipeline:
         program = self.run[f"step {self.label(state)} rows {len(rows.slots)}"]
         dispatches, counts = (1, [np.int32(count)]) if self.loops_on_device else (count, [])
         for _ in range(dispatches):
-            state, done = program(self.params["unet"], state, rows, *counts)
+            state, done = program(self.denoisers, state, rows, *counts)
         return state, done
 
     def decode(self, state: DenoiseState, slots: Sequence[int]) -> jax.Array:
         """The slots' images, uint8 [bucket, H, W, 3] in the order of `slots`. Rows past `len(slots)` are padding."""
         bucket = next(bucket for bucket in self.decode_buckets if bucket >= len(slots))
         padded = np.array([*slots, *[self.num_slots] * (bucket - len(slots))], np.int32)
-        return self.run[f"decode {self.label(state)} images {bucket}"](self.params["vae"], state.latents, padded)
+        return self.run[f"decode {self.label(state)} images {bucket}"](self.decoders, state.latents, padded)
 
     def preview(self, state: DenoiseState, slot: int) -> jax.Array:
         """An unfinished image as its last step saw it, by a linear map instead of the VAE: uint8 [1, H, W, 3]."""
@@ -197,7 +199,8 @@ class Pipeline:
 
     def size(self, state: DenoiseState) -> Size:
         height, width = state.latents.shape[1:3]
-        return width * self.shapes.scale_factor, height * self.shapes.scale_factor
+        pixels = self.shapes.family.pixels_per_latent
+        return width * pixels, height * pixels
 
     def label(self, state: DenoiseState) -> str:
         """The size in the names of programs."""

@@ -99,7 +99,7 @@ def test_a_model_of_shapes_holds_no_weights() -> None:
     from flax import nnx
 
     checkpoint = shapes_of("demo", jnp.bfloat16)
-    leaves = jax.tree.leaves(nnx.state(checkpoint.unet))
+    leaves = jax.tree.leaves(nnx.state(checkpoint.networks["unet"]))
     assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 

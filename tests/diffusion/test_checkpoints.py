@@ -1,6 +1,7 @@
 """app/diffusion/models/loading.py on checkpoints that are nearly right: each loads as in diffusers, or is refused by
 name."""
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -143,8 +144,7 @@ def test_an_option_of_the_text_encoder_that_would_change_the_picture_is_refused(
 def pndm_of(model: Path, **changes: Any) -> list[float]:
     """The timesteps of five steps."""
     edit(model / "scheduler/scheduler_config.json", **changes)
-    schedule = Schedule.from_config(load_checkpoint(model).scheduler)
-    return make_table("pndm", 5, schedule).timesteps.tolist()
+    return make_table("pndm", 5, load_checkpoint(model).schedule).timesteps.tolist()
 
 
 @pytest.mark.slow
@@ -188,11 +188,11 @@ def test_a_file_that_is_right_is_not_remarked_on(model: Path, caplog: pytest.Log
 def test_what_the_pipeline_corrects_loads_and_is_logged(
     model: Path, changes: dict[str, Any], remark: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    named = {"_class_name": changes.get("_class_name", "PNDMScheduler")}
-    as_published = Schedule.from_config({**load_checkpoint(model).scheduler, **named})
+    named = {"class_name": changes.get("_class_name", "PNDMScheduler")}
+    as_published = dataclasses.replace(load_checkpoint(model).schedule, **named)
     edit(model / "scheduler/scheduler_config.json", **changes)
     with caplog.at_level(logging.INFO, logger="ray.serve.app.models.loading"):
-        assert Schedule.from_config(load_checkpoint(model).scheduler) == as_published
+        assert load_checkpoint(model).schedule == as_published
     assert remark in caplog.text
 
 

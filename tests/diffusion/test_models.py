@@ -73,18 +73,18 @@ decode = nnx.jit(lambda vae, latents: vae.decode(latents))
 def run(checkpoint: Checkpoint, model: str, part: str) -> Any:
     """One submodule on its recorded inputs."""
     inputs = tiny.inputs(model)
-    down = checkpoint.unet.down_blocks[1]
+    down = checkpoint.networks["unet"].down_blocks[1]
     if part == "prompt_embeds":
-        return call(checkpoint.text_encoder, golden(model)["input_ids"])
+        return call(checkpoint.networks["text_encoder"], golden(model)["input_ids"])
     if part == "resnet":
         return call(down.resnets[0], inputs["resnet"], inputs["time"])
     if part == "transformer":
         return call(down.attentions[0], inputs["transformer"], inputs["context"][:2])
     if part == "unet":
-        return call(checkpoint.unet, inputs["unet"], inputs["timesteps"], inputs["context"])
+        return call(checkpoint.networks["unet"], inputs["unet"], inputs["timesteps"], inputs["context"])
     if part == "moments":
-        return np.concatenate(encode(checkpoint.vae, inputs["pixels"]), axis=-1)
-    return decode(checkpoint.vae, inputs["vae_latents"] * checkpoint.vae.config.scaling_factor)
+        return np.concatenate(encode(checkpoint.networks["vae"], inputs["pixels"]), axis=-1)
+    return decode(checkpoint.networks["vae"], inputs["vae_latents"] * checkpoint.networks["vae"].config.scaling_factor)
 
 
 PARTS = ("prompt_embeds", "resnet", "transformer", "unet", "moments", "decoded")
@@ -109,7 +109,7 @@ def test_images_cut_into_strips_are_what_whole_ones_are(load: Load, model: str) 
         predicted = unet(latents, inputs["timesteps"][:2], inputs["context"][:2], strips=strips)
         return predicted, vae.decode(latents, strips=strips)
 
-    whole, *cut = (both(checkpoint.unet, checkpoint.vae, strips) for strips in (1, 2, 4))
+    whole, *cut = (both(checkpoint.networks["unet"], checkpoint.networks["vae"], strips) for strips in (1, 2, 4))
     for parts in cut:
         assert all(relative_error(ours, expected) <= 1e-5 for ours, expected in zip(parts, whole, strict=True))
 
@@ -128,8 +128,7 @@ def test_whole_pictures_are_within_a_grey_level_of_diffusers(load: Load, model: 
     height, width = tiny.IMAGE_SIZES[model]
     size = (width, height)
     checkpoint = load(model)
-    tokenizer = Tokenizer(checkpoint.folder / "tokenizer", checkpoint.text_encoder.config.max_position_embeddings)
-    pipeline = Pipeline(checkpoint, tokenizer, PipelineSpec(model, sizes=(size,), batch_buckets=(2,), max_steps=8))
+    pipeline = Pipeline(checkpoint, PipelineSpec(model, sizes=(size,), batch_buckets=(2,), max_steps=8))
     pipeline.warmup()
     prompts, negative_prompts = pipeline.encode(tiny.PROMPTS), pipeline.encode(tiny.NEGATIVE_PROMPTS)
     for sampler, steps, guidance_scale in tiny.RUNS[model]:
@@ -185,7 +184,7 @@ def test_tensor_names_of_old_checkpoints_are_understood(load: Load) -> None:
         old.folder / "vae" / "diffusion_pytorch_model.safetensors"
     )
     for component in ("vae", "text_encoder"):
-        states = (nnx.state(getattr(checkpoint, component), nnx.Param) for checkpoint in (new, old))
+        states = (nnx.state(checkpoint.networks[component], nnx.Param) for checkpoint in (new, old))
         jax.tree.map(np.testing.assert_array_equal, *states)
 
 

@@ -13,7 +13,7 @@ import app.diffusion.declared_programs
 import app.diffusion.pipeline
 from app.aot.compile import CompileWatch, compiled
 from app.diffusion.device_programs import rows_of
-from app.diffusion.pipeline import Pipeline
+from app.diffusion.pipeline import Encoded, Pipeline
 from app.diffusion.sharding import row_sharding
 from app.types import ActiveSlot, PipelineSpec
 from tests.tiny import tensor_shapes, write_checkpoint
@@ -107,12 +107,16 @@ def test_slots_at_different_steps_of_different_samplers_share_a_step(pipeline: P
         assert far(draw(pipeline, [request])[0], picture) <= 1
 
 
+def embeds(text: Encoded) -> np.ndarray:
+    return np.asarray(text.conditioning["prompt_embeds"])
+
+
 def test_a_text_is_encoded_to_the_same_bits_beside_any_other(pipeline: Pipeline) -> None:
     texts = ["the sea", "a house", "", "rain", "a sun at night"]
-    alone = [np.asarray(pipeline.encode([text])[0].embeds) for text in texts]
+    alone = [embeds(pipeline.encode([text])[0]) for text in texts]
     for order in itertools.islice(itertools.permutations(range(5)), 0, 120, 17):
         together = pipeline.encode([texts[i] for i in order])
-        assert all(np.array_equal(text.embeds, alone[i]) for i, text in zip(order, together, strict=True))
+        assert all(np.array_equal(embeds(text), alone[i]) for i, text in zip(order, together, strict=True))
 
 
 def test_without_guidance_the_negative_prompt_is_nothing(pipeline: Pipeline) -> None:
@@ -234,7 +238,7 @@ def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None
     (text,) = pipeline.encode(["a house"])
     state = pipeline.insert(pipeline.empty_state(SIZE), 0, text, text, pipeline.table("dpmpp_2m", 2), 5.0, 3)
     state, _ = pipeline.step(state, [ActiveSlot(0, True)], 2)
-    dtypes = [str(x.dtype) for x in (state.latents, state.history, state.prompt_embeds)]
+    dtypes = [str(x.dtype) for x in (state.latents, state.history, state.conditioning["prompt_embeds"])]
     assert dtypes == ["float32", "float32", "bfloat16"]
     assert np.isfinite(np.asarray(state.latents)).all()
 

@@ -72,7 +72,7 @@ def test_a_folder_becomes_bf16_that_our_modules_load(model: Path, tmp_path: Path
     assert {tensor.dtype for tensor in after.values()} == {np.dtype(ml_dtypes.bfloat16)}
     name = "conv_in.weight"
     assert after[name].tobytes() == before[name].astype(ml_dtypes.bfloat16).tobytes()
-    assert load_checkpoint(out).scheduler == load_checkpoint(model).scheduler
+    assert load_checkpoint(out).schedule == load_checkpoint(model).schedule
     files = json.loads((out / "manifest.json").read_text())["files"]
     assert set(files) == {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} - {"manifest.json"}
 
@@ -199,7 +199,7 @@ def test_a_one_file_checkpoint_gives_the_tensors_of_the_folder_it_was_made_of(mo
     from_file, from_folder = (load_checkpoint(folder, dtype=np.float32) for folder in (tmp_path / "weights", model))
     for part in ("unet", "vae", "text_encoder"):
         unpacked, expected = (
-            to_tensors(getattr(checkpoint, part), np.float32) for checkpoint in (from_file, from_folder)
+            to_tensors(checkpoint.networks[part], np.float32) for checkpoint in (from_file, from_folder)
         )
         assert set(unpacked) == set(expected)
         assert all(np.array_equal(unpacked[name], expected[name]) for name in unpacked)

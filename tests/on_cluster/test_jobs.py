@@ -126,7 +126,7 @@ def test_fetched_weights_are_the_models_in_bf16(verbs: Verbs, tmp_path: Path) ->
     output = succeeds(submitted(verbs, "fetch_weights", "assets/demo-model", "--out", out))
     assert f"Deploy it with `model: {out}`." in output
     checkpoint = load_checkpoint(out, dtype=jnp.bfloat16)
-    assert checkpoint.unet.config == load_checkpoint(ROOT / "assets/demo-model").unet.config
+    assert checkpoint.family == load_checkpoint(ROOT / "assets/demo-model").family
 
 
 BATCH = 48

@@ -8,9 +8,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# The safetensors file of each part of a checkpoint.
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-
 # Options of diffusers' UNet2DConditionModel that Stable Diffusion 1.x and 2.x leave at these values.
 UNET_FIXED: dict[str, Any] = {
     "act_fn": "silu",
@@ -87,8 +84,8 @@ class UNetConfig:
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @classmethod
-    def from_json(cls, json: Mapping[str, Any], problems: list[str]) -> "UNetConfig":
-        fields = Fields("unet/config.json", "UNet2DConditionModel", json, UNET_FIXED, problems)
+    def from_json(cls, json: Mapping[str, Any], problems: list[str], where: str = "unet/config.json") -> "UNetConfig":
+        fields = Fields(where, "UNet2DConditionModel", json, UNET_FIXED, problems)
         channels = fields.numbers("block_out_channels", (320, 640, 1280, 1280))
         # diffusers' name is wrong for history's sake: it counts heads (huggingface/diffusers issue 2011).
         heads = fields.per_level("attention_head_dim", 8, len(channels))
@@ -138,8 +135,8 @@ class VAEConfig:
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @classmethod
-    def from_json(cls, json: Mapping[str, Any], problems: list[str]) -> "VAEConfig":
-        fields = Fields("vae/config.json", "AutoencoderKL", json, VAE_FIXED, problems)
+    def from_json(cls, json: Mapping[str, Any], problems: list[str], where: str = "vae/config.json") -> "VAEConfig":
+        fields = Fields(where, "AutoencoderKL", json, VAE_FIXED, problems)
         channels = fields.numbers("block_out_channels", (64,))
         fields.choices("down_block_types", ("DownEncoderBlock2D",), len(channels))
         fields.choices("up_block_types", ("UpDecoderBlock2D",), len(channels))
@@ -182,8 +179,9 @@ class CLIPTextConfig:
     layer_norm_eps: float
 
     @classmethod
-    def from_json(cls, json: Mapping[str, Any], problems: list[str]) -> "CLIPTextConfig":
-        where = "text_encoder/config.json"
+    def from_json(
+        cls, json: Mapping[str, Any], problems: list[str], where: str = "text_encoder/config.json"
+    ) -> "CLIPTextConfig":
         # transformers writes dozens of generation options into any config: only those that shape the network count.
         architecture = (json.get("architectures") or ["CLIPTextModel"])[0]
         if architecture != "CLIPTextModel":

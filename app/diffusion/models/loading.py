@@ -6,24 +6,22 @@ Knows nothing of requests, samplers' arithmetic or compiled programs.
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from app.diffusion.models.clip import CLIPText
-from app.diffusion.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig, mismatches
+from app.diffusion.families.family import Family
+from app.diffusion.families.registry import FAMILIES, recognise
 from app.diffusion.models.errors import one_line
-from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.models.tensor_names import squeezed
 from app.diffusion.models.tensors import finite, from_tensor, tensor_name, tensor_shape
 from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.models.tokenizer_files import some, tokenizer_problems
-from app.diffusion.models.unet import UNet
-from app.diffusion.models.vae import VAE
 from app.diffusion.models.weight_files import Tensor, find_tensors
 from app.diffusion.samplers import Schedule
 
@@ -31,37 +29,29 @@ logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve write
 
 Module = TypeVar("Module", bound=nnx.Module)
 
-# The parts of a Stable Diffusion folder. It may also have a safety checker and a feature extractor, which are not run.
-COMPONENTS = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": "CLIPTokenizer",
-}
-CONFIGS = {
-    "unet": "unet/config.json",
-    "vae": "vae/config.json",
-    "text_encoder": "text_encoder/config.json",
-    "scheduler": "scheduler/scheduler_config.json",
-}
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+# Folders may also have a safety checker and other components that are not run: only configurations of them come along.
 DOWNLOADED = [
-    "model_index.json",
+    INDEX,
     "*/config.json",
     "scheduler/*.json",
-    "tokenizer/*",
-    *(f"{part}/{stem}.safetensors" for part, stem in STEMS.items()),
+    "tokenizer*/*",
+    *sorted(
+        {f"{part}/{component.stem}.safetensors" for family in FAMILIES for part, component in family.COMPONENTS.items()}
+    ),
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model. `scheduler` is scheduler/scheduler_config.json, corrected as diffusers' pipeline corrects it."""
+    """A loaded model: its family, its networks by component, and its tokenizers by folder."""
 
     folder: Path
-    unet: UNet
-    vae: VAE
-    text_encoder: CLIPText
-    scheduler: Mapping[str, Any]
+    family: Family
+    networks: Mapping[str, Any]
+    tokenizers: Mapping[str, Tokenizer]
+    schedule: Schedule
 
 
 def load_checkpoint(model: str | Path, *, revision: str | None = None, dtype: Any = jnp.float32) -> Checkpoint:
@@ -72,62 +62,85 @@ def load_checkpoint(model: str | Path, *, revision: str | None = None, dtype: An
     """
     folder = checkpoint_folder(model, revision)
     problems: list[str] = []
-    index = read_json(folder, "model_index.json", problems)
-    for part, wanted in COMPONENTS.items():
-        entry = index.get(part) if index else None
-        got = entry[-1] if isinstance(entry, list) and entry else entry
-        if index and got not in (wanted, f"{wanted}Fast"):
-            problems.append(f"model_index.json: {part} must be a {wanted}, got {got}.")
-    files = {part: read_json(folder, name, problems) for part, name in CONFIGS.items()}
-    builders = architecture(files, dtype, problems)
-    scheduler = schedule_of(files["scheduler"], problems) if files["scheduler"] else {}
+    index = read_json(folder, INDEX, problems)
+    kind = recognise(index or {file.name: None for file in folder.iterdir()}, [] if problems else problems)
+    if kind is None:
+        refuse(folder, problems, hub_problems(model, revision, problems))
+    assert kind is not None
+    if index:
+        problems += class_problems(kind, index)
+    configs = component_configs(kind, folder, problems)
+    family = architecture(kind, configs, index, problems)
+    content = read_json(folder, SCHEDULER, problems)
+    schedule = schedule_of(kind, content, problems) if content else None
     # A missing weight can be named before the architecture is understood; a wrong shape cannot.
-    tensors = {part: find_tensors(folder / part, STEMS[part], problems) for part in builders}
-    unclear: list[str] = []
-    text = CLIPTextConfig.from_json(files["text_encoder"], unclear)
-    if not unclear:
-        problems += tokenizer_problems(folder / "tokenizer", text)
-    _refuse(folder, problems, hub_problems(model, revision, problems))
+    tensors = {
+        part: find_tensors(folder / part, component.stem, problems) for part, component in kind.COMPONENTS.items()
+    }
+    for name, part in kind.TOKENIZERS.items():
+        unclear: list[str] = []
+        text = kind.COMPONENTS[part].read(configs[part], unclear, part)
+        if not unclear:
+            problems += tokenizer_problems(folder / name, text)
+    refuse(folder, problems, hub_problems(model, revision, problems))
 
-    problems += Tokenizer(folder / "tokenizer", text.max_position_embeddings).problems(text.vocab_size)
+    tokenizers = {name: Tokenizer(folder / name, length) for name, length in family.text_lengths.items()}
+    for name, part in kind.TOKENIZERS.items():
+        problems += tokenizers[name].problems(getattr(family, part).vocab_size)
     broken: list[str] = []
-    modules = {part: load_module(build, tensors[part], part, problems, broken) for part, build in builders.items()}
+    networks = {
+        part: load_module(build, tensors[part], part, problems, broken)
+        for part, build in builders(family, dtype).items()
+    }
     if broken:
         problems.append(f"NaN or infinity stands among the weights, in {some(broken)}.")
-    _refuse(folder, problems)
-    return Checkpoint(
-        folder,
-        cast(UNet, modules["unet"]),
-        cast(VAE, modules["vae"]),
-        cast(CLIPText, modules["text_encoder"]),
-        scheduler,
-    )
+    refuse(folder, problems)
+    assert schedule is not None
+    return Checkpoint(folder, family, networks, tokenizers, schedule)
 
 
-def schedule_of(content: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    scheduler, remarks = corrected(content)
-    for remark in remarks:
-        logger.info(f"{CONFIGS['scheduler']}: {remark}")
+def class_problems(kind: type[Family], index: Mapping[str, Any]) -> Iterator[str]:
+    classes = {part: component.class_name for part, component in kind.COMPONENTS.items()}
+    for part, wanted in (classes | dict.fromkeys(kind.TOKENIZERS, "CLIPTokenizer")).items():
+        entry = index.get(part)
+        got = entry[-1] if isinstance(entry, list) and entry else entry
+        if got not in (wanted, f"{wanted}Fast"):
+            yield f"{INDEX}: {part} must be a {wanted}, got {got}."
+
+
+def schedule_of(kind: type[Family], content: Mapping[str, Any], problems: list[str]) -> Schedule | None:
     try:
-        Schedule.from_config(scheduler)
+        schedule, remarks = kind.schedule(content)
     except ValueError as error:
-        problems.append(f"{CONFIGS['scheduler']}: {error}")
-    return scheduler
+        problems.append(f"{SCHEDULER}: {error}")
+        return None
+    for remark in remarks:
+        logger.info(f"{SCHEDULER}: {remark}")
+    return schedule
+
+
+def component_configs(kind: type[Family], folder: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """The content of each component's config.json."""
+    return {part: read_json(folder, f"{part}/config.json", problems) for part in kind.COMPONENTS}
 
 
 def architecture(
-    configs: Mapping[str, Mapping[str, Any]], dtype: Any, problems: list[str]
-) -> dict[str, Callable[[], nnx.Module]]:
-    """A function for each network that builds it, by the contents of a checkpoint's files in CONFIGS."""
-    unet_config = UNetConfig.from_json(configs["unet"], problems)
-    vae_config = VAEConfig.from_json(configs["vae"], problems)
-    text_config = CLIPTextConfig.from_json(configs["text_encoder"], problems)
-    problems += mismatches(unet_config, vae_config, text_config)
-    rngs: Any = OneKey()
+    kind: type[Family], configs: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any], problems: list[str]
+) -> Family:
+    """The family of a checkpoint with these configurations."""
+    parts = kind.COMPONENTS.items()
+    family = kind.of(
+        {part: component.read(configs[part], problems, f"{part}/config.json") for part, component in parts}, index
+    )
+    problems += family.problems()
+    return family
+
+
+def builders(family: Family, dtype: Any) -> dict[str, Callable[[], nnx.Module]]:
+    """A function for each component that builds its network."""
     return {
-        "unet": lambda: UNet(unet_config, dtype=dtype, rngs=rngs),
-        "vae": lambda: VAE(vae_config, dtype=dtype, rngs=rngs),
-        "text_encoder": lambda: CLIPText(text_config, dtype=dtype, rngs=rngs),
+        part: partial(component.network, getattr(family, part), dtype=dtype, rngs=OneKey())
+        for part, component in family.COMPONENTS.items()
     }
 
 
@@ -205,7 +218,7 @@ def load_module(
     return nnx.merge(graph, nnx.from_flat_state(filled)) if not problems else nnx.merge(graph, abstract)
 
 
-def _refuse(folder: Path, problems: list[str], remarks: Sequence[str] = ()) -> None:
+def refuse(folder: Path, problems: list[str], remarks: Sequence[str] = ()) -> None:
     if problems:
         lines = "\n".join([*(f"- {line}" for line in problems), *remarks])
         raise ValueError(f"checkpoint {folder} cannot be loaded:\n{lines}")

@@ -10,24 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from app.builders import Args
-from app.diffusion.models.config import STEMS, CLIPTextConfig, UNetConfig, VAEConfig, mismatches
-from app.diffusion.models.scheduler_config import corrected
-from app.diffusion.models.shapes import Shape, text_encoder_tensors, unet_tensors, vae_tensors
+from app.diffusion.families.family import Family
+from app.diffusion.families.registry import recognise
+from app.diffusion.models.shapes import Shape
 from app.diffusion.models.tensor_names import squeezed
 from app.diffusion.models.tokenizer_files import tokenizer_problems
 from app.diffusion.models.weight_files import Tensor, find_tensors
-from app.diffusion.samplers import Schedule, default_sampler, make_table
+from app.diffusion.samplers import default_sampler, make_table
 from app.types import parse_size
 from cluster import ROOT
 from cluster.config.documents import Finding, Key
 from cluster.config.serve_config import Application
 
-CONFIGS = {
-    "unet": "unet/config.json",
-    "vae": "vae/config.json",
-    "text_encoder": "text_encoder/config.json",
-    "scheduler": "scheduler/scheduler_config.json",
-}
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 LISTED = 3  # problems of one kind that are listed; the rest are counted
 
 Problems = list[str]
@@ -45,25 +41,24 @@ def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
         return
     key = ("args", "model")
     problems: Problems = []
-    files = {part: read_json(folder / name, problems) for part, name in CONFIGS.items()}
-    if problems:
+    index = read_json(folder / INDEX, problems)
+    kind = recognise(index, problems) if index else None
+    parts = kind.COMPONENTS.items() if kind else ()
+    files = {part: read_json(folder / part / "config.json", problems) for part, _ in parts}
+    scheduler = read_json(folder / SCHEDULER, problems)
+    if problems or kind is None:
         yield from (report(key, f"{verdict}: {problem}") for problem in problems)
         return
-    unet = UNetConfig.from_json(files["unet"], problems)
-    vae = VAEConfig.from_json(files["vae"], problems)
-    text_encoder = CLIPTextConfig.from_json(files["text_encoder"], problems)
-    yield from wrong_schedule(files["scheduler"], args, report, problems)
+    configs = {part: component.read(files[part], problems, f"{part}/config.json") for part, component in parts}
+    yield from wrong_schedule(kind, scheduler, args, report, problems)
     if not problems:  # otherwise the architecture is unknown
-        problems += mismatches(unet, vae, text_encoder)
-        problems += tokenizer_problems(folder / "tokenizer", text_encoder)
-        expected = {
-            "unet": unet_tensors(unet),
-            "vae": vae_tensors(vae),
-            "text_encoder": text_encoder_tensors(text_encoder),
-        }
-        for part, tensors in expected.items():
-            problems += weight_problems(folder / part, STEMS[part], tensors)
-        multiple = vae.scale_factor * unet.scale_factor
+        family = kind.of(configs, index)
+        problems += family.problems()
+        for name, part in kind.TOKENIZERS.items():
+            problems += tokenizer_problems(folder / name, configs[part])
+        for part, component in parts:
+            problems += weight_problems(folder / part, component.stem, component.tensors(configs[part]))
+        multiple = family.size_multiple
         for size in args.sizes:
             if any(side % multiple for side in parse_size(size)):
                 yield report(("args", "sizes"), f"must be multiples of {multiple} for {args.model}, got {size}.")
@@ -80,7 +75,7 @@ def cached_folder(model: str, revision: str | None) -> Path | None:
 
 
 def read_json(file: Path, problems: Problems) -> Mapping[str, Any]:
-    name = f"{file.parent.name}/{file.name}"
+    name = file.name if file.name == INDEX else f"{file.parent.name}/{file.name}"
     try:
         content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -94,12 +89,14 @@ def read_json(file: Path, problems: Problems) -> Mapping[str, Any]:
     return {}
 
 
-def wrong_schedule(content: Mapping[str, Any], args: Args, report: Report, problems: Problems) -> Iterator[Finding]:
+def wrong_schedule(
+    kind: type[Family], content: Mapping[str, Any], args: Args, report: Report, problems: Problems
+) -> Iterator[Finding]:
     """A request that names neither sampler nor steps must be possible with this checkpoint."""
     try:
-        schedule = Schedule.from_config(corrected(content)[0])
+        schedule, _ = kind.schedule(content)
     except ValueError as error:
-        problems.append(f"{CONFIGS['scheduler']}: {error}")
+        problems.append(f"{SCHEDULER}: {error}")
         return
     try:
         make_table(args.defaults.sampler or default_sampler(schedule), args.defaults.num_inference_steps, schedule)

@@ -1,0 +1,87 @@
+"""What a family of models says about itself: the interface of the files beside this one. Imports no JAX.
+
+A family is one file. Everything else takes from it which networks a checkpoint has, how texts become conditioning, how
+the denoiser is called, and how latents relate to pixels. CONTRIBUTING.md says how to add a family.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+
+from app.diffusion.models.shapes import Shape
+from app.diffusion.samplers import Schedule
+
+Array: TypeAlias = Any  # of JAX
+Networks: TypeAlias = Mapping[str, Any]  # component -> module
+Conditioning: TypeAlias = Any  # a pytree of arrays
+Json: TypeAlias = Mapping[str, Any]
+Role = Literal["encode", "denoise", "decode"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network of a checkpoint: a folder with a config.json and weights."""
+
+    class_name: str  # in model_index.json
+    role: Role  # the verb whose programs run it
+    read: Callable[[Json, list[str], str], Any]  # content of config.json, problems, its name -> architecture
+    tensors: Callable[[Any], dict[str, Shape]]  # architecture -> the tensors of its weights
+    network: Callable[..., Any]  # architecture, dtype=, rngs= -> nnx.Module
+    stem: str = "diffusion_pytorch_model"  # of its safetensors file
+
+
+class Family(Protocol):
+    """An instance describes one checkpoint by the architectures of its components.
+
+    Its repr says all that its methods depend on, as it is part of the key of a compiled program. Methods that take
+    networks are traced: they get the networks of their role alone.
+    """
+
+    PIPELINES: ClassVar[tuple[str, ...]]  # _class_name in model_index.json
+    COMPONENTS: ClassVar[Mapping[str, Component]]  # by folder
+    TOKENIZERS: ClassVar[Mapping[str, str]]  # folder -> the text encoder that reads its ids
+
+    @classmethod
+    def of(cls, configs: Mapping[str, Any], index: Json) -> "Family":
+        """From the architecture of each component and the content of model_index.json."""
+        ...
+
+    @classmethod
+    def schedule(cls, config: Json) -> tuple[Schedule, list[str]]:
+        """From the content of scheduler_config.json; and a sentence for each option that is not followed as it stands.
+
+        Raises ValueError that names what cannot be followed.
+        """
+        ...
+
+    def problems(self) -> list[str]:
+        """What components do not agree on."""
+        ...
+
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def pixels_per_latent(self) -> int: ...  # along a side
+    @property
+    def size_multiple(self) -> int: ...  # of pixels, for widths and heights
+    @property
+    def strip_rows(self) -> int: ...  # rows of latents; the denoiser may cut an image into strips of a multiple
+
+    @property
+    def text_lengths(self) -> Mapping[str, int]:
+        """Tokens of a text, by tokenizer."""
+        ...
+
+    def encode(self, networks: Networks, input_ids: Mapping[str, Array]) -> Conditioning:
+        """input_ids [1, T] by tokenizer -> what one text adds to the conditioning, leaves [1, ...]."""
+        ...
+
+    def denoise(
+        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
+    ) -> Array:
+        """Latents [B, h, w, C], timesteps [B] and conditioning [B, ...] -> the model's output [B, h, w, C]."""
+        ...
+
+    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
+        """Latents [B, h, w, C], as the denoiser knows them -> pixels [B, H, W, 3] around [-1, 1]."""
+        ...
