@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "app.engine.": {"app.types", "app.diffusion.samplers"},
     "app.diffusion.": {"app.types", "app.aot"},
     "app.diffusion.samplers.": {"app.types"},
+    "app.diffusion.families.": {"app.diffusion.models", "app.diffusion.samplers"},
     "app.diffusion.models.": {"app.diffusion.samplers"},
+    "app.diffusion.models.loading": {"app.diffusion.models", "app.diffusion.families", "app.diffusion.samplers"},
     "app.aot.sources": set(),
     "loadtest.": {"app.api.prompt_files", "app.diffusion.images"},
 }
@@ -59,6 +61,7 @@ RULES = [
     *(Rule(f"app.engine.{name}", {"threading", "time"}) for name in ("cost_model", "request", "scheduler")),
     Rule("app.diffusion.", HTTP | {"ray"}),
     Rule("app.diffusion.images", JAX),
+    Rule("app.diffusion.families.", JAX, lazily=True),
     *(
         Rule(f"app.diffusion.models.{name}", JAX | {"numpy"})
         for name in ("config", "errors", "scheduler_config", "small_files", "safetensors_header", "tokenizer_files")
