@@ -172,20 +172,22 @@ class Flux2VAEConfig(VAEConfig):
         return 4 * self.latent_channels
 
     @classmethod
-    def from_json(cls, json: Mapping[str, Any], problems: list[str]) -> "Flux2VAEConfig":
+    def from_json(
+        cls, json: Mapping[str, Any], problems: list[str], where: str = "vae/config.json"
+    ) -> "Flux2VAEConfig":
         json = {"latent_channels": 32, "layers_per_block": 2, **json}
         own = {"batch_norm_eps", "batch_norm_momentum", *FLUX2_VAE_FIXED} - {"act_fn"}
         for name, fixed in FLUX2_VAE_FIXED.items():
             if json.get(name, fixed) != fixed:
-                problems.append(f"vae/config.json: {name} must be {fixed!r}, got {json[name]!r}.")
+                problems.append(f"{where}: {name} must be {fixed!r}, got {json[name]!r}.")
         class_name = json.get("_class_name", "AutoencoderKLFlux2")
         if class_name != "AutoencoderKLFlux2":
-            problems.append(f"vae/config.json: _class_name must be AutoencoderKLFlux2, got {class_name}.")
+            problems.append(f"{where}: _class_name must be AutoencoderKLFlux2, got {class_name}.")
         shared = {name: value for name, value in json.items() if name not in own and name != "_class_name"}
-        base = VAEConfig.from_json(shared, problems)
+        base = VAEConfig.from_json(shared, problems, where)
         epsilon = json.get("batch_norm_eps", 1e-4)
         if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or epsilon <= 0:
-            problems.append(f"vae/config.json: batch_norm_eps must be a positive number, got {epsilon!r}.")
+            problems.append(f"{where}: batch_norm_eps must be a positive number, got {epsilon!r}.")
         values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
         return cls(**values | {"scaling_factor": 1.0, "batch_norm_eps": epsilon})
 
