@@ -31,7 +31,10 @@ def picture(folder: Path, pipeline: Pipeline, generation: Generation) -> np.ndar
     ids = pipeline.tokenizers["words"](texts).input_ids
     embeds, lengths = layer("encoder", ids / np.float32(526)), (ids != ids[:, -1:]).sum(axis=1)
     table = pipeline.table(generation.sampler, generation.num_inference_steps)
-    latents = table.initial_scale * np.asarray(slot_noise(jnp.uint32(generation.seed), jnp.int32(0), (SIZE[1], SIZE[0], 5)))[None]
+    latents = (
+        table.initial_scale
+        * np.asarray(slot_noise(jnp.uint32(generation.seed), jnp.int32(0), (SIZE[1], SIZE[0], 5)))[None]
+    )
     history = np.zeros((1, 4, *latents.shape[1:]), np.float32)
     for i, timestep in enumerate(table.timesteps):
         outputs = [layer("denoiser", latents + (embeds[row] + timestep / 1000 + lengths[row])) for row in (0, 1)]
