@@ -55,7 +55,7 @@ unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
-.PHONY: test-faults
+.PHONY: test-faults rehearse-calls
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak
@@ -206,6 +206,9 @@ uv := .cache/uv-$(UV_VERSION)/bin/uv
 lock := $(uv) pip compile pyproject.toml --universal --generate-hashes --no-emit-index-url --no-header \
 	--quiet --python-version 3.11
 
+rehearse-calls: gcp ## Rehearse FILES= (all cluster files) against a simulated Google Cloud, without hosts: 4 to 60 s each
+	@$(py) -m rehearsal $(FILES)
+
 lock: ## Pin requirements/*.txt again from pyproject.toml
 	@test -x $(uv) || \
 		{ $(PYTHON) -m venv .cache/uv-$(UV_VERSION) && $(dir $(uv))pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
@@ -219,7 +222,7 @@ lock: ## Pin requirements/*.txt again from pyproject.toml
 
 clean: ## Remove caches; .venv, outputs/ and what is up stay
 	@rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@find app benchmarks capacity cluster demo jobs loadtest tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find app benchmarks capacity cluster demo jobs loadtest rehearsal tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 libtpu: runtime
 	@$(py) -m capacity.libtpu

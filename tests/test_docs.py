@@ -30,7 +30,19 @@ README_BYTES = 10_000
 TUNING = ROOT / "docs" / "tuning.md"
 MAKEFILE = (ROOT / "Makefile").read_text()
 SHIPPED: Mapping[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-PACKAGES = ("app", "benchmarks", "capacity", "cluster", "configs", "demo", "docs", "jobs", "loadtest", "tests")
+PACKAGES = (
+    "app",
+    "benchmarks",
+    "capacity",
+    "cluster",
+    "configs",
+    "demo",
+    "docs",
+    "jobs",
+    "loadtest",
+    "rehearsal",
+    "tests",
+)
 ids = [str(page.relative_to(ROOT)) for page in PAGES]
 each_page = pytest.mark.parametrize("page", PAGES, ids=ids)
 

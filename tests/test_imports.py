@@ -16,7 +16,7 @@ import pytest
 from app.aot.sources import imported_by, module_of, packages_of
 from cluster import ROOT
 
-PACKAGES = ("app", "benchmarks", "capacity", "cluster", "demo", "jobs", "loadtest")
+PACKAGES = ("app", "benchmarks", "capacity", "cluster", "demo", "jobs", "loadtest", "rehearsal")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers"}
 HTTP = {"starlette", "fastapi", "uvicorn", "aiohttp"}
 
@@ -70,6 +70,7 @@ RULES = [
     Rule("app.aot.", HTTP | {"ray"}),
     Rule("app.aot.sources", JAX | {"numpy"}),
     Rule("loadtest.", JAX | {"ray"}, lazily=True),
+    Rule("rehearsal.", JAX, lazily=True),
 ]
 SAMPLERS_MAY_USE = {"numpy", "app.diffusion.samplers", "app.types", *sys.stdlib_module_names}
 

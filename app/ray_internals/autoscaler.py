@@ -43,10 +43,12 @@ def ssh_command(cluster: dict[str, Any], file: str, timeout_s: int) -> tuple[lis
 
     Raises whatever Ray, Google's client or the network raise.
     """
+    prepared = prepare_config(cluster)
+    lookup = _get_node_provider(prepared["provider"], prepared["cluster_name"])
+    if not lookup.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD}):
+        return None  # before Ray makes an account and an SSH key in the user's project, as it does to bootstrap
     config = commands._bootstrap_config(cluster)
     provider = _get_node_provider(config["provider"], config["cluster_name"])
-    if not provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD}):
-        return None
     head = commands._get_running_head_node(config, file, None, _provider=provider, _allow_uninitialized_state=True)
     internal = bool(config["provider"].get("use_internal_ips"))
     runner = provider.get_command_runner("", head, config["auth"], config["cluster_name"], subprocess, internal)

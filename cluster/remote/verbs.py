@@ -25,11 +25,12 @@ from cluster.dashboard import Dashboard, Refused
 from cluster.local.state import RUN_DIR
 from cluster.local.verbs import locked, port
 from cluster.processes import Recorded
+from cluster.remote.leftovers import clear
 from cluster.remote.preflight import content, ready, ready_to_start
 from cluster.remote.tunnel import NoHead, route, tunnel
 from cluster.terminal import Progress, make_command, say
 
-RAY = (sys.executable, "-m", "ray.scripts.scripts")
+RAY = (sys.executable, "-m", "cluster.remote.launcher")
 MONITOR_LOGS = "/tmp/ray/session_latest/logs/monitor.*"
 API_PORT = 8000  # Serve's default
 ANSWER_TIMEOUT_S = 120.0  # from Ray's start on the head until its dashboard answers
@@ -44,10 +45,10 @@ def up(path: Path, run_dir: Path) -> None:
         say(f"Checking whether the cluster of {path} is up")
         if unanswered := silence(path, run_dir):
             say(f"{unanswered}\nStarting it with `ray up`: a head within minutes, then what its setup installs")
-            launch("up", "--yes", path)
+            launch("up", "--yes", "--no-config-cache", path)
         else:
             say("It is up. `ray up` brings files and node types up to date; what runs there goes on")
-            launch("up", "--yes", "--no-restart", path)
+            launch("up", "--yes", "--no-restart", "--no-config-cache", path)
         await_answer(path, run_dir)
     say(f"The cluster of {path} is up: its dashboard answers, to the token. Next: {make_command('deploy', str(path))}")
 
@@ -80,6 +81,7 @@ def down(path: Path, run_dir: Path) -> None:
     with locked(folder(path, run_dir)):
         say(f"Ending {path}'s cluster with `ray down`: Ray on it, then its machines")
         launch("down", "--yes", path)
+        clear(path)
     say(f"The cluster of {path} is down.")
 
 

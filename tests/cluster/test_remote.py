@@ -202,8 +202,8 @@ def test_a_mistake_in_the_config_stops_deploy_and_advice_does_not(home: Path, ou
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("up", "--yes", "x.yaml"),
-        ("up", "--yes", "--no-restart", "x.yaml"),
+        ("up", "--yes", "--no-config-cache", "x.yaml"),
+        ("up", "--yes", "--no-restart", "--no-config-cache", "x.yaml"),
         ("down", "--yes", "x.yaml"),
         ("attach", "x.yaml"),
         ("exec", "x.yaml", "ray status"),
