@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.diffusion.samplers import Schedule, default_sampler, make_table
+from app.diffusion.samplers import FlowSchedule, Schedule, default_sampler, make_table
 from capacity.check_report import programs_table, report, throughput_table, verdicts, wide_console
 from capacity.chips import PRICES_OF, Host
 from capacity.compile_pool import CompileOutcome, CompileTask, compile_all
@@ -73,10 +73,10 @@ class CompileProgress:
         say(f"{compiled} programs compiled in {took}, {self.cached} known from earlier runs.")
 
 
-def evaluations_of(workload: Workload, schedule: Schedule) -> tuple[str, int]:
+def evaluations_of(workload: Workload, schedule: Schedule | FlowSchedule) -> tuple[str, int]:
     """The sampler of a request that names none, and how often it evaluates the UNet."""
     sampler = workload.sampler or default_sampler(schedule)
-    return sampler, len(make_table(sampler, workload.num_inference_steps, schedule))
+    return sampler, len(make_table(sampler, workload.num_inference_steps, schedule, image_tokens=1))
 
 
 def command() -> int:
@@ -119,7 +119,7 @@ def command() -> int:
     return 0
 
 
-def schedule_of(workload: Workload) -> Schedule:
+def schedule_of(workload: Workload) -> Schedule | FlowSchedule:
     from capacity.models import architecture_of
 
     return architecture_of(workload.spec.model)[2]

@@ -19,7 +19,7 @@ from app.diffusion.models.loading import (
     read_json,
     schedule_of,
 )
-from app.diffusion.samplers import Schedule
+from app.diffusion.samplers import FlowSchedule, Schedule
 from capacity.model_names import MODEL_NAMES
 from cluster import ROOT
 
@@ -37,7 +37,7 @@ def shapes_of(model: str, dtype: Any) -> Checkpoint:
     return Checkpoint(folder, family, networks, {}, schedule)
 
 
-def architecture_of(model: str) -> tuple[Path, Family, Schedule]:
+def architecture_of(model: str) -> tuple[Path, Family, Schedule | FlowSchedule]:
     """Where a model's configurations are, and what they describe. Raises ValueError as `shapes_of` does."""
     problems: list[str] = []
     folder, configs = configurations(model, problems)

@@ -137,7 +137,7 @@ class FakePipeline(VirtualPipeline):
 
     # What differs in a verb
 
-    def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable:
+    def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable:
         """Sampler "pndm" evaluates once more than it has steps; "lcm" does not suit."""
         if sampler == "lcm":
             raise InvalidField("sampler", "sampler must be one of ddim, pndm, got lcm.")

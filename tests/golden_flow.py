@@ -41,9 +41,9 @@ def networks(model: str) -> Arrays:
         tiny_flow.write_checkpoint(Path(folder), model, tensor_tables()[model])
         pipeline_class: Any = getattr(diffusers, "Flux2KleinPipeline" if model == "tiny-klein" else "ZImagePipeline")
         pipe = pipeline_class.from_pretrained(folder)
-        mask = torch.arange(inputs["input_ids"].shape[1])[None] < inputs["lengths"][:, None]
+        ids = inputs["input_ids"].long()
         states = pipe.text_encoder(
-            input_ids=inputs["input_ids"].long(), attention_mask=mask, output_hidden_states=True
+            input_ids=torch.where(ids < 0, ~ids, ids), attention_mask=ids >= 0, output_hidden_states=True
         ).hidden_states
         embeds = torch.cat([states[i] for i in tiny_flow.HIDDEN_STATES[model]], dim=-1)
         predict = flux2 if model == "tiny-klein" else z_image

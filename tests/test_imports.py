@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "app.engine.": {"app.types", "app.diffusion.samplers"},
     "app.diffusion.": {"app.types", "app.aot"},
     "app.diffusion.samplers.": {"app.types"},
-    "app.diffusion.families.": {"app.diffusion.models", "app.diffusion.samplers"},
+    "app.diffusion.families.": {"app.types", "app.diffusion.models", "app.diffusion.samplers"},
     "app.diffusion.models.": {"app.diffusion.samplers"},
     "app.diffusion.models.loading": {"app.diffusion.models", "app.diffusion.families", "app.diffusion.samplers"},
     "app.aot.sources": set(),
@@ -64,7 +64,16 @@ RULES = [
     Rule("app.diffusion.families.", JAX, lazily=True),
     *(
         Rule(f"app.diffusion.models.{name}", JAX | {"numpy"})
-        for name in ("config", "errors", "scheduler_config", "small_files", "safetensors_header", "tokenizer_files")
+        for name in (
+            "config",
+            "errors",
+            "flow_config",
+            "flow_shapes",
+            "safetensors_header",
+            "scheduler_config",
+            "small_files",
+            "tokenizer_files",
+        )
     ),
     Rule("app.diffusion.models.weight_files", JAX),
     Rule("app.aot.", HTTP | {"ray"}),

@@ -162,10 +162,9 @@ def latents(model: str) -> np.ndarray:
 def inputs(model: str) -> dict[str, np.ndarray]:
     """What each network is run on; channels last."""
     rng = np.random.default_rng(0)
-    answer: dict[str, np.ndarray] = {
-        "input_ids": rng.integers(0, 275, (2, 9)).astype(np.int32),
-        "lengths": np.array([9, 4], np.int32),
-    }
+    input_ids = rng.integers(0, 275, (2, 9)).astype(np.int32)
+    input_ids[1, 4:] = ~input_ids[1, 4:]  # padding
+    answer: dict[str, np.ndarray] = {"input_ids": input_ids}
     if model == "tiny-klein":
         return answer | {
             "latents": tiny.noise("klein latents", 2, 3, 5, 16),

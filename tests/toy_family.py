@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 from flax import nnx
 from safetensors.numpy import save_file
 
-from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks
+from app.diffusion.families.components import CLIP_TOKENIZER
+from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
 from app.diffusion.models.shapes import Shape
 from app.diffusion.samplers import Schedule
+from app.types import Generation, Size
 from tests import tiny
 
 
@@ -48,6 +50,7 @@ class Toy:
         "decoder": Component("Linear", "decode", Linear.from_json, Linear.tensors, Network),
     }
     TOKENIZERS: ClassVar[Mapping[str, str]] = {"words": "encoder"}
+    TOKENIZER: ClassVar[TokenizerKind] = CLIP_TOKENIZER
 
     encoder: Linear
     denoiser: Linear
@@ -63,6 +66,12 @@ class Toy:
 
     def problems(self) -> list[str]:
         return []
+
+    def check(self, generation: Generation) -> None:
+        pass
+
+    def image_tokens(self, size: Size) -> None:
+        return None
 
     @property
     def latent_channels(self) -> int:

@@ -37,7 +37,7 @@ class Verbs(Protocol):
 
     def encode(self, texts: Sequence[str]) -> list[Any]: ...
     def empty_state(self, size: Size) -> Any: ...
-    def table(self, sampler: str | None, num_inference_steps: int) -> Any: ...
+    def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> Any: ...
     def insert(
         self, state: Any, slot: int, prompt: Any, negative_prompt: Any, table: Any, guidance_scale: float, seed: int
     ) -> Any: ...
@@ -65,7 +65,7 @@ def calibrate(pipeline: Verbs) -> Calibration:
 
 def times(pipeline: Verbs, size: Size, text: Any) -> tuple[dict[int, float], dict[int, float]]:
     """Seconds of a step by row bucket, and of a decode by decode bucket."""
-    state = filled(pipeline, size, text, pipeline.num_slots, pipeline.table(None, 1))
+    state = filled(pipeline, size, text, pipeline.num_slots, pipeline.table(None, 1, size))
 
     def step(rows: int) -> jax.Array:
         nonlocal state
@@ -104,7 +104,7 @@ def preview_map(pipeline: Verbs, size: Size, text: Any, step_s: dict[int, float]
     """The map that comes closest to what this VAE makes of a few images."""
     count = pipeline.decode_buckets[-1]
     seconds = step_s[next(rows for rows in pipeline.row_buckets if rows >= count)]
-    table = pipeline.table(None, max(1, min(PREVIEW_STEPS, pipeline.max_steps, int(PREVIEW_S / seconds))))
+    table = pipeline.table(None, max(1, min(PREVIEW_STEPS, pipeline.max_steps, int(PREVIEW_S / seconds))), size)
     state = filled(pipeline, size, text, count, table)
     state, _ = pipeline.step(state, [ActiveSlot(slot, False) for slot in range(count)], len(table))
     pixels = np.asarray(pipeline.decode(state, range(count)))

@@ -35,7 +35,7 @@ from app.diffusion.families.family import Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
 from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, make_table, samplers_for
 from app.diffusion.sharding import mesh_of, placed
-from app.types import ActiveSlot, InvalidField, PipelineSpec, Size
+from app.types import ActiveSlot, Generation, InvalidField, PipelineSpec, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -190,12 +190,20 @@ class Pipeline:
         empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.state(size))
         return jax.device_put(empty, self.everywhere)
 
-    def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable:
-        """Raises InvalidField where the sampler, or so many steps of it, does not suit this checkpoint."""
+    def check(self, generation: Generation) -> None:
+        """Raises InvalidField for a request that this checkpoint cannot follow."""
+        self.shapes.family.check(generation)
+
+    def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable:
+        """For images of a declared size, by default the first.
+
+        Raises InvalidField where the sampler, or so many steps of it, does not suit this checkpoint.
+        """
         if num_inference_steps > self.max_steps:
             message = f"num_inference_steps must be between 1 and {self.max_steps}, got {num_inference_steps}."
             raise InvalidField("num_inference_steps", message)
-        return make_table(sampler or self.default_sampler, num_inference_steps, self.schedule)
+        image_tokens = self.shapes.family.image_tokens(size or self.sizes[0])
+        return make_table(sampler or self.default_sampler, num_inference_steps, self.schedule, image_tokens)
 
     def size(self, state: DenoiseState) -> Size:
         height, width = state.latents.shape[1:3]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from app.diffusion.samplers import SamplerTable
-from app.types import ActiveSlot, Size
+from app.types import ActiveSlot, Generation, Size
 
 
 class Verbs(Protocol):
@@ -25,7 +25,8 @@ class Verbs(Protocol):
     @property
     def decode_s(self) -> Mapping[tuple[Size, int], float]: ...  # seconds of a decode by size and decode bucket
 
-    def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable: ...
+    def check(self, generation: Generation) -> None: ...
+    def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable: ...
     def empty_state(self, size: Size) -> Any: ...
     def encode(self, texts: Sequence[str]) -> list[Any]: ...
     def insert(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.diffusion.samplers import HISTORY, SamplerTable
-from app.types import ActiveSlot, Size
+from app.types import ActiveSlot, Generation, Size
 
 LONGEST_TEXT = 40  # characters; longer texts are truncated
 NUMBER_BYTES = 8  # of an image, at its beginning
@@ -159,7 +159,10 @@ class VirtualPipeline:
         """Raises for a call that no engine may make."""
         raise AssertionError(what)
 
-    def table(self, sampler: str | None, num_inference_steps: int) -> SamplerTable:
+    def check(self, generation: Generation) -> None:
+        """Every request can be followed."""
+
+    def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable:
         return blank_table(num_inference_steps)
 
     def empty_state(self, size: Size) -> State:

@@ -38,9 +38,10 @@ for z_image in ("Z-Image-Turbo", "tiny-z-image"):
 def config_of(checkpoint: str, component: str, change: dict[str, Any]) -> tuple[Any, list[str]]:
     json = (FLOW_CHECKPOINTS | tiny_flow.MODELS)[checkpoint][component] | change
     problems: list[str] = []
+    where = f"{component}/config.json"
     if component == "text_encoder":
-        return Qwen3Config.from_json(json, problems, HIDDEN_STATES[checkpoint]), problems
-    return CLASSES[checkpoint, component][0].from_json(json, problems), problems
+        return Qwen3Config.from_json(json, problems, where, HIDDEN_STATES[checkpoint]), problems
+    return CLASSES[checkpoint, component][0].from_json(json, problems, where), problems
 
 
 def module_of(checkpoint: str, component: str, dtype: Any = jnp.float32) -> tuple[Any, Any]:
@@ -91,7 +92,7 @@ decode = nnx.jit(lambda vae, latents: vae.decode(latents))
 def run(folder: Path, model: str, part: str, dtype: Any = jnp.float32) -> Any:
     inputs = tiny_flow.inputs(model)
     if part == "prompt_embeds":
-        return call(load(folder, model, "text_encoder", dtype), inputs["input_ids"], inputs["lengths"])
+        return call(load(folder, model, "text_encoder", dtype), inputs["input_ids"])
     if part == "decoded":
         vae = load(folder, model, "vae", dtype)
         latents = inputs["vae_latents"]

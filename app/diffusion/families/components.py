@@ -1,9 +1,13 @@
 """The networks that several families have. Their modules are imported where they are built, so this needs no JAX."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from app.diffusion.families.family import Component
+from app.diffusion.families.family import Component, Json, TokenizerKind
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from app.diffusion.models.flow_config import Qwen3Config
+from app.diffusion.models.flow_shapes import qwen3_tensors
 from app.diffusion.models.shapes import text_encoder_tensors, unet_tensors, vae_tensors
 
 
@@ -24,6 +28,43 @@ def clip_text(config: CLIPTextConfig, **options: Any) -> Any:
 
     return CLIPText(config, **options)
 
+
+def qwen3(hidden_states: Callable[[], tuple[int, ...]]) -> Component:
+    """A text encoder that gives these hidden states of Qwen3."""
+
+    def read(content: Json, problems: list[str], where: str) -> Qwen3Config:
+        return Qwen3Config.from_json(content, problems, where, hidden_states())
+
+    def network(config: Qwen3Config, **options: Any) -> Any:
+        from app.diffusion.models.qwen3 import Qwen3
+
+        return Qwen3(config, **options)
+
+    options: dict[str, Any] = {"stem": "model", "unread": Qwen3Config.unread, "aliases": ("Qwen3Model",)}
+    return Component("Qwen3ForCausalLM", "encode", read, qwen3_tensors, network, **options)
+
+
+def clip_tokenizer(folder: Path, length: int) -> Any:
+    from app.diffusion.models.tokenizer import Tokenizer
+
+    return Tokenizer(folder, length)
+
+
+def chat_tokenizer(folder: Path, length: int) -> Any:
+    from app.diffusion.models.chat_tokenizer import ChatTokenizer
+
+    return ChatTokenizer(folder, length, thinking=False)
+
+
+def thinking_tokenizer(folder: Path, length: int) -> Any:
+    from app.diffusion.models.chat_tokenizer import ChatTokenizer
+
+    return ChatTokenizer(folder, length, thinking=True)
+
+
+CLIP_TOKENIZER = TokenizerKind("CLIPTokenizer", clip_tokenizer, fixed_length=True)
+CHAT_TOKENIZER = TokenizerKind("Qwen2Tokenizer", chat_tokenizer, fixed_length=False)
+THINKING_TOKENIZER = TokenizerKind("Qwen2Tokenizer", thinking_tokenizer, fixed_length=False)
 
 UNET = Component("UNet2DConditionModel", "denoise", UNetConfig.from_json, unet_tensors, unet)
 VAE = Component("AutoencoderKL", "decode", VAEConfig.from_json, vae_tensors, vae)

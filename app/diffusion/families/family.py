@@ -6,16 +6,22 @@ the denoiser is called, and how latents relate to pixels. CONTRIBUTING.md says h
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from app.diffusion.models.shapes import Shape
-from app.diffusion.samplers import Schedule
+from app.diffusion.samplers import FlowSchedule, Schedule
+from app.types import Generation, Size
 
 Array: TypeAlias = Any  # of JAX
 Networks: TypeAlias = Mapping[str, Any]  # component -> module
 Conditioning: TypeAlias = Any  # a pytree of arrays
 Json: TypeAlias = Mapping[str, Any]
 Role = Literal["encode", "denoise", "decode"]
+
+
+def read_all(config: Any, tensor: str) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,15 @@ class Component:
     tensors: Callable[[Any], dict[str, Shape]]  # architecture -> the tensors of its weights
     network: Callable[..., Any]  # architecture, dtype=, rngs= -> nnx.Module
     stem: str = "diffusion_pytorch_model"  # of its safetensors file
+    unread: Callable[[Any, str], bool] = read_all  # architecture, tensor -> whether the network leaves it out
+    aliases: tuple[str, ...] = ()  # other classes that save the same weights
+
+
+@dataclass(frozen=True)
+class TokenizerKind:
+    class_name: str  # in model_index.json
+    load: Callable[[Path, int], Any]  # folder, and tokens of a text -> Tokenizer or ChatTokenizer
+    fixed_length: bool  # whether its model_max_length must be the text encoder's number of positions
 
 
 class Family(Protocol):
@@ -40,6 +55,7 @@ class Family(Protocol):
     PIPELINES: ClassVar[tuple[str, ...]]  # _class_name in model_index.json
     COMPONENTS: ClassVar[Mapping[str, Component]]  # by folder
     TOKENIZERS: ClassVar[Mapping[str, str]]  # folder -> the text encoder that reads its ids
+    TOKENIZER: ClassVar[TokenizerKind]  # of each of them
 
     @classmethod
     def of(cls, configs: Mapping[str, Any], index: Json) -> "Family":
@@ -47,7 +63,7 @@ class Family(Protocol):
         ...
 
     @classmethod
-    def schedule(cls, config: Json) -> tuple[Schedule, list[str]]:
+    def schedule(cls, config: Json) -> tuple[Schedule | FlowSchedule, list[str]]:
         """From the content of scheduler_config.json; and a sentence for each option that is not followed as it stands.
 
         Raises ValueError that names what cannot be followed.
@@ -56,6 +72,14 @@ class Family(Protocol):
 
     def problems(self) -> list[str]:
         """What components do not agree on."""
+        ...
+
+    def check(self, generation: Generation) -> None:
+        """Raises InvalidField for a request that the checkpoint cannot follow."""
+        ...
+
+    def image_tokens(self, size: Size) -> int | None:
+        """How many tokens an image has in the denoiser; None where no schedule depends on it."""
         ...
 
     @property

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.diffusion.families.family import Family
+from app.diffusion.families.flux2_klein import Flux2Klein
 from app.diffusion.families.stable_diffusion import StableDiffusion
+from app.diffusion.families.z_image import ZImage
 
-FAMILIES: list[type[Family]] = [StableDiffusion]
+FAMILIES: list[type[Family]] = [StableDiffusion, Flux2Klein, ZImage]
 
 
 def recognise(index: Mapping[str, Any], problems: list[str]) -> type[Family] | None:
@@ -19,9 +21,17 @@ def recognise(index: Mapping[str, Any], problems: list[str]) -> type[Family] | N
     for family in FAMILIES:
         if name in family.PIPELINES:
             return family
-    fitting = [family for family in FAMILIES if family.COMPONENTS.keys() <= index.keys()]
+    fitting = [family for family in FAMILIES if family.COMPONENTS.keys() <= index.keys() and denoises(family, index)]
     if not fitting:
         known = ", ".join(name for family in FAMILIES for name in family.PIPELINES)
         problems.append(f"model_index.json: _class_name must be one of {known}, got {name}.")
         return None
     return max(fitting, key=lambda family: len(family.COMPONENTS))
+
+
+def denoises(family: type[Family], index: Mapping[str, Any]) -> bool:
+    """Whether the denoiser that `index` names is of this family; it need not name any."""
+    entries = {part: index[part] for part, component in family.COMPONENTS.items() if component.role == "denoise"}
+    return all(
+        not isinstance(entry, list) or family.COMPONENTS[part].class_name in entry for part, entry in entries.items()
+    )

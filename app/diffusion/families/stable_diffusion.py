@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from app.diffusion.families.components import CLIP_TEXT, UNET, VAE
-from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks
+from app.diffusion.families.components import CLIP_TEXT, CLIP_TOKENIZER, UNET, VAE
+from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig, mismatches
 from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.samplers import Schedule
+from app.types import Generation, Size
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class StableDiffusion:
     PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     COMPONENTS: ClassVar[Mapping[str, Component]] = {"unet": UNET, "vae": VAE, "text_encoder": CLIP_TEXT}
     TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
+    TOKENIZER: ClassVar[TokenizerKind] = CLIP_TOKENIZER
 
     unet: UNetConfig
     vae: VAEConfig
@@ -32,6 +34,12 @@ class StableDiffusion:
 
     def problems(self) -> list[str]:
         return mismatches(self.unet, self.vae, self.text_encoder)
+
+    def check(self, generation: Generation) -> None:
+        """Every request can be followed."""
+
+    def image_tokens(self, size: Size) -> None:
+        return None
 
     @property
     def latent_channels(self) -> int:

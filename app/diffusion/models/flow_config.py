@@ -59,9 +59,10 @@ class Qwen3Config:
         return tensor in ("norm.weight", "lm_head.weight")
 
     @classmethod
-    def from_json(cls, json: Mapping[str, Any], problems: list[str], hidden_states: Sequence[int]) -> "Qwen3Config":
+    def from_json(
+        cls, json: Mapping[str, Any], problems: list[str], where: str, hidden_states: Sequence[int]
+    ) -> "Qwen3Config":
         """A negative hidden state counts from the last one, -1."""
-        where = "text_encoder/config.json"
         got = json.get("model_type", "qwen3")
         if got != "qwen3":
             problems.append(f"{where}: model_type must be qwen3, got {got}.")
@@ -127,10 +128,9 @@ class Flux2Config:
         return int(self.width * self.mlp_ratio)
 
     @classmethod
-    def from_json(cls, json: Mapping[str, Any], problems: list[str]) -> "Flux2Config":
+    def from_json(cls, json: Mapping[str, Any], problems: list[str], where: str) -> "Flux2Config":
         # diffusers' default, an embedding of the guidance scale, is FLUX.2-dev's.
         json = {"guidance_embeds": True, **json}
-        where = "transformer/config.json"
         fields = Fields(where, "Flux2Transformer2DModel", json, FLUX2_FIXED, problems)
         channels = fields.get("in_channels", 128)
         fields.used("out_channels")
@@ -226,8 +226,7 @@ class ZImageConfig:
         return 4 * self.in_channels
 
     @classmethod
-    def from_json(cls, json: Mapping[str, Any], problems: list[str]) -> "ZImageConfig":
-        where = "transformer/config.json"
+    def from_json(cls, json: Mapping[str, Any], problems: list[str], where: str) -> "ZImageConfig":
         fields = Fields(where, "ZImageTransformer2DModel", json, Z_IMAGE_FIXED, problems)
         config = cls(
             in_channels=fields.get("in_channels", 16),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from app.diffusion.families.family import Family
+from app.diffusion.families.family import Component, Family
 from app.diffusion.families.registry import FAMILIES, recognise
 from app.diffusion.models.errors import one_line
 from app.diffusion.models.tensor_names import squeezed
@@ -23,7 +23,7 @@ from app.diffusion.models.tensors import finite, from_tensor, tensor_name, tenso
 from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.models.tokenizer_files import some, tokenizer_problems
 from app.diffusion.models.weight_files import Tensor, find_tensors
-from app.diffusion.samplers import Schedule
+from app.diffusion.samplers import FlowSchedule, Schedule
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -51,7 +51,7 @@ class Checkpoint:
     family: Family
     networks: Mapping[str, Any]
     tokenizers: Mapping[str, Tokenizer]
-    schedule: Schedule
+    schedule: Schedule | FlowSchedule
 
 
 def load_checkpoint(model: str | Path, *, revision: str | None = None, dtype: Any = jnp.float32) -> Checkpoint:
@@ -81,15 +81,15 @@ def load_checkpoint(model: str | Path, *, revision: str | None = None, dtype: An
         unclear: list[str] = []
         text = kind.COMPONENTS[part].read(configs[part], unclear, part)
         if not unclear:
-            problems += tokenizer_problems(folder / name, text)
+            problems += tokenizer_problems(folder / name, text, fixed_length=kind.TOKENIZER.fixed_length)
     refuse(folder, problems, hub_problems(model, revision, problems))
 
-    tokenizers = {name: Tokenizer(folder / name, length) for name, length in family.text_lengths.items()}
+    tokenizers = {name: kind.TOKENIZER.load(folder / name, length) for name, length in family.text_lengths.items()}
     for name, part in kind.TOKENIZERS.items():
         problems += tokenizers[name].problems(getattr(family, part).vocab_size)
     broken: list[str] = []
     networks = {
-        part: load_module(build, tensors[part], part, problems, broken)
+        part: load_module(build, read_of(kind.COMPONENTS[part], family, tensors[part], part), part, problems, broken)
         for part, build in builders(family, dtype).items()
     }
     if broken:
@@ -100,15 +100,16 @@ def load_checkpoint(model: str | Path, *, revision: str | None = None, dtype: An
 
 
 def class_problems(kind: type[Family], index: Mapping[str, Any]) -> Iterator[str]:
-    classes = {part: component.class_name for part, component in kind.COMPONENTS.items()}
-    for part, wanted in (classes | dict.fromkeys(kind.TOKENIZERS, "CLIPTokenizer")).items():
+    classes = {part: (component.class_name, *component.aliases) for part, component in kind.COMPONENTS.items()}
+    tokenizer = kind.TOKENIZER.class_name
+    for part, wanted in (classes | dict.fromkeys(kind.TOKENIZERS, (tokenizer, f"{tokenizer}Fast"))).items():
         entry = index.get(part)
         got = entry[-1] if isinstance(entry, list) and entry else entry
-        if got not in (wanted, f"{wanted}Fast"):
-            yield f"{INDEX}: {part} must be a {wanted}, got {got}."
+        if got not in wanted:
+            yield f"{INDEX}: {part} must be a {wanted[0]}, got {got}."
 
 
-def schedule_of(kind: type[Family], content: Mapping[str, Any], problems: list[str]) -> Schedule | None:
+def schedule_of(kind: type[Family], content: Mapping[str, Any], problems: list[str]) -> Schedule | FlowSchedule | None:
     try:
         schedule, remarks = kind.schedule(content)
     except ValueError as error:
@@ -142,6 +143,11 @@ def builders(family: Family, dtype: Any) -> dict[str, Callable[[], nnx.Module]]:
         part: partial(component.network, getattr(family, part), dtype=dtype, rngs=OneKey())
         for part, component in family.COMPONENTS.items()
     }
+
+
+def read_of(component: Component, family: Family, tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors that the network reads."""
+    return {name: tensor for name, tensor in tensors.items() if not component.unread(getattr(family, part), name)}
 
 
 class OneKey:

@@ -69,12 +69,13 @@ class Qwen3(nnx.Module):
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.layers = nnx.List(DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers_read))
 
-    def __call__(self, input_ids: jax.Array, lengths: jax.Array) -> jax.Array:
-        """input_ids [B, T], of which the first lengths [B] are text -> hidden states side by side, [B, T, S * D].
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        """input_ids [B, T] -> hidden states side by side, [B, T, S * D].
 
-        Padding attends to the text before it, and nothing attends to padding.
+        A text ends with padding, which is the complement of its id: it attends to the text, and nothing attends to it.
         """
-        x = self.embed_tokens(input_ids)
+        lengths = (input_ids >= 0).sum(axis=1)
+        x = self.embed_tokens(jnp.where(input_ids < 0, ~input_ids, input_ids))
         positions = jnp.arange(x.shape[1])[None, :, None]
         angles = rotary_angles(positions, [self.config.head_dim], self.config.rope_theta)
         states = [x]

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from app.diffusion.models.config import CLIPTextConfig
 from app.diffusion.models.small_files import read_json, read_text
 
 UNLIMITED = 10**29  # transformers writes 10^30 for a model_max_length that nobody set
@@ -18,8 +17,11 @@ SIDES = ("padding_side", "truncation_side")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def tokenizer_problems(folder: Path, text: CLIPTextConfig) -> list[str]:
-    """A sentence for each thing that is wrong with the files in `folder`."""
+def tokenizer_problems(folder: Path, text: Any, *, fixed_length: bool) -> list[str]:
+    """A sentence for each thing that is wrong with the files in `folder`, for a text encoder's architecture.
+
+    `fixed_length`: its texts have as many tokens as the text encoder has positions.
+    """
     problems: list[str] = []
     ids = declared_ids(folder, problems)
     if not problems:
@@ -27,7 +29,8 @@ def tokenizer_problems(folder: Path, text: CLIPTextConfig) -> list[str]:
         problems += unmade(folder, ids)
     config = read(folder, "tokenizer_config.json", problems)
     length = config.get("model_max_length")
-    if isinstance(length, int | float) and length < UNLIMITED and length != text.max_position_embeddings:
+    limited = fixed_length and isinstance(length, int | float) and length < UNLIMITED
+    if limited and length != text.max_position_embeddings:
         problems.append(
             f"tokenizer/tokenizer_config.json: model_max_length must be the text encoder's max_position_embeddings "
             f"{text.max_position_embeddings}, got {length}."

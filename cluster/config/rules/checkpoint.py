@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.builders import Args
-from app.diffusion.families.family import Family
+from app.diffusion.families.family import Component, Family
 from app.diffusion.families.registry import recognise
 from app.diffusion.models.shapes import Shape
 from app.diffusion.models.tensor_names import squeezed
@@ -55,9 +55,9 @@ def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
         family = kind.of(configs, index)
         problems += family.problems()
         for name, part in kind.TOKENIZERS.items():
-            problems += tokenizer_problems(folder / name, configs[part])
+            problems += tokenizer_problems(folder / name, configs[part], fixed_length=kind.TOKENIZER.fixed_length)
         for part, component in parts:
-            problems += weight_problems(folder / part, component.stem, component.tensors(configs[part]))
+            problems += weight_problems(folder / part, component, configs[part])
         multiple = family.size_multiple
         for size in args.sizes:
             if any(side % multiple for side in parse_size(size)):
@@ -99,14 +99,18 @@ def wrong_schedule(
         problems.append(f"{SCHEDULER}: {error}")
         return
     try:
-        make_table(args.defaults.sampler or default_sampler(schedule), args.defaults.num_inference_steps, schedule)
+        sampler = args.defaults.sampler or default_sampler(schedule)
+        # Any number of image tokens will do: it moves the noise levels and makes nothing impossible.
+        make_table(sampler, args.defaults.num_inference_steps, schedule, image_tokens=1)
     except ValueError as error:
         yield report(("args", "defaults"), f"do not suit {args.model}: {error}")
 
 
-def weight_problems(folder: Path, stem: str, expected: Mapping[str, Shape]) -> Problems:
+def weight_problems(folder: Path, component: Component, architecture: Any) -> Problems:
     problems: Problems = []
-    tensors = find_tensors(folder, stem, problems)
+    tensors = find_tensors(folder, component.stem, problems)
+    tensors = {name: tensor for name, tensor in tensors.items() if not component.unread(architecture, name)}
+    expected = component.tensors(architecture)
     if not problems:
         problems += [problem for kind in differences(folder.name, tensors, expected) for problem in shortened(kind)]
     return problems

@@ -1,0 +1,115 @@
+"""FLUX.2-klein (Black Forest Labs 2026): a transformer over hidden states of Qwen3, distilled or guided."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from app.diffusion.families.components import CHAT_TOKENIZER, qwen3
+from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
+from app.diffusion.models.flow_config import Flux2Config, Flux2VAEConfig, Qwen3Config
+from app.diffusion.models.flow_shapes import flux2_tensors, flux2_vae_tensors
+from app.diffusion.samplers import FlowSchedule
+from app.types import Generation, InvalidField, Size
+
+HIDDEN_STATES = (9, 18, 27)
+TEXT_LENGTH = 512
+
+
+def flux2(config: Flux2Config, **options: Any) -> Any:
+    from app.diffusion.models.flux2 import Flux2
+
+    return Flux2(config, **options)
+
+
+def flux2_vae(config: Flux2VAEConfig, **options: Any) -> Any:
+    from app.diffusion.models.flux2_vae import Flux2VAE
+
+    return Flux2VAE(config, **options)
+
+
+@dataclass(frozen=True)
+class Flux2Klein:
+    PIPELINES: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
+    COMPONENTS: ClassVar[Mapping[str, Component]] = {
+        "transformer": Component("Flux2Transformer2DModel", "denoise", Flux2Config.from_json, flux2_tensors, flux2),
+        "vae": Component("AutoencoderKLFlux2", "decode", Flux2VAEConfig.from_json, flux2_vae_tensors, flux2_vae),
+        "text_encoder": qwen3(lambda: HIDDEN_STATES),
+    }
+    TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
+    TOKENIZER: ClassVar[TokenizerKind] = CHAT_TOKENIZER
+
+    transformer: Flux2Config
+    vae: Flux2VAEConfig
+    text_encoder: Qwen3Config
+    is_distilled: bool
+    text_length: int
+
+    @classmethod
+    def of(cls, configs: Mapping[str, Any], index: Json) -> "Flux2Klein":
+        return cls(**configs, is_distilled=index.get("is_distilled") is True, text_length=TEXT_LENGTH)
+
+    @classmethod
+    def schedule(cls, config: Json) -> tuple[FlowSchedule, list[str]]:
+        return FlowSchedule.from_config(config, dynamic="flux2"), []
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.transformer.joint_attention_dim != self.text_encoder.features:
+            problems.append(
+                f"transformer/config.json: joint_attention_dim must be {self.text_encoder.features}, "
+                f"{len(self.text_encoder.hidden_states)} times the text encoder's hidden_size, "
+                f"got {self.transformer.joint_attention_dim}."
+            )
+        if self.transformer.in_channels != self.vae.patch_channels:
+            problems.append(
+                f"transformer/config.json: in_channels must be {self.vae.patch_channels}, 4 times the VAE's "
+                f"latent_channels, got {self.transformer.in_channels}."
+            )
+        return problems
+
+    def check(self, generation: Generation) -> None:
+        if not self.is_distilled:
+            return
+        why = "This model is distilled: it draws in one pass a step, without guidance"
+        if generation.guided:
+            raise InvalidField(
+                "guidance_scale", f"guidance_scale must be at most 1, got {generation.guidance_scale:g}. {why}."
+            )
+        if generation.negative_prompt:
+            raise InvalidField("negative_prompt", f"negative_prompt must be empty. {why}, so nothing would read it.")
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.patch_channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return 2 * self.vae.scale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        return self.pixels_per_latent
+
+    @property
+    def strip_rows(self) -> int:
+        return 1
+
+    def image_tokens(self, size: Size) -> int:
+        width, height = (side // self.pixels_per_latent for side in size)
+        return width * height
+
+    @property
+    def text_lengths(self) -> Mapping[str, int]:
+        return {"tokenizer": self.text_length}
+
+    def encode(self, networks: Networks, input_ids: Mapping[str, Array]) -> Conditioning:
+        """Padding counts: the transformer attends to all of its tokens, as it was trained."""
+        return {"prompt_embeds": networks["text_encoder"](input_ids["tokenizer"])}
+
+    def denoise(
+        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
+    ) -> Array:
+        return networks["transformer"](latents, timesteps, conditioning["prompt_embeds"])
+
+    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
+        return networks["vae"].decode(latents, strips=strips)

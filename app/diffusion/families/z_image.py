@@ -1,0 +1,106 @@
+"""Z-Image (Tongyi-MAI 2025), Turbo and base: a single-stream transformer over a hidden state of Qwen3."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from app.diffusion.families.components import THINKING_TOKENIZER, VAE, qwen3
+from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
+from app.diffusion.models.config import VAEConfig
+from app.diffusion.models.flow_config import Qwen3Config, ZImageConfig
+from app.diffusion.models.flow_shapes import z_image_tensors
+from app.diffusion.samplers import FlowSchedule
+from app.types import Generation, Size
+
+HIDDEN_STATES = (-2,)
+TEXT_LENGTH = 512  # a multiple of 32
+
+
+def z_image(config: ZImageConfig, **options: Any) -> Any:
+    from app.diffusion.models.z_image import ZImage
+
+    return ZImage(config, **options)
+
+
+@dataclass(frozen=True)
+class ZImage:
+    PIPELINES: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
+    COMPONENTS: ClassVar[Mapping[str, Component]] = {
+        "transformer": Component(
+            "ZImageTransformer2DModel", "denoise", ZImageConfig.from_json, z_image_tensors, z_image
+        ),
+        "vae": VAE,
+        "text_encoder": qwen3(lambda: HIDDEN_STATES),
+    }
+    TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
+    TOKENIZER: ClassVar[TokenizerKind] = THINKING_TOKENIZER
+
+    transformer: ZImageConfig
+    vae: VAEConfig
+    text_encoder: Qwen3Config
+    text_length: int
+
+    @classmethod
+    def of(cls, configs: Mapping[str, Any], index: Json) -> "ZImage":
+        return cls(**configs, text_length=TEXT_LENGTH)
+
+    @classmethod
+    def schedule(cls, config: Json) -> tuple[FlowSchedule, list[str]]:
+        return FlowSchedule.from_config(config), []
+
+    def problems(self) -> list[str]:
+        pairs = [
+            (
+                "cap_feat_dim",
+                self.transformer.cap_feat_dim,
+                "the text encoder's hidden_size",
+                self.text_encoder.features,
+            ),
+            ("in_channels", self.transformer.in_channels, "the VAE's latent_channels", self.vae.latent_channels),
+        ]
+        return [
+            f"transformer/config.json: {name} must be {what} {wanted}, got {got}."
+            for name, got, what, wanted in pairs
+            if got != wanted
+        ]
+
+    def check(self, generation: Generation) -> None:
+        """Turbo takes guidance, too: nothing in a checkpoint says that it is distilled."""
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.latent_channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return self.vae.scale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 * self.vae.scale_factor
+
+    @property
+    def strip_rows(self) -> int:
+        return 1
+
+    def image_tokens(self, size: Size) -> int:
+        width, height = (side // self.size_multiple for side in size)
+        return width * height
+
+    @property
+    def text_lengths(self) -> Mapping[str, int]:
+        return {"tokenizer": self.text_length}
+
+    def encode(self, networks: Networks, input_ids: Mapping[str, Array]) -> Conditioning:
+        ids = input_ids["tokenizer"]
+        return {"prompt_embeds": networks["text_encoder"](ids), "length": (ids >= 0).sum(axis=1)}
+
+    def denoise(
+        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
+    ) -> Array:
+        """This model's clock runs from noise to the image, and so does its velocity."""
+        clock = 1 - timesteps / 1000
+        return -networks["transformer"](latents, clock, conditioning["prompt_embeds"], conditioning["length"])
+
+    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
+        return networks["vae"].decode(latents, strips=strips)
