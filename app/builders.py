@@ -14,7 +14,7 @@ from ray.serve import Application
 
 from app.api.api_keys import ApiKeys
 from app.api.ingress import APIIngress
-from app.api.settings import Defaults, Encoding, Limits, Service, Settings
+from app.api.settings import Alias, Defaults, Encoding, Limits, Origin, Quality, Service, Settings
 from app.diffusion.samplers import SAMPLERS
 from app.engine.stall import STALL_S
 from app.serving.replica import StableDiffusion
@@ -75,6 +75,15 @@ class Args(Settings):
     programs: str | None = Field(
         default=None, description="folder of compiled programs, relative to the repository; null: each start compiles"
     )
+    aliases: Annotated[list[Alias], AfterValidator(no_repeats)] = Field(
+        default=[], description="other names that a request may give to the model, such as gpt-image-1"
+    )
+    qualities: dict[Quality, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="num_inference_steps of a request by OpenAI's quality: low, medium, high or hd"
+    )
+    cors_origins: Annotated[list[Origin], AfterValidator(no_repeats)] = Field(
+        default=[], description="origins whose pages may ask from a browser, such as https://studio.example.com"
+    )
     api_keys_file: str | None = Field(
         default=None,
         description="hashes of API keys, relative to the repository; null: only this machine itself may ask",
@@ -107,6 +116,12 @@ class Args(Settings):
             low, high = getattr(self.limits, name)
             if not low <= (value := getattr(self.defaults, name)) <= high:
                 raise ValueError(f"defaults.{name} must be within limits.{name}, {low} to {high}, got {value}.")
+        low, high = self.limits.num_inference_steps
+        for quality, steps in self.qualities.items():
+            if not low <= steps <= high:
+                raise ValueError(
+                    f"qualities.{quality} must be within limits.num_inference_steps, {low} to {high}, got {steps}."
+                )
         if self.defaults.sampler not in (None, *SAMPLERS):
             raise ValueError(
                 f"defaults.sampler must be null or one of {', '.join(SAMPLERS)}, got {self.defaults.sampler}."
@@ -117,7 +132,8 @@ class Args(Settings):
 def text_to_image(args: Args) -> Application:
     """APIIngress -> StableDiffusion."""
     location, name = locate(args.model)
-    service = Service(name, tuple(args.sizes), args.limits, args.defaults, args.encoding)
+    rules = (args.limits, args.defaults, args.encoding)
+    service = Service(name, tuple(args.sizes), *rules, tuple(args.aliases), dict[str, int](args.qualities.items()))
     replicas = serve.deployment()(StableDiffusion).bind(
         args.pipeline_spec(location, ROOT / Path(args.programs).expanduser() if args.programs else None),
         name=name,
@@ -129,7 +145,9 @@ def text_to_image(args: Args) -> Application:
         stall_s=args.stall_s,
     )
     keys = None if args.api_keys_file is None else keys_file(args.api_keys_file)
-    return serve.deployment()(serve.ingress()(APIIngress)).bind(replicas, service, api_keys_file=keys)
+    return serve.deployment()(serve.ingress()(APIIngress)).bind(
+        replicas, service, api_keys_file=keys, cors_origins=tuple(args.cors_origins)
+    )
 
 
 def keys_file(name: str) -> Path:

@@ -109,7 +109,7 @@ def test_a_keys_file_is_read_before_anything_is_loaded_and_named_to_the_ingress(
     with pytest.raises(ValueError, match=r"^api_keys_file .*/keys.yaml, entry 1 \(alice\): sha256 is missing"):
         text_to_image(args)
     (repository / "keys.yaml").write_text("[]")
-    assert deployments_made(args)[0].init_kwargs == {"api_keys_file": repository / "keys.yaml"}
+    assert deployments_made(args)[0].init_kwargs["api_keys_file"] == repository / "keys.yaml"
     with pytest.raises(ValueError, match="^api_keys_file "):
         text_to_image(args.model_copy(update={"api_keys_file": ""}))  # a slip, not a wish for no keys
 
@@ -192,6 +192,11 @@ BAD_ARGS: list[tuple[dict[str, Any], str]] = [
     ({"defaults": {"sampler": "ddpm"}}, "defaults.sampler must be null or one of ddim, euler"),
     ({"encoding": {"output_format": "gif"}}, "Input should be 'png', 'webp' or 'jpeg'"),
     ({"encoding": {"png_level": 10}}, "less than or equal to 9"),
+    ({"qualities": {"hd": 200}}, "qualities.hd must be within limits.num_inference_steps, 1 to 100, got 200."),
+    ({"qualities": {"auto": 20}}, "Input should be 'low', 'medium', 'high' or 'hd'"),
+    ({"cors_origins": ["https://a.example/"]}, "a host in lower case, without a path, got https://a.example/."),
+    ({"cors_origins": ["*"]}, "an origin must be http:// or https:// and a host"),
+    ({"aliases": ["a", "a"]}, "a value must not stand twice, got ['a', 'a']."),
 ]
 
 

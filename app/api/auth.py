@@ -6,6 +6,7 @@ of Ray or of what the routes do.
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,9 +23,10 @@ OPEN = ("/", "/healthz")  # need no key: load balancers request them, and they m
 class AuthMiddleware:
     """Counts a request against its key until its answer has ended, also that of a stream or of a failure."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None, cors_origins: Sequence[str] = ()) -> None:
         self.app = app
         self.keys = keys
+        self.cors_origins = cors_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the application's start and end; no route takes a WebSocket
@@ -45,7 +47,7 @@ class AuthMiddleware:
     def admit(self, scope: Scope) -> ApiKey | None:
         """The key that the request counts against, if it needs one."""
         if self.keys is None:
-            check_local(scope)
+            check_local(scope, self.cors_origins)
             return None
         if scope["path"].removeprefix(scope.get("root_path", "")) in OPEN:
             return None
@@ -79,8 +81,8 @@ def bearer_token(scope: Scope) -> bytes | None:
     return token.strip() if scheme.lower() == b"bearer" else None
 
 
-def check_local(scope: Scope) -> None:
-    """Without keys, only programs on this machine and pages that it serves itself may send requests.
+def check_local(scope: Scope, cors_origins: Sequence[str] = ()) -> None:
+    """Without keys, only programs on this machine, pages that it serves itself and those of `cors_origins` may ask.
 
     A page whose own name resolves to 127.0.0.1 (DNS rebinding) sends that name as Host. For a page of another site that
     embeds or fetches from this API, browsers send Origin or Sec-Fetch-Site; old ones neither. Programs send none.
@@ -96,7 +98,10 @@ def check_local(scope: Scope) -> None:
                 f"only, and this request is for {host[:100]!r}: {opens}."
             )
             raise ApiError(403, message, None, "loopback_only")
-    for origin in values(scope, b"origin"):
+    origins = values(scope, b"origin")
+    if len(origins) == 1 and origins[0] in cors_origins:
+        return
+    for origin in origins:
         if not is_loopback_name(re.sub("^https?://", "", origin)):
             message = f"This API has no keys, so it answers pages of its own machine only, not of {origin[:100]!r}."
             raise ApiError(403, message, None, "cross_site")

@@ -21,7 +21,7 @@ def size(name: str, value: object, service: Service) -> Size:
 
 
 def model(name: str, value: object, service: Service) -> str:
-    if value != service.model:
+    if value not in service.names:
         raise invalid(name, service.model, value, "model_not_found")
     return service.model
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from app.api.api_keys import ApiKeys
 from app.api.auth import AuthMiddleware, count_images
+from app.api.cors import CorsMiddleware
 from app.api.error_responses import HANDLERS
 from app.api.errors import ApiError
 from app.api.fields import model as check_model
@@ -50,11 +51,14 @@ ROUTES = {
 class APIIngress:
     """The ingress deployment. `replicas` is the DeploymentHandle of StableDiffusion."""
 
-    def __init__(self, replicas: Any, service: Service, api_keys_file: Path | None = None) -> None:
+    def __init__(
+        self, replicas: Any, service: Service, api_keys_file: Path | None = None, cors_origins: Sequence[str] = ()
+    ) -> None:
         if RAY_SERVE_ENABLE_HA_PROXY and api_keys_file is None:  # HAProxy listens everywhere and connects over loopback
             raise ValueError("api_keys_file must be set where RAY_SERVE_ENABLE_HA_PROXY is: it hides who connects.")
         self.replicas = replicas
         self.service = service
+        self.cors_origins = tuple(cors_origins)
         self.api_keys = None if api_keys_file is None else ApiKeys(api_keys_file)
         if self.api_keys:
             self.api_keys.start_refreshing()
@@ -75,8 +79,11 @@ class APIIngress:
             Route("/v1/stats", self.stats),
             Route("/healthz", self.healthz),
         ]
-        auth = Middleware(AuthMiddleware, keys=self.api_keys)
-        app = Starlette(routes=routes, exception_handlers=HANDLERS, middleware=[auth])
+        middleware = [
+            Middleware(CorsMiddleware, origins=self.cors_origins),
+            Middleware(AuthMiddleware, keys=self.api_keys, cors_origins=self.cors_origins),
+        ]
+        app = Starlette(routes=routes, exception_handlers=HANDLERS, middleware=middleware)
         app.router.redirect_slashes = False
         return app
 
@@ -112,7 +119,7 @@ class APIIngress:
         name = http_request.path_params["id"]
         running = await self.running()
         for service, description in running:
-            if service.model == name:
+            if name in service.names:
                 return json_response(model_object(service, description, self.started))
         check_model("model", name, running[0][0])
         raise AssertionError("check_model refuses a model that does not run")

@@ -89,7 +89,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "frame_count": (),
     "frame_duration_ms": (),
     "moderation": ("auto", "low"),  # nothing is filtered
-    "quality": ("auto", "standard"),
+    "quality": ("auto", "standard"),  # and those of args.qualities
     "style": ("vivid", "natural"),  # either leaves the style to the prompt
     "svg": (),
 }
@@ -136,7 +136,7 @@ def resolve(values: Mapping[str, object], service: Service, fields: Sequence[str
     values = {name: value for name, value in values.items() if value is not None}
     for name, value in values.items():
         if name in NEUTRAL and fields is BODY_FIELDS:
-            check_neutral(name, value)
+            check_neutral(name, value, service)
         elif name not in fields:
             message = f"Unknown field {shown(name)}; the fields are {', '.join(fields)}."
             raise InvalidField(name, message, "unknown_parameter")
@@ -149,6 +149,8 @@ def resolve(values: Mapping[str, object], service: Service, fields: Sequence[str
             raise InvalidField(name, f"{name} is required.", "missing_required_parameter")
         else:
             resolved[name] = field.default(service)
+    if "quality" in values and "num_inference_steps" not in values:
+        resolved["num_inference_steps"] = service.qualities.get(str(values["quality"]), resolved["num_inference_steps"])
     check_together(resolved, values)
     width, height = resolved["size"]
     generation = Generation(
@@ -184,8 +186,9 @@ def check_together(resolved: Mapping[str, Any], values: Mapping[str, object]) ->
         raise InvalidField("n", f"n must be 1 where stream is true, got {resolved['n']}.")
 
 
-def check_neutral(name: str, value: object) -> None:
-    allowed = NEUTRAL[name]
+def check_neutral(name: str, value: object, service: Service) -> None:
+    """Takes the values without an effect, and for `quality` those for which the config declares numbers of steps."""
+    allowed = (*NEUTRAL[name], *(service.qualities if name == "quality" else ()))
     if not allowed:
         raise InvalidField(name, f"{name} is not supported here; leave it out.", "unsupported_parameter")
     if not any(type(value) is type(neutral) and value == neutral for neutral in allowed):

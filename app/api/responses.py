@@ -48,8 +48,10 @@ def model_object(service: Service, description: Description, created: int) -> di
         "object": "model",
         "created": created,
         "owned_by": "imagine-tpu",
+        "aliases": service.aliases,
         "sizes": service.sizes,
         "samplers": description.samplers,
+        "qualities": service.qualities,
         "limits": service.limits.model_dump(),
         "defaults": defaults
         | {"sampler": service.defaults.sampler or description.default_sampler, "size": service.sizes[0]},

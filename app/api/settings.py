@@ -3,7 +3,9 @@
 Every key has a type, a range and a description, which `make lint` and the docs read. Knows nothing of requests.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -19,6 +21,17 @@ def in_order(bounds: Bounds) -> Bounds:
     if not 1 <= bounds[0] <= bounds[1]:
         raise ValueError(f"a range must be [lowest, highest] with lowest at least 1, got {list(bounds)}.")
     return bounds
+
+
+def origin(text: str) -> str:
+    if not re.fullmatch(r"https?://[a-z0-9.\-\[\]:]+", text):
+        raise ValueError(f"an origin must be http:// or https:// and a host in lower case, without a path, got {text}.")
+    return text
+
+
+Alias = Annotated[str, Field(min_length=1, max_length=200)]
+Origin = Annotated[str, AfterValidator(origin)]
+Quality = Literal["low", "medium", "high", "hd"]
 
 
 class Settings(BaseModel):
@@ -73,3 +86,9 @@ class Service:
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
     encoding: Encoding = Encoding()
+    aliases: tuple[str, ...] = ()  # other names that a request may give to the model
+    qualities: Mapping[str, int] = field(default_factory=dict)  # num_inference_steps by OpenAI's `quality`
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.model, *self.aliases

@@ -177,6 +177,27 @@ def test_without_keys_a_foreign_page_in_a_local_browser_gets_403(
     assert not replicas.generate.calls and not replicas.describe.calls
 
 
+STUDIO = {"Origin": "https://studio.example.com", "Sec-Fetch-Site": "cross-site"}
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_pages_of_a_declared_origin_may_ask_and_read_the_answer(replicas: Replicas, file: Path, keyed: bool) -> None:
+    ingress = APIIngress(replicas, SERVICE, file if keyed else None, [STUDIO["Origin"]])
+    with local_client(ingress) as client:
+        preflight = client.options("/v1/images/generations", headers=STUDIO | PREFLIGHT)
+        assert preflight.status_code == 200 and "POST" in preflight.headers["access-control-allow-methods"]
+        answer = client.get("/imagine?prompt=a", headers=STUDIO | (BEARER if keyed else {}))
+        assert answer.status_code == 200 and "X-Seed" in answer.headers["access-control-expose-headers"]
+        assert answer.headers["access-control-allow-origin"] == STUDIO["Origin"]
+        assert not keyed or client.get("/imagine?prompt=a", headers=STUDIO).status_code == 401
+        foreign = STUDIO | {"Origin": "https://studio.example.com.evil.example"}
+        for response in (client.options("/imagine", headers=foreign | PREFLIGHT), client.get("/", headers=foreign)):
+            assert "access-control-allow-origin" not in response.headers
+            assert keyed or response.status_code == 403
+        assert keyed or client.get("/", headers=STUDIO | {"Host": "evil.example"}).status_code == 403
+
+
 @pytest.mark.parametrize("headers", PROGRAMS, ids=str)
 def test_without_keys_programs_and_pages_of_this_machine_get_answers(
     replicas: Replicas, headers: dict[str, str]

@@ -245,6 +245,8 @@ def test_models_lists_sizes_samplers_limits_and_defaults_and_asks_once_a_second(
         "owned_by": "imagine-tpu",
         "sizes": ["128x128", "256x128"],
         "samplers": ["euler", "pndm"],
+        "aliases": [],
+        "qualities": {},
         "limits": {
             "images": 3,
             "num_inference_steps": [1, 100],
@@ -277,6 +279,15 @@ def test_a_model_id_may_have_slashes_percent_encoded_or_not(replicas: Replicas, 
         for other in ("gpt-image-1", f"{name}/", f"a/{name}", ""):
             response = client.get(f"/v1/models/{other}")
             assert (response.status_code, response.json()) == (404, no_such_model(other, name))
+
+
+def test_a_model_answers_to_its_aliases_too(replicas: Replicas) -> None:
+    with local_client(APIIngress(replicas, replace(SERVICE, aliases=("gpt-image-1", "dall-e-3")))) as client:
+        (listed,) = client.get("/v1/models").json()["data"]
+        assert listed["id"] == "tiny" and listed["aliases"] == ["gpt-image-1", "dall-e-3"]
+        assert client.get("/v1/models/gpt-image-1").json() == listed
+        assert post(client, prompt="a", model="dall-e-3").json()["model"] == "tiny"
+        assert post(client, prompt="a", model="dall-e-2").status_code == 404
 
 
 def no_such_model(other: str, name: str) -> dict[str, Any]:

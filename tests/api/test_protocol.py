@@ -178,6 +178,19 @@ def test_neutral_values_of_openais_client_are_accepted_and_others_refused(name: 
         assert error.status in (400, 404) and error.param == name and error.message.startswith(name)
 
 
+def test_a_quality_is_the_number_of_steps_that_the_config_declares_and_gives_way_to_a_number() -> None:
+    service = replace(SERVICE, qualities={"low": 4, "hd": 50})
+
+    def steps(**fields: Any) -> int:
+        body = json.dumps({"prompt": "a"} | fields).encode()
+        return parse_body(body, service).generation.num_inference_steps
+
+    assert [steps(quality=quality) for quality in ("low", "hd", "auto", "standard")] == [4, 50, 20, 20]
+    assert steps(quality="hd", num_inference_steps=7) == 7
+    error = refusal(lambda content, service_: parse_body(content, service), b'{"prompt": "a", "quality": "high"}')
+    assert error.message == 'quality must be "auto" or "standard" or "low" or "hd", got "high".'
+
+
 def test_the_longest_prompt_fits_in_every_encoding() -> None:
     service = replace(SERVICE, limits=Limits())
     longest = "\U0001f305" * service.limits.prompt_characters
