@@ -7,12 +7,14 @@ Needs the `parity` extra (torch, diffusers). Nothing under app/ takes part in ma
 """
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -22,8 +24,11 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+
+sys.modules.setdefault("torchsde", ModuleType("torchsde"))
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
+from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler as dpm_solver_sde
 
 from tests import golden_flow, published, sampler_cases, tiny, tiny_flow
 
@@ -133,20 +138,52 @@ def samplers() -> Arrays:
 def scheduler_for(sampler: str, config: dict[str, Any]) -> Any:
     """diffusers' own way to swap samplers: the checkpoint's scheduler, then Other.from_config(scheduler.config)."""
     checkpoint = getattr(diffusers, config["_class_name"]).from_config(config)
-    classes: dict[str, tuple[str, dict[str, Any]]] = {
-        # clip_sample as StableDiffusionPipeline has it where a config is silent
-        "ddim": ("DDIMScheduler", {"clip_sample": False}),
-        "euler": ("EulerDiscreteScheduler", {}),
-        "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-        "dpmpp_2m": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
-        "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-        "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-        "lcm": ("LCMScheduler", {"clip_sample": False}),
-    }
-    class_name, options = classes[sampler]
-    if "use_karras_sigmas" in checkpoint.config and sampler == "euler":
-        options["use_karras_sigmas"] = False
-    return getattr(diffusers, class_name).from_config(checkpoint.config, **options)
+    plain = {f"use_{levels}_sigmas": False for levels in ("karras", "exponential", "beta")}
+    method, _, variant = sampler.rpartition("_")
+    if variant in ("karras", "exponential", "beta"):
+        options = plain | {f"use_{variant}_sigmas": True}
+    elif variant == "trailing":
+        options = plain | {"timestep_spacing": "trailing"}
+    else:
+        method, options = sampler, plain
+    class_name, own = SCHEDULERS[method]
+    scheduler_class: Any = getattr(diffusers, class_name)
+    if class_name == "DPMSolverSDEScheduler":  # hidden where torchsde, whose noise is replaced, is not installed
+        scheduler_class = dpm_solver_sde
+    known = inspect.signature(scheduler_class.__init__).parameters
+    options = {name: value for name, value in {**options, **own}.items() if name in known}
+    return scheduler_class.from_config(checkpoint.config, **options)
+
+
+# clip_sample as StableDiffusionPipeline has it where a config is silent; what a class must not take from another's file.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {"clip_sample": False}),
+    "lcm": ("LCMScheduler", {"clip_sample": False}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_type": "bh2"}),
+}
+
+
+def brownian(noises: Any, i: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The noise of evaluation i of DPM++ SDE, for a Brownian motion over sigma with fresh noise at each evaluation."""
+
+    def increment(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+        noise = torch.from_numpy(noises[i + 1])
+        if i % 2 == 0:
+            return noise
+        shared = (sigma - (sigma * sigma_next).sqrt()) / (sigma - sigma_next)
+        return shared.sqrt() * torch.from_numpy(noises[i]) + (1 - shared).sqrt() * noise
+
+    return increment
 
 
 def flow_scheduler(flow: sampler_cases.Flow, steps: int) -> Any:
@@ -177,6 +214,7 @@ def run_scheduler(scheduler: Any, noises: Any) -> Iterator[tuple[float, float, A
         yield float(timestep), float(1 / ones), x.numpy().copy()
         out = torch.from_numpy(sampler_cases.fake_unet(scaled.numpy(), float(timestep)))
         noise = torch.from_numpy(noises[i + 1])
+        scheduler.noise_sampler = brownian(noises, i)
         with patch.object(module, "randn_tensor", lambda *_, noise=noise, **__: noise, create=True):
             x = scheduler.step(out, timestep, x).prev_sample
     yield -1.0, 1.0, x.numpy().copy()

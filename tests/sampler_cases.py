@@ -51,6 +51,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         for spacing in ("leading", "trailing", "linspace")
         for prediction_type in ("epsilon", "v_prediction")
     },
+    "predicts-sample": {
+        "_class_name": "DDIMScheduler",
+        **_SD_BETAS,
+        "clip_sample": False,
+        "prediction_type": "sample",
+        "steps_offset": 1,
+    },
     # Silent wherever diffusers' classes differ in their defaults.
     "silent": {"_class_name": "EulerDiscreteScheduler", **_SD_BETAS},
     "zero-snr": {
@@ -140,6 +147,20 @@ def cases() -> list[tuple[str, str, int]]:
     runs += [("cosine", s, n) for s in everything if s != "dpmpp_2m_karras" for n in (3, 7)]
     runs += [("zero-snr", s, n) for s in everything if s != "pndm" for n in (1, 2, 6, 20)]
     runs += [(c, "lcm", n) for c in ("lcm", "lcm-short") for n in (1, 4, 7, 30)]
+    varied = ("ddpm", "deis", "dpmpp_2m_sde", "dpmpp_sde", "heun", "lms", "unipc")
+    levels = ("dpmpp_2m_sde_karras", "dpmpp_sde_karras", "heun_karras", "lms_karras", "unipc_karras")
+    levels = (*levels, "euler_karras", "euler_exponential", "euler_beta")
+    named = ("ddim_trailing", "euler_trailing", "euler_ancestral_trailing")
+    runs += [("sd14", s, n) for s in (*varied, *levels, *named) for n in (1, 2, 3, 5, 20)]
+    runs += [("sd21", s, n) for s in (*varied, *levels, *named) for n in (2, 7)]
+    for name in CONFIGS:
+        if "-" in name and name.split("-")[0] in ("leading", "trailing", "linspace"):
+            runs += [(name, s, n) for s in (*varied, "euler_karras") for n in (4, 9)]
+    runs += [(c, s, 6) for c in ("silent", "linear", "dpm") for s in (*varied, *levels)]
+    runs += [("cosine", s, 6) for s in (*varied, "unipc_karras", "lms_karras")]
+    runs += [("zero-snr", s, n) for s in ("ddpm", "dpmpp_2m_sde", "unipc", "unipc_karras") for n in (1, 6, 20)]
+    without = {"euler_ancestral", "dpmpp_sde", "pndm"}  # diffusers' classes refuse the prediction type
+    runs += [("predicts-sample", s, n) for s in (*everything, *varied) if s not in without for n in (1, 5)]
     runs += [(c, "euler", n) for c in FLOWS for n in (1, 4, 8, 50)]
     return runs
 

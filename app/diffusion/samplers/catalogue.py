@@ -1,12 +1,25 @@
 """Every sampler by its name in the API, and which of them can follow a schedule. A new sampler is an entry here."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 
-from app.diffusion.samplers.first_order import ddim, euler, euler_ancestral, lcm
+from app.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, unipc
+from app.diffusion.samplers.dpmpp_sde import dpmpp_sde
+from app.diffusion.samplers.first_order import ddim, ddpm, euler, euler_ancestral, lcm
 from app.diffusion.samplers.flow import FlowSchedule, flow_euler
-from app.diffusion.samplers.multistep import dpmpp_2m, pndm
-from app.diffusion.samplers.noise_levels import Grid, dpm_grid, dpm_karras_grid, euler_grid
+from app.diffusion.samplers.noise_levels import (
+    Grid,
+    beta,
+    deis_grid,
+    dpm_grid,
+    dpm_karras_grid,
+    euler_grid,
+    exponential,
+    karras,
+)
+from app.diffusion.samplers.noise_multistep import deis, heun, lms
+from app.diffusion.samplers.plms import pndm
 from app.diffusion.samplers.schedule import Schedule
 from app.diffusion.samplers.table import SamplerTable
 from app.types import InvalidField
@@ -18,12 +31,38 @@ def on(grid: Callable[[int, Schedule], Grid], method: Callable[[Grid, Schedule],
     return lambda steps, schedule: method(grid(steps, schedule), schedule)
 
 
+def trailing(builder: Builder) -> Builder:
+    """With trailing timesteps, whatever the checkpoint's file says: few-step models are distilled on these."""
+    return lambda steps, schedule: builder(steps, replace(schedule, timestep_spacing="trailing"))
+
+
+_euler_karras, _euler_exponential, _euler_beta = (
+    partial(euler_grid, levels=levels) for levels in (karras, exponential, beta)
+)
 _BETA: dict[str, Builder] = {
     "ddim": ddim,
+    "ddim_trailing": trailing(ddim),
+    "ddpm": ddpm,
     "euler": on(euler_grid, euler),
+    "euler_karras": on(_euler_karras, euler),
+    "euler_exponential": on(_euler_exponential, euler),
+    "euler_beta": on(_euler_beta, euler),
+    "euler_trailing": trailing(on(euler_grid, euler)),
     "euler_ancestral": on(euler_grid, euler_ancestral),
+    "euler_ancestral_trailing": trailing(on(euler_grid, euler_ancestral)),
+    "heun": on(euler_grid, heun),
+    "heun_karras": on(_euler_karras, heun),
+    "lms": on(euler_grid, lms),
+    "lms_karras": on(_euler_karras, lms),
     "dpmpp_2m": on(dpm_grid, dpmpp_2m),
     "dpmpp_2m_karras": on(dpm_karras_grid, dpmpp_2m),
+    "dpmpp_2m_sde": on(dpm_grid, dpmpp_2m_sde),
+    "dpmpp_2m_sde_karras": on(dpm_karras_grid, dpmpp_2m_sde),
+    "dpmpp_sde": on(euler_grid, dpmpp_sde),
+    "dpmpp_sde_karras": on(_euler_karras, dpmpp_sde),
+    "deis": on(deis_grid, deis),
+    "unipc": on(dpm_grid, unipc),
+    "unipc_karras": on(dpm_karras_grid, unipc),
     "pndm": pndm,
     "lcm": lcm,
 }
@@ -36,11 +75,15 @@ def samplers_for(schedule: Schedule | FlowSchedule) -> tuple[str, ...]:
     if isinstance(schedule, FlowSchedule):
         return tuple(_FLOW)
     unable = set()
-    if schedule.rescale_betas_zero_snr or schedule.prediction_type == "sample":
-        unable.add("pndm")  # divides by alpha_bar, zero at the first timestep of the one; mixes outputs as if noise
+    if schedule.prediction_type == "sample":
+        unable.add("pndm")  # mixes outputs as if they were noise
+    if schedule.rescale_betas_zero_snr:
+        # pndm divides by alpha_bar, zero at the first timestep of such a schedule. For the others diffusers has no
+        # noise level there.
+        unable |= {"pndm", "deis", "heun", "heun_karras", "lms", "lms_karras", "dpmpp_sde", "dpmpp_sde_karras"}
     if schedule.beta_schedule == "squaredcos_cap_v2":
         # diffusers truncates the timesteps here, and those that are whole come out a hair below: noise decides.
-        unable.add("dpmpp_2m_karras")
+        unable |= {"dpmpp_2m_karras", "dpmpp_2m_sde_karras"}
     return tuple(name for name in SAMPLERS if name not in unable)
 
 

@@ -13,29 +13,29 @@ from app.diffusion.samplers.schedule import Schedule
 
 _SAMPLER_OF_CLASS = {
     "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "deis",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "EulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
     "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
     "PNDMScheduler": "pndm",
+    "UniPCMultistepScheduler": "unipc",
 }
-# The nearest, by what it reads: as many evaluations a step, and noise where the class draws it.
+# As many evaluations a step, and noise where the class draws it.
 _NEAREST_OF_CLASS = {
-    "DDPMScheduler": "euler_ancestral",
-    "DEISMultistepScheduler": "dpmpp_2m",
-    "DPMSolverSDEScheduler": "euler_ancestral",
     "DPMSolverSinglestepScheduler": "dpmpp_2m",
-    "HeunDiscreteScheduler": "euler",
-    "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
-    "KDPM2DiscreteScheduler": "euler",
-    "LMSDiscreteScheduler": "euler",
-    "SASolverScheduler": "euler_ancestral",
+    "KDPM2AncestralDiscreteScheduler": "dpmpp_sde",
+    "KDPM2DiscreteScheduler": "heun",
+    "SASolverScheduler": "dpmpp_2m_sde",
     "TCDScheduler": "lcm",
-    "UniPCMultistepScheduler": "dpmpp_2m",
 }
 _SPACINGS = {"use_karras_sigmas": "_karras", "use_exponential_sigmas": "_exponential", "use_beta_sigmas": "_beta"}
-# What the samplers here do, where a class has the option. The last step is first order in any case where the final
-# sigma is zero, so lower_order_final and euler_at_final change nothing there.
+# What the samplers here do, where a class has the option. Where the final sigma is zero the last step of DPM-Solver is
+# first order in any case, so lower_order_final and euler_at_final change nothing.
 _FOLLOWED: Mapping[str, tuple[Any, ...]] = {
     "corrector_order": (2,),
     "disable_corrector": ("[]",),
@@ -54,7 +54,11 @@ _FOLLOWED: Mapping[str, tuple[Any, ...]] = {
     "tau_func": (None,),
     "use_lu_lambdas": (False,),
     "variance_type": (None, "fixed_small"),
-    "algorithm_type": ("dpmsolver++", "deis"),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+}
+_FOLLOWED_BY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "deis": {"lower_order_final": (True,), "final_sigmas_type": ("sigma_min",)},
+    "unipc": {"lower_order_final": (True,)},
 }
 
 
@@ -73,13 +77,16 @@ def _resolved(schedule: Schedule | FlowSchedule) -> tuple[str, tuple[str, ...]]:
         return "euler", ()
     able, options = samplers_for(schedule), dict(schedule.solver)
     method = _SAMPLER_OF_CLASS.get(schedule.class_name)
+    if method == "dpmpp_2m" and str(options.get("algorithm_type")).startswith("sde-"):
+        method = "dpmpp_2m_sde"
     wanted = method or _NEAREST_OF_CLASS[schedule.class_name]
     spacing = next((suffix for option, suffix in _SPACINGS.items() if options.get(option)), "")
     name = next(name for name in (wanted + spacing, wanted, "ddim") if name in able)
     sentences = []
     if method is None or not name.startswith(wanted):
         sentences.append(f"The checkpoint names {schedule.class_name}; the default sampler is the nearest, {name}.")
-    unlike = [f"{option} {value}" for option, value in options.items() if value not in _FOLLOWED.get(option, (value,))]
+    followed = {**_FOLLOWED, **_FOLLOWED_BY.get(wanted, {})}
+    unlike = [f"{option} {value}" for option, value in options.items() if value not in followed.get(option, (value,))]
     if spacing and not name.endswith(spacing):
         unlike.append(f"{spacing[1:]} sigmas")
     if unlike:

@@ -13,8 +13,28 @@ def ddim(steps: int, schedule: Schedule) -> SamplerTable:
 
     x' = sqrt(abar') x_0 + sqrt(1 - abar') eps, with eps = (x - sqrt(abar) x_0) / sqrt(1 - abar) and m = x_0.
     """
-    t, bar, target_bar = strided(steps, schedule)
-    return deterministic(t, bar, target_bar, schedule)
+    t = whole_timesteps(steps, schedule, "leading")
+    alphas_bar = alphas_bar_of(schedule)
+    # As in diffusers: a fixed stride back from t. Unless the spacing is leading, that is not exactly the next t.
+    target = t.astype(int) - schedule.num_train_timesteps // steps
+    end = 1.0 if schedule.set_alpha_to_one in (True, None) else alphas_bar[0]
+    return deterministic(t, alphas_bar[t.astype(int)], np.where(target >= 0, alphas_bar[target], end), schedule)
+
+
+def ddpm(steps: int, schedule: Schedule) -> SamplerTable:
+    """Ancestral sampling with the smaller variance (Ho et al. 2020, arXiv:2006.11239, equations 6 and 7).
+
+    With alpha = abar / abar' and m = x_0: x' = sqrt(abar') (1 - alpha) / (1 - abar) m
+    + sqrt(alpha) (1 - abar') / (1 - abar) x + sqrt((1 - abar') (1 - alpha) / (1 - abar)) z.
+    """
+    t = whole_timesteps(steps, schedule, "leading")
+    bar = alphas_bar_of(schedule)[t.astype(int)]
+    target_bar = np.append(bar[1:], 1.0)
+    alpha = bar / target_bar
+    p, q = to_denoised(bar, schedule)
+    a, b = np.sqrt(alpha) * (1 - target_bar), np.sqrt(target_bar) * (1 - alpha)
+    n = np.sqrt((1 - target_bar) * (1 - alpha) / (1 - bar))
+    return table_of(t, p=p, q=q, a=a / (1 - bar), b=[b / (1 - bar)], n=n)
 
 
 def euler(grid: Grid, schedule: Schedule) -> SamplerTable:
@@ -58,16 +78,6 @@ def lcm(steps: int, schedule: Schedule) -> SamplerTable:
     skip, out = 0.25 / (clock**2 + 0.25), clock / np.sqrt(clock**2 + 0.25)
     p, q = to_denoised(bar, schedule)
     return table_of(t, p=out * p + skip, q=out * q, a=0.0, b=[np.sqrt(target_bar)], n=np.sqrt(1 - target_bar))
-
-
-def strided(steps: int, schedule: Schedule) -> tuple[Float64, Float64, Float64]:
-    """Whole timesteps, their alpha_bar and that of their targets, for DDIM and DDPM."""
-    t = whole_timesteps(steps, schedule, "leading")
-    alphas_bar = alphas_bar_of(schedule)
-    # As in diffusers: a fixed stride back from t. Unless the spacing is leading, that is not exactly the next t.
-    target = t.astype(int) - schedule.num_train_timesteps // steps
-    end = 1.0 if schedule.set_alpha_to_one in (True, None) else alphas_bar[0]
-    return t, alphas_bar[t.astype(int)], np.where(target >= 0, alphas_bar[target], end)
 
 
 def deterministic(

@@ -4,13 +4,18 @@ A noise level is sigma = sqrt((1 - alpha_bar) / alpha_bar). Knows nothing of upd
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from app.diffusion.samplers.schedule import Schedule
 from app.diffusion.samplers.table import Float64
+
+
+# Noise levels from the highest to the lowest, in so many steps.
+Levels: TypeAlias = Callable[[float, float, int], Float64]
 
 
 class Grid(NamedTuple):
@@ -80,14 +85,20 @@ def check_timesteps(t: Float64, schedule: Schedule, spacing: str) -> None:
         )
 
 
-def euler_grid(steps: int, schedule: Schedule) -> Grid:
-    """The grid of samplers that the literature writes in sigma space; it ends at 0."""
+def euler_grid(steps: int, schedule: Schedule, levels: Levels | None = None) -> Grid:
+    """The grid of samplers that the literature writes in sigma space; it ends at 0.
+
+    `levels` replaces the noise levels of the schedule's timesteps, but for the first and the last.
+    """
     spacing = schedule.timestep_spacing or "linspace"
     t = spaced_timesteps(steps, schedule, spacing)
     sigmas = np.interp(t, np.arange(schedule.num_train_timesteps), trained_sigmas(schedule))
     # diffusers starts from y = sigma z, or from sqrt(sigma^2 + 1) z where the first timestep is short of the last
     # trained one and pure noise of sigma alone would be too little.
     initial_scale = 1.0 if spacing == "leading" else float(sigmas[0] / math.sqrt(sigmas[0] ** 2 + 1))
+    if levels is not None:
+        sigmas = levels(sigmas[0], sigmas[-1], steps)
+        t = timesteps_of(sigmas, schedule)
     return Grid(t, np.append(sigmas, 0.0), initial_scale)
 
 
@@ -106,6 +117,12 @@ def dpm_grid(steps: int, schedule: Schedule) -> Grid:
     return Grid(t, np.append(sigmas, 0.0))
 
 
+def deis_grid(steps: int, schedule: Schedule) -> Grid:
+    """As `dpm_grid`, but it ends at the smallest noise level of training: log sigma must be finite."""
+    grid = dpm_grid(steps, schedule)
+    return grid._replace(sigmas=np.append(grid.sigmas[:-1], trained_sigmas(schedule)[0]))
+
+
 def dpm_karras_grid(steps: int, schedule: Schedule) -> Grid:
     """Karras noise levels from the largest to the smallest of training, at the whole timesteps next to them."""
     trained = trained_sigmas(schedule)
@@ -116,6 +133,37 @@ def dpm_karras_grid(steps: int, schedule: Schedule) -> Grid:
 def karras(high: float, low: float, steps: int) -> Float64:
     """sigma^(1/7) falls linearly: Karras et al. 2022, arXiv:2206.00364, equation 5 with rho = 7."""
     return np.asarray((high ** (1 / 7) + np.linspace(0, 1, steps) * (low ** (1 / 7) - high ** (1 / 7))) ** 7)
+
+
+def exponential(high: float, low: float, steps: int) -> Float64:
+    """log(sigma) falls linearly."""
+    return np.exp(np.linspace(math.log(high), math.log(low), steps))
+
+
+def beta(high: float, low: float, steps: int) -> Float64:
+    """Quantiles of the beta distribution with both parameters 0.6 (Lee et al. 2024, arXiv:2407.12173)."""
+    return np.asarray(low + (high - low) * beta_quantiles(1 - np.linspace(0, 1, steps)))
+
+
+def beta_quantiles(shares: Float64, shape: float = 0.6) -> Float64:
+    """Where the cumulative beta distribution with both parameters `shape` has these values, by bisection.
+
+    Below 1/2 its integral is smooth in t^shape; above, it is the mirror image.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+
+    def integral(x: Float64) -> Float64:
+        u = np.asarray(x**shape)[..., None] * (nodes + 1) / 2
+        return np.asarray(x**shape / (2 * shape) * ((1 - u ** (1 / shape)) ** (shape - 1) @ weights))
+
+    lower = np.minimum(shares, 1 - shares) * 2 * integral(np.array(0.5))
+    low, high = np.zeros(len(shares)), np.full(len(shares), 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = integral(middle) < lower
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    low = np.where(lower > 0, low, 0.0)
+    return np.where(shares <= 0.5, low, 1 - low)
 
 
 def timesteps_of(sigmas: Float64, schedule: Schedule) -> Float64:

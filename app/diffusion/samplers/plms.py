@@ -1,8 +1,8 @@
-"""Samplers that also look at earlier outputs, so that a step is of higher order with one evaluation."""
+"""PLMS, a multistep method on whole timesteps, whose first step is taken twice."""
 
 import numpy as np
 
-from app.diffusion.samplers.noise_levels import Grid, alphas_bar_of, whole_timesteps
+from app.diffusion.samplers.noise_levels import alphas_bar_of, whole_timesteps
 from app.diffusion.samplers.prediction import to_denoised
 from app.diffusion.samplers.schedule import Schedule
 from app.diffusion.samplers.table import HISTORY, SamplerTable, table_of
@@ -13,24 +13,6 @@ _ADAMS_BASHFORTH = {
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
-
-
-def dpmpp_2m(grid: Grid, schedule: Schedule) -> SamplerTable:
-    """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
-
-    x' = (s'/s) x - alpha' (exp(-h) - 1) D, with alpha and s the latents' shares of image and noise,
-    lambda = log(alpha / s), h = lambda' - lambda, r = h_previous / h and D = (1 + 1/2r) m_i - (1/2r) m_{i-1}, m = x_0.
-    The first and the last step have D = m_i.
-    """
-    bar = 1 / (grid.sigmas**2 + 1)
-    p, q = to_denoised(bar[:-1], schedule)
-    a = np.sqrt((1 - bar[1:]) / (1 - bar[:-1]))
-    gain = np.sqrt(bar[1:]) * (1 - grid.sigmas[1:] / grid.sigmas[:-1])
-    # 1/2r = h / (2 h_previous) where both neighbours exist; h = log(sigma / sigma') as alpha / s = 1 / sigma.
-    h = np.log(grid.sigmas[:-2] / grid.sigmas[1:-1])
-    lean = np.zeros(len(p))
-    lean[1:-1] = h[1:] / (2 * h[:-1])
-    return table_of(grid.timesteps, p=p, q=q, a=a, b=[gain * (1 + lean), -gain * lean])
 
 
 def pndm(steps: int, schedule: Schedule) -> SamplerTable:
