@@ -45,6 +45,7 @@ class HangingPipeline(FakePipeline):
     """A device that hangs for ever once a prompt is "a device that hangs"."""
 
     samplers = ("ddim",)
+    notes = ()
     hangs = False
 
     @classmethod

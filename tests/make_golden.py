@@ -7,6 +7,7 @@ Needs the `parity` extra (torch, diffusers). Nothing under app/ takes part in ma
 """
 
 import argparse
+import importlib
 import inspect
 import json
 import sys
@@ -24,11 +25,8 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-
-sys.modules.setdefault("torchsde", ModuleType("torchsde"))
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
-from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler as dpm_solver_sde
 
 from tests import golden_flow, published, sampler_cases, tiny, tiny_flow
 
@@ -138,7 +136,7 @@ def samplers() -> Arrays:
 def scheduler_for(sampler: str, config: dict[str, Any]) -> Any:
     """diffusers' own way to swap samplers: the checkpoint's scheduler, then Other.from_config(scheduler.config)."""
     checkpoint = getattr(diffusers, config["_class_name"]).from_config(config)
-    plain = {f"use_{levels}_sigmas": False for levels in ("karras", "exponential", "beta")}
+    plain: dict[str, Any] = {f"use_{levels}_sigmas": False for levels in ("karras", "exponential", "beta")}
     method, _, variant = sampler.rpartition("_")
     if variant in ("karras", "exponential", "beta"):
         options = plain | {f"use_{variant}_sigmas": True}
@@ -147,15 +145,17 @@ def scheduler_for(sampler: str, config: dict[str, Any]) -> Any:
     else:
         method, options = sampler, plain
     class_name, own = SCHEDULERS[method]
-    scheduler_class: Any = getattr(diffusers, class_name)
-    if class_name == "DPMSolverSDEScheduler":  # hidden where torchsde, whose noise is replaced, is not installed
-        scheduler_class = dpm_solver_sde
+    # diffusers hides the class where torchsde is not installed, whose noise is replaced here.
+    sys.modules.setdefault("torchsde", ModuleType("torchsde"))
+    sde = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+    scheduler_class: Any = getattr(sde if sampler.startswith("dpmpp_sde") else diffusers, class_name)
     known = inspect.signature(scheduler_class.__init__).parameters
     options = {name: value for name, value in {**options, **own}.items() if name in known}
     return scheduler_class.from_config(checkpoint.config, **options)
 
 
-# clip_sample as StableDiffusionPipeline has it where a config is silent; what a class must not take from another's file.
+# clip_sample is as StableDiffusionPipeline has it where a config is silent. The other options are those that a class
+# must not take from another's file.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),

@@ -148,8 +148,8 @@ def cases() -> list[tuple[str, str, int]]:
     runs += [("zero-snr", s, n) for s in everything if s != "pndm" for n in (1, 2, 6, 20)]
     runs += [(c, "lcm", n) for c in ("lcm", "lcm-short") for n in (1, 4, 7, 30)]
     varied = ("ddpm", "deis", "dpmpp_2m_sde", "dpmpp_sde", "heun", "lms", "unipc")
-    levels = ("dpmpp_2m_sde_karras", "dpmpp_sde_karras", "heun_karras", "lms_karras", "unipc_karras")
-    levels = (*levels, "euler_karras", "euler_exponential", "euler_beta")
+    levels = tuple(f"{name}_karras" for name in ("euler", "heun", "lms", "dpmpp_2m_sde", "dpmpp_sde", "unipc"))
+    levels = (*levels, "euler_exponential", "euler_beta")
     named = ("ddim_trailing", "euler_trailing", "euler_ancestral_trailing")
     runs += [("sd14", s, n) for s in (*varied, *levels, *named) for n in (1, 2, 3, 5, 20)]
     runs += [("sd21", s, n) for s in (*varied, *levels, *named) for n in (2, 7)]

@@ -19,6 +19,7 @@ class Description:
     default_sampler: str
     model: str = ""  # empty: an older replica did not send it, and the config's applies
     sizes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences on what the checkpoint says and this server does otherwise
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def model_object(service: Service, description: Description, created: int) -> di
         "sizes": service.sizes,
         "samplers": description.samplers,
         "qualities": service.qualities,
+        "notes": description.notes,
         "limits": service.limits.model_dump(),
         "defaults": defaults
         | {"sampler": service.defaults.sampler or description.default_sampler, "size": service.sizes[0]},

@@ -41,7 +41,7 @@ class Shapes:
 
     @property
     def table_rows(self) -> int:
-        return self.spec.max_steps + 1  # pndm evaluates the UNet once more than it has steps
+        return 2 * self.spec.max_steps  # heun evaluates the denoiser twice a step
 
     def state(self, size: Size) -> DenoiseState:
         """A DenoiseState of jax.ShapeDtypeStruct."""

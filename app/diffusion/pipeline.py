@@ -33,7 +33,7 @@ from app.diffusion.declared_programs import (
 from app.diffusion.device_programs import DenoiseState, network_of, rows_of
 from app.diffusion.families.family import Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
-from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, make_table, samplers_for
+from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, departures, make_table, samplers_for
 from app.diffusion.sharding import mesh_of, placed
 from app.types import ActiveSlot, Generation, InvalidField, PipelineSpec, Size
 
@@ -71,6 +71,7 @@ class Pipeline:
         self.schedule = checkpoint.schedule
         self.samplers = samplers_for(self.schedule)
         self.default_sampler = default_sampler(self.schedule)
+        self.notes = departures(self.schedule)
         self.tokenizers = checkpoint.tokenizers
         self.mesh = mesh_of(jax.local_devices() if devices is None else devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())

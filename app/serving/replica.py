@@ -163,7 +163,8 @@ class StableDiffusion:
 
     async def describe(self) -> Description:
         sizes = tuple(f"{width}x{height}" for width, height in self.pipeline.sizes)
-        return Description(tuple(self.pipeline.samplers), self.pipeline.default_sampler, self.name, sizes)
+        pipeline = self.pipeline
+        return Description(tuple(pipeline.samplers), pipeline.default_sampler, self.name, sizes, pipeline.notes)
 
     async def stats(self) -> dict[str, Any]:
         return {

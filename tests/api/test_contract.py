@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 SIZES = ((16, 24), (16, 16))
 WAIT_S = 300
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "pndm", "lcm", None)
+SAMPLERS = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "pndm", "lcm", None)
 
 
 @pytest.fixture(scope="module")

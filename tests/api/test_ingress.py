@@ -101,7 +101,7 @@ class StreamMethod:
         return self.answers[-1]
 
 
-DESCRIPTION = Description(("euler", "pndm"), "pndm", "tiny", ("128x128", "256x128"))
+DESCRIPTION = Description(("euler", "pndm"), "pndm", "tiny", ("128x128", "256x128"), ("The nearest is pndm.",))
 
 
 class Replicas:
@@ -247,6 +247,7 @@ def test_models_lists_sizes_samplers_limits_and_defaults_and_asks_once_a_second(
         "samplers": ["euler", "pndm"],
         "aliases": [],
         "qualities": {},
+        "notes": ["The nearest is pndm."],
         "limits": {
             "images": 3,
             "num_inference_steps": [1, 100],

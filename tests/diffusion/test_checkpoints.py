@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.models.tensors import finite
-from app.diffusion.samplers import Schedule, make_table
+from app.diffusion.samplers import Schedule, default_sampler, make_table
 from cluster import ROOT, processes
 from tests import tiny
 from tests.hub_server import Hub, serving
@@ -152,7 +152,7 @@ def pndm_of(model: Path, **changes: Any) -> list[float]:
 def test_timesteps_begin_at_one_whatever_the_file_says(
     model: Path, offset: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="ray.serve.app.models.loading"):
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
         assert pndm_of(model, steps_offset=offset) == [801, 601, 601, 401, 201, 1]
     message = {None: "0, its default", 0: "0", 2: "2"}[offset]
     assert f"steps_offset is 1 instead of {message}, as diffusers' pipeline has it." in caplog.text
@@ -171,7 +171,7 @@ def test_that_holds_for_every_class_of_scheduler(name: str) -> None:
 
 @pytest.mark.slow
 def test_a_file_that_is_right_is_not_remarked_on(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="ray.serve.app.models.loading"):
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
         assert pndm_of(model) == [801, 601, 601, 401, 201, 1]
     assert "instead of" not in caplog.text
 
@@ -191,9 +191,23 @@ def test_what_the_pipeline_corrects_loads_and_is_logged(
     named = {"class_name": changes.get("_class_name", "PNDMScheduler")}
     as_published = dataclasses.replace(load_checkpoint(model).schedule, **named)
     edit(model / "scheduler/scheduler_config.json", **changes)
-    with caplog.at_level(logging.INFO, logger="ray.serve.app.models.loading"):
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
         assert load_checkpoint(model).schedule == as_published
     assert remark in caplog.text
+
+
+@pytest.mark.slow
+def test_a_class_that_is_not_sampled_with_loads_and_the_nearest_sampler_is_logged(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(model / "scheduler/scheduler_config.json", _class_name="KDPM2DiscreteScheduler", use_karras_sigmas=True)
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        schedule = load_checkpoint(model).schedule
+    assert isinstance(schedule, Schedule) and schedule.steps_offset == 1
+    assert default_sampler(schedule) == "heun_karras"
+    assert (
+        "The checkpoint names KDPM2DiscreteScheduler; the default sampler is the nearest, heun_karras." in caplog.text
+    )
 
 
 @pytest.mark.parametrize("changes", [{"steps_offset": -1}, {"steps_offset": 0.5}, {"clip_sample": "yes"}])

@@ -21,7 +21,7 @@ from tests.tiny import tensor_shapes, write_checkpoint
 pytestmark = pytest.mark.slow
 
 SIZE = (16, 24)
-SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "pndm", "lcm")
+SAMPLERS = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "pndm", "lcm")
 
 
 class Request(NamedTuple):

@@ -165,6 +165,69 @@ def test_the_default_sampler_is_the_one_that_the_checkpoint_names(config: str, s
     assert default_sampler(Schedule.from_config(CONFIGS[config])) == sampler
 
 
+USUAL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize(
+    "options, sampler",
+    [
+        ({"_class_name": "DDPMScheduler", "variance_type": "fixed_small"}, "ddpm"),
+        ({"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho"}, "deis"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ({"_class_name": "DPMSolverSDEScheduler", "use_karras_sigmas": True}, "dpmpp_sde_karras"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True}, "euler_exponential"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "euler_beta"),
+        ({"_class_name": "HeunDiscreteScheduler"}, "heun"),
+        ({"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True}, "lms_karras"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "disable_corrector": []}, "unipc"),
+    ],
+)
+def test_options_of_a_class_choose_its_sampler(options: dict[str, Any], sampler: str) -> None:
+    schedule = Schedule.from_config(USUAL | options)
+    assert (default_sampler(schedule), departures(schedule)) == (sampler, ())
+
+
+@pytest.mark.parametrize(
+    "name, sampler",
+    [
+        ("DPMSolverSinglestepScheduler", "dpmpp_2m"),
+        ("KDPM2AncestralDiscreteScheduler", "dpmpp_sde"),
+        ("KDPM2DiscreteScheduler", "heun"),
+        ("SASolverScheduler", "dpmpp_2m_sde"),
+        ("TCDScheduler", "lcm"),
+    ],
+)
+def test_a_class_that_is_not_sampled_with_loads_and_the_nearest_is_said(name: str, sampler: str) -> None:
+    schedule = Schedule.from_config(USUAL | {"_class_name": name, "timestep_spacing": "leading", "steps_offset": 1})
+    assert departures(schedule) == (f"The checkpoint names {name}; the default sampler is the nearest, {sampler}.",)
+    assert default_sampler(schedule) == sampler
+    assert make_table("euler", 5, schedule).timesteps.tolist() == [801, 601, 401, 201, 1]
+
+
+@pytest.mark.parametrize(
+    "name, betas", [("LMSDiscreteScheduler", (1e-4, 0.02)), ("HeunDiscreteScheduler", (85e-5, 0.012))]
+)
+def test_a_silent_file_has_the_betas_of_its_class(name: str, betas: tuple[float, float]) -> None:
+    schedule = Schedule.from_config({"_class_name": name})
+    assert (schedule.beta_start, schedule.beta_end, schedule.beta_schedule) == (*betas, "linear")
+
+
+FEW_STEPS = {
+    # As published with stabilityai/sdxl-turbo and sd-turbo, and made by ByteDance/SDXL-Lightning's example.
+    "turbo": ("EulerAncestralDiscreteScheduler", [999, 749, 499, 249]),
+    "sd-turbo": ("EulerDiscreteScheduler", [999, 749, 499, 249]),
+}
+
+
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_few_step_models_begin_at_the_last_timestep(name: str) -> None:
+    class_name, timesteps = FEW_STEPS[name]
+    turbo = Schedule.from_config(USUAL | {"_class_name": class_name, "timestep_spacing": "trailing", "steps_offset": 1})
+    assert make_table(default_sampler(turbo), 4, turbo).timesteps.tolist() == timesteps
+    for sampler in ("euler_trailing", "euler_ancestral_trailing", "ddim_trailing"):
+        assert make_table(sampler, 4, SD14).timesteps.tolist() == timesteps
+
+
 def test_karras_sigmas_are_a_choice_of_sampler_not_of_the_checkpoint() -> None:
     karras = Schedule.from_config(CONFIGS["dpm"])
     plain = Schedule.from_config(CONFIGS["dpm"] | {"use_karras_sigmas": False})
@@ -340,7 +403,7 @@ def test_every_step_count_that_is_not_refused_gives_a_finite_table() -> None:
     for config in ("sd14", "trailing-v_prediction", "linspace-epsilon", "zero-snr"):
         schedule = Schedule.from_config(CONFIGS[config])
         for sampler in samplers_for(schedule):
-            for steps in (1, 2, 3, 49, 61, 103, 333, 500, 999):
+            for steps in (1, 2, 3, 61, 999):
                 if sampler == "lcm" and steps > 50:
                     continue
                 table = make_table(sampler, steps, schedule)

@@ -44,6 +44,7 @@ SPEC = PipelineSpec("/models/tiny", sizes=(SMALL,), batch_buckets=(1, 2), max_st
 
 class Pipeline(FakePipeline):
     samplers = ("ddim", "pndm")
+    notes = ("The checkpoint names another.",)
     events: list[Any]
 
     @classmethod
@@ -345,7 +346,8 @@ def test_a_finished_request_is_measured_from_its_arrival_to_its_files(replica: A
 
 
 def test_a_replica_names_its_model_its_sizes_and_what_stands_in_its_checkpoint(replica: Any) -> None:
-    assert asyncio.run(replica.describe()) == Description(("ddim", "pndm"), "ddim", "tiny", ("8x8",))
+    expected = Description(("ddim", "pndm"), "ddim", "tiny", ("8x8",), ("The checkpoint names another.",))
+    assert asyncio.run(replica.describe()) == expected
     assert generate(replica).model == "tiny"
 
 

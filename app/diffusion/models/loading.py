@@ -23,7 +23,7 @@ from app.diffusion.models.tensors import finite, from_tensor, tensor_name, tenso
 from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.models.tokenizer_files import some, tokenizer_problems
 from app.diffusion.models.weight_files import Tensor, find_tensors
-from app.diffusion.samplers import FlowSchedule, Schedule
+from app.diffusion.samplers import FlowSchedule, Schedule, departures
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -115,7 +115,7 @@ def schedule_of(kind: type[Family], content: Mapping[str, Any], problems: list[s
     except ValueError as error:
         problems.append(f"{SCHEDULER}: {error}")
         return None
-    for remark in remarks:
+    for remark in (*remarks, *departures(schedule)):
         logger.info(f"{SCHEDULER}: {remark}")
     return schedule
 

@@ -1,8 +1,8 @@
 """The DPM-Solver++ family: exponential integrators for m = x_0 that extrapolate from the last two outputs.
 
-With alpha and s the latents' shares of image and noise, sigma = s / alpha, lambda = -log(sigma) and h = lambda' - lambda,
-a step is x' = (s'/s) x + alpha' (1 - exp(-h)) D, and D = m_i + (h / 2 h_previous) (m_i - m_{i-1}). The first and the
-last step have D = m_i.
+With alpha and s the latents' shares of image and noise, sigma = s / alpha and h = log(sigma / sigma'), a step is
+x' = (s'/s) x + alpha' (1 - exp(-h)) D, and D = m_i + (h / 2 h_previous) (m_i - m_{i-1}). The first and the last step
+have D = m_i.
 """
 
 import numpy as np

@@ -13,7 +13,6 @@ import numpy as np
 from app.diffusion.samplers.schedule import Schedule
 from app.diffusion.samplers.table import Float64
 
-
 # Noise levels from the highest to the lowest, in so many steps.
 Levels: TypeAlias = Callable[[float, float, int], Float64]
 
