@@ -7,7 +7,7 @@ model, and a compiler may pack better. Products whose results nobody reads do no
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SUBLANES = 8  # rows go through a matrix unit in groups of this size
@@ -19,7 +19,7 @@ class FlopCount:
 
     flops: float = 0.0
     padded_flops: float = 0.0
-    kernels: dict[str, float] = field(default_factory=dict)  # name stack -> padded FLOPs of the kernels called tscope
+    kernels: dict[str, float] = field(default_factory=dict)  # name stack -> padded FLOPs of the kernels called there
     open_loops: int = 0  # loops of an unknown number of iterations, which count once
 
     def add(self, other: "FlopCount", times: float = 1) -> None:
@@ -52,11 +52,13 @@ def count_equations(jaxpr: Any, tile: int, stack: str) -> FlopCount:
             inner = FlopCount()
             for inside in inner_jaxprs(parameters):
                 inner.add(count_equations(inside, tile, ""), math.prod(parameters["grid_mapping"].grid))
-            inner.kernels = {scope: inner.padded_flops}
-            total.add(inner)
+            declared = parameters.get("cost_estimate")
+            done = min(1.0, declared.flops / inner.flops) if declared and inner.flops else 1.0  # some cells may do less
+            padded = inner.padded_flops * done
+            total.add(FlopCount(inner.flops * done, padded, {scope: padded}))
         elif name == "cond":
-            branches = [count_equations(branch.jaxpr, tile, scope) for branch in compiled_branches(parameters)]
-            total.add(max(branches, key=lambda branch: branch.padded_flops))
+            branches = [count_equations(branch.jaxpr, tile, scope) for branch in parameters["branches"]]
+            total.add(chosen(branches, parameters.get("branches_platforms")))
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":
@@ -67,12 +69,13 @@ def count_equations(jaxpr: Any, tile: int, stack: str) -> FlopCount:
     return total
 
 
-def compiled_branches(parameters: dict[str, Any]) -> Sequence[Any]:
-    """The branches of a conditional that are compiled: of one that chooses by platform, the TPU's alone."""
-    branches, platforms = parameters["branches"], parameters.get("branches_platforms")
+def chosen(branches: Sequence[FlopCount], platforms: Sequence[Sequence[str] | None] | None) -> FlopCount:
+    """The most expensive branch. Of a choice by platform the TPU's, with no more work than the default's, as both
+    compute the same."""
     if platforms is None:
-        return branches
-    return [next(b for b, names in zip(branches, platforms, strict=True) if names is None or "tpu" in names)]
+        return max(branches, key=lambda branch: branch.padded_flops)
+    tpu, *others = [b for b, names in zip(branches, platforms, strict=True) if names is None or "tpu" in names]
+    return replace(min((tpu, *others), key=lambda branch: branch.padded_flops), kernels=tpu.kernels)
 
 
 def shares(parameters: dict[str, Any]) -> int:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from capacity.chips import CHIPS, Chip, Host, host_of
 from capacity.cycles import CycleCount, count_cycles
 from capacity.flops import FlopCount, count_flops
+from capacity.kernels import ASSUMED_SHARE, share_of
 from capacity.libtpu import compile_only, devices, missing
 from cluster.cli import Parser, UsageError, UserError, run_command
 
 if TYPE_CHECKING:
     from jax.stages import Traced
 
-KERNEL_SHARE = 0.7  # share of peak that a custom kernel is assumed to reach on its padded FLOPs
 # The scopes that app/diffusion/models/ names. An operation belongs to the innermost.
 PARTS = (
     "self-attention",
@@ -120,24 +120,26 @@ def cycles_by_part(count: CycleCount, total: FlopCount, chip: Chip, shards: int)
     for op_name, cycles in count.cycles.items():
         parts[part_of(op_name)] += cycles
     notes = [f"{number} x {opcode} (libtpu has no estimate)" for opcode, number in sorted(count.unpriced.items())]
-    padded: dict[str, float] = {}
-    for stack, flops in total.kernels.items():
-        padded[part_of(stack)] = padded.get(part_of(stack), 0.0) + flops
     own: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for op_name, number in count.kernels.items():
         own[part_of(op_name)] += count.kernel_cycles[op_name]
         calls[part_of(op_name)] += number
-    for part in own.keys() | padded.keys():
+    products: Counter[str] = Counter()
+    assumed = set()
+    for stack, flops in total.kernels.items():
+        share = share_of(stack, chip.name)
+        if share is None:
+            assumed.add(part_of(stack))
         # A kernel that several chips share is in a shard_map, whose body counts once for each shard.
-        assumed = round(padded.get(part, 0.0) / shards / chip.flops_a_cycle / KERNEL_SHARE)
-        parts[part] += max(own[part], assumed)
-        if not assumed:
+        products[part_of(stack)] += round(flops / shards / chip.flops_a_cycle / (share or ASSUMED_SHARE))
+    for part in own.keys() | products.keys():
+        parts[part] += max(own[part], products[part])
+        if not products[part]:
             notes.append(f"{calls[part]} x kernel in {part} without a visible product (only its own estimate counts)")
-        elif assumed > own[part]:
-            notes.append(
-                f"{calls[part]} x kernel in {part} beyond its padded products at {100 * KERNEL_SHARE:.0f} % of peak"
-            )
+        elif part in assumed and products[part] > own[part]:
+            rule = f"{100 * ASSUMED_SHARE:.0f} % of peak"
+            notes.append(f"{calls[part]} x kernel in {part} beyond its padded products at {rule}")
     if count.open_loops > total.open_loops:
         notes.append(f"{count.open_loops - total.open_loops} loops of unknown length count once")
     return parts, notes

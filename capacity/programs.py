@@ -16,7 +16,7 @@ from capacity.chips import Host
 from capacity.libtpu import devices, version
 from capacity.models import shapes_of
 
-COST_MODULES = ("chips", "cycles", "flops", "hlo", "hlo_products", "libtpu", "program_cost")
+COST_MODULES = ("chips", "cycles", "flops", "hlo", "hlo_products", "kernels", "libtpu", "program_cost")
 COST_SOURCES = [Path(__file__).parent / f"{name}.py" for name in COST_MODULES]
 
 

@@ -73,6 +73,28 @@ def test_a_choice_by_platform_counts_as_the_tpus_branch() -> None:
     assert flops_of(by_platform, (128, 128)).flops == 2 * 128**3
 
 
+def test_a_kernel_that_a_tpu_chooses_is_no_more_work_than_what_it_replaces() -> None:
+    def kernel(x: Any, out: Any) -> None:
+        out[...] = x[...] @ x[...] @ x[...]
+
+    def by_platform(x: jax.Array) -> jax.Array:
+        tpu = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return jax.lax.platform_dependent(x, tpu=tpu, cpu=lambda x: x, default=lambda x: x @ x)
+
+    count = flops_of(by_platform, (128, 128))
+    assert (count.flops, list(count.kernels.values())) == (2 * 128**3, [2 * 2 * 128**3])
+
+
+def test_a_kernels_own_estimate_says_that_some_of_its_cells_do_less() -> None:
+    def kernel(x: Any, out: Any) -> None:
+        out[...] = x[...] @ x[...]
+
+    declared = pl.CostEstimate(flops=3 * 2 * 128**3, transcendentals=0, bytes_accessed=0)
+    shape = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+    count = flops_of(pl.pallas_call(kernel, grid=(4,), out_shape=shape, cost_estimate=declared), (128, 128))
+    assert count.flops == count.padded_flops == sum(count.kernels.values()) == 3 * 2 * 128**3
+
+
 def test_a_product_that_nobody_reads_does_not_count() -> None:
     @jax.jit
     def two(x: jax.Array) -> tuple[jax.Array, jax.Array]:

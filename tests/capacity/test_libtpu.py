@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from capacity.chips import CHIPS
+from capacity.kernels import ASSUMED_SHARE
 from capacity.libtpu import missing
-from capacity.program_cost import KERNEL_SHARE
 from cluster import ROOT
 
 # CI has it: `make tpu-check` goes first.
@@ -62,6 +62,6 @@ def test_what_does_not_fit_is_refused_in_the_compilers_words() -> None:
 
 
 def test_a_pallas_kernel_costs_its_padded_flops() -> None:
-    least = 2 * 1024 * 512 * 1024 / CHIPS["v5e"].flops_a_cycle / KERNEL_SHARE
+    least = 2 * 1024 * 512 * 1024 / CHIPS["v5e"].flops_a_cycle / ASSUMED_SHARE
     part, cycles = map(int, output_of(KERNEL).split())
     assert part == cycles == round(least)

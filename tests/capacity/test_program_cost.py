@@ -7,9 +7,10 @@ from capacity.chips import CHIPS, Host, host_of
 from capacity.configs import hosts_of, workload_of
 from capacity.cycles import CycleCount
 from capacity.flops import FlopCount
+from capacity.kernels import ASSUMED_SHARE, SHARES, bundles
 from capacity.libtpu import pinned, version
 from capacity.models import architecture_of, configurations, presets, shapes_of
-from capacity.program_cost import KERNEL_SHARE, cycles_by_part, part_of
+from capacity.program_cost import cycles_by_part, part_of
 from cluster.cli import UserError
 from tests.published import CHECKPOINTS, FLOW_CHECKPOINTS
 
@@ -55,10 +56,10 @@ def test_a_kernel_costs_its_padded_flops_at_70_percent_of_peak() -> None:
     )
     total = FlopCount(kernels={"self-attention/x": 7000.0 * V5E.flops_a_cycle})
     parts, notes = cycles_by_part(count, total, V5E, shards=1)
-    assert parts == {"resnet": 1000, "self-attention": round(7000 / KERNEL_SHARE)}
+    assert parts == {"resnet": 1000, "self-attention": round(7000 / ASSUMED_SHARE)}
     assert notes == ["1 x kernel in self-attention beyond its padded products at 70 % of peak"]
     parts, _ = cycles_by_part(count, total, V5E, shards=2)
-    assert parts["self-attention"] == round(3500 / KERNEL_SHARE)
+    assert parts["self-attention"] == round(3500 / ASSUMED_SHARE)
 
 
 def test_a_kernel_costs_its_own_estimate_where_that_is_higher() -> None:
@@ -67,6 +68,25 @@ def test_a_kernel_costs_its_own_estimate_where_that_is_higher() -> None:
     )
     parts, notes = cycles_by_part(count, FlopCount(kernels={"self-attention": 7.0 * V5E.flops_a_cycle}), V5E, shards=1)
     assert (parts, notes) == ({"self-attention": 500}, [])
+
+
+def test_a_kernel_of_ours_costs_what_its_schedule_was_counted_at() -> None:
+    count = CycleCount(kernels=Counter({"jit(f)/self-attention/attention-kernel/pallas_call": 1}))
+    total = FlopCount(kernels={"self-attention/attention-kernel": 7000.0 * V5E.flops_a_cycle})
+    parts, notes = cycles_by_part(count, total, V5E, shards=1)
+    assert (parts, notes) == ({"self-attention": round(7000 / SHARES["attention-kernel"]["v5e"])}, [])
+
+
+def test_a_kernels_bundles_are_counted_by_the_loops_around_them() -> None:
+    text = """\
+LB: loop body
+     0   :  { %s1 = smov 0 }
+   0x6 LB: > { %s2 = sadd.s32 1, %s1 }
+   0x7   : >> { %v1 = vld [vmem:[#allocation2]] }
+   0x8   : >> {}
+   0x9   : > { %v2 = vst [vmem:[#allocation3]] }
+"""
+    assert bundles(text) == {0: 1, 1: 2, 2: 2}
 
 
 def test_what_the_sum_leaves_out_is_noted() -> None:

@@ -10,6 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from app.diffusion.models.tpu_attention import attend_in_vmem, takes
+
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 FEW_KEYS = 128
 MANY_KEYS = 512
@@ -41,6 +43,8 @@ def attend(
     elif k.shape[1] > MANY_KEYS and not causal:
         default = partial(attend_apart, lengths=lengths)
         platforms["cpu"] = partial(attend_in_blocks, lengths=lengths)
+    if not causal and lengths is None and takes(k.shape[1], k.shape[-1], k.dtype):
+        platforms["tpu"] = attend_in_vmem
     if fused(q):
         platforms["cuda"] = partial(plain, implementation="cudnn")
     x = jax.lax.platform_dependent(q, k, v, default=default, **platforms) if platforms else default(q, k, v)
