@@ -58,10 +58,12 @@ MAKEFLAGS += --no-print-directory
 .PHONY: test-faults rehearse-calls
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
-.PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak
+.PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak cuda bench-gpu
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+cuda: ## Install JAX for NVIDIA GPUs too (several GB, Linux): then deploy CONFIG=configs/sd14-gpu.yaml
 
 demo: runtime ## Install, start, deploy and draw eight pictures into outputs/
 	@$(MAKE) CLUSTER=local up deploy
@@ -152,8 +154,13 @@ check: dev ## Check format, lint, names and types
 	@$(py) tests/check_names.py
 	@$(py) -m mypy
 
+# No cluster file here has GPUs, so configs for GPUs are held against none.
+for_gpus := $(sort $(wildcard configs/*-gpu.yaml))
+for_tpus := serve_config.yaml cluster.yaml $(filter-out $(for_gpus),$(sort $(wildcard configs/*.yaml)))
+
 check-config: runtime ## Lint FILES= (all configs here) against Ray's own models, the app's Args and one another
-	@$(verb)config.lint $(or $(FILES),serve_config.yaml cluster.yaml $(sort $(wildcard configs/*.yaml)))
+	@$(verb)config.lint $(or $(FILES),$(for_tpus))
+	@$(if $(FILES),,$(verb)config.lint $(for_gpus))
 
 tpu-check: libtpu ## Compile CONFIG= for a TPU that is not there: does it fit, how fast, how dear (TPU=v5litepod-4,... MODEL= DOLLARS=)
 	@$(py) -m capacity.check --config "$(CONFIG)" --cluster "$(or $(filter-out local,$(CLUSTER)),cluster.yaml)" --model "$(MODEL)" --tpu "$(TPU)" --dollars "$(DOLLARS)"
@@ -228,6 +235,6 @@ libtpu: runtime
 	@$(py) -m capacity.libtpu
 
 # The environments, each by the requirement file of its name.
-runtime dev parity gcp:
+runtime dev parity gcp cuda:
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or newer, or name another one: make PYTHON=..."; exit 1; }
 	@$(PYTHON) cluster/install.py $@ --venv $(VENV) $(named)

@@ -1,9 +1,10 @@
-"""Private parts of Ray that `import ray` loads anyway: tables of TPUs, nodes, and how a gRPC port is opened."""
+"""Private parts of Ray that `import ray` loads anyway: tables of TPUs, GPUs, nodes, and how a gRPC port is opened."""
 
 from typing import Any
 
 from ray._common import tls_utils
 from ray._private.accelerators import tpu
+from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
@@ -13,6 +14,7 @@ __all__ = [
     "PROCESS_TYPE_RAYLET",  # the key of the raylet in Node.all_processes
     "UPLOAD_LOGGERS",
     "Node",  # starts a raylet in this process, as `ray start` does
+    "NvidiaGPUAcceleratorManager",  # counts the GPUs of this machine, and those that its environment leaves visible
     "RayParams",  # what a Node is started with
     "close_replica_port",
     "find_bootstrap_address",  # the cluster that ray.init() would take, or None

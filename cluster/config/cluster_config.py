@@ -24,6 +24,9 @@ logging.getLogger(prepare_config.__module__).setLevel(logging.WARNING)  # else i
 KEY = "available_node_types"  # the key that makes a file a cluster file
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
+GPU_NODE_TYPE = "local_gpu"
+GPU_NODE = {"min_workers": 0, "max_workers": 1, "node_config": {}}
+GPU_NODE_CPUS = 8  # that Ray may place work on; it keeps an idle process for each
 SETUP_COMMANDS = ("setup_commands", "head_setup_commands", "worker_setup_commands")
 START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
 COMMANDS = ("initialization_commands", *SETUP_COMMANDS, *START_COMMANDS)
@@ -81,6 +84,7 @@ class NodeType(Section):
 @dataclass(frozen=True)
 class ClusterConfig:
     document: Document
+    gpus: int = 0  # of this machine: the local cluster has them as GPU_NODE, beside the file's node types
 
     @cached_property
     def prepared(self) -> dict[str, Any]:
@@ -97,7 +101,7 @@ class ClusterConfig:
 
     @property
     def max_workers(self) -> int:
-        return int(self.prepared["max_workers"])
+        return int(self.prepared["max_workers"]) + bool(self.gpus)
 
     @property
     def head(self) -> str:
@@ -109,7 +113,9 @@ class ClusterConfig:
 
     @cached_property
     def node_types(self) -> dict[str, NodeType]:
-        return {name: self.node_type(name, node) for name, node in self.prepared[KEY].items()}
+        gpu_node = {**GPU_NODE, "resources": {"CPU": GPU_NODE_CPUS, "GPU": self.gpus}}
+        added = {GPU_NODE_TYPE: gpu_node} if self.gpus else {}
+        return {name: self.node_type(name, node) for name, node in {**self.prepared[KEY], **added}.items()}
 
     def node_type(self, name: str, node: Mapping[str, Any]) -> NodeType:
         resources, tpus = dict(node["resources"]), slice_of(node["node_config"])
@@ -130,11 +136,11 @@ class ClusterConfig:
         )
 
 
-def read(path: Path) -> ClusterConfig:
+def read(path: Path, gpus: int = 0) -> ClusterConfig:
     """Raises UserError where the file is no cluster file, or Ray could not start its nodes."""
     document = read_with(path, KEY, "cluster file")
     refuse(problems(document, unknown_too=True))
-    return ClusterConfig(document)
+    return ClusterConfig(document, gpus)
 
 
 def problems(document: Document, unknown_too: bool = False) -> list[Finding]:

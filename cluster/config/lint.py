@@ -9,6 +9,7 @@ To add a rule, see CONTRIBUTING.md. A test refuses a `check_...` that stands in 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from app.builders import Args
@@ -24,10 +25,12 @@ from cluster.config.rules import (
     google_names,
     placement,
     serve_builder,
+    serve_gpus,
     serve_keys,
     serve_limits,
 )
 from cluster.config.serve_config import Application, Deployment, ServeConfig
+from cluster.gpus import visible_gpus
 from cluster.terminal import say
 
 DocumentRule = Callable[[Document], Iterator[Finding]]
@@ -41,6 +44,8 @@ BUILDER_RULES: list[Callable[[Application], Iterator[Finding]]] = [serve_builder
 SERVE_RULES: list[Callable[[ServeConfig], Iterator[Finding]]] = [serve_limits.check_access]
 DEPLOYMENT_RULES: list[Callable[[Deployment], Iterator[Finding]]] = [
     serve_limits.check_chip_count,
+    serve_gpus.check_options,
+    serve_gpus.check_gpu_count,
     serve_limits.check_shutdown,
     serve_limits.check_window,
 ]
@@ -52,6 +57,8 @@ IMAGE_RULES: list[Callable[[Application, Args], Iterator[Finding]]] = [  # of ap
     serve_limits.check_chips_are_used,
     serve_limits.check_timeouts,
     serve_limits.check_health,
+    serve_gpus.check_gpu_platform,
+    serve_gpus.check_gpu_dtype,
     checkpoint.check_checkpoint,
 ]
 
@@ -84,7 +91,7 @@ PLACEMENT_RULES: list[Callable[[Deployment, ClusterConfig], Iterator[Finding]]] 
 def lint(paths: Sequence[Path], local: bool = False) -> list[Finding]:
     """All findings, file by file in the order of their lines. Raises OSError.
 
-    `local` says that all nodes run on this machine and see its files.
+    `local` says that all nodes run on this machine, see its files and have its GPUs.
     """
     findings: dict[str, list[Finding]] = {}
     serve_configs: list[ServeConfig] = []
@@ -164,6 +171,8 @@ def check_cluster(document: Document) -> tuple[list[Finding], ClusterConfig | No
 
 
 def check_together(serve: ServeConfig, cluster: ClusterConfig, local: bool) -> Iterator[Finding]:
+    if local:
+        cluster = replace(cluster, gpus=visible_gpus())
     for app in serve.applications:
         if not local:
             yield from (finding for rule in FILE_PLACEMENT_RULES for finding in rule(app, cluster))

@@ -51,6 +51,19 @@ class Deployment(Section):
         return int(chips) if chips in tpu.TPU_VALID_CHIP_OPTIONS else 0
 
     @property
+    def gpus(self) -> float:
+        return self.actor.num_gpus or 0
+
+    @property
+    def devices(self) -> int:
+        """The chips or GPUs that a replica divides its rows among."""
+        return self.chips or int(self.gpus)
+
+    @property
+    def devices_key(self) -> Key:
+        return ("ray_actor_options", "num_gpus") if self.gpus else ("ray_actor_options", "resources", "TPU")
+
+    @property
     def autoscaling(self) -> AutoscalingConfig | None:
         options = self.at("autoscaling_config") or {}
         if self.at("num_replicas") == "auto":

@@ -54,7 +54,7 @@ def timings(options: Mapping[str, str], before: Timings) -> Timings:
 
 @dataclass(frozen=True)
 class NodeTypes:
-    """The node types of a cluster file, without what only Google Cloud has."""
+    """The node types of a cluster file without what only Google Cloud has, and one for this machine's GPUs."""
 
     file: str
     head: str  # name of the head's type
@@ -70,6 +70,7 @@ class NodeTypes:
 def read(path: Path) -> NodeTypes:
     """Raises UserError where the file is no cluster file, or Ray could not start its nodes."""
     from cluster.config import cluster_config  # imports Ray, which takes a second
+    from cluster.gpus import visible_gpus
 
     try:
         path.open().close()
@@ -77,7 +78,7 @@ def read(path: Path) -> NodeTypes:
         raise UserError(
             f"{path} cannot be read: {error.strerror}. Name the cluster file with: make up TWIN=..."
         ) from None
-    config = cluster_config.read(path)
+    config = cluster_config.read(path, visible_gpus())
     types: dict[str, dict[str, Any]] = {
         name: {
             "resources": {key: amount for key, amount in node.resources.items() if not key.startswith("node:")},

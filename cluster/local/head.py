@@ -132,6 +132,7 @@ def command(cluster: Cluster, types: NodeTypes) -> list[str]:
         "min-worker-port": 0,  # 0: any free port
         "max-worker-port": 0,
         "num-cpus": head["resources"].get("CPU", 0),
+        "num-gpus": 0,  # else it takes those of the machine
         "resources": json.dumps(resources),
         "labels": ",".join(f"{name}={value}" for name, value in head["labels"].items()),
         "object-store-memory": OBJECT_STORE_BYTES,

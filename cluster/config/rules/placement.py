@@ -67,7 +67,7 @@ def check_model_has_chips(deployment: Deployment, cluster: ClusterConfig) -> Ite
         return
     file = cluster.document.file
     hosts = {node.slice.name: node.resources.get("TPU", 0) for node in cluster.node_types.values() if node.slice}
-    if hosts and not deployment.chips:
+    if hosts and not deployment.devices:
         text = f"ask for no TPU, so {deployment.name} computes on the CPU, and {file}'s TPUs idle."
         yield deployment.advice(("ray_actor_options", "resources"), text)
     for name, chips in hosts.items():

@@ -128,13 +128,16 @@ def check_target(app: Application, args: Args) -> Iterator[Finding]:
 
 
 def check_chips_are_used(app: Application, args: Args) -> Iterator[Finding]:
-    """A guided image is two rows of a step, and the rows are divided among 1, 2, 4 or 8 chips."""
+    """A guided image is two rows of a step, and the rows are divided among 1, 2, 4 or 8 chips or GPUs."""
     if not (model := app.deployment(StableDiffusion)):
         return
-    chips, largest = model.chips, max(args.batch_buckets)
+    chips, largest = model.devices, max(args.batch_buckets)
+    if chips & (chips - 1):
+        text = f"is {chips}, of which {1 << chips.bit_length() - 1} compute, a power of two: the others idle."
+        yield model.advice(model.devices_key, text)
     if chips > 2 * largest:
         text = f"is {chips}, and the largest of batch_buckets, {largest}, is {2 * largest} rows: the other chips idle."
-        yield model.advice(("ray_actor_options", "resources", "TPU"), text)
+        yield model.advice(model.devices_key, text)
     for bucket in args.batch_buckets:
         used = min(chips, 2 * bucket & -(2 * bucket))  # the largest power of two that divides the rows
         if used < min(chips, 2 * bucket):
