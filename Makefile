@@ -208,6 +208,9 @@ soak: dev ## Soak a local cluster of its own in mixed load, hang-ups and kills f
 bench-torch: parity ## Measure a guided step on this processor against diffusers in PyTorch (several GB to install)
 	@$(py) -m benchmarks.against_torch
 
+bench-gpu: cuda parity ## Measure the GPU of this machine: ours beside diffusers in PyTorch, in under eight minutes
+	@$(py) -m benchmarks.on_gpu
+
 # uv resolves for every platform at once, which pip cannot. It has an environment of its own, so that it is in no lock.
 uv := .cache/uv-$(UV_VERSION)/bin/uv
 lock := $(uv) pip compile pyproject.toml --universal --generate-hashes --no-emit-index-url --no-header \
@@ -221,10 +224,10 @@ lock: ## Pin requirements/*.txt again from pyproject.toml
 		{ $(PYTHON) -m venv .cache/uv-$(UV_VERSION) && $(dir $(uv))pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
 	@$(lock) -o requirements/runtime.txt
 	@$(lock) -c requirements/runtime.txt --extra tpu -o requirements/tpu.txt
-	@$(lock) -c requirements/runtime.txt --extra cuda -o requirements/cuda.txt
 	@$(lock) -c requirements/runtime.txt --extra gcp -o requirements/gcp.txt
 	@$(lock) -c requirements/runtime.txt --extra dev -o requirements/dev.txt
 	@$(lock) -c requirements/runtime.txt --extra dev --extra parity -o requirements/parity.txt
+	@$(lock) -c requirements/parity.txt --extra cuda -o requirements/cuda.txt # CUDA's libraries as PyTorch pins them
 	@echo "Pinned requirements/*.txt anew. The next make installs what changed."
 
 clean: ## Remove caches; .venv, outputs/ and what is up stay
