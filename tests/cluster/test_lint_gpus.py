@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from app.ray_internals.core import NvidiaGPUAcceleratorManager
 from cluster import ROOT, gpus
 from cluster.config import lint as linter
 from cluster.config.documents import Key, dotted
@@ -93,5 +94,5 @@ def test_gpus_that_the_environment_hides_are_not_offered(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(gpus.NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", staticmethod(lambda: 4))
+    monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", staticmethod(lambda: 4))
     assert gpus.visible_gpus() == count
