@@ -100,8 +100,8 @@ def run_all(arguments: argparse.Namespace) -> int:
 
     def write() -> None:
         """Writes what is known so far."""
-        told = {name: value for name, value in vars(arguments).items() if name not in ("out", "part", "programs")}
-        content = {"machine": facts, "arguments": told, "parts": outcomes, "values": values}
+        options = {name: value for name, value in vars(arguments).items() if name not in ("out", "part", "programs")}
+        content = {"machine": facts, "arguments": options, "parts": outcomes, "values": values}
         verdicts = [] if arguments.tiny else [verdict(bar, values) for bar in bars(max(arguments.batches))]
         file.write_text(json.dumps(content | {"bars": verdicts}, indent=2) + "\n", "utf-8")
 
