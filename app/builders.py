@@ -21,6 +21,7 @@ from app.serving.replica import StableDiffusion
 from app.types import Dtype, InvalidField, PipelineSpec, parse_size
 
 ROOT = Path(__file__).resolve().parents[1]
+SINGLE_FILE = ".safetensors"
 Values = TypeVar("Values", list[str], list[int])
 
 
@@ -44,9 +45,19 @@ class Args(Settings):
     """The keys of `args:` in serve_config.yaml. Any other key is refused."""
 
     model: str = Field(
-        description="a folder in diffusers layout, relative to the repository, or a Hugging Face repo id"
+        description="a folder in diffusers layout or one .safetensors file, relative to the repository, "
+        "or a Hugging Face repo id"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a repo id; null: its main branch")
+    variant: str | None = Field(
+        default=None,
+        pattern=r"^\w+$",
+        description="which of several files with the same weights: fp16 takes *.fp16.safetensors; null: *.safetensors",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="only of one .safetensors file, which has none: a folder, relative to the repository, or a repo id",
+    )
     dtype: Dtype = Field(default="float32", description="compute type of the networks")
     sizes: Annotated[list[str], AfterValidator(sizes_written_well)] = Field(
         min_length=1, description="WIDTHxHEIGHT; each is compiled at start, the first is the default"
@@ -92,11 +103,13 @@ class Args(Settings):
     defaults: Defaults = Defaults()
     encoding: Encoding = Encoding()
 
-    def pipeline_spec(self, model: str, programs: Path | None = None) -> PipelineSpec:
-        """What a replica loads and compiles. `model` and `programs` are paths on the machine where it runs."""
+    def pipeline_spec(self, model: str, programs: Path | None = None, tokenizer: str | None = None) -> PipelineSpec:
+        """What a replica loads and compiles. The arguments are paths on the machine where it runs, or repo ids."""
         return PipelineSpec(
             model=model,
             revision=self.revision,
+            variant=self.variant,
+            tokenizer=tokenizer,
             dtype=self.dtype,
             sizes=tuple(parse_size(size) for size in self.sizes),
             batch_buckets=tuple(self.batch_buckets),
@@ -132,10 +145,11 @@ class Args(Settings):
 def text_to_image(args: Args) -> Application:
     """APIIngress -> StableDiffusion."""
     location, name = locate(args.model)
+    tokenizer = locate_tokenizer(args, location)
     rules = (args.limits, args.defaults, args.encoding)
     service = Service(name, tuple(args.sizes), *rules, tuple(args.aliases), dict[str, int](args.qualities.items()))
     replicas = serve.deployment()(StableDiffusion).bind(
-        args.pipeline_spec(location, ROOT / Path(args.programs).expanduser() if args.programs else None),
+        args.pipeline_spec(location, ROOT / Path(args.programs).expanduser() if args.programs else None, tokenizer),
         name=name,
         max_waiting=args.max_waiting,
         images_at_once=None if args.images_at_once == "auto" else args.images_at_once,
@@ -161,12 +175,44 @@ def keys_file(name: str) -> Path:
 
 
 def locate(model: str) -> tuple[str, str]:
-    """Where to load `model` from, and its name: a folder if there is one, else a Hugging Face repo id."""
-    folder = (ROOT / Path(model).expanduser()).resolve()
-    if model and folder.is_dir():
-        return str(folder), folder.name
-    # A slip in a path must not turn into a download: assets/demo-modle looks like a repo id, but assets is a folder.
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not (ROOT / model).parent.is_dir():
+    """Where to load `model` from, and its name: a folder or a file if there is one, else a Hugging Face repo id."""
+    path = (ROOT / Path(model).expanduser()).resolve()
+    if model and (path.is_dir() or (path.is_file() and path.suffix == SINGLE_FILE)):
+        return str(path), path.name.removesuffix(SINGLE_FILE)
+    if path.is_file():
+        raise InvalidField("model", f"model must be a {SINGLE_FILE} file where it is one file, got {model}.")
+    if not path.suffix == SINGLE_FILE and is_repo_id(model):
         return model, model
-    message = f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model} ({folder})."
+    message = (
+        f"model must be a folder in diffusers layout, a {SINGLE_FILE} file or a Hugging Face repo id, "
+        f"got {model} ({path})."
+    )
     raise InvalidField("model", message)
+
+
+def locate_tokenizer(args: Args, location: str) -> str | None:
+    """Where to load the tokenizer of a model in one file from. Raises InvalidField where it is needed and not named."""
+    if not location.endswith(SINGLE_FILE):
+        if args.tokenizer is not None:
+            raise InvalidField("tokenizer", f"tokenizer is only of a model in one file; {args.model} has its own.")
+        return None
+    if args.variant is not None:
+        raise InvalidField("variant", f"variant is only of a folder or a repo id, and {args.model} is one file.")
+    if args.tokenizer is None:
+        raise InvalidField(
+            "tokenizer",
+            f"tokenizer must be a folder with CLIP's vocabulary, or a repo id such as openai/clip-vit-large-patch14: "
+            f"{args.model} is one file, which holds none.",
+        )
+    folder = (ROOT / Path(args.tokenizer).expanduser()).resolve()
+    if args.tokenizer and folder.is_dir():
+        return str(folder)
+    if is_repo_id(args.tokenizer):
+        return args.tokenizer
+    message = f"tokenizer must be a folder or a Hugging Face repo id, got {args.tokenizer} ({folder})."
+    raise InvalidField("tokenizer", message)
+
+
+def is_repo_id(name: str) -> bool:
+    # A slip in a path must not turn into a download: assets/demo-modle looks like a repo id, but assets is a folder.
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not (ROOT / name).parent.is_dir()

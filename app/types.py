@@ -15,12 +15,14 @@ Dtype = Literal["float32", "bfloat16"]  # of the networks; samplers compute in f
 class PipelineSpec:
     """A model and every shape that is compiled for it. Raises ValueError for values that no checkpoint allows."""
 
-    model: str  # a folder in diffusers layout, or a Hugging Face repo id
+    model: str  # a folder in diffusers layout, one .safetensors file, or a Hugging Face repo id
     sizes: tuple[Size, ...]  # the first is the default
     batch_buckets: tuple[int, ...]  # how many images share a step
     max_steps: int  # the largest num_inference_steps
     decode_buckets: tuple[int, ...] = ()  # how many images are decoded together; (): derived from batch_buckets
     revision: str | None = None  # of a repo id; None: its main branch
+    variant: str | None = None  # of the files with weights, such as fp16
+    tokenizer: str | None = None  # of one file, which has none: a folder, or a repo id
     dtype: Dtype = "float32"
     programs: Path | None = None  # folder of compiled programs; None: each start compiles
 

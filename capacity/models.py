@@ -9,16 +9,9 @@ from flax import nnx
 
 from app.diffusion.families.family import Family
 from app.diffusion.families.registry import recognise
-from app.diffusion.models.loading import (
-    INDEX,
-    SCHEDULER,
-    Checkpoint,
-    architecture,
-    builders,
-    component_configs,
-    read_json,
-    schedule_of,
-)
+from app.diffusion.models.checkpoint_files import INDEX, SCHEDULER, architecture, component_configs, schedule_of
+from app.diffusion.models.loading import Checkpoint, builders
+from app.diffusion.models.small_files import read_json
 from app.diffusion.samplers import FlowSchedule, Schedule
 from capacity.model_names import MODEL_NAMES
 from cluster import ROOT
@@ -53,10 +46,10 @@ def configurations(model: str, problems: list[str]) -> tuple[Path, Mapping[str, 
     """The configuration of each component and of the scheduler, and model_index.json as "index" if there is one."""
     folder = ROOT / Path(MODEL_NAMES["demo"] if model == "demo" else model).expanduser()
     if folder.is_dir():
-        index = read_json(folder, INDEX, problems)
+        index = read_json(folder / INDEX, INDEX, problems)
         kind = recognise(index, problems)
         configs = component_configs(kind, folder, problems) if kind else {}
-        return folder, configs | {"index": index, "scheduler": read_json(folder, SCHEDULER, problems)}
+        return folder, configs | {"index": index, "scheduler": read_json(folder / SCHEDULER, SCHEDULER, problems)}
     name = model.rpartition("/")[2]
     if name not in presets():
         known = ", ".join(["demo", *presets()])

@@ -50,7 +50,7 @@ def main() -> str:
     args.work.mkdir(parents=True, exist_ok=True)
     claim_folder(args.work, recipe, args.start_from)
     keep_compiled_programs(args.work)
-    words = (earlier.folder if earlier else args.work) / "tokenizer"
+    words = (earlier.path if earlier else args.work) / "tokenizer"
     if not words.exists():  # an existing one is kept, as its training breaks ties by chance
         words.mkdir(parents=True)
         write_tokenizer(words)
@@ -77,7 +77,7 @@ def main() -> str:
     shutil.copytree(words, args.out / "tokenizer", dirs_exist_ok=True)
     export(args.out, architecture, vae, unet, text_encoder, scaling_factor=float(pool["scaling_factor"]))
     networks = {"VAE": vae, "UNet": unet, "text encoder": text_encoder}
-    write_card(args.out, args.work, recipe, networks, earlier.folder if earlier else None, args.average)
+    write_card(args.out, args.work, recipe, networks, earlier.path if earlier else None, args.average)
     return f"The demo model stands in {args.out}, its checkpoints in {args.work}."
 
 

@@ -1,15 +1,14 @@
 """Puts a checkpoint into a folder that replicas load from: bf16 safetensors, verified, with a manifest.
 
     python -m jobs.fetch_weights CompVis/stable-diffusion-v1-4 --out weights/sd14
+    python -m jobs.fetch_weights stabilityai/sdxl-turbo --variant fp16 --out weights/turbo
     python -m jobs.fetch_weights assets/demo-model --out weights/demo          # a folder in diffusers layout
-    python -m jobs.fetch_weights --from-single-file some.safetensors --layout CompVis/stable-diffusion-v1-4 --out ...
 
 The source goes through the loader that replicas use, which reports all its problems. What is written is read back, and
 each tensor is compared with the source bit for bit. The folder gets its name when it is whole. model_index.json is
 written last, because nothing loads a folder without it. Run again, the job checks what is present.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,15 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from app.diffusion.models.errors import one_line
-from app.diffusion.models.loading import DOWNLOADED, Checkpoint, load_checkpoint
+from app.diffusion.models.checkpoint_files import read_folder
+from app.diffusion.models.loading import Checkpoint, load_checkpoint
 from app.diffusion.models.tensors import finite, to_tensors
-from app.diffusion.models.weight_files import find_tensors
+from app.diffusion.models.weight_files import Tensor, find_tensors
 from cluster.cli import Parser, UsageError, UserError
 from cluster.terminal import say
 from jobs import hub
 from jobs.entry import path, run
-from jobs.replica_config import folder_hash
+from jobs.replica_config import content_hash
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 INDEX, MANIFEST = "model_index.json", "manifest.json"
@@ -47,79 +46,47 @@ class Source:
     folder: Path
     name: str
     revision: str | None
+    variant: str | None
 
 
 def main() -> str:
     parser = Parser(__doc__)
-    parser.add_argument("model", nargs="?", help="a Hugging Face repo id, or a folder in diffusers layout")
+    parser.add_argument("model", help="a Hugging Face repo id, or a folder in diffusers layout")
     parser.add_argument("--revision", help="branch, tag or commit of a repo id; the manifest keeps the commit (main)")
-    parser.add_argument("--from-single-file", type=path, metavar="FILE", help="one .safetensors file that holds it all")
-    parser.add_argument("--layout", help="of FILE: a repo id or folder whose configuration it has (diffusers guesses)")
+    parser.add_argument("--variant", help="of the files with weights, such as fp16 (files without one)")
     parser.add_argument("--out", type=path, required=True, help="the folder to make, on a disk that replicas see")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the tensors (%(default)s)")
     args = parser.parse_args()
-    if (args.model is None) == (args.from_single_file is None):
-        parser.error("model, or --from-single-file FILE, must be given, and not both.")
-
-    with source_of(args.model, args.revision, args.from_single_file, args.layout) as source:
-        wanted = {"source": source.name, "revision": source.revision, "dtype": args.dtype}
-        if (args.out / MANIFEST).is_file():
-            finish(args.out, wanted, source)
-            return f"{args.out} was there already, and all its files have the hashes of its manifest."
-        if args.out.exists():
-            raise UsageError(f"--out: {args.out} is there and no work of this job, as it has no {MANIFEST}.")
-        make(source, args.out, args.dtype, wanted)
+    source = source_of(args.model, args.revision, args.variant)
+    wanted = {"source": source.name, "revision": source.revision, "variant": args.variant, "dtype": args.dtype}
+    if (args.out / MANIFEST).is_file():
+        finish(args.out, wanted, source)
+        return f"{args.out} was there already, and all its files have the hashes of its manifest."
+    if args.out.exists():
+        raise UsageError(f"--out: {args.out} is there and no work of this job, as it has no {MANIFEST}.")
+    make(source, args.out, args.dtype, wanted)
     files = manifest_of(args.out)["files"]
     size = sum(file["bytes"] for file in files.values()) / 1e6
     return f"Made {args.out}: {len(files)} files, {size:,.1f} MB, {args.dtype}. Deploy it with `model: {args.out}`."
 
 
-@contextlib.contextmanager
-def source_of(model: str | None, revision: str | None, file: Path | None, layout: str | None) -> Iterator[Source]:
-    if file is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield unpacked(file, layout, Path(folder))
-    elif model is not None and path(model).is_dir():
+def source_of(model: str, revision: str | None, variant: str | None) -> Source:
+    if path(model).is_dir():
         if revision:
             raise UsageError(f"--revision is of a repo id, and {model} is a folder.")
-        yield Source(path(model), str(path(model)), folder_hash(path(model)))
+        return Source(path(model), str(path(model)), content_hash(path(model), variant), variant)
+    if path(model).is_file():
+        raise UsageError(f"model must be a folder or a repo id. {model} is one file: copy it, and deploy it as it is.")
     # A typing mistake in a path must not start a download.
-    elif model and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not path(model).parent.is_dir():
-        snapshot = hub.download(model, revision, DOWNLOADED)
-        yield Source(snapshot.folder, model, snapshot.commit)
-    else:
-        raise UsageError(f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model}.")
-
-
-def unpacked(file: Path, layout: str | None, folder: Path) -> Source:
-    """Unpacks a single file with diffusers, which knows the many layouts of such files. Its hash names the source."""
-    if file.suffix != ".safetensors" or not file.is_file():  # loading a .ckpt, which is a pickle, would run code in it
-        raise UsageError(f"--from-single-file must be a .safetensors file, got {file}.")
-    try:
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()  # importing diffusers warns of parts that are not used
-        logging.disable_progress_bar()
-        import diffusers
-    except ImportError:
-        raise UserError(
-            "--from-single-file needs diffusers and PyTorch where the job runs: pip install -r requirements/parity.txt"
-        ) from None
-    diffusers.utils.logging.disable_progress_bar()
-    local = layout is not None and path(layout).is_dir()
-    where = str(path(layout)) if layout and local else layout
-    options: dict[str, Any] = {} if where is None else {"config": where, "local_files_only": local}
-    try:
-        pipeline = diffusers.StableDiffusionPipeline.from_single_file(str(file), safety_checker=None, **options)
-    except Exception as error:  # from diffusers, the Hub or the file
-        raise UserError(f"{file} cannot be read as Stable Diffusion: {one_line(error)}") from None
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    return Source(folder, f"{file.name} sha256:{hub.sha256_of(file)}", None)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not path(model).parent.is_dir():
+        snapshot = hub.download(model, revision, variant)
+        return Source(snapshot.folder, model, snapshot.commit, variant)
+    raise UsageError(f"model must be a folder in diffusers layout or a Hugging Face repo id, got {model}.")
 
 
 def make(source: Source, out: Path, dtype: str, wanted: dict[str, Any]) -> None:
     try:
-        checkpoint = load_checkpoint(source.folder, dtype=DTYPES[dtype])
+        checkpoint = load_checkpoint(source.folder, variant=source.variant, dtype=DTYPES[dtype])
     except ValueError as problems:
         raise UserError(str(problems)) from None
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,13 +94,14 @@ def make(source: Source, out: Path, dtype: str, wanted: dict[str, Any]) -> None:
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
     try:
         copy_small(source.folder, unfinished, ["scheduler", *checkpoint.networks, *checkpoint.tokenizers])
-        for part, component in checkpoint.family.COMPONENTS.items():
+        files = read_folder(source.folder, source.variant, [])
+        assert files  # as it has just been loaded
+        for part, component in files.kind.COMPONENTS.items():
             write_part(part, component.stem, checkpoint, unfinished, dtype)
-            verify_part(part, component.stem, source.folder, unfinished, dtype)
-        files = sorted(file for file in unfinished.rglob("*") if file.is_file())
+            verify_part(part, component.stem, files.weights(part, checkpoint.family), unfinished, dtype)
         facts = {
             str(file.relative_to(unfinished)): {"bytes": file.stat().st_size, "sha256": hub.sha256_of(file)}
-            for file in files
+            for file in sorted(file for file in unfinished.rglob("*") if file.is_file())
         }
         made = {**wanted, "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": facts}
         (unfinished / MANIFEST).write_text(json.dumps(made, indent=2) + "\n")
@@ -157,7 +125,7 @@ def copy_small(source: Path, unfinished: Path, parts: Iterable[str]) -> None:
     for part in parts:
         (unfinished / part).mkdir()
         for file in (source / part).iterdir():
-            if file.is_file() and file.suffix in (".json", ".txt"):
+            if file.is_file() and file.suffix in (".json", ".txt", ".jinja") and ".index." not in file.name:
                 shutil.copyfile(file, unfinished / part / file.name)
 
 
@@ -170,10 +138,10 @@ def write_part(part: str, stem: str, checkpoint: Checkpoint, unfinished: Path, d
     say(f"{part}: {len(tensors)} tensors, {file.stat().st_size / 1e6:,.1f} MB")
 
 
-def verify_part(part: str, stem: str, source: Path, unfinished: Path, dtype: str) -> None:
+def verify_part(part: str, stem: str, source_tensors: Mapping[str, Tensor], unfinished: Path, dtype: str) -> None:
     """Compares the written tensors with the source's, both read from the disk without our modules."""
     problems: list[str] = []
-    source_tensors, written = (find_tensors(folder / part, stem, problems) for folder in (source, unfinished))
+    written = find_tensors(unfinished / part, stem, problems)
     problems += [f"{part}: tensor {name} is not in both." for name in sorted(set(source_tensors) ^ set(written))]
     for name in set(source_tensors) & set(written):
         before, after = source_tensors[name].read().astype(DTYPES[dtype]), written[name].read()

@@ -6,14 +6,15 @@ HF_ENDPOINT names another Hub, and HF_TOKEN a token; this module stores neither.
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 
+from app.diffusion.models.checkpoint_files import INDEX
 from app.diffusion.models.errors import one_line
+from app.diffusion.models.hub_files import checkpoint_names
+from app.diffusion.models.small_files import read_json
 from cluster.cli import UserError
 from cluster.terminal import say
 
@@ -24,17 +25,29 @@ class Snapshot:
     commit: str
 
 
-def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Snapshot:
-    """Raises UserError if the Hub does not answer, has no such repo, or sends bytes with another hash."""
+def download(repo: str, revision: str | None, variant: str | None) -> Snapshot:
+    """Fetches the files that loading reads.
+
+    Raises UserError if the Hub does not answer, has no such repo, or sends bytes with another hash; or if the repo
+    lacks weights.
+    """
+    problems: list[str] = []
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
         assert info.sha and info.siblings is not None
-        wanted = [file for file in info.siblings if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
+        index = huggingface_hub.hf_hub_download(repo, INDEX, revision=info.sha)
+        files = {file.rfilename: file for file in info.siblings}
+        names = checkpoint_names(files, read_json(Path(index), INDEX, problems), variant, problems)
+        if problems:
+            raise UserError("\n".join([f"{repo} cannot be loaded:", *(f"- {problem}" for problem in problems)]))
+        wanted = [files[name] for name in names]
         size = sum(file.size or 0 for file in wanted)
         say(f"{repo} at {info.sha}: {len(wanted)} files, {size / 1e6:,.1f} MB")
         folder = huggingface_hub.snapshot_download(
             repo, revision=info.sha, allow_patterns=[file.rfilename for file in wanted], max_workers=8
         )
+    except UserError:
+        raise
     except Exception as error:  # the Hub's client raises a dozen kinds
         raise UserError(f"{repo} cannot be fetched: {one_line(error)}") from None
     for file in wanted:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.api.settings import Service
-from app.builders import Args, locate
+from app.builders import Args, locate, locate_tokenizer
 from app.diffusion.families.registry import FAMILIES
+from app.diffusion.models.tokenizer_files import ALL_FILES
+from app.diffusion.models.weight_files import weight_files
 from app.serving.replica import StableDiffusion
 from app.types import PipelineSpec
 from cluster.cli import UsageError, UserError
@@ -27,7 +29,8 @@ class ReplicaConfig:
     """The `args:` of the application of app.builders:text_to_image, with folders as they are on this cluster."""
 
     args: Args
-    model: str  # a folder, or a repo id
+    model: str  # a folder, a file, or a repo id
+    tokenizer: str | None  # of a file: a folder, or a repo id
     name: str
     chips: int = 0  # of a replica, which are all of a TPU host; 0: no TPU
 
@@ -48,27 +51,31 @@ class ReplicaConfig:
     def of(cls, options: Mapping[str, Any], where: str, chips: int = 0) -> "ReplicaConfig":
         try:
             args = Args.model_validate(options)
-            folder = path(args.model)
-            model, name = locate(str(folder) if folder.is_dir() else args.model)
+            model, name = locate(local(args.model))
+            words = args.tokenizer and local(args.tokenizer)
+            tokenizer = locate_tokenizer(args.model_copy(update={"tokenizer": words}), model)
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
             raise UsageError(f"{where}: {'; '.join(problems)}.") from None
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from None
-        return cls(args, model, name, chips)
+        return cls(args, model, tokenizer, name, chips)
 
     def changed(self, changes: Mapping[str, Any], where: str) -> "ReplicaConfig":
         return ReplicaConfig.of({**self.args.model_dump(exclude_unset=True), **changes}, where, self.chips)
 
     @cached_property
     def identity(self) -> list[str | None]:
-        """What decides the pictures: the content of a model's folder, or a repo and its revision; and the dtype.
+        """What decides the pictures: the content of a folder or file, or a repo and its revision; and the dtype.
 
         Reads all weights.
         """
-        folder = Path(self.model)
-        which = [folder_hash(folder)] if folder.is_dir() else [self.model, self.args.revision]
-        return [*which, self.args.dtype]
+        model, variant = Path(self.model), self.args.variant
+        which = [content_hash(model, variant)] if model.exists() else [self.model, self.args.revision]
+        if self.tokenizer:
+            words = Path(self.tokenizer)
+            which.append(tokenizer_hash(words) if words.is_dir() else self.tokenizer)
+        return [*which, *([variant] if variant else []), self.args.dtype]
 
     @property
     def service(self) -> Service:
@@ -82,7 +89,7 @@ class ReplicaConfig:
     @property
     def pipeline_spec(self) -> PipelineSpec:
         """The model and shapes of the replicas."""
-        return self.args.pipeline_spec(self.model, self.programs)
+        return self.args.pipeline_spec(self.model, self.programs, self.tokenizer)
 
     @property
     def full_batch_spec(self) -> PipelineSpec:
@@ -95,16 +102,36 @@ class ReplicaConfig:
         )
 
 
-def folder_hash(folder: Path) -> str:
-    """The hash of all files that are loaded from a folder in diffusers layout, in place of a commit.
+def content_hash(model: Path, variant: str | None = None) -> str:
+    """The hash of all files that are loaded from a folder in diffusers layout, or of one file, in place of a commit.
 
     Files that are missing are the loader's concern.
     """
-    parts = [part for family in FAMILIES for part in family.COMPONENTS.items()]
-    weights = {folder / part / f"{component.stem}.safetensors": None for part, component in parts}
-    files = [*filter(Path.is_file, weights), *sorted([*folder.glob("*/*.json"), *folder.glob("tokenizer*/*.txt")])]
+    if model.is_file():
+        return f"file {hub.sha256_of(model)}"
+    stems = {part: component.stem for family in FAMILIES for part, component in family.COMPONENTS.items()}
+    weights = [model / part / name for part, stem in stems.items() for name in weights_in(model / part, stem, variant)]
+    return files_hash(model, [*weights, *sorted([*model.glob("*/*.json"), *model.glob("tokenizer*/*.txt")])])
+
+
+def weights_in(folder: Path, stem: str, variant: str | None) -> list[str]:
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    return [name for name in weight_files(folder, names, stem, variant, []) if name in names]
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """The hash of a tokenizer's files, wherever they are in a folder."""
+    return files_hash(folder, sorted(file for file in folder.rglob("*") if file.name in ALL_FILES))
+
+
+def files_hash(folder: Path, files: Iterable[Path]) -> str:
     hashes = "".join(f"{file.relative_to(folder)} {hub.sha256_of(file)}\n" for file in files)
     return f"files {hashlib.sha256(hashes.encode()).hexdigest()}"
+
+
+def local(name: str) -> str:
+    """A path as jobs read it, where something is there, else the name, which may be a repo id."""
+    return str(path(name)) if name and path(name).exists() else name
 
 
 def resources(chips: int) -> dict[str, float]:

@@ -214,8 +214,38 @@ def test_a_model_is_a_folder_of_the_repository_or_a_repo_id(repository: Path) ->
 
 
 @pytest.mark.parametrize(
-    "model", ["assets/demo-modle", "/no/such/folder", "./x", "stable-diffusion", "a/b/c", "", "../x"]
+    "model",
+    ["assets/demo-modle", "/no/such/folder", "./x", "stable-diffusion", "a/b/c", "", "../x", "models/x.safetensors"],
 )
 def test_a_slip_in_a_path_is_not_taken_for_a_repo_id(repository: Path, model: str) -> None:
-    with pytest.raises(ValueError, match="model must be a folder in diffusers layout or a Hugging Face repo id"):
+    with pytest.raises(
+        ValueError, match="model must be a folder in diffusers layout, a .safetensors file or a Hugging"
+    ):
         locate(model)
+
+
+def test_a_model_in_one_file_needs_a_tokenizer(repository: Path) -> None:
+    (repository / "some.safetensors").touch()
+    args = {"model": "some.safetensors", "sizes": ["64x64"]}
+    with pytest.raises(ValueError, match="tokenizer must be a folder with CLIP's vocabulary, or a repo id such as op"):
+        text_to_image(Args.model_validate(args))
+    with pytest.raises(ValueError, match="tokenizer must be a folder or a Hugging Face repo id, got ./clip"):
+        text_to_image(Args.model_validate({**args, "tokenizer": "./clip"}))
+    with pytest.raises(ValueError, match="variant is only of a folder or a repo id, and some.safetensors is one file"):
+        text_to_image(Args.model_validate({**args, "variant": "fp16"}))
+    for name, location in (("assets", str(repository / "assets")), ("openai/clip", "openai/clip")):
+        _, replicas, service = deployments_made(Args.model_validate({**args, "tokenizer": name}))
+        (spec,) = replicas.init_args
+        assert (spec.model, spec.tokenizer) == (str(repository / "some.safetensors"), location)
+        assert service.model == "some"
+
+
+def test_only_a_model_in_one_file_takes_a_tokenizer(repository: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer is only of a model in one file; assets/demo-model has its own"):
+        text_to_image(Args.model_validate({"model": "assets/demo-model", "tokenizer": "a/b", "sizes": ["64x64"]}))
+
+
+def test_a_pickled_file_is_refused(repository: Path) -> None:
+    (repository / "some.ckpt").touch()
+    with pytest.raises(ValueError, match="model must be a .safetensors file where it is one file, got some.ckpt"):
+        locate("some.ckpt")

@@ -33,7 +33,10 @@ MAY_IMPORT = {
     "app.diffusion.samplers.": {"app.types"},
     "app.diffusion.families.": {"app.types", "app.diffusion.models", "app.diffusion.samplers"},
     "app.diffusion.models.": {"app.diffusion.samplers"},
-    "app.diffusion.models.loading": {"app.diffusion.models", "app.diffusion.families", "app.diffusion.samplers"},
+    **dict.fromkeys(
+        [f"app.diffusion.models.{name}" for name in ("checkpoint_files", "hub_files", "loading")],
+        {"app.diffusion.models", "app.diffusion.families", "app.diffusion.samplers"},
+    ),
     "app.aot.sources": set(),
     "loadtest.": {"app.api.prompt_files", "app.diffusion.images"},
 }
@@ -66,16 +69,21 @@ RULES = [
         Rule(f"app.diffusion.models.{name}", JAX | {"numpy"})
         for name in (
             "config",
+            "derived_configs",
             "errors",
             "flow_config",
             "flow_shapes",
+            "ldm_names",
             "safetensors_header",
             "scheduler_config",
             "small_files",
             "tokenizer_files",
         )
     ),
-    Rule("app.diffusion.models.weight_files", JAX),
+    *(
+        Rule(f"app.diffusion.models.{name}", JAX)
+        for name in ("checkpoint_files", "hub_files", "single_file", "weight_files")
+    ),
     Rule("app.aot.", HTTP | {"ray"}),
     Rule("app.aot.sources", JAX | {"numpy"}),
     Rule("loadtest.", JAX | {"ray"}, lazily=True),

@@ -185,8 +185,10 @@ def write_checkpoint(
     *,
     dtype: Any = np.float32,
     rename: Callable[[str, str], str] = lambda component, name: name,
+    variant: str | None = None,
+    shards: int = 1,
 ) -> Path:
-    """A whole checkpoint; `rename` gives tensors the names of older checkpoints."""
+    """A whole checkpoint; `rename` gives tensors the names of older checkpoints, and weights may lie in shards."""
     stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
     for component, config in MODELS[model].items():
@@ -199,11 +201,24 @@ def write_checkpoint(
             rename(component, name): weight(component, name, shape).astype(dtype)
             for name, shape in shapes[component].items()
         }
-        save_file(tensors, folder / component / f"{stem}.safetensors", metadata={"format": "pt"})
+        write_weights(folder / component, stem, tensors, variant, shards)
     write_tokenizer(folder / "tokenizer", model)
     index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None]}
     write_json(folder / "model_index.json", index | {"feature_extractor": [None, None]})
     return folder
+
+
+def write_weights(folder: Path, stem: str, tensors: Mapping[str, Any], variant: str | None, shards: int) -> None:
+    """As `save_pretrained` of diffusers and transformers names files, with `variant=` and a small `max_shard_size=`."""
+    dotted = f".{variant}" if variant else ""
+    if shards == 1:
+        save_file(dict(tensors), folder / f"{stem}{dotted}.safetensors", metadata={"format": "pt"})
+        return
+    places = {name: f"{stem}{dotted}-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
+    for file in sorted(set(places.values())):
+        save_file({name: tensors[name] for name in tensors if places[name] == file}, folder / file)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    write_json(folder / f"{stem}.safetensors.index{dotted}.json", index)
 
 
 def write_tokenizer(folder: Path, model: str) -> None:

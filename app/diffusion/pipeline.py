@@ -99,7 +99,13 @@ class Pipeline:
         `devices` defaults to all of this host.
         """
         set_flags()
-        checkpoint = load_checkpoint(spec.model, revision=spec.revision, dtype=DTYPES[spec.dtype])
+        checkpoint = load_checkpoint(
+            spec.model,
+            revision=spec.revision,
+            variant=spec.variant,
+            tokenizer=spec.tokenizer,
+            dtype=DTYPES[spec.dtype],
+        )
         return cls(checkpoint, spec, devices=devices)
 
     def warmup(self) -> None:

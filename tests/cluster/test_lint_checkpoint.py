@@ -118,10 +118,10 @@ BROKEN: list[tuple[Change, list[str]]] = [
         configured("unet", cross_attention_dim=64),
         [
             "unet/config.json: cross_attention_dim must be the text encoder's hidden_size 32, got 64.",
-            f"{UNET}: tensor down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight must have shape "
-            "[12, 64] by its config.json, got [12, 32].",
-            *[f"{UNET}: tensor down_blocks.0.attentions."] * 2,
-            f"{UNET}: and 19 more of that kind.",
+            "unet: tensor down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight must have shape "
+            "[12, 64], got [12, 32].",
+            *["unet: tensor down_blocks.0.attentions."] * 2,
+            "unet: and 19 more of that kind.",
         ],
     ),
     (
@@ -146,7 +146,7 @@ BROKEN: list[tuple[Change, list[str]]] = [
     ),
     (
         tensors(lambda content: content.update(extra=np.zeros(3, np.float32))),
-        [f"{UNET}: tensor extra is not one that its config.json describes."],
+        ["unet: tensor extra is not one that this architecture has."],
     ),
     (
         tensors(lambda content: content.update({"conv_in.bias": content["conv_in.bias"].astype(np.int8)})),

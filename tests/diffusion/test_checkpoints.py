@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from app.diffusion.models.checkpoint_files import read_folder
+from app.diffusion.models.hub_files import checkpoint_names, tokenizer_names
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.models.scheduler_config import corrected
-from app.diffusion.models.tensors import finite
+from app.diffusion.models.tensors import finite, to_tensors
 from app.diffusion.samplers import Schedule, default_sampler, make_table
 from cluster import ROOT, processes
-from tests import tiny
+from tests import one_file, tiny
 from tests.hub_server import Hub, serving
 
 REPO = "somebody/tiny"
@@ -128,9 +130,30 @@ def test_a_tokenizer_that_does_not_fit_the_text_encoder_is_refused(
 @pytest.mark.slow
 def test_a_tokenizer_without_a_length_of_its_own_has_the_text_encoders(model: Path) -> None:
     edit(model / "tokenizer/tokenizer_config.json", model_max_length=None)
-    assert load_checkpoint(model).folder == model
+    assert load_checkpoint(model).path == model
     edit(model / "tokenizer/tokenizer_config.json", model_max_length=int(1e30))
-    assert load_checkpoint(model).folder == model
+    assert load_checkpoint(model).path == model
+
+
+def test_a_vocabulary_of_another_size_than_the_text_encoder_is_refused(model: Path) -> None:
+    file = model / "tokenizer/vocab.json"
+    file.write_text(json.dumps({word: id for word, id in json.loads(file.read_text()).items() if not 5 < id < 300}))
+    assert "- tokenizer: no token has the id of 294 of the text encoder's 526 rows" in refused(model)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_named_and_the_remedy_too(model: Path, name: str) -> None:
+    (model / "tokenizer" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    assert (
+        f"- tokenizer/{name} is a pointer of Git LFS and not the file itself; fetch it with: git lfs pull"
+        in refused(model)
+    )
+
+
+def test_other_start_and_end_tokens_than_clips_are_refused(model: Path) -> None:
+    edit(model / "tokenizer/tokenizer_config.json", bos_token="!")
+    message = "tokenizer/tokenizer_config.json: bos_token must be '<|startoftext|>', as CLIP was trained, got '!'."
+    assert message in refused(model)
 
 
 def test_an_option_of_the_text_encoder_that_would_change_the_picture_is_refused(model: Path) -> None:
@@ -267,7 +290,186 @@ def test_a_weight_of_whole_numbers_is_refused(model: Path) -> None:
     assert "tensor decoder.conv_in.bias must be F32, F16 or BF16, got I64." in refused(model)
 
 
+# The files of weights
+
+UNET, VAE = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"
+
+
+def arrays_of(folder: Path, variant: str | None = None) -> dict[str, np.ndarray]:
+    """Every weight that loading would read, by component and name."""
+    problems: list[str] = []
+    files = read_folder(folder, variant, problems)
+    assert files and not problems, problems
+    return {f"{part} {name}": tensor.read() for part, named in files.tensors.items() for name, tensor in named.items()}
+
+
+def problems_of(folder: Path, variant: str | None = None) -> list[str]:
+    problems: list[str] = []
+    read_folder(folder, variant, problems)
+    return problems
+
+
+def written(folder: Path, **options: Any) -> Path:
+    return tiny.write_checkpoint(folder, "tiny-sd1", tiny.tensor_shapes()["tiny-sd1"], **options)
+
+
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"shards": 3}, {"variant": "fp16", "shards": 2}])
+def test_a_variant_and_shards_hold_the_weights_of_one_file(options: Any, model: Path, tmp_path: Path) -> None:
+    folder = written(tmp_path / "other", **options)
+    expected, arrays = arrays_of(model), arrays_of(folder, options.get("variant"))
+    assert arrays.keys() == expected.keys()
+    assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_shards_of_a_variant_load_as_one_file_does(model: Path, tmp_path: Path) -> None:
+    expected = load_checkpoint(model)
+    checkpoint = load_checkpoint(written(tmp_path / "other", variant="fp16", shards=2), variant="fp16")
+    for part, network in expected.networks.items():
+        arrays, others = (to_tensors(of, np.float32) for of in (network, checkpoint.networks[part]))
+        assert arrays.keys() == others.keys() and all(np.array_equal(arrays[name], others[name]) for name in arrays)
+
+
+def test_of_two_variants_the_named_one_is_read_and_where_it_is_missing_the_plain_file(model: Path) -> None:
+    tensors = load_file(model / f"{UNET}.safetensors")
+    save_file({name: -tensor for name, tensor in tensors.items()}, model / f"{UNET}.fp16.safetensors")
+    plain, variant = arrays_of(model), arrays_of(model, "fp16")
+    assert all(np.array_equal(variant[name], -plain[name] if "unet" in name else plain[name]) for name in plain)
+
+
+def test_a_variant_that_lies_there_is_named_where_it_was_not_asked_for(tmp_path: Path) -> None:
+    message = refused(written(tmp_path / "m", variant="fp16"))
+    assert f"- {UNET}.safetensors is missing, and its variant fp16 lies there: set `variant: fp16`." in message
+    message = refused(written(tmp_path / "n", variant="bf16", shards=2))
+    assert "- text_encoder/model.safetensors is missing, and its variant bf16 lies there: set `variant: bf1" in message
+
+
+def test_a_variant_that_no_component_has_is_refused(model: Path) -> None:
+    (problem,) = problems_of(model, "fp16")
+    assert problem.startswith("variant fp16 has no file there: weights are in text_encoder/model.safetensors, unet/")
+
+
+def test_what_is_wrong_with_shards_is_named(tmp_path: Path) -> None:
+    folder = written(tmp_path / "m", shards=2)
+    first, second = (folder / f"{UNET}-0000{i}-of-00002.safetensors" for i in (1, 2))
+    second.rename(tmp_path / "second")
+    assert f"{UNET}-00002-of-00002.safetensors is missing." in problems_of(folder)
+    (tmp_path / "second").rename(second)
+    index = folder / f"{UNET}.safetensors.index.json"
+    content = json.loads(index.read_text())
+    wrong_maps: list[Any] = [{}, {"a": "../b.safetensors"}, {"a": 1}, []]
+    for wrong in wrong_maps:
+        index.write_text(json.dumps(content | {"weight_map": wrong}))
+        message = f"{UNET}.safetensors.index.json: weight_map must name a .safetensors file of the same folder for each"
+        assert any(problem.startswith(message) for problem in problems_of(folder))
+    index.unlink()
+    assert problems_of(folder) == [
+        f"{UNET}.safetensors is missing, and shards lie there without their index, "
+        "diffusion_pytorch_model.safetensors.index.json."
+    ]
+    index.write_text(json.dumps(content))
+    tensors = load_file(first)
+    name = next(iter(tensors))
+    save_file(load_file(second) | {name: tensors[name]}, second)
+    assert f"{UNET}-00002-of-00002.safetensors: tensor {name} stands in {first.name} too." in problems_of(folder)
+
+
+def test_pickled_weights_are_named_as_such(model: Path) -> None:
+    (model / f"{VAE}.safetensors").rename(model / f"{VAE}.bin")
+    assert problems_of(model) == [
+        f"{VAE}.safetensors is missing. Its pickled .bin weights are not read: convert them first."
+    ]
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", None])
+def test_weights_that_are_a_pointer_or_cut_off_are_refused_before_they_are_read(
+    model: Path, content: bytes | None
+) -> None:
+    file = model / f"{UNET}.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(content or file.read_bytes()[:100_000])
+    cut_off = f"{UNET}.safetensors is cut off: by its header it has {size} bytes, and it has 100000."
+    pointer = f"{UNET}.safetensors is a pointer of Git LFS and not the file itself; fetch it with: git lfs pull"
+    assert f"- {pointer if content else cut_off}" in refused(model)
+
+
+# One file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", one_file.MODELS)
+def test_one_file_loads_with_a_tokenizer_beside_it(name: str, tmp_path: Path) -> None:
+    tiny.write_tokenizer(tmp_path / "words", "tiny-sd1")
+    file = one_file.write_one_file(tmp_path / "some.safetensors", name)
+    checkpoint = load_checkpoint(file, tokenizer=tmp_path / "words")
+    for part, arrays in one_file.arrays(name).items():
+        loaded = to_tensors(checkpoint.networks[part], np.float32)
+        assert loaded.keys() == arrays.keys()
+        assert all(np.array_equal(loaded[name].reshape(arrays[name].shape), arrays[name]) for name in arrays)
+    ids = checkpoint.tokenizers["tokenizer"](["red house"]).input_ids[0]
+    end, zero = 525, 0  # CLIP pads with its end token, OpenCLIP with token 0
+    assert ids[-1] == (end if name == "sd1" else zero) and end in ids
+
+
+def test_one_file_without_a_tokenizer_is_refused_and_the_setting_is_named(tmp_path: Path) -> None:
+    file = one_file.write_one_file(tmp_path / "some.safetensors", "sd1")
+    assert "- It holds no tokenizer: set `tokenizer:` to a folder with CLIP's vocabulary, or to a repo id." in refused(
+        file
+    )
+    (tmp_path / "words").mkdir()
+    with pytest.raises(ValueError, match="tokenizer/vocab.json and tokenizer/merges.txt are missing"):
+        load_checkpoint(file, tokenizer=tmp_path / "words")
+
+
+def test_what_one_file_lacks_is_named(tmp_path: Path) -> None:
+    tiny.write_tokenizer(tmp_path / "words", "tiny-sd1")
+    file = one_file.write_one_file(tmp_path / "some.safetensors", "sd1")
+    tensors = load_file(file)
+    del tensors["model.diffusion_model.out.2.bias"], tensors["model.diffusion_model.input_blocks.0.0.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="- some.safetensors: unet: in_channels must be a positive number, got 0."):
+        load_checkpoint(file, tokenizer=tmp_path / "words")
+
+
 # The Hub
+
+
+def test_of_a_repos_files_those_that_load_are_chosen_and_no_others(tmp_path: Path) -> None:
+    """SDXL's repo holds weights four times: plain, fp16, for ONNX and for Flax; and other files beside them."""
+    folder = written(tmp_path / "m")
+    others = written(tmp_path / "n", variant="fp16", shards=2)
+    names = [str(file.relative_to(folder)) for file in folder.rglob("*.*")]
+    names += [str(file.relative_to(others)) for file in others.rglob("*.*")]
+    names += ["unet/model.onnx", "unet/diffusion_pytorch_model.bin", "unet/diffusion_flax_model.msgpack", "README.md"]
+    names += ["safety_checker/model.safetensors", "safety_checker/config.json", "some_1.0.safetensors", "unet/.json"]
+    index = json.loads((folder / "model_index.json").read_text())
+    for variant, expected in ((None, folder), ("fp16", others)):
+        problems: list[str] = []
+        chosen = checkpoint_names(sorted(set(names)), index, variant, problems)
+        assert not problems
+        assert sorted(chosen) == sorted(str(file.relative_to(expected)) for file in expected.rglob("*.*"))
+    checkpoint_names([name for name in names if name != f"{UNET}.safetensors"], index, None, problems)
+    assert problems == [f"{UNET}.safetensors is missing, and its variant fp16 lies there: set `variant: fp16`."]
+
+
+def test_a_tokenizer_is_in_folders_of_that_name_or_at_the_top() -> None:
+    top = ["vocab.json", "merges.txt", "tokenizer_config.json"]
+    assert tokenizer_names([*top, "model.safetensors", "README.md"]) == top
+    folders = ["tokenizer/vocab.json", "tokenizer_2/merges.txt"]
+    assert tokenizer_names([*top, *folders, "tokenizer/x.bin", "unet/config.json"]) == folders
+
+
+@pytest.mark.slow
+def test_a_tokenizer_from_the_hub_goes_with_one_file(tmp_path: Path) -> None:
+    tiny.write_tokenizer(tmp_path / "repo", "tiny-sd1")
+    (tmp_path / "repo/model.safetensors").touch()
+    file = one_file.write_one_file(tmp_path / "some.safetensors", "sd1")
+    with serving(server := Hub(REPO, tmp_path / "repo")) as endpoint:
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        assert loaded(environment, str(file), tokenizer=REPO) == ""
+    assert sorted(server.sent) == sorted(
+        name.name for name in (tmp_path / "repo").glob("*.*") if name.suffix != ".safetensors"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -287,15 +489,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return environment
 
 
-def loaded(environment: dict[str, str], repo: str = REPO) -> str:
+def loaded(environment: dict[str, str], repo: str = REPO, **options: str) -> str:
     """What loading says in a process of its own: the Hub's client reads its environment once."""
     code = (
         "import sys\nfrom app.diffusion.models.loading import load_checkpoint\n"
-        f"try:\n    load_checkpoint({repo!r})\nexcept ValueError as error:\n    print(error)"
+        f"try:\n    load_checkpoint({repo!r}, **{options!r})\nexcept ValueError as error:\n    print(error)"
     )
-    options = processes.environment(**environment)
+    variables = processes.environment(**environment)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=options, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -117,7 +117,7 @@ def test_images_cut_into_strips_are_what_whole_ones_are(load: Load, model: str) 
 @pytest.mark.parametrize("model", MODELS)
 def test_prompts_become_the_tokens_that_diffusers_gives_the_text_encoder(load: Load, model: str) -> None:
     length = tiny.MODELS[model]["text_encoder"]["max_position_embeddings"]
-    tokens = Tokenizer(load(model).folder / "tokenizer", length)(tiny.PROMPTS)
+    tokens = Tokenizer(load(model).path / "tokenizer", length)(tiny.PROMPTS)
     assert np.array_equal(tokens.input_ids, golden(model)["input_ids"])
     assert tokens.truncated == (False, True)
 
@@ -181,7 +181,7 @@ def old_names(component: str, name: str) -> str:
 def test_tensor_names_of_old_checkpoints_are_understood(load: Load) -> None:
     new, old = load("tiny-sd1"), load("tiny-sd1", rename=old_names)
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in load_file(
-        old.folder / "vae" / "diffusion_pytorch_model.safetensors"
+        old.path / "vae" / "diffusion_pytorch_model.safetensors"
     )
     for component in ("vae", "text_encoder"):
         states = (nnx.state(checkpoint.networks[component], nnx.Param) for checkpoint in (new, old))
@@ -198,7 +198,7 @@ def test_half_precision_files_hold_the_same_model(load: Load, dtype: Any) -> Non
 
 @pytest.mark.slow
 def test_networks_compute_in_bfloat16_on_request(load: Load) -> None:
-    checkpoint = load_checkpoint(load("tiny-sd2").folder, dtype=jnp.bfloat16)
+    checkpoint = load_checkpoint(load("tiny-sd2").path, dtype=jnp.bfloat16)
     for part in ("prompt_embeds", "unet", "decoded"):
         answer = run(checkpoint, "tiny-sd2", part)
         assert answer.dtype == jnp.bfloat16

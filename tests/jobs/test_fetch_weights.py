@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,14 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from app.diffusion.models.loading import load_checkpoint
-from app.diffusion.models.tensors import to_tensors
-from app.diffusion.models.tokenizer import Tokenizer
 from cluster import ROOT, processes
 from jobs import fetch_weights
 from tests.clusters import in_this_process
 from tests.hub_server import COMMIT, Hub, serving
-from tests.one_file import write_one_file
-from tests.tiny import PROMPTS, tensor_shapes, write_checkpoint
+from tests.tiny import tensor_shapes, write_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -174,42 +170,11 @@ def test_other_bytes_than_declared_are_refused(name: str, hub: tuple[Hub, dict[s
 def test_mistakes_are_one_line_before_any_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # as cluster/job.py sets it for jobs
     out = tmp_path / "weights"
-    assert refused(fetch("--out", out)).startswith("Model, or --from-single-file FILE, must be given")
+    assert refused(fetch("--out", out)).startswith("The following arguments are required: model.")
     assert refused(fetch(model)).startswith("The following arguments are required: --out.")
     assert refused(fetch("assets/demo-modle", "--out", out)).startswith("model must be a folder")
     assert "has no manifest.json" in refused(fetch(model, "--out", model))
-    pickled = tmp_path / "some.ckpt"
-    pickled.touch()
-    assert "must be a .safetensors file" in refused(fetch("--from-single-file", pickled, "--out", out))
-    shutil.copyfile(model / "vae" / "diffusion_pytorch_model.safetensors", single := tmp_path / "some.safetensors")
-    try:
-        import diffusers  # noqa: F401
-    except ImportError:
-        output = refused(fetch("--from-single-file", single, "--out", out), 1)
-        assert output.startswith("--from-single-file needs diffusers") and "\n" not in output
+    assert "is one file: copy it, and deploy it as it is." in refused(
+        fetch(model / "unet" / "diffusion_pytorch_model.safetensors", "--out", out)
+    )
     assert not out.exists()
-
-
-@pytest.mark.parity
-def test_a_one_file_checkpoint_gives_the_tensors_of_the_folder_it_was_made_of(model: Path, tmp_path: Path) -> None:
-    write_one_file(tmp_path / "some.safetensors", "tiny-sd1")
-    arguments = ("--from-single-file", tmp_path / "some.safetensors", "--layout", model, "--dtype", "float32")
-    output = made(fetch(*arguments, "--out", tmp_path / "weights", environment={}))
-    assert len(output.splitlines()) == 4, output  # a line a part and what was made
-    from_file, from_folder = (load_checkpoint(folder, dtype=np.float32) for folder in (tmp_path / "weights", model))
-    for part in ("unet", "vae", "text_encoder"):
-        unpacked, expected = (
-            to_tensors(checkpoint.networks[part], np.float32) for checkpoint in (from_file, from_folder)
-        )
-        assert set(unpacked) == set(expected)
-        assert all(np.array_equal(unpacked[name], expected[name]) for name in unpacked)
-    tokens = [Tokenizer(folder / "tokenizer", 77)(PROMPTS).input_ids for folder in (tmp_path / "weights", model)]
-    assert np.array_equal(tokens[0], tokens[1])
-
-
-@pytest.mark.parity
-def test_a_file_that_is_no_whole_checkpoint_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
-    shutil.copyfile(model / "vae" / "diffusion_pytorch_model.safetensors", single := tmp_path / "some.safetensors")
-    process = fetch("--from-single-file", single, "--layout", model, "--out", tmp_path / "weights", environment={})
-    assert "cannot be read as Stable Diffusion" in refused(process, 1) and "\n" not in refused(process, 1)
-    assert not (tmp_path / "weights").exists()

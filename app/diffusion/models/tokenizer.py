@@ -20,30 +20,36 @@ class Tokens:
 
 
 class Tokenizer:
-    """`length` is the text encoder's number of positions: 77 for Stable Diffusion."""
+    """`length` is the text encoder's number of positions: 77 for Stable Diffusion.
 
-    def __init__(self, folder: Path, length: int):
+    `padding` is the token behind a short text; None: the one that the tokenizer's files name.
+    """
+
+    def __init__(self, folder: Path, length: int, padding: str | None = None):
         from transformers import CLIPTokenizer  # takes a second: only a replica pays it
 
         try:
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise ValueError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
-        self.length = length
+        self.name, self.length = folder.name, length
+        self.padding_id = self.tokenizer.pad_token_id
+        if padding is not None:
+            self.padding_id = self.tokenizer.convert_tokens_to_ids(padding)
 
     def problems(self, rows: int) -> Iterator[str]:
         """Compares the tokenizer that transformers made with a text encoder of so many rows.
 
         transformers may add tokens, such as a padding token that the vocabulary lacks.
         """
-        yield from beyond(self.tokenizer.get_vocab(), rows)
+        yield from beyond(self.tokenizer.get_vocab(), rows, self.name)
         empty, ends = self.tokenizer("")["input_ids"], [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         if empty != ends:
-            yield f"tokenizer: an empty prompt must become the begin and the end token {ends}, got {empty}."
+            yield f"{self.name}: an empty prompt must become the begin and the end token {ends}, got {empty}."
 
     def __call__(self, texts: list[str]) -> Tokens:
         encoded = self.tokenizer(texts, padding="do_not_pad", truncation=False, verbose=False)["input_ids"]
-        rows = np.full((len(texts), self.length), self.tokenizer.pad_token_id, np.int32)
+        rows = np.full((len(texts), self.length), self.padding_id, np.int32)
         for row, ids in zip(rows, encoded, strict=True):
             kept = ids if len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]  # the end token stays
             row[: len(kept)] = kept

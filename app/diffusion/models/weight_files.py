@@ -139,6 +139,12 @@ def variants(names: Collection[str], stem: str) -> Iterator[str]:
     yield from sorted({match[1] or match[2] for name in names if (match := re.fullmatch(forms, name))})
 
 
+def variant_problems(files: Collection[str], variant: str | None) -> Iterator[str]:
+    """A sentence where no file with weights is of the variant. Some components may have none."""
+    if variant and files and not any(f".{variant}." in name or f".{variant}-" in name for name in files):
+        yield f"variant {variant} has no file there: weights are in {', '.join(sorted(files))}."
+
+
 def missing(path: str, names: Collection[str], stem: str) -> str:
     """Says that a component's weights are missing, and the remedy where something else lies there."""
     text = f"{path}.safetensors is missing"

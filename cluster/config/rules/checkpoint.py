@@ -4,26 +4,21 @@ A replica would notice only at its start, when the running replicas have already
 and imports no JAX. What only the weights show, such as a NaN, the replica reports.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from app.builders import Args
-from app.diffusion.families.family import Component, Family
-from app.diffusion.families.registry import recognise
+from app.diffusion.models.checkpoint_files import INDEX, read_file, read_folder
 from app.diffusion.models.shapes import Shape
 from app.diffusion.models.tensor_names import squeezed
-from app.diffusion.models.tokenizer_files import tokenizer_problems
-from app.diffusion.models.weight_files import Tensor, find_tensors
-from app.diffusion.samplers import default_sampler, make_table
+from app.diffusion.models.tokenizer_files import VOCAB
+from app.diffusion.models.weight_files import Tensor
+from app.diffusion.samplers import FlowSchedule, Schedule, default_sampler, make_table
 from app.types import parse_size
 from cluster import ROOT
 from cluster.config.documents import Finding, Key
 from cluster.config.serve_config import Application
 
-INDEX = "model_index.json"
-SCHEDULER = "scheduler/scheduler_config.json"
 LISTED = 3  # problems of one kind that are listed; the rest are counted
 
 Problems = list[str]
@@ -31,33 +26,29 @@ Report = Callable[[Key, str], Finding]
 
 
 def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
-    folder = (ROOT / Path(args.model).expanduser()).resolve()
-    report: Report
-    if folder.is_dir():
-        report, verdict = app.error, f"{args.model} cannot be loaded"
-    elif cached := cached_folder(args.model, args.revision):  # the nodes may have another copy, or download it again
-        folder, report, verdict = cached, app.advice, f"{args.model} in this machine's Hub cache cannot be loaded"
+    path = (ROOT / Path(args.model).expanduser()).resolve()
+    problems: Problems = []
+    report: Report = app.error
+    verdict = f"{args.model} cannot be loaded"
+    if path.is_file():
+        files = read_file(path, tokenizer_of(args), problems)
+    elif path.is_dir():
+        files = read_folder(path, args.variant, problems)
+    elif cached := cached_folder(args.model, args.revision, [INDEX]):
+        # The nodes may have another copy, or download it again.
+        report, verdict = app.advice, f"{args.model} in this machine's Hub cache cannot be loaded"
+        files = read_folder(cached, args.variant, problems)
     else:
         return
     key = ("args", "model")
-    problems: Problems = []
-    index = read_json(folder / INDEX, problems)
-    kind = recognise(index, problems) if index else None
-    parts = kind.COMPONENTS.items() if kind else ()
-    files = {part: read_json(folder / part / "config.json", problems) for part, _ in parts}
-    scheduler = read_json(folder / SCHEDULER, problems)
-    if problems or kind is None:
-        yield from (report(key, f"{verdict}: {problem}") for problem in problems)
-        return
-    configs = {part: component.read(files[part], problems, f"{part}/config.json") for part, component in parts}
-    yield from wrong_schedule(kind, scheduler, args, report, problems)
-    if not problems:  # otherwise the architecture is unknown
-        family = kind.of(configs, index)
-        problems += family.problems()
-        for name, part in kind.TOKENIZERS.items():
-            problems += tokenizer_problems(folder / name, configs[part], fixed_length=kind.TOKENIZER.fixed_length)
-        for part, component in parts:
-            problems += weight_problems(folder / part, component, configs[part])
+    if files:
+        readable = not problems
+        family = files.family(problems)
+        if schedule := files.schedule(problems):
+            yield from wrong_defaults(schedule, args, report)
+        problems += files.tokenizer_problems()
+        for part, component in files.kind.COMPONENTS.items() if readable else ():
+            problems += weight_problems(part, files.weights(part, family), component.tensors(getattr(family, part)))
         multiple = family.size_multiple
         for size in args.sizes:
             if any(side % multiple for side in parse_size(size)):
@@ -66,38 +57,26 @@ def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
         yield report(key, f"{verdict}: {problem}")
 
 
-def cached_folder(model: str, revision: str | None) -> Path | None:
-    """The folder of a model that was downloaded from the Hub to this machine."""
+def tokenizer_of(args: Args) -> Path | None:
+    """The folder of the tokenizer of a model in one file, if this machine has it."""
+    assert args.tokenizer is not None  # the builder refuses it otherwise
+    folder = (ROOT / Path(args.tokenizer).expanduser()).resolve()
+    return folder if folder.is_dir() else cached_folder(args.tokenizer, None, [VOCAB, f"tokenizer/{VOCAB}"])
+
+
+def cached_folder(repo: str, revision: str | None, names: Sequence[str]) -> Path | None:
+    """The folder of a repo that was downloaded from the Hub to this machine, by a file that it has."""
     import huggingface_hub  # takes a second
 
-    file = huggingface_hub.try_to_load_from_cache(model, "model_index.json", revision=revision)
-    return Path(file).parent if isinstance(file, str) else None
+    for name in names:
+        file = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(file, str):
+            return Path(file.removesuffix(name))
+    return None
 
 
-def read_json(file: Path, problems: Problems) -> Mapping[str, Any]:
-    name = file.name if file.name == INDEX else f"{file.parent.name}/{file.name}"
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{name} is missing.")
-    except (OSError, ValueError) as error:
-        problems.append(f"{name} cannot be read: {error}.")
-    else:
-        if isinstance(content, dict):
-            return content
-        problems.append(f"{name} must hold a JSON object, got a {type(content).__name__}.")
-    return {}
-
-
-def wrong_schedule(
-    kind: type[Family], content: Mapping[str, Any], args: Args, report: Report, problems: Problems
-) -> Iterator[Finding]:
+def wrong_defaults(schedule: Schedule | FlowSchedule, args: Args, report: Report) -> Iterator[Finding]:
     """A request that names neither sampler nor steps must be possible with this checkpoint."""
-    try:
-        schedule, _ = kind.schedule(content)
-    except ValueError as error:
-        problems.append(f"{SCHEDULER}: {error}")
-        return
     try:
         sampler = args.defaults.sampler or default_sampler(schedule)
         # Any number of image tokens will do: it moves the noise levels and makes nothing impossible.
@@ -106,27 +85,19 @@ def wrong_schedule(
         yield report(("args", "defaults"), f"do not suit {args.model}: {error}")
 
 
-def weight_problems(folder: Path, component: Component, architecture: Any) -> Problems:
-    problems: Problems = []
-    tensors = find_tensors(folder, component.stem, problems)
-    tensors = {name: tensor for name, tensor in tensors.items() if not component.unread(architecture, name)}
-    expected = component.tensors(architecture)
-    if not problems:
-        problems += [problem for kind in differences(folder.name, tensors, expected) for problem in shortened(kind)]
-    return problems
-
-
-def differences(part: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> Iterator[Problems]:
-    """How the stored tensors differ from the architecture's, by kind."""
-    yield [f"{part}: tensor {name} is missing." for name in sorted(expected.keys() - tensors.keys())]
-    surplus = sorted(tensors.keys() - expected.keys())
-    yield [f"{tensors[name].where}: tensor {name} is not one that its config.json describes." for name in surplus]
-    yield [
-        f"{tensors[name].where}: tensor {name} must have shape {[*expected[name]]} by its config.json, "
-        f"got {[*tensors[name].shape]}."
+def weight_problems(part: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> Problems:
+    """How the stored tensors differ from the architecture's, shortened by kind."""
+    missing = [f"{part}: tensor {name} is missing." for name in sorted(expected.keys() - tensors.keys())]
+    surplus = [
+        f"{part}: tensor {name} is not one that this architecture has."
+        for name in sorted(tensors.keys() - expected.keys())
+    ]
+    wrong = [
+        f"{part}: tensor {name} must have shape {[*expected[name]]}, got {[*tensors[name].shape]}."
         for name in sorted(expected.keys() & tensors.keys())
         if squeezed(tensors[name].shape) != squeezed(expected[name])
     ]
+    return [problem for kind in (missing, surplus, wrong) for problem in shortened(kind)]
 
 
 def shortened(problems: Problems) -> Problems:

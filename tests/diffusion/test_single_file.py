@@ -1,0 +1,145 @@
+"""app/diffusion/models/single_file.py: one-file checkpoints by CompVis' names, of real sizes and of tiny ones."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from app.diffusion.models.single_file import SingleFile, components, read_single_file
+from app.diffusion.models.tensor_names import squeezed
+from app.diffusion.models.weight_files import Tensor
+from app.diffusion.samplers import Schedule
+from tests import tiny
+from tests.one_file import MODELS, SCHEDULERS, Arrays, arrays, one_file, write_one_file
+from tests.published import CHECKPOINTS
+
+# What a file holds beside the weights of its components.
+SURPLUS: Arrays = {
+    "alphas_cumprod": np.zeros(1000, np.float32),
+    "first_stage_model.loss.logvar": np.zeros((), np.float32),
+    "model_ema.decay": np.zeros((), np.float32),
+    "model_ema.diffusion_modelinput_blocks00weight": np.zeros(4, np.float32),
+}
+CLIP_SURPLUS = {"cond_stage_model.transformer.text_model.embeddings.position_ids": np.arange(77)[None]}
+
+
+def open_clip_surplus(model: str) -> Arrays:
+    """The last layer of OpenCLIP, which SD 2.x does not read, and what follows it."""
+    width = MODELS[model]["text_encoder"]["hidden_size"]
+    last = MODELS[model]["text_encoder"]["num_hidden_layers"]
+    return {
+        f"cond_stage_model.model.transformer.resblocks.{last}.attn.in_proj_weight": np.zeros((3 * width, width), "f4"),
+        f"cond_stage_model.model.transformer.resblocks.{last}.mlp.c_fc.bias": np.zeros(80, np.float32),
+        "cond_stage_model.model.text_projection": np.zeros((width, width), np.float32),
+        "cond_stage_model.model.logit_scale": np.zeros((), np.float32),
+    }
+
+
+MORE = {"sd1": SURPLUS | CLIP_SURPLUS, "sd2": SURPLUS | open_clip_surplus("sd2")}
+
+
+def read(file: Path) -> SingleFile:
+    problems: list[str] = []
+    single = read_single_file(file, problems)
+    assert single and not problems, problems
+    return single
+
+
+def refused(file: Path) -> list[str]:
+    problems: list[str] = []
+    assert read_single_file(file, problems) is None
+    return problems
+
+
+def stored(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: Tensor(Path("some.safetensors"), key, "F16", value.shape, 0) for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_published_architecture_is_read_off_the_shapes(name: str) -> None:
+    shapes, configs = tiny.tensor_shapes()[name], CHECKPOINTS[name]
+    zeros = {
+        part: {
+            key: np.broadcast_to(np.int8(0), squeezed(tuple(shape)) if part == "vae" and "attentions" in key else shape)
+            for key, shape in named.items()
+        }
+        for part, named in shapes.items()
+    }
+    problems: list[str] = []
+    single = components(stored(one_file(zeros, configs)), {}, "some.safetensors", problems)
+    assert single and not problems, problems
+    for part, config in (("unet", UNetConfig), ("vae", VAEConfig), ("text_encoder", CLIPTextConfig)):
+        assert config.from_json(single.configs[part], problems) == config.from_json(configs[part], problems)
+        assert {key: squeezed(tensor.shape) for key, tensor in single.tensors[part].items()} == {
+            key.removeprefix("text_model."): squeezed(tuple(shape)) for key, shape in shapes[part].items()
+        }
+    assert not problems
+    assert Schedule.from_config(single.scheduler) == Schedule.from_config(configs["scheduler"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_tensor_of_a_file_is_the_folders_and_surplus_is_left_out(model: str, tmp_path: Path) -> None:
+    single = read(write_one_file(tmp_path / "some.safetensors", model, None, **MORE[model]))
+    for part, expected in arrays(model).items():
+        assert single.tensors[part].keys() == expected.keys()
+        for name, array in expected.items():
+            values = single.tensors[part][name].read()
+            assert np.array_equal(values.reshape(array.shape), array), name
+        for option, value in MODELS[model][part].items():
+            assert single.configs[part].get(option, value) == value
+    assert Schedule.from_config(single.scheduler) == Schedule.from_config(SCHEDULERS[model])
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"lora_unet_x": np.zeros(1)}, "s.safetensors: tensor lora_unet_x belongs to none of unet, vae, text_encoder."),
+        (
+            {"model.diffusion_model.out.2.bias": np.zeros(4, np.int8)},
+            "s.safetensors: tensor conv_out.bias must be F32, F16 or BF16, got I8.",
+        ),
+    ],
+)
+def test_what_is_not_a_weight_of_a_component_is_refused_by_name(more: Any, problem: str, tmp_path: Path) -> None:
+    assert any(problem in line for line in refused(write_one_file(tmp_path / "s.safetensors", "sd1", **more)))
+
+
+def test_a_file_without_a_vae_is_refused() -> None:
+    tensors = one_file(arrays("sd1"), MODELS["sd1"])
+    kept = {key: value for key, value in tensors.items() if not key.startswith("first_stage_model.")}
+    problems: list[str] = []
+    assert components(stored(kept), {}, "s.safetensors", problems) is None
+    assert problems == ["s.safetensors has no vae: none of its tensors begins with first_stage_model."]
+
+
+def test_a_file_of_another_kind_is_refused() -> None:
+    problems: list[str] = []
+    assert components(stored(arrays("sd1")["unet"]), {}, "s.safetensors", problems) is None
+    (problem,) = problems
+    assert problem.startswith(
+        "s.safetensors is no checkpoint of Stable Diffusion 1.x, Stable Diffusion 2.x, SDXL in one"
+    )
+    assert problem.endswith("its tensors begin with conv_in, conv_norm_out, conv_out, down_blocks, mid_block.")
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "metadata", "expected"),
+    [
+        ("sd1", {}, {}, "epsilon"),
+        ("sd2", {}, {}, "v_prediction"),
+        ("sd2", {"global_step": np.array(875000)}, {}, "epsilon"),
+        ("sd2", {"global_step": np.array(140000)}, {}, "v_prediction"),
+        ("sd2", {}, {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+        ("sd2", {}, {"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon"),
+        ("sd1", {}, {"modelspec.prediction_type": "v"}, "v_prediction"),
+        ("sd1", {"v_pred": np.zeros(0, np.float32)}, {}, "v_prediction"),
+    ],
+)
+def test_what_the_model_predicts_follows_from_the_files_own_hints(
+    model: str, more: Any, metadata: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    single = read(write_one_file(tmp_path / "s.safetensors", model, metadata, **more))
+    assert single.scheduler["prediction_type"] == expected
