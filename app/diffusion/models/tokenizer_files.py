@@ -59,7 +59,7 @@ def tokenizer_problems(folder: Path, text: Any, where: str, *, fixed_length: boo
     return problems
 
 
-def beyond(ids: Mapping[str, int], rows: int, where: str) -> Iterator[str]:
+def beyond(ids: Mapping[str, int], rows: int, where: str = "tokenizer") -> Iterator[str]:
     """A sentence for tokens whose id is no row of the text encoder."""
     wrong = [f"{token!r} has the id {id}" for token, id in ids.items() if not 0 <= id < rows]
     if wrong:
