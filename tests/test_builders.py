@@ -189,7 +189,7 @@ BAD_ARGS: list[tuple[dict[str, Any], str]] = [
         {"defaults": {"guidance_scale": 0.5}},
         "defaults.guidance_scale must be within limits.guidance_scale, 1.0 to 20.0, got 0.5.",
     ),
-    ({"defaults": {"sampler": "plms"}}, "defaults.sampler must be null or one of ddim, euler"),
+    ({"defaults": {"sampler": "plms"}}, "defaults.sampler must be null or one of ddim, "),
     ({"encoding": {"output_format": "gif"}}, "Input should be 'png', 'webp' or 'jpeg'"),
     ({"encoding": {"png_level": 10}}, "less than or equal to 9"),
     ({"qualities": {"hd": 200}}, "qualities.hd must be within limits.num_inference_steps, 1 to 100, got 200."),
