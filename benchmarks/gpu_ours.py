@@ -189,7 +189,7 @@ def pipeline_of(options: argparse.Namespace) -> Pipeline:
     )
     checkpoint = shapes_of(options.model, DTYPES[spec.dtype])
     networks = {name: with_random_weights(network) for name, network in checkpoint.networks.items()}
-    folder = own if (own := checkpoint.folder / "tokenizer").is_dir() else TOKENIZER
+    folder = own if (own := checkpoint.path / "tokenizer").is_dir() else TOKENIZER
     tokenizers = {name: Tokenizer(folder, length) for name, length in checkpoint.family.text_lengths.items()}
     return Pipeline(dataclasses.replace(checkpoint, networks=networks, tokenizers=tokenizers), spec)
 
