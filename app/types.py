@@ -114,6 +114,14 @@ class ActiveSlot(NamedTuple):
         return 1 + self.guided
 
 
+class DispatchCost(NamedTuple):
+    """What it costs the host to dispatch steps. If it `blocks`, the call returns when the device is done: its seconds
+    are then part of the launch, and `host_s` is 0."""
+
+    blocks: bool = False
+    host_s: float = 0.0
+
+
 def parse_size(text: str) -> Size:
     """'512x384' -> (512, 384)."""
     width, height = text.split("x")

@@ -1,17 +1,19 @@
-"""A virtual pipeline on the real clock, as fast as a TPU host. All other time that passes is the engine's own.
+"""A virtual pipeline on the real clock, as fast as an accelerator. All other time that passes is the engine's own.
 
-Up to `chips` rows a step takes the same time, beyond that in proportion. Verbs return at once, as on a device; `wait`,
-and `np.asarray` of decoded pixels, sleep until the device has come so far.
+Up to `chips` rows a step takes the same time, beyond that in proportion. Verbs return as soon as a device lets them;
+`wait`, and `np.asarray` of decoded pixels, sleep until the device has come so far.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.engine.virtual import RealClock, VirtualPipeline
-from app.types import Size
+from app.diffusion.timing import timed
+from app.engine.virtual import Clock, Done, RealClock, VirtualPipeline
+from app.types import DispatchCost, Size
 
 # By operations a decode of SD 1.x at 512x512 is 3.1 rows of its UNet (2.51 to 0.80 TFLOP).
 SD1_DECODE_STEPS = 3.1
+SETTLED_S, HICCUP_EVERY_S = 1.0, 1.0  # device-seconds: until clocks have ramped up, and from one hiccup to the next
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class Pace:
     chips: int = 8
     step_s: float = 0.010
     decode_steps: float = 0.0
+    host_s: float = 0.0  # of each call of a verb
+    launch_s: float = 0.0  # what a dispatch adds to its steps
+    blocks: bool = False  # a call returns when the device is done
+    cold: float = 1.0  # how many times slower the clocks are at first
+    hiccup_s: float = 0.0  # what one dispatch takes longer, now and then
 
     def step(self, rows: int) -> float:
         return self.step_s * max(1.0, rows / self.chips)
@@ -30,12 +37,47 @@ class Pace:
 
 
 class PacedPipeline(VirtualPipeline):
-    def __init__(self, pace: Pace, *, batch_buckets: Sequence[int], size: Size = (512, 512)):
+    def __init__(
+        self, pace: Pace, *, batch_buckets: Sequence[int], size: Size = (512, 512), clock: Clock | None = None
+    ):
         row_buckets = sorted({rows for images in batch_buckets for rows in (images, 2 * images)})
         decode_buckets = sorted({min(images, pace.chips) for images in batch_buckets})
+        self.device = pace
+        self.size = size
         super().__init__(
             {(size, rows): pace.step(rows) for rows in row_buckets},
             {(size, images): pace.decode(images) for images in decode_buckets},
             num_slots=2 * max(batch_buckets),
-            clock=RealClock(),
+            launch_s=pace.launch_s,
+            dispatch_cost=DispatchCost(pace.blocks, pace.host_s),
+            clock=clock or RealClock(),
         )
+
+    def warm_up(self, budget_s: float = 1.0) -> None:
+        """Replaces what the engine is told by what a replica would measure at its start."""
+
+        def step(rows: int, count: int) -> Done:
+            return Done(self.occupy(self.steps_take_s(self.size, rows, count)))
+
+        def decode(images: int) -> Done:
+            return Done(self.occupy(self.device.decode(images)))
+
+        times = timed(
+            step, decode, self.wait, self.row_buckets, self.decode_buckets, budget_s=budget_s, clock=self.clock
+        )
+        self.step_s = {(self.size, rows): seconds for rows, seconds in times.step_s.items()}
+        self.launch_s = {(self.size, rows): seconds for rows, seconds in times.launch_s.items()}
+        self.decode_s = {(self.size, images): seconds for images, seconds in times.decode_s.items()}
+        self.dispatch_cost = times.dispatch_cost
+
+    def steps_take_s(self, size: Size, bucket: int, count: int) -> float:
+        return self.device.launch_s + count * self.device.step(bucket)
+
+    def decode_takes_s(self, size: Size, bucket: int) -> float:
+        return self.device.decode(bucket)
+
+    def occupy(self, seconds: float) -> float:
+        seconds *= self.device.cold + (1 - self.device.cold) * min(1.0, self.busy_s / SETTLED_S)
+        if (self.busy_s + seconds) // HICCUP_EVERY_S > self.busy_s // HICCUP_EVERY_S:
+            seconds += self.device.hiccup_s
+        return super().occupy(seconds)

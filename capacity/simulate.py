@@ -91,8 +91,17 @@ def simulate(
     timings: Timings, load: Load, *, gain: float, max_waiting: int, images_at_once: int | None = None
 ) -> Simulated:
     """Runs one replica under the load."""
-    clock = VirtualClock()
-    fetcher, pipeline = Fetcher(clock), pipeline_of(timings, clock)
+    pipeline = pipeline_of(timings, VirtualClock())
+    return simulate_on(pipeline, load, gain=gain, max_waiting=max_waiting, images_at_once=images_at_once)
+
+
+def simulate_on(
+    pipeline: VirtualPipeline, load: Load, *, gain: float, max_waiting: int, images_at_once: int | None = None
+) -> Simulated:
+    """Likewise on a pipeline with a virtual clock, whose arrivals count from now."""
+    clock = pipeline.clock
+    assert isinstance(clock, VirtualClock)
+    fetcher = Fetcher(clock)
     engine = Engine(
         pipeline, max_waiting=max_waiting, images_at_once=images_at_once, gain=gain, clock=clock, fetcher=fetcher
     )

@@ -12,8 +12,18 @@ from typing import Any, NoReturn
 
 from app.diffusion.samplers import SamplerTable
 from app.engine.request import Generated
-from app.engine.virtual import Call, Clock, Done, Encoded, State, VirtualClock, VirtualPipeline, number_of
-from app.types import ActiveSlot, Generation, InvalidField, Size
+from app.engine.virtual import (
+    FREE_DISPATCH,
+    Call,
+    Clock,
+    Done,
+    Encoded,
+    State,
+    VirtualClock,
+    VirtualPipeline,
+    number_of,
+)
+from app.types import ActiveSlot, DispatchCost, Generation, InvalidField, Size
 
 SMALL, LARGE = (8, 8), (16, 8)
 VERBS = ("encode", "insert", "step", "decode", "preview", "wait", "read")
@@ -68,6 +78,8 @@ class FakePipeline(VirtualPipeline):
         decode_buckets: Sequence[int] = (1, 2),
         step_time: Seconds = serial,
         decode_time: Seconds = free,
+        launch_s: float = 0.0,
+        dispatch_cost: DispatchCost = FREE_DISPATCH,
         clock: Clock | None = None,
         before_step: Callable[[Call], None] = lambda call: None,
     ):
@@ -75,6 +87,8 @@ class FakePipeline(VirtualPipeline):
             {(size, rows): step_time(size, rows) for size in sizes for rows in row_buckets},
             {(size, images): decode_time(size, images) for size in sizes for images in decode_buckets},
             num_slots=num_slots,
+            launch_s=launch_s,
+            dispatch_cost=dispatch_cost,
             clock=clock or VirtualClock(START),
         )
         self.before_step = before_step

@@ -22,6 +22,7 @@ HOST_ONLY = {
     "app.aot.sources",
     "app.aot.program",
     "app.diffusion.calibration",  # what it measures reaches programs as arguments
+    "app.diffusion.timing",
 }
 
 

@@ -1,28 +1,29 @@
-"""Measurements at warm-up: what each step and decode takes, and which colours previews have.
+"""Measurements at warm-up: what each dispatch takes (app/diffusion/timing.py), and which colours previews have.
 
 Runs on the host, by the verbs of a pipeline. Nothing here is part of a compiled program.
 """
 
 import logging
-import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from app.types import ActiveSlot, Size
+from app.diffusion.timing import Timed, timed
+from app.types import ActiveSlot, DispatchCost, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
-TIMED_RUNS, TIMED_S = 3, 2.0  # how often each program is timed, and for how long at most
+BUDGET_S = 1.0  # for timing, all sizes together, as it delays the start
 PREVIEW_STEPS, PREVIEW_S = 10, 2.0  # steps of the images that the preview map is fitted to, and for how long at most
 
 
 class Calibration(NamedTuple):
     step_s: dict[tuple[Size, int], float]  # seconds of a step by size and row bucket
+    launch_s: dict[tuple[Size, int], float]  # what a dispatch adds to its steps, likewise
     decode_s: dict[tuple[Size, int], float]  # seconds of a decode by size and decode bucket
+    dispatch_cost: DispatchCost
     preview_maps: dict[Size, np.ndarray]  # float32 [C + 1, 3]
 
 
@@ -44,60 +45,46 @@ class Verbs(Protocol):
     def step(self, state: Any, active: Sequence[ActiveSlot], count: int = 1) -> Any: ...
     def decode(self, state: Any, slots: Sequence[int]) -> Any: ...
     def preview(self, state: Any, slot: int) -> Any: ...
+    def wait(self, done: Any) -> None: ...
 
 
 def calibrate(pipeline: Verbs) -> Calibration:
     """Runs every program at least once."""
-    measured = Calibration({}, {}, {})
+    step_s, launch_s, decode_s, costs = {}, {}, {}, []
+    preview_maps = {}
     (text,) = pipeline.encode(["warm-up"])
     for size in pipeline.sizes:
-        steps, decodes = times(pipeline, size, text)
-        measured.step_s.update({(size, rows): seconds for rows, seconds in steps.items()})
-        measured.decode_s.update({(size, images): seconds for images, seconds in decodes.items()})
-        measured.preview_maps[size] = preview_map(pipeline, size, text, steps)
+        times = times_of(pipeline, size, text)
+        step_s.update({(size, rows): seconds for rows, seconds in times.step_s.items()})
+        launch_s.update({(size, rows): seconds for rows, seconds in times.launch_s.items()})
+        decode_s.update({(size, images): seconds for images, seconds in times.decode_s.items()})
+        costs.append(times.dispatch_cost)
+        preview_maps[size] = preview_map(pipeline, size, text, times.step_s)
         logger.info(
-            "warm %dx%d ms a step by rows: %s",
+            "warm %dx%d ms a launch + a step by rows: %s; a dispatch %s",
             *size,
-            ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in steps.items()),
+            ", ".join(f"{rows}: {1e3 * times.launch_s[rows]:.1f} + {1e3 * s:.1f}" for rows, s in times.step_s.items()),
+            "blocks" if times.dispatch_cost.blocks else f"takes the host {1e3 * times.dispatch_cost.host_s:.2f} ms",
         )
-    return measured
+    return Calibration(step_s, launch_s, decode_s, max(costs), preview_maps)
 
 
-def times(pipeline: Verbs, size: Size, text: Any) -> tuple[dict[int, float], dict[int, float]]:
-    """Seconds of a step by row bucket, and of a decode by decode bucket."""
+def times_of(pipeline: Verbs, size: Size, text: Any) -> Timed:
     state = filled(pipeline, size, text, pipeline.num_slots, pipeline.table(None, 1, size))
 
-    def step(rows: int) -> jax.Array:
+    def step(rows: int, count: int) -> Any:
         nonlocal state
         active = [ActiveSlot(slot, True) for slot in range(rows // 2)] + [ActiveSlot(rows // 2, False)] * (rows % 2)
-        state, done = pipeline.step(state, active)
+        state, done = pipeline.step(state, active, count)  # also past the end of a table
         return done
 
     def decode(images: int) -> Any:
         return pipeline.decode(state, range(images))
 
-    measured = timed(step, pipeline.row_buckets), timed(decode, pipeline.decode_buckets)
+    buckets = pipeline.row_buckets, pipeline.decode_buckets
+    measured = timed(step, decode, pipeline.wait, *buckets, budget_s=BUDGET_S / len(pipeline.sizes))
     jax.block_until_ready(pipeline.preview(state, 0))
     return measured
-
-
-def timed(dispatch: Callable[[int], jax.Array], buckets: Sequence[int]) -> dict[int, float]:
-    """Seconds of each bucket's quickest run of a few, after one that does not count.
-
-    The buckets take turns, so that other work on the machine does not make one of them look slow beside the others.
-    """
-    for bucket in buckets:
-        jax.block_until_ready(dispatch(bucket))
-    seconds = dict.fromkeys(buckets, math.inf)
-    began = time.perf_counter()
-    for _ in range(TIMED_RUNS):
-        for bucket in buckets:
-            started = time.perf_counter()
-            jax.block_until_ready(dispatch(bucket))
-            seconds[bucket] = min(seconds[bucket], time.perf_counter() - started)
-        if time.perf_counter() - began > TIMED_S * len(buckets):
-            break
-    return seconds
 
 
 def preview_map(pipeline: Verbs, size: Size, text: Any, step_s: dict[int, float]) -> np.ndarray:

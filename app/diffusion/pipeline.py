@@ -35,7 +35,7 @@ from app.diffusion.families.family import Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
 from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, departures, make_table, samplers_for
 from app.diffusion.sharding import mesh_of, placed
-from app.types import ActiveSlot, Generation, InvalidField, PipelineSpec, Size
+from app.types import ActiveSlot, DispatchCost, Generation, InvalidField, PipelineSpec, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -89,6 +89,8 @@ class Pipeline:
         self.run: Mapping[str, Callable[..., Any]] = {}
         # `warmup` measures these.
         self.step_s: dict[tuple[Size, int], float] = {}
+        self.launch_s: dict[tuple[Size, int], float] = {}
+        self.dispatch_cost = DispatchCost()
         self.decode_s: dict[tuple[Size, int], float] = {}
         self.preview_maps = dict.fromkeys(self.sizes, np.zeros((family.latent_channels + 1, 3), np.float32))
 
@@ -122,7 +124,7 @@ class Pipeline:
             self.calibrate()
 
     def calibrate(self) -> None:
-        self.step_s, self.decode_s, self.preview_maps = calibrate(self)
+        self.step_s, self.launch_s, self.decode_s, self.dispatch_cost, self.preview_maps = calibrate(self)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Several texts go into a dispatch, but what a text becomes never depends on its neighbours."""

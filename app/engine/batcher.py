@@ -81,13 +81,14 @@ class Batcher:
         """Dispatches steps for the images, and the previews that are due after them."""
         active = [ActiveSlot(image.slot, image.request.guided) for image in images if image.slot is not None]
         rows = sum(slot.rows for slot in active)
-        count = steps_in_dispatch(images, queue.step_cost.step_s(rows), queue.newcomer_joins)
-        dispatch = self.dispatcher.step(queue, active, count)
+        overhead = self.dispatcher.overhead(queue.step_cost.launch_s(rows))
+        count = steps_in_dispatch(images, queue.step_cost.step_s(rows), overhead, queue.newcomer_joins)
+        dispatch = self.dispatcher.step(queue, images, active, count)
         queue.virtual_time += dispatch.predicted_s / len(queue.images)
         queue.count_steps(count, rows, dispatch.bucket)
         with self.changed:
-            for image, slot in zip(images, active, strict=True):
-                image.request.advance(image, count, dispatch.predicted_s * slot.rows / rows)
+            for image in images:
+                image.request.advance(image, count)
                 if not image.steps_left:
                     image.last_dispatch = dispatch
                     dispatch.denoised.append(image)
@@ -115,10 +116,8 @@ class Batcher:
         while denoised and decode_due(queue.decode_cost, len(denoised), next_s, others):
             bucket = queue.decode_cost.bucket(len(denoised))
             batch, denoised = denoised[:bucket], denoised[bucket:]
-            decode_s = queue.decode_cost.decode_s[bucket]
-            slots = [image.slot for image in batch if image.slot is not None]
             try:
-                pixels = self.dispatcher.decode(queue, slots, decode_s)
+                decode = self.dispatcher.decode(queue, batch, queue.decode_cost.decode_s[bucket])
             except Exception as error:
                 log_failure(f"A decode of {queue.name} failed", error)
                 for image in batch:
@@ -128,13 +127,13 @@ class Batcher:
                     image for image in denoised if image.status is Status.RUNNING
                 ]  # the others have just failed
             else:
-                self._leave_slots(queue, batch, decode_s)
-                self.outputs.fetch(batch, decode_s, pixels)
+                self._leave_slots(queue, batch)
+                self.outputs.fetch(batch, decode)
 
-    def _leave_slots(self, queue: SizeQueue, batch: Sequence[Image], decode_s: float) -> None:
+    def _leave_slots(self, queue: SizeQueue, batch: Sequence[Image]) -> None:
         with self.changed:
             for image in batch:
-                queue.free_slots.append(image.request.leave_slot(image, decode_s / len(batch)))
+                queue.free_slots.append(image.request.leave_slot(image))
                 if not image.request.images:
                     queue.requests.remove(image.request)
 

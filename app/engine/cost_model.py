@@ -5,21 +5,25 @@ Knows nothing of requests, threads or clocks.
 
 from collections.abc import Mapping
 
-# Weights of a new measurement. The machine's pace changes for all buckets together, so any step teaches it. The
-# proportion between two buckets is learned only from the first step after a change of bucket: without this separation,
-# a bucket that has not run lately would look better than those that have.
-PACE_WEIGHT = 0.2
-PROPORTION_WEIGHT = 0.1
+WEIGHT = 0.2  # of a new measurement
+RECENT = 256  # a correction is forgotten after so many dispatches that were of other buckets
 LEAST_STEP_S = 1e-6
 
 
 class StepCost:
-    """Predicts the seconds of one step of one size by its row bucket."""
+    """Predicts the seconds of a dispatch of one size by its row bucket: launch + count x step.
 
-    def __init__(self, step_s: Mapping[int, float]):
+    Each bucket is corrected by its own dispatches. What the recent corrections of several buckets have in common is the
+    pace of the device, and holds for the other buckets too. A single bucket says nothing about the others.
+    """
+
+    def __init__(self, step_s: Mapping[int, float], launch_s: Mapping[int, float] | None = None):
         self._step_s = {rows: max(step_s[rows], LEAST_STEP_S) for rows in sorted(step_s)}
+        self._launch_s = dict(launch_s or dict.fromkeys(step_s, 0.0))
+        self._corrections: dict[int, float] = {}  # measured over warm-up's seconds, by bucket
+        self._latest: dict[int, int] = {}  # the number of the latest dispatch, by bucket
+        self._dispatches = 0
         self._pace = 1.0
-        self._latest_bucket: int | None = None
 
     @property
     def largest_bucket(self) -> int:
@@ -30,21 +34,42 @@ class StepCost:
         return next(bucket for bucket in self._step_s if bucket >= rows)
 
     def step_s(self, rows: int) -> float:
-        return self._step_s[self.bucket(rows)] * self._pace
+        bucket = self.bucket(rows)
+        return self._step_s[bucket] * self._corrections.get(bucket, self._pace)
+
+    def launch_s(self, rows: int) -> float:
+        """What a dispatch takes beside its steps."""
+        bucket = self.bucket(rows)
+        return self._launch_s[bucket] * self._corrections.get(bucket, self._pace)
+
+    def dispatch_s(self, rows: int, count: int) -> float:
+        return self.launch_s(rows) + count * self.step_s(rows)
 
     def row_s(self) -> float:
         """Device-seconds of a row where buckets are full."""
-        return min(seconds / rows for rows, seconds in self._step_s.items()) * self._pace
+        return min(self.step_s(rows) / rows for rows in self._step_s)
 
-    def observe(self, bucket: int, seconds: float) -> None:
-        ratio = min(max(seconds / self.step_s(bucket), 0.1), 10.0)  # one hiccup must not turn the order upside down
-        if self._latest_bucket not in (bucket, None):
-            self._step_s[bucket] *= ratio**PROPORTION_WEIGHT
-        self._pace *= ratio**PACE_WEIGHT
-        self._latest_bucket = bucket
+    def observe(self, bucket: int, count: int, seconds: float) -> None:
+        """Corrects a bucket by a dispatch that took `seconds`."""
+        ratio = seconds / self.dispatch_s(bucket, count)
+        ratio = min(max(ratio, 0.1), 10.0)  # one hiccup must not turn the order upside down
+        corrections = self._corrections | {bucket: self._corrections.get(bucket, self._pace) * ratio**WEIGHT}
+        self._dispatches += 1
+        self._latest[bucket] = self._dispatches
+        recent = {rows: value for rows, value in corrections.items() if self._latest[rows] > self._dispatches - RECENT}
+        self._corrections, self._pace = recent, pace_of(list(recent.values()))
 
     def table(self) -> dict[int, float]:
-        return {rows: seconds * self._pace for rows, seconds in self._step_s.items()}
+        return {rows: self.step_s(rows) for rows in self._step_s}
+
+
+def pace_of(corrections: list[float]) -> float:
+    """Returns the part that several corrections have in common, and 1 for a single one."""
+    if len(corrections) > 1 and min(corrections) > 1:
+        return min(corrections)
+    if len(corrections) > 1 and max(corrections) < 1:
+        return max(corrections)
+    return 1.0
 
 
 class DecodeCost:

@@ -1,45 +1,39 @@
 """Calls the verbs of a pipeline, keeps a window of dispatches in flight, and measures how long they take.
 
-The host runs ahead of the device, but only just: a newcomer should find a place in the very next step. Every call is
-watched for a stall (app/engine/stall.py). Knows nothing of the order of requests.
+The host runs ahead of the device, but only just: a newcomer should find a place in the very next step. How far, and how
+much a dispatch costs, is measured (app/engine/host_cost.py). Every call is watched for a stall (app/engine/stall.py).
+Knows nothing of the order of requests.
 """
 
 import contextlib
 import dataclasses
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from app.engine.device_time import DeviceTime, Work
+from app.engine.host_cost import HostCost
 from app.engine.request import Image
+from app.engine.scheduler import Overhead
 from app.engine.size_queue import SizeQueue
 from app.engine.stall import StallWatch
 from app.engine.verbs import Verbs
 from app.types import ActiveSlot
 
-# The next dispatch is made this long before the device runs out of work: a constant, and a multiple of the usual
-# difference between predicted and measured times. So the device never idles.
-LEAD_S, LEAD_SPREADS = 0.002, 4
-SPREAD_WEIGHT = 0.1  # of a new measurement
-BLOCKED_S = 1e-4  # a wait that took longer has really waited for the device
+MOST_AHEAD = 4  # dispatches in flight, however short they are
 
 
-@dataclasses.dataclass(eq=False)
-class Dispatch:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Dispatch(Work):
     """Steps of one size, from their dispatch until the engine has waited for them."""
 
     queue: SizeQueue
-    done: Any
     bucket: int
     count: int
-    predicted_s: float
-    at: float
-    only_steps: (
-        bool  # no other verb was called since the previous dispatch, so the time between both is that of the steps
-    )
     suspect: bool = False  # it was in flight when another dispatch failed, so it may fail for the same cause
-    ended: float = math.inf  # when the first waiting thread saw it done
     denoised: list[Image] = dataclasses.field(default_factory=list)  # the images whose last step it has
 
 
@@ -51,19 +45,22 @@ class Dispatcher:
         self.clock = clock
         self.watch = watch
         self.in_flight: deque[Dispatch] = deque()
-        self.busy_s = 0.0
-        self._last_done = 0.0
-        self._only_steps = True  # no other verb was called since the latest dispatch
-        self._spread_s = 0.0  # mean difference between predicted and measured times
-        # Predicted device-seconds: of steps in flight, of all decodes so far, and of the decodes that were fetched.
-        self._stepping_s = self._decoding_s = self._fetched_s = 0.0
+        self.host = HostCost(pipeline.dispatch_cost)
+        self._device = DeviceTime()
+        self._lock = threading.Lock()  # of what is measured: the fetching thread measures too
+        self._alone = True  # no other verb was called since the latest steps or decode
+        self._free_at = math.inf  # when the engine's thread could go on after it had waited for the device
+
+    @property
+    def busy_s(self) -> float:
+        return self._device.busy_s
 
     def call(self, verb: str) -> AbstractContextManager[None]:
         """Watches a call that may block until the device has done all that was dispatched before."""
-        return self.watch.call(verb, self._stepping_s + self._decoding_s - self._fetched_s)
+        return self.watch.call(verb, self._device.pending_s)
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
-        self._only_steps = False
+        self._alone = False
         with self.call("encode"):
             return self.pipeline.encode(texts)
 
@@ -71,83 +68,129 @@ class Dispatcher:
         request = image.request
         assert image.slot is not None and request.encoded is not None
         seed, guidance_scale = request.seeds[image.number], request.generation.guidance_scale
-        self._only_steps = False
+        self._alone = False
         with self.call("insert"):
             queue.state = self.pipeline.insert(
                 queue.state, image.slot, *request.encoded, request.table, guidance_scale, seed
             )
 
-    def step(self, queue: SizeQueue, active: Sequence[ActiveSlot], count: int) -> Dispatch:
-        bucket = queue.step_cost.bucket(sum(slot.rows for slot in active))
-        predicted_s = count * queue.step_cost.step_s(bucket)
-        self._stepping_s += predicted_s
-        with self.call("step"):
-            queue.state, done = self.pipeline.step(queue.state, active, count)
-        dispatch = Dispatch(queue, done, bucket, count, predicted_s, self.clock(), self._only_steps)
-        self.in_flight.append(dispatch)
-        self._only_steps = True
-        return dispatch
-
     def preview(self, queue: SizeQueue, slot: int) -> Any:
-        self._only_steps = False
+        self._alone = False
         with self.call("preview"):
             return self.pipeline.preview(queue.state, slot)
 
-    def decode(self, queue: SizeQueue, slots: Sequence[int], decode_s: float) -> Any:
-        self._only_steps = False
-        self._decoding_s += decode_s
-        try:
-            with self.call("decode"):
-                pixels = self.pipeline.decode(queue.state, slots)
-        except BaseException:
-            self._decoding_s -= decode_s
-            raise
-        self.busy_s += decode_s
-        return pixels
+    def overhead(self, launch_s: float) -> Overhead:
+        """Returns what a dispatch costs beside its steps, on a device that takes `launch_s` to launch them."""
+        if self.host.blocks:
+            return Overhead(launch_s + self.host.host_s)
+        return Overhead(launch_s, self.host.host_s, self.host.lead_s)
 
-    def fetched(self, decode_s: float) -> None:
-        """Notes that a decode is done, or has failed. The fetching thread calls it."""
-        self._fetched_s += decode_s
+    def step(self, queue: SizeQueue, images: Sequence[Image], active: Sequence[ActiveSlot], count: int) -> Dispatch:
+        rows = sum(slot.rows for slot in active)
+        bucket = queue.step_cost.bucket(rows)
+        predicted_s = queue.step_cost.dispatch_s(bucket, count)
+        began = self.clock()
+        if self._alone and self._free_at < began:
+            self.host.observe_turn(began - self._free_at)
+        with self.watch.call("step", self._device.pending_s + predicted_s):
+            queue.state, done = self.pipeline.step(queue.state, active, count)
+        returned = self.clock()
+        blocked = self.host.observe_step(returned - began, predicted_s)
+        shares = [(image.request, slot.rows / rows) for image, slot in zip(images, active, strict=True)]
+        at = began if blocked else returned
+        dispatch = Dispatch(
+            done, shares, predicted_s, at, blocked, self._alone, queue=queue, bucket=bucket, count=count
+        )
+        self._begin(dispatch, returned)
+        self.in_flight.append(dispatch)
+        return dispatch
+
+    def decode(self, queue: SizeQueue, images: Sequence[Image], decode_s: float) -> Work:
+        slots = [image.slot for image in images if image.slot is not None]
+        began = self.clock()
+        with self.watch.call("decode", self._device.pending_s + decode_s):
+            pixels = self.pipeline.decode(queue.state, slots)
+        returned = self.clock()
+        blocked = self.host.waited(returned - began, decode_s)
+        shares = [(image.request, 1 / len(images)) for image in images]
+        decode = Work(pixels, shares, decode_s, began if blocked else returned, blocked, self._alone)
+        self._begin(decode, returned)
+        return decode
+
+    def _begin(self, work: Work, returned: float) -> None:
+        with self._lock:
+            self._device.begin(work)
+        self._alone = True
+        self._free_at = returned
 
     def denoised_at(self, image: Image) -> float:
         """Returns when the device ended the image's last step. The fetching thread calls it within a `call`."""
         dispatch: Dispatch = image.last_dispatch
-        if dispatch.ended == math.inf:  # the engine's thread has not waited for it yet
-            with contextlib.suppress(Exception):  # reading the pixels will fail too
-                self.pipeline.wait(dispatch.done)
-            dispatch.ended = min(dispatch.ended, self.clock())
+        try:
+            self._wait(dispatch)
+        except Exception:  # reading the pixels will fail too
+            return self.clock()
         return dispatch.ended
+
+    def wait_for_decode(self, decode: Work) -> None:
+        """The fetching thread calls it within a `call`."""
+        with contextlib.suppress(Exception):  # reading the pixels will fail too
+            if decode.previous:  # its end says when the decode began
+                self._wait(decode.previous)
+            self._wait(decode)
+
+    def fetched(self, decode: Work) -> None:
+        """Notes that the pixels of a decode are on the host, or never will be. The fetching thread calls it."""
+        self._drop(decode)
+
+    def _drop(self, work: Work) -> None:
+        """Forgets a piece of work that has failed."""
+        with self._lock:
+            self._device.drop(work, self.clock())
 
     def wait(self, dispatch: Dispatch) -> None:
         """Waits for the oldest dispatch, and learns from the time that it took."""
-        waits_since = self.clock()
         try:
             with self.call("wait"):
-                self.pipeline.wait(dispatch.done)
+                self._wait(dispatch)
+        except BaseException:
+            self._drop(dispatch)
+            raise
         finally:
-            self._stepping_s -= dispatch.predicted_s
-        now = self.clock()
-        dispatch.ended = min(dispatch.ended, now)
-        self._learn(dispatch, now, blocked=now - waits_since > BLOCKED_S)
-        self._last_done = now
+            self._free_at = self.clock()
 
-    def _learn(self, dispatch: Dispatch, now: float, blocked: bool) -> None:
-        cost = dispatch.queue.step_cost
-        took_s = now - max(self._last_done, dispatch.at)
-        predicted_s = dispatch.count * cost.step_s(dispatch.bucket)
-        # If the wait did not block, the steps were done earlier, and `took_s` is only an upper bound.
-        if dispatch.only_steps and (blocked or took_s < predicted_s):
-            self._spread_s += SPREAD_WEIGHT * (abs(took_s - predicted_s) - self._spread_s)
-            cost.observe(dispatch.bucket, took_s / dispatch.count)
-            predicted_s = dispatch.count * cost.step_s(dispatch.bucket)
-        # The time of a decode in between is counted already.
-        self.busy_s += took_s if dispatch.only_steps else min(took_s, predicted_s)
+    def _wait(self, work: Work) -> None:
+        """Waits until the device has ended the work, and all before it."""
+        began = self.clock()
+        self.pipeline.wait(work.done)
+        now = self.clock()
+        with self._lock:
+            took_s = self._device.end(work, now, now - began)
+            if took_s is not None and isinstance(work, Dispatch):
+                cost = work.queue.step_cost
+                self.host.observe_end(cost.dispatch_s(work.bucket, work.count), took_s)
+                cost.observe(work.bucket, work.count, took_s)
+
+    @property
+    def ahead(self) -> int:
+        """Returns how many dispatches stay in flight: as many as keep the device busy while the host makes the next."""
+        if self.host.blocks:
+            return 0
+        covered_s, number = 0.0, 0
+        for dispatch in reversed(self.in_flight):
+            if number == MOST_AHEAD or (number and covered_s >= self.host.lead_s):
+                break
+            covered_s += dispatch.predicted_s
+            number += 1
+        return number
 
     def pause_s(self) -> float:
         """Returns the seconds until shortly before the device runs out of work. They are negative if it is late."""
-        last = self.in_flight[-1]
-        ends = max(self._last_done, last.at) + last.count * last.queue.step_cost.step_s(last.bucket)
-        return ends - LEAD_S - LEAD_SPREADS * self._spread_s - self.clock()
+        now = self.clock()
+        pause_s = self._device.left_s(self.in_flight, now) - self.host.lead_s
+        if pause_s > 0:
+            self._free_at = now + pause_s  # a thread that wakes late is late from then on
+        return pause_s
 
     def reset(self, queue: SizeQueue) -> None:
         """Gives a size an empty state, after a failure that consumed the old one."""
@@ -157,6 +200,5 @@ class Dispatcher:
     def forget(self, queue: SizeQueue) -> None:
         """Drops the dispatches of a size whose state was lost. The others may fail for the same cause."""
         self.in_flight = deque(dispatch for dispatch in self.in_flight if dispatch.queue is not queue)
-        self._stepping_s = sum(dispatch.predicted_s for dispatch in self.in_flight)
         for dispatch in self.in_flight:
             dispatch.suspect = True

@@ -32,7 +32,6 @@ from app.types import Generation, InvalidField
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
-AHEAD = 1  # dispatches beyond the one that the device executes
 CLOSE_S = 30.0  # the longest that `close` waits for the threads
 
 
@@ -214,7 +213,7 @@ class Engine:
         except Exception as error:
             self._batcher.fail_queue(queue, error)
         self._batcher.retire(queue, [image for image in running if image.steps_left])  # denoised -> decoding
-        self._batcher.settle(AHEAD)
+        self._batcher.settle(self._dispatcher.ahead)
         return True
 
     def pause_s(self) -> float:

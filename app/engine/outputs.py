@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from app.engine.device_time import Work
 from app.engine.dispatcher import Dispatcher
 from app.engine.failures import Failures, log_failure
 from app.engine.request import Image, Request, Status
@@ -28,16 +29,16 @@ class Outputs:
         self.default_sampler = default_sampler
         self.clock = clock
 
-    def fetch(self, batch: Sequence[Image], decode_s: float, pixels: Any) -> None:
-        self.executor.submit(self._fetch, batch, decode_s, pixels)
+    def fetch(self, batch: Sequence[Image], decode: Work) -> None:
+        self.executor.submit(self._fetch, batch, decode, decode.done)
 
     def show(self, request: Request, number: int, pixels: Any) -> None:
         self.executor.submit(self._show, request, number, pixels)
 
-    def _fetch(self, batch: Sequence[Image], decode_s: float, pixels: Any) -> None:
+    def _fetch(self, batch: Sequence[Image], decode: Work, pixels: Any) -> None:
         """Ends the requests of these images if anything fails. Their other images leave at the engine's next tick."""
         try:
-            denoised, images = self._read(batch, pixels)
+            denoised, images = self._read(batch, decode, pixels)
         except BaseException as error:
             self.failures.read_failed()
             for image in batch:
@@ -45,7 +46,7 @@ class Outputs:
             log_failure("Decoded pixels could not be fetched", error)
             return
         finally:
-            self.dispatcher.fetched(decode_s)
+            self.dispatcher.fetched(decode)
         self.failures.read()
         for image, at, decoded in zip(batch, denoised, images, strict=True):
             request = image.request
@@ -56,10 +57,11 @@ class Outputs:
                 request.end(error)
                 log_failure("A request could not be completed", error)
 
-    def _read(self, batch: Sequence[Image], pixels: Any) -> tuple[list[float], np.ndarray]:
+    def _read(self, batch: Sequence[Image], decode: Work, pixels: Any) -> tuple[list[float], np.ndarray]:
         """Waits for the device. Returns when each image's denoising ended, and the decoded images."""
         with self.dispatcher.call("read"):
             denoised = [self.dispatcher.denoised_at(image) for image in batch]
+            self.dispatcher.wait_for_decode(decode)
             images = np.asarray(pixels)
         if images.ndim != 4 or len(images) < len(batch):
             raise ValueError(f"decode must return {len(batch)} or more images, got an array of shape {images.shape}.")

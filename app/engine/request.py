@@ -5,6 +5,7 @@ Plain data. Knows nothing of the order of requests, of threads, clocks or device
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
@@ -33,10 +34,10 @@ class Generated:
     sampler: str
     prompt_truncated: bool
     negative_prompt_truncated: bool
-    queue_s: float
-    denoise_s: float  # from the first image's first step until the device ends the last image's last, with pauses
+    queue_s: float  # until the device begins the first image's first step
+    denoise_s: float  # from there until the device ends the last image's last step, with pauses
     decode_s: float  # from there to pixels on the host
-    device_s: float  # its share of the steps and decodes that it took part in
+    device_s: float  # its share of the steps and decodes that it took part in, as measured
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,7 +62,8 @@ class Request:
     future: "Future[Generated]" = dataclasses.field(default_factory=Future)
     images: list[Image] = dataclasses.field(default_factory=list)  # the waiting and the running ones
     encoded: tuple[Any, Any] | None = None  # prompt and negative prompt
-    began: float | None = None
+    began: float | None = None  # when its first image got a slot
+    stepped: float = math.inf  # when the device began the first step
     refused: bool = False  # the engine drains, and the request had not begun
     denoised: float = 0.0  # when the device ended the last step of the images that were received
     device_s: float = 0.0
@@ -126,11 +128,10 @@ class Request:
         """waiting -> finished, before the future ends: the request must not begin meanwhile."""
         self.refused = True
 
-    def advance(self, image: Image, steps: int, device_s: float) -> None:
-        """A running image takes `steps`. `device_s` is its share of their device time."""
+    def advance(self, image: Image, steps: int) -> None:
+        """A running image takes `steps`."""
         assert image.status is Status.RUNNING
         image.steps_left -= steps
-        self.device_s += device_s
 
     def next_preview(self, image: Image) -> int:
         """Returns the number of the preview that is due, and counts it as made."""
@@ -138,13 +139,12 @@ class Request:
         self.previews += 1
         return self.previews - 1
 
-    def leave_slot(self, image: Image, device_s: float) -> int:
-        """running -> decoding. Returns the slot, which is free now. `device_s` is the image's share of the decode."""
+    def leave_slot(self, image: Image) -> int:
+        """running -> decoding. Returns the slot, which is free now."""
         assert image.status is Status.RUNNING and image.slot is not None
         slot, image.slot = image.slot, None
         image.status = Status.DECODING
         self.images.remove(image)
-        self.device_s += device_s
         return slot
 
     def receive(self, image: Image, pixels: np.ndarray, denoised: float) -> bool:
@@ -173,7 +173,7 @@ class Request:
             pass
 
     def generated(self, default_sampler: str, now: float) -> Generated:
-        assert self.began is not None and self.encoded is not None
+        assert self.encoded is not None and self.stepped < math.inf
         prompt, negative_prompt = self.encoded
         return Generated(
             pixels=np.stack([self.pixels[number] for number in range(self.generation.n)]),
@@ -181,8 +181,8 @@ class Request:
             sampler=self.generation.sampler or default_sampler,
             prompt_truncated=prompt.truncated,
             negative_prompt_truncated=negative_prompt.truncated,
-            queue_s=self.began - self.since,
-            denoise_s=self.denoised - self.began,
+            queue_s=self.stepped - self.since,
+            denoise_s=self.denoised - self.stepped,
             decode_s=now - self.denoised,
             device_s=self.device_s,
         )

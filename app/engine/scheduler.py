@@ -20,10 +20,13 @@ from app.engine.size_queue import Queued, SizeQueue
 # The request with the least remaining work goes first, but not for ever. A request that has t seconds of work more than
 # another is overtaken only if the other came no later than t / AGEING seconds after it.
 AGEING = 0.2
-# A dispatch has several steps, up to this time: while a newcomer would join the next step, and while it would not. It
-# bounds how long a request that overtakes, or a cancelled one in its slot, waits for the dispatch to end.
-DISPATCH_S, CLOSED_DISPATCH_S = 0.01, 0.05
+# What a dispatch costs beside its steps is at most this share of them, unless its images end sooner: while a newcomer
+# would join the next dispatch, and while it would not. More steps cost less, but a newcomer, a request that overtakes
+# and a cancelled one in its slot wait for the dispatch to end.
+OVERHEAD, CLOSED_OVERHEAD = 0.03, 0.015
+KEEPS_UP = 2  # the host keeps up with a device whose dispatches take so many times as long as the host's work for them
 NEWCOMER_ROWS = 2  # of a guided image
+ROUNDING = 1e-9
 
 
 class Work(NamedTuple):
@@ -32,6 +35,14 @@ class Work(NamedTuple):
     steps: int
     rows: int
     last: bool = True
+
+
+class Overhead(NamedTuple):
+    """Seconds of a dispatch beside its steps."""
+
+    device_s: float = 0.0  # while the device launches, or waits for the host
+    host_s: float = 0.0  # of the host, while the device works
+    lead_s: float = 0.0  # of the host at most
 
 
 class Batch(NamedTuple):
@@ -147,10 +158,18 @@ def backfill(chosen: Sequence[Image], others: Sequence[Image], cost: StepCost) -
     return fitting
 
 
-def steps_in_dispatch(images: Sequence[Image], step_s: float, newcomer_joins: bool) -> int:
-    """Returns how many steps fit into a dispatch. It stops where an image ends or is previewed."""
+def steps_in_dispatch(images: Sequence[Image], step_s: float, overhead: Overhead, newcomer_joins: bool) -> int:
+    """Returns how many steps a dispatch has: as few as its overhead allows, up to an image's end or preview.
+
+    While a newcomer would join, it is enough that the host can keep up. Else the host's work counts as the device's, as
+    the host has other things to do.
+    """
     until = min(image.steps_left - (image.previews_due[-1] if image.previews_due else 0) for image in images)
-    return min(until, max(1, int((DISPATCH_S if newcomer_joins else CLOSED_DISPATCH_S) / step_s)))
+    if newcomer_joins:
+        least_s = max(overhead.device_s / OVERHEAD, overhead.lead_s * KEEPS_UP)
+    else:
+        least_s = (overhead.device_s + overhead.host_s) / CLOSED_OVERHEAD
+    return min(until, max(1, math.ceil(least_s / step_s - ROUNDING)))
 
 
 def decode_due(cost: DecodeCost, images: int, next_s: float, others: int) -> bool:

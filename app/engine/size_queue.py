@@ -38,7 +38,10 @@ class SizeQueue:
         return cls(
             size,
             pipeline.empty_state(size),
-            StepCost({rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets}),
+            StepCost(
+                {rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets},
+                {rows: pipeline.launch_s[size, rows] for rows in pipeline.row_buckets},
+            ),
             DecodeCost({images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets}),
             free_slots=list(range(pipeline.num_slots))[::-1],
             num_slots=pipeline.num_slots,

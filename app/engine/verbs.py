@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from app.diffusion.samplers import SamplerTable
-from app.types import ActiveSlot, Generation, Size
+from app.types import ActiveSlot, DispatchCost, Generation, Size
 
 
 class Verbs(Protocol):
     """A pipeline, or its stand-in (app/engine/virtual.py).
 
-    Verbs only dispatch work to the device. What blocks is `wait`, and `np.asarray` of decoded pixels. `insert` and
-    `step` consume the state that they are given.
+    Verbs dispatch work to the device. On some devices a call returns only when the work is done. `wait` takes what `step`
+    or `decode` returned. `insert` and `step` consume the state that they are given. All times are measured.
     """
 
     num_slots: int
@@ -23,7 +23,11 @@ class Verbs(Protocol):
     @property
     def step_s(self) -> Mapping[tuple[Size, int], float]: ...  # seconds of a step by size and row bucket
     @property
+    def launch_s(self) -> Mapping[tuple[Size, int], float]: ...  # what a dispatch adds to its steps, by the same
+    @property
     def decode_s(self) -> Mapping[tuple[Size, int], float]: ...  # seconds of a decode by size and decode bucket
+    @property
+    def dispatch_cost(self) -> DispatchCost: ...
 
     def check(self, generation: Generation) -> None: ...
     def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable: ...

@@ -1,8 +1,9 @@
 """A stand-in for a pipeline whose device only takes time, for tests, the planner and paced benchmarks.
 
 The device works through a timeline with as many seconds for each program as a table says. On a virtual clock that time
-passes at once; on the real one `wait` sleeps. An image shows its seed plus the number of its steps, so what a request
-should get can be computed by hand. Knows nothing of networks, and of engines only the verbs that they call.
+passes at once; on the real one `wait` sleeps. A call may take the host some time, and may block until the device is
+done. An image shows its seed plus the number of its steps, so what a request should get can be computed by hand.
+Knows nothing of networks, and of engines only the verbs that they call.
 """
 
 import time
@@ -15,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from app.diffusion.samplers import HISTORY, SamplerTable
-from app.types import ActiveSlot, Generation, Size
+from app.types import ActiveSlot, DispatchCost, Generation, Size
 
 LONGEST_TEXT = 40  # characters; longer texts are truncated
 NUMBER_BYTES = 8  # of an image, at its beginning
+FREE_DISPATCH = DispatchCost()
 
 
 class Clock(Protocol):
@@ -138,10 +140,17 @@ class VirtualPipeline:
         *,
         num_slots: int,
         encode_s: float = 0.0,
+        launch_s: float | Mapping[tuple[Size, int], float] = 0.0,
+        dispatch_cost: DispatchCost = FREE_DISPATCH,
         clock: Clock,
     ):
-        """Takes the seconds of a step by size and rows, of a decode by size and images, and of encoding a text."""
+        """Takes the seconds of a step by size and rows, of a decode by size and images, and of encoding a text.
+
+        `launch_s` is what a dispatch adds to its steps. Every verb costs the host `dispatch_cost`.
+        """
         self.step_s, self.decode_s, self.encode_s = step_s, decode_s, encode_s
+        self.launch_s = dict.fromkeys(step_s, launch_s) if isinstance(launch_s, float) else launch_s
+        self.dispatch_cost = self.device_cost = dispatch_cost  # what the engine is told, and what is true
         self.sizes = tuple(dict.fromkeys(size for size, _ in step_s))
         self.row_buckets = tuple(sorted({rows for _, rows in step_s}))
         self.decode_buckets = tuple(sorted({images for _, images in decode_s}))
@@ -154,6 +163,13 @@ class VirtualPipeline:
     def called(self, call: Call) -> Exception | None:
         """Tests override it to record calls, to raise, or to return an error that the result of the call then has."""
         return None
+
+    def steps_take_s(self, size: Size, bucket: int, count: int) -> float:
+        """Device-seconds of a dispatch. By default the engine's tables are right."""
+        return self.launch_s[size, bucket] + count * self.step_s[size, bucket]
+
+    def decode_takes_s(self, size: Size, bucket: int) -> float:
+        return self.decode_s[size, bucket]
 
     def refuse(self, what: str) -> NoReturn:
         """Raises for a call that no engine may make."""
@@ -172,7 +188,7 @@ class VirtualPipeline:
         if not texts or len(set(texts)) < len(texts):
             self.refuse(f"encode of {texts}")
         error = self.called(Call("encode", texts=tuple(texts)))
-        self._occupy(len(texts) * self.encode_s)
+        self.occupy(len(texts) * self.encode_s)
         return [Encoded(text, len(text) > LONGEST_TEXT, error) for text in texts]
 
     def insert(
@@ -190,6 +206,7 @@ class VirtualPipeline:
             self.refuse(f"insert into slot {slot}")
         slots[slot] = SlotState(seed, len(table), guidance_scale > 1)
         error = self.called(Call("insert", state.size, (seed,), (slot,), (prompt.text, negative_prompt.text)))
+        self.occupy(0.0)
         return State(state.size, slots, state.error or prompt.error or negative_prompt.error or error)
 
     def step(self, state: State, active: Sequence[ActiveSlot], count: int) -> tuple[State, Done]:
@@ -206,10 +223,10 @@ class VirtualPipeline:
             slots[number] = SlotState(slot.seed, slot.steps, slot.guided, slot.taken + count)
             seeds.append(slot.seed)
         bucket = smallest(self.row_buckets, rows)
-        seconds = count * self.step_s[state.size, bucket] * self.pace
+        seconds = self.steps_take_s(state.size, bucket, count) * self.pace
         call = Call("step", state.size, tuple(seeds), numbers, (), count, bucket, self.clock(), seconds)
         error = self.called(call) or state.error
-        return State(state.size, slots, error), Done(self._occupy(seconds), error)
+        return State(state.size, slots, error), Done(self.occupy(seconds), error)
 
     def decode(self, state: State, slots: Sequence[int]) -> Pixels:
         images = self._images(state, slots)
@@ -218,12 +235,13 @@ class VirtualPipeline:
         bucket = smallest(self.decode_buckets, len(slots))
         for slot in slots:
             state.slots[slot] = None
-        return self._pixels("decode", state, slots, images, bucket, self.decode_s[state.size, bucket] * self.pace)
+        seconds = self.decode_takes_s(state.size, bucket) * self.pace
+        return self._pixels("decode", state, slots, images, bucket, seconds)
 
     def preview(self, state: State, slot: int) -> Pixels:
         return self._pixels("preview", state, [slot], self._images(state, [slot]), 1, 0.0)
 
-    def wait(self, done: Done) -> None:
+    def wait(self, done: Done | Pixels) -> None:
         self.called(Call("wait"))
         self.clock.reach(done.ready_at)
         if done.error:
@@ -242,7 +260,7 @@ class VirtualPipeline:
         seeds = tuple(image.seed for image in images)
         error = self.called(Call(verb, state.size, seeds, tuple(slots), (), 0, bucket, self.clock(), seconds))
         numbers = tuple(image.seed + image.taken for image in images)
-        return Pixels(self, state.size, seeds, numbers, bucket, self._occupy(seconds), state.error or error)
+        return Pixels(self, state.size, seeds, numbers, bucket, self.occupy(seconds), state.error or error)
 
     def _consume(self, state: State) -> list[SlotState | None]:
         """Returns the slots of a state, which must not be used again, like a donated array on a device."""
@@ -251,10 +269,14 @@ class VirtualPipeline:
         state.consumed = True
         return state.slots[:]
 
-    def _occupy(self, seconds: float) -> float:
-        """Queues work behind what is queued. Returns when it will be done."""
+    def occupy(self, seconds: float) -> float:
+        """Queues work behind what is queued, as every dispatch does. Returns when it will be done."""
+        if self.device_cost.host_s:
+            self.clock.reach(self.clock() + self.device_cost.host_s)
         self.idle_at = max(self.idle_at, self.clock()) + seconds
         self.busy_s += seconds
+        if self.device_cost.blocks:
+            self.clock.reach(self.idle_at)
         return self.idle_at
 
 

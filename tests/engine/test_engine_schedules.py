@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
 from app.engine.failures import MOST_FAILURES
 from app.engine.request import Generated
-from app.engine.scheduler import AGEING, CLOSED_DISPATCH_S, DISPATCH_S
+from app.engine.scheduler import AGEING, CLOSED_OVERHEAD, KEEPS_UP, OVERHEAD
 from app.engine.virtual import Call, number_of
 from app.types import Generation, Size
 from tests.engine.driver import Driver
@@ -36,7 +36,7 @@ def knee(size: Size, rows: int) -> float:
 
 
 def fast(size: Size, rows: int) -> float:
-    """Many steps fit into a dispatch."""
+    """Where a launch takes some time, a dispatch has many steps."""
     return 0.001 * rows**0.8
 
 
@@ -108,6 +108,7 @@ class Schedules(RuleBasedStateMachine):
         num_slots=st.sampled_from([3, 4, 8]),
         decode_buckets=st.sampled_from([(1,), (1, 2), (2, 4)]),
         decode_s=st.sampled_from([(0.004, 0.0), (0.001, 0.03)]),
+        launch_s=st.sampled_from([0.0, 0.001]),
         prompt_cache=st.sampled_from([0, 2, 256]),
         max_waiting=st.sampled_from([4, 50]),
     )
@@ -118,6 +119,7 @@ class Schedules(RuleBasedStateMachine):
         num_slots: int,
         decode_buckets: tuple[int, ...],
         decode_s: tuple[float, float],  # for each image, and for each decode
+        launch_s: float,
         prompt_cache: int,
         max_waiting: int,
     ) -> None:
@@ -127,6 +129,7 @@ class Schedules(RuleBasedStateMachine):
             num_slots=num_slots,
             decode_buckets=decode_buckets,
             decode_time=lambda size, images: decode_s[0] * images + decode_s[1],
+            launch_s=launch_s,
             before_step=self.check_step,
         )
         self.max_waiting = max_waiting
@@ -288,7 +291,10 @@ class Schedules(RuleBasedStateMachine):
                     fits = before + client.rows <= call.bucket and (in_slots or seed in inserted)
                     assert not (left_out and fits), "a step that leaves out an image of a lower rank"
 
-        assert call.count == 1 or call.count * step_s[call.bucket] <= CLOSED_DISPATCH_S + 1e-9
+        cost = self.engine._queues[call.size].step_cost
+        overhead = self.engine._dispatcher.overhead(cost.launch_s(call.bucket))
+        most_s = max((overhead.device_s + overhead.host_s) / CLOSED_OVERHEAD, overhead.lead_s * KEEPS_UP)
+        assert (call.count - 1) * cost.step_s(call.bucket) <= most_s + 1e-9
         stops = []
         for seed in call.seeds:
             taken = self.taken.get(seed, 0)
@@ -297,8 +303,8 @@ class Schedules(RuleBasedStateMachine):
             assert not any(taken < mark < after for mark in marks), "steps past an end or a preview"
             stops += [mark == after for mark in marks]
             self.taken[seed] = after
-        if not any(stops):  # then as many steps as fit
-            assert (call.count + 1) * step_s[call.bucket] > DISPATCH_S
+        if not any(stops):
+            assert call.count * cost.step_s(call.bucket) * OVERHEAD >= overhead.device_s - 1e-9
 
     def spoilt(self, client: Client) -> set[Fault]:
         texts = {client.generation.prompt, client.generation.negative_prompt}
