@@ -57,7 +57,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
 .PHONY: test-faults rehearse-calls
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
-.PHONY: bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
+.PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak cuda bench-gpu
 
 help: ## List the verbs
@@ -186,6 +186,9 @@ train-demo: dev ## Train the demo model (hours; goes on where it was interrupted
 
 bench-engine: runtime ## Measure the engine against whole batches: latency, slowdown, throughput (about 12 minutes)
 	@$(py) -m benchmarks.engine
+
+bench-devices: runtime ## Measure the engine on stand-in devices that dispatch in every way a real one may (about 6 minutes)
+	@$(py) -m benchmarks.device_modes
 
 bench-overhead: runtime ## Measure what HTTP and mixed requests cost over the pipeline's own loop
 	@$(py) -m benchmarks.overhead

@@ -43,6 +43,7 @@ def timings_of(pipeline: Pipeline) -> Timings:
         {rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets},
         {images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets},
         (time.perf_counter() - began) / 10,
+        launch_s={rows: pipeline.launch_s[size, rows] for rows in pipeline.row_buckets},
     )
 
 
@@ -74,6 +75,7 @@ def paced(timings: Timings, step_times: Sequence[float]) -> Timings:
         {rows: pace * seconds for rows, seconds in timings.step_s.items()},
         {images: pace * seconds for images, seconds in timings.decode_s.items()},
         pace * timings.encode_s,
+        launch_s={rows: pace * seconds for rows, seconds in (timings.launch_s or {}).items()},
     )
 
 

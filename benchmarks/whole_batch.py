@@ -226,7 +226,7 @@ def batch_seconds(pipeline: Verbs, pictures: Sequence[Picture]) -> float:
     decoding = 0.0
     for part in in_parts(range(len(pictures)), pipeline.decode_buckets[-1]):
         decoding += pipeline.decode_s[size, next(b for b in pipeline.decode_buckets if b >= len(part))]
-    return evaluations * pipeline.step_s[size, bucket] + decoding
+    return pipeline.launch_s[size, bucket] + evaluations * pipeline.step_s[size, bucket] + decoding
 
 
 def ranked(

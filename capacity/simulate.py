@@ -31,6 +31,7 @@ class Timings:
     step_s: Mapping[int, float]
     decode_s: Mapping[int, float]
     encode_s: float = 0.0  # of one text
+    launch_s: Mapping[int, float] | None = None  # what a dispatch of so many rows adds to its steps; None: nothing
     slots: int | None = None  # None: as many as the largest bucket has rows, as app/diffusion/pipeline.py has them
 
 
@@ -83,6 +84,7 @@ def pipeline_of(timings: Timings, clock: VirtualClock) -> VirtualPipeline:
         {(SIZE, images): seconds for images, seconds in timings.decode_s.items()},
         num_slots=timings.slots or max(timings.step_s),
         encode_s=timings.encode_s,
+        launch_s={(SIZE, rows): seconds for rows, seconds in timings.launch_s.items()} if timings.launch_s else 0.0,
         clock=clock,
     )
 

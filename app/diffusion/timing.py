@@ -1,4 +1,4 @@
-"""Times steps and decodes on the device at hand: what each takes, what a launch adds, and what a dispatch costs the host.
+"""Times steps and decodes on the device at hand: what each takes, what a launch adds, what a call costs the host.
 
 Knows nothing of pipelines: it gets functions that dispatch work and one that waits for it.
 """
@@ -13,8 +13,8 @@ from app.types import DispatchCost
 
 SPREAD = 0.05  # between the last two rounds of every program; clocks that ramp up have settled by then
 LAST_ROUNDS = 3  # whose median counts
-# A dispatch of several steps, beside that of a single one, shows what a launch adds. Steps that take longer than SLOW_S,
-# or use up the budget, are timed singly: a launch that weighs beside them would be a fault.
+# A dispatch of several steps, beside that of a single one, shows what a launch adds. Steps that take longer than
+# SLOW_S, or use up the budget, are timed singly: a launch that weighs beside them would be a fault.
 SEVERAL_S, MOST_STEPS, SLOW_S = 0.05, 16, 0.5
 
 

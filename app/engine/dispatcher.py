@@ -124,16 +124,17 @@ class Dispatcher:
         self._free_at = returned
 
     def denoised_at(self, image: Image) -> float:
-        """Returns when the device ended the image's last step. The fetching thread calls it within a `call`."""
+        """Returns when the device ended the image's last step; raises what it failed with.
+
+        The fetching thread calls it within a `call`.
+        """
         dispatch: Dispatch = image.last_dispatch
-        try:
+        if dispatch.ended == math.inf:  # the engine's thread has not waited for it yet
             self._wait(dispatch)
-        except Exception:  # reading the pixels will fail too
-            return self.clock()
         return dispatch.ended
 
     def wait_for_decode(self, decode: Work) -> None:
-        """The fetching thread calls it within a `call`."""
+        """Waits for the device alone, not for pixels on the host. The fetching thread calls it within a `call`."""
         with contextlib.suppress(Exception):  # reading the pixels will fail too
             if decode.previous:  # its end says when the decode began
                 self._wait(decode.previous)

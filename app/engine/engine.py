@@ -169,7 +169,8 @@ class Engine:
 
     def _stall(self, sentence: str) -> None:
         """Gives up, in the thread of the watch: the engine's own may never return from its verb."""
-        logger.error("%s The engine gives up.", sentence)
+        lost = self._intake.unfinished_work()
+        logger.error("%s The engine gives up. Lost: %s.\n%s", sentence, lost or "nothing", self._watch.stack)
         self._give_up()
 
     # The engine's thread.

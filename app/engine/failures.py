@@ -24,8 +24,12 @@ class Failures:
     def succeeded(self, verb: str) -> None:
         self._in_a_row[verb] = 0
         if verb == "step":
-            self._stepped = True
+            self.stepped()
         self.check()
+
+    def stepped(self) -> None:
+        """Steps have ended well. Both threads call it."""
+        self._stepped = True
 
     def failed(self, verb: str) -> None:
         with self._lock:

@@ -18,6 +18,7 @@ from app.engine.size_queue import Queued, SizeQueue
 from app.types import Size
 
 LEAST_RETRY_S = 0.1
+MOST_LISTED = 100  # requests in a line of the log
 
 
 class Intake:
@@ -88,6 +89,13 @@ class Intake:
             for request in waiting:
                 request.refuse()
         return waiting
+
+    def unfinished_work(self) -> str:
+        """Describes the unfinished requests in the order of their submission, for the log. Prompts are not in it."""
+        with self.changed:
+            requests = sorted(self.unfinished, key=lambda request: request.since)
+            parts = [str(request) for request in requests[:MOST_LISTED]]
+        return "; ".join(parts + [f"{len(requests) - MOST_LISTED} more"] * (len(requests) > MOST_LISTED))
 
     def queued(self) -> Queued:
         """Lists the images of each queue, with new requests at its end. The caller holds the lock."""

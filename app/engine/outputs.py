@@ -61,6 +61,7 @@ class Outputs:
         """Waits for the device. Returns when each image's denoising ended, and the decoded images."""
         with self.dispatcher.call("read"):
             denoised = [self.dispatcher.denoised_at(image) for image in batch]
+            self.failures.stepped()
             self.dispatcher.wait_for_decode(decode)
             images = np.asarray(pixels)
         if images.ndim != 4 or len(images) < len(batch):

@@ -94,6 +94,13 @@ class Request:
             return Status.WAITING
         return Status.RUNNING if self.images else Status.DECODING
 
+    def __str__(self) -> str:
+        """Such as 'seed 7 at 512x512, running, steps left: 3 and 20'."""
+        left = " and ".join(str(image.steps_left) for image in self.images) or "none"
+        return (
+            f"seed {self.generation.seed} at {'x'.join(map(str, self.size))}, {self.status.value}, steps left: {left}"
+        )
+
     @property
     def size(self) -> Size:
         return self.generation.width, self.generation.height

@@ -1,10 +1,13 @@
 """Notices when a device no longer answers: when a call takes many times longer than predicted.
 
-Knows of a call only its name, when it began and its predicted duration. It never interrupts a call, as nothing can.
+Knows of a call only its name, its thread, when it began and its predicted duration. It never interrupts a call, as
+nothing can.
 """
 
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ class Call:
     """One call that has not returned."""
 
     verb: str
+    thread: int
     began: float
     limit_s: float
     elapsed_s: float = 0.0  # while this process ran
@@ -40,6 +44,7 @@ class StallWatch:
         self.stall_s = stall_s
         self.interval_s = min(CHECK_INTERVAL_S, stall_s / 4)
         self.stalled = ""  # a sentence on the call that exceeded its limit
+        self.stack = ""  # where its thread was then
         self._on_stall = on_stall
         self._clock = clock
         self._checked = clock()
@@ -56,7 +61,7 @@ class StallWatch:
     @contextmanager
     def call(self, verb: str, predicted_s: float) -> Iterator[None]:
         """Watches a block of code that may wait for the device."""
-        call = Call(verb, self._clock(), max(self.stall_s, STALL_TIMES * predicted_s))
+        call = Call(verb, threading.get_ident(), self._clock(), max(self.stall_s, STALL_TIMES * predicted_s))
         with self._lock:
             self._calls.add(call)
         try:
@@ -73,6 +78,7 @@ class StallWatch:
         for call in calls:
             call.elapsed_s += min(passed_s, now - call.began)
             if call.elapsed_s >= call.limit_s and not self.stalled:
+                self.stack = stack_of(call.thread)
                 self.stalled = (
                     f"The device does not answer: {call.verb} has not returned for {call.elapsed_s:.1f} s, "
                     f"and its limit is {call.limit_s:.1f} s."
@@ -82,3 +88,9 @@ class StallWatch:
     def _run(self) -> None:
         while not (self.stalled or self._ended.wait(self.interval_s)):
             self.check()
+
+
+def stack_of(thread: int) -> str:
+    """Returns what a thread is doing, as in a traceback; empty if it has ended."""
+    frame = sys._current_frames().get(thread)
+    return "".join(traceback.format_stack(frame)).rstrip() if frame else ""

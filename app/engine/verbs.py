@@ -10,8 +10,8 @@ from app.types import ActiveSlot, DispatchCost, Generation, Size
 class Verbs(Protocol):
     """A pipeline, or its stand-in (app/engine/virtual.py).
 
-    Verbs dispatch work to the device. On some devices a call returns only when the work is done. `wait` takes what `step`
-    or `decode` returned. `insert` and `step` consume the state that they are given. All times are measured.
+    Verbs dispatch work to the device; on some devices a call returns only when the work is done. `wait` takes what
+    `step` or `decode` returned. `insert` and `step` consume the state that they are given. All times are measured.
     """
 
     num_slots: int

@@ -431,8 +431,8 @@ def test_a_size_gains_nothing_by_leaving_and_coming_back() -> None:
     ("launch_s", "dispatch_cost", "step_time", "count"),
     [
         (0.0, DispatchCost(), flat, 1),
-        (0.0, DispatchCost(host_s=0.002), flat, 1),  # of the host's work behind the device's back
-        (0.0, DispatchCost(host_s=0.03), flat, 6),  # which takes half as long as the dispatch
+        (0.0, DispatchCost(host_s=0.001), flat, 1),  # of the host, which keeps up with the device
+        (0.0, DispatchCost(host_s=0.01), flat, 6),  # at first it expects that a call may take three times as long
         (0.002, DispatchCost(), flat, 7),  # the launch is 3 % of the steps
         (0.002, DispatchCost(), serial, 7),  # 1.5 % where no newcomer would join
         (0.5, DispatchCost(), flat, 20),
@@ -873,8 +873,11 @@ def test_statistics_add_up_at_every_moment(step_time: Seconds, decode: Seconds) 
 
 
 @pytest.mark.parametrize(("step_time", "decode"), BOTH)
-def test_device_seconds_of_requests_add_up_to_those_of_the_device(step_time: Seconds, decode: Seconds) -> None:
-    driver = Driver(FakePipeline(step_time=step_time, decode_time=decode))
+@pytest.mark.parametrize("launch_s", [0.0, 0.004])
+def test_device_seconds_of_requests_add_up_to_those_of_the_device(
+    step_time: Seconds, decode: Seconds, launch_s: float
+) -> None:
+    driver = Driver(FakePipeline(step_time=step_time, decode_time=decode, launch_s=launch_s))
     results = driver.finish(*submit_mix(driver))
     driver.idle()
     assert sum(generated.device_s for generated in results) == pytest.approx(driver.fake.busy_s)
@@ -908,19 +911,43 @@ def test_denoising_ends_when_the_device_ends_the_last_step() -> None:
 
 
 @pytest.mark.parametrize(("step_time", "decode"), BOTH)
-def test_denoising_that_shares_the_device_ends_when_the_device_ends_the_last_step(
+def test_denoising_that_shares_the_device_is_from_the_first_step_to_the_last_on_the_device(
     step_time: Seconds, decode: Seconds
 ) -> None:
     driver = Driver(FakePipeline(step_time=step_time, decode_time=decode))
     results = driver.finish(*submit_mix(driver))
-    idle_at, ends_at = 1000.0, dict[int, float]()
+    idle_at, begins_at, ends_at = 1000.0, dict[int, float](), dict[int, float]()
     for call in driver.fake.of("step", "decode"):
-        idle_at = max(idle_at, call.at) + call.seconds
+        began = max(idle_at, call.at)
+        idle_at = began + call.seconds
         if call.verb == "step":
+            begins_at = dict.fromkeys(call.seeds, began) | begins_at
             ends_at |= dict.fromkeys(call.seeds, idle_at)
     for i, (_, _, n, _) in enumerate(MIX):
-        denoised = max(ends_at[100 * i + j] for j in range(n))
+        seeds = range(100 * i, 100 * i + n)
+        assert 1000 + results[i].queue_s == pytest.approx(min(begins_at[seed] for seed in seeds))
+        denoised = max(ends_at[seed] for seed in seeds)
         assert 1000 + results[i].queue_s + results[i].denoise_s == pytest.approx(denoised)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_device_seconds_are_measured_and_not_predicted(blocks: bool) -> None:
+    driver = Driver(FakePipeline(step_time=flat, dispatch_cost=DispatchCost(blocks=blocks)))
+    driver.fake.pace = 3.0
+    (generated,) = driver.finish(driver.submit(request(steps=5)))
+    assert generated.device_s == pytest.approx(3 * 5 * 0.01)
+    assert driver.engine.stats()["device_busy_s"] == pytest.approx(3 * 5 * 0.01)
+
+
+def test_a_step_that_the_device_blocks_for_is_measured_from_its_call() -> None:
+    """The time after the call is the end of the steps, and not their beginning."""
+    driver = Driver(FakePipeline(step_time=flat, dispatch_cost=DispatchCost(blocks=True)))
+    future = driver.submit(request(steps=4))
+    for _ in range(4):
+        driver.engine.tick()
+        assert driver.engine.pause_s() == 0, "the device has nothing left to do"
+    (generated,) = driver.finish(future)
+    assert generated.denoise_s == pytest.approx(4 * 0.01) and driver.clock() == pytest.approx(1000.04)
 
 
 def test_bucket_fill_is_active_rows_over_computed_rows() -> None:

@@ -133,8 +133,11 @@ def test_a_device_that_hangs_fails_all_who_wait_and_the_health_check(
     with pytest.raises(EngineStalled, match=f"^The device does not answer: ({seen_in}) has not returned for"):
         engine.submit(request())
     assert not engine.healthy and engine.stats()["unfinished"] == 0
-    lines = [record for record in caplog.records if "does not answer" in record.getMessage()]
-    assert [record.levelno for record in lines] == [logging.ERROR]
+    (line,) = [record for record in caplog.records if "does not answer" in record.getMessage()]
+    assert line.levelno == logging.ERROR
+    for seed in range(0, 800, 100):
+        assert f"seed {seed} at 8x8, " in line.getMessage(), "the log says what was lost"
+    assert 'fake_pipeline.py", line' in line.getMessage(), "and where the thread hangs"
     closing = threading.Thread(target=engine.close)
     closing.start()
     closing.join(WAIT_S)

@@ -147,7 +147,7 @@ def test_an_answer_says_what_made_it_and_how_long_that_took(replica: Any) -> Non
         "negative_prompt_truncated": False,
     }
     assert set(images.timings) == {"queue_s", "denoise_s", "decode_s", "encode_s", "device_s"}
-    assert all(seconds >= 0 for seconds in images.timings.values()) and images.timings["device_s"] > 0.01
+    assert all(seconds >= 0 for seconds in images.timings.values()) and images.timings["device_s"] > 0
 
 
 def test_each_png_holds_the_seed_that_makes_it_alone(replica: Any) -> None:
@@ -523,8 +523,7 @@ def test_a_device_that_hangs_is_a_503_at_once_and_an_unhealthy_replica(
 
     asyncio.run(hang())
     lines = [record.getMessage() for record in caplog.records if "does not answer" in record.getMessage()]
-    assert [line.partition(" s. ")[2] for line in lines] == [
-        "The engine gives up.",
-        "So this replica is unhealthy, and Serve will replace it.",
-    ]
+    gives_up, unhealthy = (line.partition(" s. ")[2] for line in lines)
+    assert gives_up.startswith("The engine gives up. Lost: ")
+    assert unhealthy == "So this replica is unhealthy, and Serve will replace it."
     assert nobody_left()
