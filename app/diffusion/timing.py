@@ -19,7 +19,8 @@ SEVERAL_S, MOST_STEPS, SLOW_S = 0.05, 16, 0.5
 
 
 class Timed(NamedTuple):
-    """Seconds by row bucket or by decode bucket. A dispatch of steps takes launch + count x step."""
+    """Seconds by row bucket or by decode bucket. A dispatch of steps takes launch + count x step; of a decode, the call is
+    part of its seconds."""
 
     step_s: dict[int, float]
     launch_s: dict[int, float]
@@ -116,5 +117,4 @@ def fitted(
         launch_s[rows] = max(single[rows].total_s - step_s[rows] - host_s, 0.0)
     for rows in set(single) - set(multiple):
         step_s[rows] = max(step_s[rows] - host_s, 0.0)
-    decode_s = {images: max(seconds - host_s, 0.0) for images, seconds in decode_s.items()}
     return Timed(step_s, launch_s, decode_s, DispatchCost(blocks, host_s))
