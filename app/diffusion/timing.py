@@ -19,8 +19,7 @@ SEVERAL_S, MOST_STEPS, SLOW_S = 0.05, 16, 0.5
 
 
 class Timed(NamedTuple):
-    """Seconds by row bucket or by decode bucket. A dispatch of steps takes launch + count x step; of a decode, the call is
-    part of its seconds."""
+    """Seconds by row bucket or by decode bucket. A dispatch takes launch + count x step; a decode includes its call."""
 
     step_s: dict[int, float]
     launch_s: dict[int, float]
