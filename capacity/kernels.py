@@ -19,7 +19,10 @@ from capacity.libtpu import compile_only, devices, missing
 from cluster.cli import Parser, UsageError, UserError, run_command
 
 # Scope of the kernel -> chip -> share of peak; docs/measured.md has the figures. Other kernels and chips are assumed.
-SHARES = {"attention-kernel": {"v4": 0.65, "v5e": 0.92, "v6e": 0.66}}
+SHARES = {
+    "attention-kernel-64": {"v4": 0.65, "v5e": 0.92, "v6e": 0.66},
+    "attention-kernel-128": {"v5e": 0.76},
+}
 ASSUMED_SHARE = 0.7
 ROWS = 64  # so many that XLA leaves them in HBM
 BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+ +(?:[A-Z]{2})? *: (>*)")  # one `>` for each loop around it

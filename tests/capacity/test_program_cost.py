@@ -71,10 +71,10 @@ def test_a_kernel_costs_its_own_estimate_where_that_is_higher() -> None:
 
 
 def test_a_kernel_of_ours_costs_what_its_schedule_was_counted_at() -> None:
-    count = CycleCount(kernels=Counter({"jit(f)/self-attention/attention-kernel/pallas_call": 1}))
-    total = FlopCount(kernels={"self-attention/attention-kernel": 7000.0 * V5E.flops_a_cycle})
+    count = CycleCount(kernels=Counter({"jit(f)/self-attention/attention-kernel-64/pallas_call": 1}))
+    total = FlopCount(kernels={"self-attention/attention-kernel-64": 7000.0 * V5E.flops_a_cycle})
     parts, notes = cycles_by_part(count, total, V5E, shards=1)
-    assert (parts, notes) == ({"self-attention": round(7000 / SHARES["attention-kernel"]["v5e"])}, [])
+    assert (parts, notes) == ({"self-attention": round(7000 / SHARES["attention-kernel-64"]["v5e"])}, [])
 
 
 def test_a_kernels_bundles_are_counted_by_the_loops_around_them() -> None:

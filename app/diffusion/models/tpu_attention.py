@@ -21,7 +21,6 @@ MOST_QUERIES = 512  # of a block
 MOST_KEYS = 2304  # of a block
 LEAST_KEYS = 256  # a shorter block costs more than it saves
 RESIDENT = 9 << 20  # bytes of VMEM for keys and values; with blocks of logits it stays below the 16 MiB of every chip
-SCOPE = "attention-kernel"  # capacity/kernels.py has its price
 
 
 def takes(keys: int, size: int, dtype: Any) -> bool:
@@ -45,7 +44,7 @@ def attend_in_vmem(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool 
     by_head = pl.BlockSpec(
         (1, keys, lanes), lambda row, column, i: (row, 0, column), pipeline_mode=pl.Buffered(1 + twice)
     )
-    with jax.named_scope(SCOPE):
+    with jax.named_scope(f"attention-kernel-{width}"):  # capacity/kernels.py has its price by this name
         x = pl.pallas_call(
             partial(kernel, heads=heads, width=width, scale=size**-0.5, keys=block_of(keys)),
             grid=(batch, pl.cdiv(heads * width, lanes), pl.cdiv(queries, block)),
