@@ -132,7 +132,8 @@ class Bare:
         return median(run)
 
     def decode_s(self, images: int) -> float:
-        state = self.inserted(images, 1)
+        state, _ = self.pipeline.step(self.inserted(images, 1), [ActiveSlot(slot, True) for slot in range(images)], 1)
+        jax.block_until_ready(state)
 
         def run() -> float:
             began = time.perf_counter()
@@ -202,9 +203,9 @@ def with_random_weights(module: nnx.Module) -> nnx.Module:
     def weights(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path)
         if len(leaf.shape) == 1:
-            return jax.numpy.full(leaf.shape, float("scale" in name), leaf.dtype)
-        values = np.resize(block, leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
-        return jax.numpy.asarray(values, leaf.dtype)
+            return jax.device_put(np.full(leaf.shape, "scale" in name, leaf.dtype))
+        scaled = block / math.sqrt(math.prod(leaf.shape[:-1]))
+        return jax.device_put(np.resize(scaled.astype(leaf.dtype), leaf.shape))
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(weights, shapes))
 

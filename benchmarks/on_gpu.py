@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "value of on_gpu: "  # begins the lines in which a part tells its values
 MINUTES = 7.75
+LEAST_S = 5.0  # a part with less time is left out
 TINY = {"model": "demo", "size": [64, 64], "batches": [1], "steps": 2, "minutes": 60.0}
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "torch", "triton", "diffusers")
 Report = Callable[[str, Any], None]
@@ -113,8 +114,14 @@ def run_all(arguments: argparse.Namespace) -> int:
                 values[part][key] = value
                 write()
 
-            limit_s = PARTS[name].limit_s * arguments.minutes / MINUTES
-            outcomes[name] = run_part(name, min(limit_s, deadline - time.monotonic()), note, programs)
+            limit_s = min(PARTS[name].limit_s * arguments.minutes / MINUTES, deadline - time.monotonic())
+            if limit_s < LEAST_S:
+                outcomes[name] = "left out: no time was left"
+                write()
+                continue
+            print(f"== {name}, {limit_s:.0f} s at most", flush=True)
+            command = [sys.executable, "-P", __file__, *sys.argv[1:], "--part", name, "--programs", programs]
+            outcomes[name] = run_part(command, limit_s, note)
             write()
     print(summary(arguments, facts, values, outcomes), flush=True)
     print(f"Written to {file}.")
@@ -122,37 +129,33 @@ def run_all(arguments: argparse.Namespace) -> int:
     return int(not sound or (not arguments.tiny and any(not met(bar, values) for bar in bars(max(arguments.batches)))))
 
 
-def run_part(name: str, limit_s: float, note: Report, programs: str) -> str:
+def run_part(command: Sequence[str], limit_s: float, note: Report) -> str:
     """Runs a part in a process of its own, and returns how it ended."""
-    if limit_s < 5:
-        return "left out: no time was left"
     began = time.monotonic()
-    print(f"== {name}, {limit_s:.0f} s at most", flush=True)
-    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--part", name, "--programs", programs]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
+    late = threading.Event()
+    with subprocess.Popen(
         command,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    late = threading.Event()
+    ) as process:
 
-    def end() -> None:
-        late.set()
-        os.killpg(process.pid, signal.SIGKILL)
+        def end() -> None:
+            late.set()
+            os.killpg(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(limit_s, end)
-    timer.start()
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith(MARK):
-            note(*json.loads(line.removeprefix(MARK)))
-        print(line.removeprefix(MARK), end="", flush=True)
-    status = process.wait()
-    timer.cancel()
+        timer = threading.Timer(limit_s, end)
+        timer.start()
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith(MARK):
+                note(*json.loads(line.removeprefix(MARK)))
+            print(line.removeprefix(MARK), end="", flush=True)
+        status = process.wait()
+        timer.cancel()
     seconds = f"{time.monotonic() - began:.0f} s"
     if late.is_set():
         return f"ended after {seconds}, its limit"

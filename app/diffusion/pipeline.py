@@ -98,9 +98,10 @@ class Pipeline:
     def load(cls, spec: PipelineSpec, *, devices: Sequence[jax.Device] | None = None) -> "Pipeline":
         """Raises ValueError that lists all problems of the checkpoint, or names the size that it cannot have.
 
-        `devices` defaults to all of this host.
+        Raises RuntimeError where CUDA is to be used and there is no GPU. `devices` defaults to all of this host.
         """
         set_flags()
+        check_platform()
         checkpoint = load_checkpoint(
             spec.model,
             revision=spec.revision,
@@ -229,6 +230,13 @@ class Pipeline:
         padded = np.zeros((self.shapes.table_rows, *rows.shape[1:]), np.float32)
         padded[: len(rows)] = rows
         return padded
+
+
+def check_platform() -> None:
+    """JAX leaves `cuda` out in silence where it sees no NVIDIA GPU, and takes the next of its platforms."""
+    platforms: str = getattr(jax.config, "jax_platforms", None) or ""
+    if platforms.partition(",")[0] == "cuda" and jax.default_backend() != "gpu":
+        raise RuntimeError(f"JAX_PLATFORMS is {platforms}, and JAX sees no NVIDIA GPU here; see docs/nvidia.md.")
 
 
 def check_sizes(sizes: Sequence[Size], multiple: int) -> None:

@@ -1,6 +1,9 @@
 """The four verbs on a tiny real model: what a picture depends on, and what is compiled."""
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from app.diffusion.device_programs import rows_of
 from app.diffusion.pipeline import Encoded, Pipeline
 from app.diffusion.sharding import row_sharding
 from app.types import ActiveSlot, PipelineSpec
+from cluster import ROOT
 from tests.tiny import tensor_shapes, write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -216,6 +220,13 @@ def test_rows_are_divided_among_as_many_devices_as_divide_them(pipeline: Pipelin
 
 def test_truncation_is_told_of_each_text(pipeline: Pipeline) -> None:
     assert [text.truncated for text in pipeline.encode(["a house", "the sea " * 60])] == [False, True]
+
+
+def test_no_cpu_computes_in_place_of_a_missing_gpu(folder: Path) -> None:
+    load = f"from app.diffusion.pipeline import *; Pipeline.load(PipelineSpec({str(folder)!r}, ((16, 24),), (1,), 4))"
+    environment = os.environ | {"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "JAX_PLATFORMS is cuda,cpu, and JAX sees no NVIDIA GPU here" in done.stderr
 
 
 def test_a_size_that_the_checkpoint_cannot_draw_is_refused_at_load(folder: Path) -> None:
