@@ -177,6 +177,9 @@ USUAL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
         ({"_class_name": "DPMSolverSDEScheduler", "use_karras_sigmas": True}, "dpmpp_sde_karras"),
         ({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True}, "euler_exponential"),
         ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "euler_beta"),
+        # Left over from another class.
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "use_karras_sigmas": True}, "euler_ancestral"),
+        ({"_class_name": "EulerDiscreteScheduler", "solver_order": 3, "algorithm_type": "dpmsolver"}, "euler"),
         ({"_class_name": "HeunDiscreteScheduler"}, "heun"),
         ({"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True}, "lms_karras"),
         ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "disable_corrector": []}, "unipc"),

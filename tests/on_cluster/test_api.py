@@ -293,8 +293,8 @@ def test_every_metric_is_at_the_nodes_metrics_endpoint(api: str, verbs: Verbs) -
 def test_nothing_is_compiled_while_it_serves_whatever_is_mixed(api: str) -> None:
     samplers, limits = described(api)["samplers"], described(api)["limits"]
     mix: list[dict[str, Any]] = [
-        {"sampler": sampler, "num_inference_steps": 3 + i, "guidance_scale": 1 + 3 * (i % 2), "n": 1 + i % 4}
-        for i, sampler in enumerate(samplers)
+        {"sampler": sampler, "num_inference_steps": 3 + i % 8, "guidance_scale": 1 + 3 * (i % 2), "n": 1 + i % 2}
+        for i, sampler in enumerate(samplers[::2])
     ]
     mix += [{"output_format": "webp", "negative_prompt": "fog", "n": limits["images"], "num_inference_steps": 2}]
     mix += [{"stream": True, "partial_images": 1 + i, "num_inference_steps": 8} for i in range(3)]

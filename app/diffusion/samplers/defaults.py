@@ -4,12 +4,12 @@ A file may name a class that is not sampled with here, or options of its class t
 the same for all samplers, so it loads, and `departures` says what differs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from app.diffusion.samplers.catalogue import samplers_for
 from app.diffusion.samplers.flow import FlowSchedule
-from app.diffusion.samplers.schedule import Schedule
+from app.diffusion.samplers.schedule import SOLVER_OPTIONS, Schedule
 
 _SAMPLER_OF_CLASS = {
     "DDIMScheduler": "ddim",
@@ -34,6 +34,17 @@ _NEAREST_OF_CLASS = {
     "TCDScheduler": "lcm",
 }
 _SPACINGS = {"use_karras_sigmas": "_karras", "use_exponential_sigmas": "_exponential", "use_beta_sigmas": "_beta"}
+# The options that a class reads. Files also keep options of a class that their scheduler was made from; these mean
+# nothing. A class that is not among these reads none of SOLVER_OPTIONS.
+_READ_BY_CLASS: Mapping[str, Set[str]] = {
+    **dict.fromkeys(("DPMSolverSDEScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"), _SPACINGS.keys()),
+    **dict.fromkeys(("KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"), _SPACINGS.keys()),
+    **dict.fromkeys(("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"), SOLVER_OPTIONS),
+    **dict.fromkeys(("SASolverScheduler", "UniPCMultistepScheduler"), SOLVER_OPTIONS),
+    "DDPMScheduler": {"variance_type"},
+    "DEISMultistepScheduler": _SPACINGS.keys() | {"lower_order_final", "solver_order"},
+    "EulerDiscreteScheduler": _SPACINGS.keys() | {"final_sigmas_type", "interpolation_type", "sigma_max", "sigma_min"},
+}
 # What the samplers here do, where a class has the option. Where the final sigma is zero the last step of DPM-Solver is
 # first order in any case, so lower_order_final and euler_at_final change nothing.
 _FOLLOWED: Mapping[str, tuple[Any, ...]] = {
@@ -57,7 +68,7 @@ _FOLLOWED: Mapping[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
 }
 _FOLLOWED_BY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "deis": {"lower_order_final": (True,), "final_sigmas_type": ("sigma_min",)},
+    "deis": {"lower_order_final": (True,)},
     "unipc": {"lower_order_final": (True,)},
 }
 
@@ -75,7 +86,8 @@ def departures(schedule: Schedule | FlowSchedule) -> tuple[str, ...]:
 def _resolved(schedule: Schedule | FlowSchedule) -> tuple[str, tuple[str, ...]]:
     if isinstance(schedule, FlowSchedule):
         return "euler", ()
-    able, options = samplers_for(schedule), dict(schedule.solver)
+    able, read = samplers_for(schedule), _READ_BY_CLASS.get(schedule.class_name, set())
+    options = {name: value for name, value in schedule.solver if name in read}
     method = _SAMPLER_OF_CLASS.get(schedule.class_name)
     if method == "dpmpp_2m" and str(options.get("algorithm_type")).startswith("sde-"):
         method = "dpmpp_2m_sde"
