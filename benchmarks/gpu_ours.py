@@ -5,8 +5,10 @@ import dataclasses
 import logging
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ GUIDANCE = 7.5
 REPEATS, RUNS = 10, 5  # steps, or decodes, that are dispatched together; timings, of which the median counts
 BATCHES = 4  # of the largest bucket, to saturate it
 TIMEOUT_S = 120.0
+TOP = 25  # kernels
 
 
 def ours(report: Report, options: argparse.Namespace) -> None:
@@ -94,13 +97,42 @@ def restart(report: Report, options: argparse.Namespace) -> None:
 def xla_attention(report: Report, options: argparse.Namespace) -> None:
     """The smallest guided and the largest step without cuDNN's fused attention."""
     attention.fused = lambda q: False
-    pipeline = pipeline_of(options)
-    buckets = sorted({2, pipeline.row_buckets[-1]})
-    endings = tuple(f" rows {rows}" for rows in buckets)
-    wanted = [p for p in pipeline.programs if p.name.startswith(("encode", "insert")) or p.name.endswith(endings)]
-    pipeline.run = compiled(wanted, folder=None, fingerprint={})
+    buckets = sorted({2, 2 * max(options.batches)})
+    bare = Bare(with_steps(options, buckets))
     for rows in buckets:
-        report(f"step_ms.{rows}", 1e3 * Bare(pipeline).step_s(rows))
+        report(f"step_ms.{rows}", 1e3 * bare.step_s(rows))
+
+
+def kernels(report: Report, options: argparse.Namespace) -> None:
+    """The kernels of the smallest guided step: their milliseconds a step, and how often each is launched."""
+    bare = Bare(with_steps(options, [2]))
+    bare.step_s(2)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            bare.step_s(2)
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    steps = REPEATS * (RUNS + 1)
+    launched: dict[str, list[float]] = {}  # milliseconds a step
+    for plane in data.planes:
+        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                launched.setdefault(event.name, []).append(event.duration_ns / 1e6 / steps)
+    longest = sorted(launched, key=lambda name: -sum(launched[name]))
+    report("kernels_ms", sum(sum(times) for times in launched.values()))
+    report("kernels_launched", sum(len(times) for times in launched.values()) / steps)
+    report(
+        "longest_kernels", [[name[:100], sum(launched[name]), len(launched[name]) / steps] for name in longest[:TOP]]
+    )
+
+
+def with_steps(options: argparse.Namespace, buckets: Sequence[int]) -> Pipeline:
+    """A pipeline of which nothing is compiled but what these steps need."""
+    pipeline = pipeline_of(options)
+    needed = ("encode", "insert"), tuple(f" rows {rows}" for rows in buckets)
+    programs = [p for p in pipeline.programs if p.name.startswith(needed[0]) or p.name.endswith(needed[1])]
+    pipeline.run = compiled(programs, folder=None, fingerprint={})
+    return pipeline
 
 
 class Bare:

@@ -46,9 +46,10 @@ class Part:
 
 
 PARTS = {
-    "ours": Part("gpu_ours", 240),
+    "ours": Part("gpu_ours", 270),
     "diffusers": Part("gpu_torch", 75),
     "compiled": Part("gpu_torch", 170),
+    "kernels": Part("gpu_ours", 75),
     "restart": Part("gpu_ours", 90),
     "xla_attention": Part("gpu_ours", 90),
 }
@@ -221,6 +222,7 @@ def machine() -> dict[str, Any]:
     return {
         "gpu": gpu(),
         "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "packages": {package: version(package) for package in PACKAGES},
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
