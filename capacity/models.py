@@ -9,7 +9,14 @@ from flax import nnx
 
 from app.diffusion.families.family import Family
 from app.diffusion.families.registry import recognise
-from app.diffusion.models.checkpoint_files import INDEX, SCHEDULER, architecture, component_configs, schedule_of
+from app.diffusion.models.checkpoint_files import (
+    INDEX,
+    SCHEDULER,
+    architecture,
+    component_configs,
+    read_file,
+    schedule_of,
+)
 from app.diffusion.models.loading import Checkpoint, builders
 from app.diffusion.models.small_files import read_json
 from app.diffusion.samplers import FlowSchedule, Schedule
@@ -22,8 +29,8 @@ PRESETS = Path(__file__).parent / "presets"  # full-size architectures; {part: c
 def shapes_of(model: str, dtype: Any) -> Checkpoint:
     """A checkpoint whose networks hold jax.ShapeDtypeStruct for weights.
 
-    `model` is a folder in diffusers layout, of which only the configurations are read, or a preset's name with or
-    without an owner: CompVis/stable-diffusion-v1-4. Raises ValueError for any other model.
+    `model` is a folder in diffusers layout or one .safetensors file, of which only configurations and the header are
+    read, or a preset's name with or without an owner: CompVis/stable-diffusion-v1-4. Raises ValueError for any other.
     """
     folder, family, schedule = architecture_of(model)
     networks = {part: nnx.eval_shape(build) for part, build in builders(family, dtype).items()}
@@ -34,9 +41,9 @@ def architecture_of(model: str) -> tuple[Path, Family, Schedule | FlowSchedule]:
     """Where a model's configurations are, and what they describe. Raises ValueError as `shapes_of` does."""
     problems: list[str] = []
     folder, configs = configurations(model, problems)
-    kind = recognise(configs.get("index", configs), problems)
+    kind = recognise(configs.get("index", configs), problems) if configs else None
     family = architecture(kind, configs, configs.get("index", {}), problems) if kind else None
-    schedule = schedule_of(kind, configs["scheduler"], problems) if kind else None
+    schedule = schedule_of(kind, configs["scheduler"], problems)[0] if kind else None
     if problems or family is None or schedule is None:
         raise ValueError(f"{folder} is not a model that we support:\n" + "\n".join(f"- {line}" for line in problems))
     return folder, family, schedule
@@ -50,10 +57,15 @@ def configurations(model: str, problems: list[str]) -> tuple[Path, Mapping[str, 
         kind = recognise(index, problems)
         configs = component_configs(kind, folder, problems) if kind else {}
         return folder, configs | {"index": index, "scheduler": read_json(folder / SCHEDULER, SCHEDULER, problems)}
+    if folder.is_file():
+        files = read_file(folder, None, problems)
+        return folder, {**files.configs, "index": files.index, "scheduler": files.scheduler} if files else {}
     name = model.rpartition("/")[2]
     if name not in presets():
         known = ", ".join(["demo", *presets()])
-        raise ValueError(f"model must be a folder in diffusers layout or one of {known}, got {model}.")
+        raise ValueError(
+            f"model must be a folder in diffusers layout, a .safetensors file or one of {known}, got {model}."
+        )
     path = PRESETS / f"{name}.json"
     return path, json.loads(path.read_text("utf-8"))
 

@@ -12,6 +12,7 @@ from capacity.libtpu import pinned, version
 from capacity.models import architecture_of, configurations, presets, shapes_of
 from capacity.program_cost import cycles_by_part, part_of
 from cluster.cli import UserError
+from tests import one_file
 from tests.published import CHECKPOINTS, FLOW_CHECKPOINTS
 
 V5E = CHIPS["v5e"]
@@ -164,3 +165,11 @@ def test_dollars_override_the_list() -> None:
 def test_dollars_that_cannot_be_read_are_refused(wrong: str) -> None:
     with pytest.raises(UserError, match="DOLLARS must be like"):
         hosts_of("v6e-4", Path("none"), wrong)
+
+
+def test_one_file_is_described_by_its_header(tmp_path: Path) -> None:
+    problems: list[str] = []
+    file = one_file.write_one_file(tmp_path / "some.safetensors", "sd2")
+    path, configs = configurations(str(file), problems)
+    assert (path, problems) == (file, []) and configs["unet"]["attention_head_dim"] == [1, 2]
+    assert configs["scheduler"]["prediction_type"] == "v_prediction"

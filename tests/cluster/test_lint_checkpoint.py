@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from cluster import ROOT
 from cluster.config.lint import lint
+from tests import one_file
 from tests.diffusion.test_models import OLD_VAE_NAMES
-from tests.tiny import tensor_shapes, write_checkpoint
+from tests.tiny import tensor_shapes, write_checkpoint, write_tokenizer
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -33,10 +34,10 @@ def checkpoint(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "m"))
 
 
-def findings_of(model: str, tmp_path: Path, sizes: str = "[64x64]") -> list[str]:
+def findings_of(model: str, tmp_path: Path, sizes: str = "[64x64]", **args: str) -> list[str]:
     """The findings about the shipped config with this model, without file and line."""
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    content["applications"][0]["args"] |= {"model": model, "sizes": yaml.safe_load(sizes)}
+    content["applications"][0]["args"] |= {"model": model, "sizes": yaml.safe_load(sizes), **args}
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump(content))
     return [str(finding).partition(": ")[2] for finding in lint([path])]
@@ -226,6 +227,40 @@ def test_problems_of_a_checkpoint_in_the_hubs_cache_are_advice(
     cut_to(100_000)(snapshot)
     (finding,) = findings_of("a/b", tmp_path)
     assert "advice: applications[0].args.model a/b in this machine's Hub cache cannot be loaded: unet/" in finding
+
+
+def test_a_model_in_one_file_is_judged_with_its_tokenizer(tmp_path: Path) -> None:
+    file = one_file.write_one_file(tmp_path / "some.safetensors", "sd1")
+    write_tokenizer(tmp_path / "words", "tiny-sd1")
+    words = str(tmp_path / "words")
+    assert findings_of(str(file), tmp_path, tokenizer=words) == []
+    assert findings_of(str(file), tmp_path, tokenizer="openai/not-on-this-machine") == []
+    (finding,) = findings_of(str(file), tmp_path)
+    assert "args.tokenizer must be a folder with CLIP's vocabulary, or a repo id such as openai/clip-vit" in finding
+
+    tensors = load_file(file)
+    save_file({key: tensor for key, tensor in tensors.items() if not key.endswith("out.2.bias")}, file)
+    (tmp_path / "words/merges.txt").unlink()
+    findings = findings_of(str(file), tmp_path, tokenizer=words)
+    assert [finding.partition(" cannot be loaded: ")[2] for finding in findings] == [
+        "tokenizer/merges.txt is missing, and there is no tokenizer.json.",
+        "unet: tensor conv_out.bias is missing.",
+    ]
+    file.write_bytes(file.read_bytes()[:100_000])
+    (finding,) = findings_of(str(file), tmp_path, tokenizer=words)
+    assert "cannot be loaded: some.safetensors is cut off: by its header it has" in finding
+
+
+def test_a_variant_is_judged_where_it_is_named(tmp_path: Path) -> None:
+    shapes = tensor_shapes()["tiny-sd1"]
+    folder = str(write_checkpoint(tmp_path / "m", "tiny-sd1", shapes, variant="fp16", shards=2))
+    assert findings_of(folder, tmp_path, variant="fp16") == []
+    assert len([line for line in findings_of(folder, tmp_path) if "lies there: set `variant: fp16`." in line]) == 3
+    (tmp_path / "m/unet/diffusion_pytorch_model.fp16-00002-of-00002.safetensors").write_bytes(b"")
+    findings = findings_of(folder, tmp_path, variant="fp16")
+    assert findings[0].endswith(
+        "unet/diffusion_pytorch_model.fp16-00002-of-00002.safetensors is not a safetensors file, of 0 bytes."
+    )
 
 
 @pytest.mark.slow

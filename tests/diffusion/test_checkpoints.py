@@ -398,10 +398,12 @@ def test_weights_that_are_a_pointer_or_cut_off_are_refused_before_they_are_read(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", one_file.MODELS)
-def test_one_file_loads_with_a_tokenizer_beside_it(name: str, tmp_path: Path) -> None:
+def test_one_file_loads_with_a_tokenizer_beside_it(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny.write_tokenizer(tmp_path / "words", "tiny-sd1")
     file = one_file.write_one_file(tmp_path / "some.safetensors", name)
-    checkpoint = load_checkpoint(file, tokenizer=tmp_path / "words")
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        checkpoint = load_checkpoint(file, tokenizer=tmp_path / "words")
+    assert f"some.safetensors: prediction_type is {'v_prediction' if name == 'sd2' else 'epsilon'}." in caplog.text
     for part, arrays in one_file.arrays(name).items():
         loaded = to_tensors(checkpoint.networks[part], np.float32)
         assert loaded.keys() == arrays.keys()

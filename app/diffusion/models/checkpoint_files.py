@@ -3,7 +3,6 @@
 The loader goes on from them to the weights, and the linter judges a checkpoint by them alone. Imports no JAX.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,6 @@ from app.diffusion.models.small_files import read_json
 from app.diffusion.models.tokenizer_files import ALL_FILES, tokenizer_problems
 from app.diffusion.models.weight_files import Tensor, find_tensors, variant_problems
 from app.diffusion.samplers import FlowSchedule, Schedule, departures
-
-logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 Json = Mapping[str, Any]
 
@@ -42,9 +39,13 @@ class CheckpointFiles:
         """A family whose networks do not fit together where problems were added."""
         return architecture(self.kind, self.configs, self.index, problems, "" if self.path.is_dir() else self.path.name)
 
-    def schedule(self, problems: list[str]) -> Schedule | FlowSchedule | None:
-        where = SCHEDULER if self.path.is_dir() else self.path.name
-        return schedule_of(self.kind, self.scheduler, problems, where) if self.scheduler else None
+    def schedule(self, problems: list[str]) -> tuple[Schedule | FlowSchedule | None, list[str]]:
+        """And a sentence for each option that is not followed as it stands, or that follows from what one file is."""
+        if self.path.is_dir():
+            return schedule_of(self.kind, self.scheduler, problems) if self.scheduler else (None, [])
+        schedule, remarks = schedule_of(self.kind, self.scheduler, problems, self.path.name)
+        prediction = f"{self.path.name}: prediction_type is {self.scheduler['prediction_type']}."
+        return schedule, [prediction, *remarks]
 
     def tokenizer_problems(self) -> Iterator[str]:
         """What does not fit the text encoders. Nothing of a text encoder whose configuration is wrong itself."""
@@ -130,12 +131,11 @@ def architecture(
 
 def schedule_of(
     kind: type[Family], content: Json, problems: list[str], where: str = SCHEDULER
-) -> Schedule | FlowSchedule | None:
+) -> tuple[Schedule | FlowSchedule | None, list[str]]:
+    """And a sentence for each option that is not followed as it stands."""
     try:
         schedule, remarks = kind.schedule(content)
     except ValueError as error:
         problems.append(f"{where}: {error}")
-        return None
-    for remark in (*remarks, *departures(schedule)):
-        logger.info(f"{where}: {remark}")
-    return schedule
+        return None, []
+    return schedule, [f"{where}: {remark}" for remark in (*remarks, *departures(schedule))]

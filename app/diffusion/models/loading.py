@@ -5,6 +5,7 @@ or compiled programs.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.models.tokenizer_files import some
 from app.diffusion.models.weight_files import Tensor
 from app.diffusion.samplers import FlowSchedule, Schedule
+
+logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -56,10 +59,13 @@ def load_checkpoint(
     files, path, unreachable = find_checkpoint(model, revision, variant, tokenizer, problems)
     if files is None:
         raise ValueError(refusal(path, problems, unreachable))
-    family, schedule = files.family(problems), files.schedule(problems)
+    family = files.family(problems)
+    schedule, remarks = files.schedule(problems)
     problems += files.tokenizer_problems()
     if problems or schedule is None:
         raise ValueError(refusal(path, problems, unreachable))
+    for remark in remarks:
+        logger.info(remark)
 
     tokenizers = {name: tokenizer_of(files, name, length) for name, length in family.text_lengths.items()}
     for name, part in files.kind.TOKENIZERS.items():

@@ -58,7 +58,8 @@ def read_header(file: Path) -> Header:
         fault = "is cut off" if size < 8 + length + end else "has bytes that no tensor owns"
         raise ValueError(f"{fault}: by its header it has {8 + length + end} bytes, and it has {size}.")
     tensors = {name: Entry(dtype, shape, 8 + length + first) for name, (dtype, shape, (first, _)) in entries.items()}
-    return Header(tensors, metadata if isinstance(metadata, dict) else {})
+    words = metadata.items() if isinstance(metadata, dict) else ()
+    return Header(tensors, {name: value for name, value in words if isinstance(value, str)})
 
 
 def entry_of(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:

@@ -5,7 +5,6 @@ the VAE's scale and the schedule (CompVis' and Stability's model configs; diffus
 kind). Reads headers alone, and imports no JAX.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +16,6 @@ from app.diffusion.models.derived_configs import text_config, unet_config, vae_c
 from app.diffusion.models.ldm_names import count, open_clip_name, unet_names, vae_names
 from app.diffusion.models.tensor_names import NOT_WEIGHTS, current_name
 from app.diffusion.models.weight_files import Tensor, read_tensors, unreadable
-
-logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 Json = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -122,7 +119,7 @@ def components(stored: Tensors, metadata: Mapping[str, str], where: str, problem
     for part, prefix in kind.encoders.items():
         configs[part] = text_config(shapes[part], "quick_gelu" if prefix.endswith(CLIP) else "gelu")
     padding = {part: END if prefix.endswith(CLIP) else ZERO for part, prefix in kind.encoders.items()}
-    return SingleFile(kind.index, configs, scheduler_config(kind, hints, metadata, where), tensors, padding)
+    return SingleFile(kind.index, configs, scheduler_config(kind, hints, metadata), tensors, padding)
 
 
 def kind_of(stored: Tensors, where: str, problems: list[str]) -> Kind | None:
@@ -184,7 +181,7 @@ def open_clip(tensors: Tensors, part: str) -> Iterator[tuple[str, Tensor]]:
 # The schedule
 
 
-def scheduler_config(kind: Kind, stored: Tensors, metadata: Mapping[str, str], where: str) -> Json:
+def scheduler_config(kind: Kind, stored: Tensors, metadata: Mapping[str, str]) -> Json:
     """As files of the kind have it, but with the prediction type that this file's own hints tell."""
     hints = [
         (metadata.get("modelspec.prediction_type"), {"v": "v_prediction", "epsilon": "epsilon"}),
@@ -195,7 +192,6 @@ def scheduler_config(kind: Kind, stored: Tensors, metadata: Mapping[str, str], w
     ]
     default = kind.scheduler.get("prediction_type", "epsilon")
     prediction = next((meanings[hint] for hint, meanings in hints if hint in meanings), default)
-    logger.info(f"{where}: prediction_type is {prediction}.")
     zero_snr = {"rescale_betas_zero_snr": True} if ZERO_SNR in stored else {}
     return kind.scheduler | {"prediction_type": prediction} | zero_snr
 

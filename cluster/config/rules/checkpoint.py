@@ -44,7 +44,8 @@ def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
     if files:
         readable = not problems
         family = files.family(problems)
-        if schedule := files.schedule(problems):
+        schedule, _ = files.schedule(problems)
+        if schedule:
             yield from wrong_defaults(schedule, args, report)
         problems += files.tokenizer_problems()
         for part, component in files.kind.COMPONENTS.items() if readable else ():
