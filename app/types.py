@@ -76,10 +76,12 @@ class Generation:
     seed: int  # of the first image; image i uses (seed + i) % SEEDS
     sampler: str | None  # None: the checkpoint's own, known only to the replica
     n: int
+    fields: tuple[tuple[str, tuple[int, int]], ...] = ()  # names and values of fields that only some models have
+    guidance_embedded: bool = False  # the denoiser takes the guidance scale as a number, known only to the replica
 
     @property
     def guided(self) -> bool:
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and not self.guidance_embedded
 
     @property
     def rows(self) -> int:

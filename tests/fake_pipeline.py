@@ -6,8 +6,9 @@ threads waits for nothing.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from app.diffusion.samplers import SamplerTable
@@ -166,13 +167,14 @@ class FakePipeline(VirtualPipeline):
         table: SamplerTable,
         guidance_scale: float,
         seed: int,
+        fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> State:
         before = state.slots[slot] if 0 <= slot < self.num_slots else None
         if before and not self.abandoned(before.seed):
             self.refuse(f"insert of {seed} into slot {slot} of {before}")
         others = {image.seed for number, image in enumerate(state.slots) if image and number != slot}
         try:
-            return spoilt(super().insert(state, slot, prompt, negative_prompt, table, guidance_scale, seed))
+            return spoilt(super().insert(state, slot, prompt, negative_prompt, table, guidance_scale, seed, fields))
         except Fault as fault:
             fault.touched |= others | {seed}
             raise

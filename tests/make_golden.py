@@ -223,8 +223,8 @@ def run_scheduler(scheduler: Any, noises: Any) -> Iterator[tuple[float, float, A
 def tensors() -> Arrays:
     """Every tensor's shape, as "checkpoint component name", of full-size and tiny checkpoints, without their memory."""
     shapes = {}
-    for checkpoint, configs in (published.CHECKPOINTS | tiny.MODELS).items():
-        for component in ("unet", "vae", "text_encoder"):
+    for checkpoint, configs in (published.CHECKPOINTS | published.XL_CHECKPOINTS | tiny.MODELS).items():
+        for component in (name for name in ("unet", "vae", "text_encoder", "text_encoder_2") if name in configs):
             with torch.device("meta"):
                 module = build(component, configs[component])
             for name, tensor in module.state_dict().items():
@@ -258,8 +258,8 @@ def named(shapes: Arrays) -> dict[str, Any]:
 
 
 def build(component: str, config: dict[str, Any]) -> Any:
-    if component == "text_encoder":
-        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    if component.startswith("text_encoder"):
+        return getattr(transformers, config["architectures"][0])(transformers.CLIPTextConfig(**config))
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
@@ -307,6 +307,55 @@ def networks(model: str) -> Arrays:
     return answers
 
 
+def networks_xl(model: str) -> Arrays:
+    """A tiny SDXL's tokens, what its texts become, its UNet, and whole pictures."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        tiny.write_checkpoint(Path(folder), model, named(tensors())[model])
+        pipe: Any = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+        pipe.set_progress_bar_config(disable=True)
+        inputs = {name: torch.from_numpy(value) for name, value in tiny.inputs(model).items()}
+        ids = {
+            name: getattr(pipe, name)(tiny.PROMPTS, padding="max_length", max_length=24, truncation=True).input_ids
+            for name in ("tokenizer", "tokenizer_2")
+        }
+        embeds, _, pooled, _ = pipe.encode_prompt(tiny.PROMPTS, do_classifier_free_guidance=False)
+        added = {name: inputs[name] for name in ("text_embeds", "time_ids")}
+        unet = pipe.unet(
+            first(inputs["unet"]), inputs["timesteps"], inputs["context"], added_cond_kwargs=added, return_dict=False
+        )
+        answers = {f"{name} input_ids": np.array(value, np.int32) for name, value in ids.items()}
+        answers |= {"prompt_embeds": embeds.numpy(), "text_embeds": pooled.numpy(), "unet": last(unet[0]).numpy()}
+        answers["guidance"] = pipe.get_guidance_scale_embedding(torch.tensor([7.5 - 1]), 10)[0].numpy()
+        answers["time_embedding"] = guided_time_embedding()
+        scheduler = dict(pipe.scheduler.config)
+        for number, (sampler, steps, guidance_scale, negative_prompts, fields) in enumerate(tiny.XL_RUNS):
+            pipe.scheduler = scheduler_for(sampler, scheduler)
+            height, width = tiny.IMAGE_SIZES[model]
+            images = pipe(
+                tiny.XL_PROMPTS,
+                negative_prompt=negative_prompts,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                latents=first(torch.from_numpy(tiny.latents(model))),
+                output_type="np",
+                **fields,
+            ).images
+            answers[f"picture {number}"] = (images * 255).round().astype(np.uint8)
+    return answers
+
+
+def guided_time_embedding() -> Any:
+    """A UNet's time embedding with the guidance scale as a condition."""
+    module = diffusers.models.embeddings.TimestepEmbedding(8, 12, cond_proj_dim=10)
+    names = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    module.load_state_dict({name: torch.from_numpy(tiny.weight("time", name, shape)) for name, shape in names.items()})
+    return module(
+        *(torch.from_numpy(tiny.noise(name, 2, size)) for name, size in (("time", 8), ("guidance", 10)))
+    ).numpy()
+
+
 def first(x: torch.Tensor) -> torch.Tensor:
     """Channels last to channels first."""
     return x.permute(0, 3, 1, 2)
@@ -319,7 +368,8 @@ def last(x: torch.Tensor) -> torch.Tensor:
 MAKERS: dict[str, Callable[[], Arrays]] = {
     "samplers.npz": samplers,
     "tensors.json": tensors,
-    **{f"{model}.npz": partial(networks, model) for model in tiny.MODELS},
+    **{f"{model}.npz": partial(networks, model) for model in ("tiny-sd1", "tiny-sd2")},
+    "tiny-sdxl.npz": partial(networks_xl, "tiny-sdxl"),
     "flow_tensors.json": lambda: flow_tensors(golden_flow.tensor_tables()),
     **{f"{model}.npz": partial(golden_flow.networks, model) for model in tiny_flow.MODELS},
 }

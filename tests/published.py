@@ -125,6 +125,57 @@ CHECKPOINTS: dict[str, dict[str, Config]] = {
     },
 }
 
+_UNET_XL = _UNET | {
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "class_embed_type": None,
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+_TEXT_XL = _TEXT | {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+_SCHEDULER_XL = _SCHEDULER | {
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+_SDXL: dict[str, Config] = {
+    "unet": _UNET_XL | {"_diffusers_version": "0.19.0.dev0"},
+    "vae": _VAE | {"force_upcast": True, "norm_num_groups": 32, "sample_size": 1024, "scaling_factor": 0.13025},
+    "text_encoder": _TEXT_1 | {"projection_dim": 768},
+    "text_encoder_2": _TEXT_XL,
+    "scheduler": _SCHEDULER_XL,
+}
+XL_CHECKPOINTS: dict[str, dict[str, Config]] = {
+    "stable-diffusion-xl-base-1.0": _SDXL,
+    "sdxl-turbo": _SDXL
+    | {
+        "scheduler": _SCHEDULER_XL | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+    },
+}
+
 _QWEN3_4B: Config = {
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,

@@ -121,12 +121,77 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# SDXL: two text encoders, transformers of two layers and of one, size numbers, and a second tokenizer that pads with
+# token 0. The second text encoder's config has the old id of the end token.
+MODELS["tiny-sdxl"] = {
+    "text_encoder": _TEXT
+    | {
+        "hidden_act": "quick_gelu",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "max_position_embeddings": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "projection_dim": 8,
+    },
+    "text_encoder_2": _TEXT
+    | {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "eos_token_id": 2,
+        "hidden_act": "gelu",
+        "hidden_size": 24,
+        "intermediate_size": 36,
+        "max_position_embeddings": 24,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "projection_dim": 20,
+    },
+    "unet": {
+        "_class_name": "UNet2DConditionModel",
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "attention_head_dim": [2, 3],
+        "block_out_channels": [8, 12],
+        "cross_attention_dim": 40,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "projection_class_embeddings_input_dim": 68,
+        "sample_size": 8,
+        "transformer_layers_per_block": [1, 2],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "use_linear_projection": True,
+    },
+    "vae": MODELS["tiny-sd2"]["vae"] | {"force_upcast": True, "scaling_factor": 0.13025},
+    "scheduler": _BETAS
+    | {
+        "_class_name": "EulerDiscreteScheduler",
+        "clip_sample": False,
+        "interpolation_type": "linear",
+        "prediction_type": "epsilon",
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+        "use_karras_sigmas": False,
+    },
+}
+
 # Whole pictures: sampler, num_inference_steps, guidance_scale.
 RUNS: dict[str, list[tuple[str, int, float]]] = {
     "tiny-sd1": [("pndm", 5, 7.5), ("dpmpp_2m_karras", 7, 3.0)],
     "tiny-sd2": [("ddim", 5, 7.5), ("euler", 3, 1.0)],
 }
-IMAGE_SIZES = {"tiny-sd1": (48, 32), "tiny-sd2": (16, 24)}  # height, width
+# Of SDXL: sampler, num_inference_steps, guidance_scale, negative prompts (None: zeros), and fields of the request.
+XL_PROMPTS = ["A red house, under 2 yellow suns!", "the sea"]
+XL_RUNS: list[tuple[str, int, float, list[str] | None, dict[str, tuple[int, int]]]] = [
+    ("euler", 3, 5.0, ["blurry house", "rain"], {}),
+    ("euler", 3, 5.0, None, {"original_size": (64, 48), "crops_coords_top_left": (2, 6), "target_size": (32, 16)}),
+    ("dpmpp_2m", 4, 0.0, None, {}),
+]
+IMAGE_SIZES = {"tiny-sd1": (48, 32), "tiny-sd2": (16, 24), "tiny-sdxl": (24, 16)}  # height, width
 
 
 def tensor_shapes(path: Path = TENSORS) -> dict[str, Shapes]:
@@ -162,7 +227,8 @@ def inputs(model: str) -> dict[str, Float32]:
     """What each submodule is run on; channels last. Some are faint, so that a norm's epsilon shows."""
     unet, text = MODELS[model]["unet"], MODELS[model]["text_encoder"]
     first, wide = unet["block_out_channels"][:2]
-    tokens, features = text["max_position_embeddings"], text["hidden_size"]
+    tokens, features = text["max_position_embeddings"], unet["cross_attention_dim"]
+    second = MODELS[model].get("text_encoder_2")
     height, width = IMAGE_SIZES[model]
     shape = latents(model).shape[1:]
     faint = np.array([1, 0.05], np.float32).reshape(2, 1, 1, 1)
@@ -175,7 +241,14 @@ def inputs(model: str) -> dict[str, Float32]:
         "timesteps": np.array([981.0, 249.75, 1.0], np.float32),
         "pixels": np.clip(noise("pixels", 2, height, width, 3), -1, 1) * faint,
         "vae_latents": noise("vae", 2, *shape) * faint,
-    }
+    } | (
+        {
+            "text_embeds": noise("text_embeds", 3, second["projection_dim"]),
+            "time_ids": np.array([[16, 24, 0, 0, 16, 24], [64, 48, 2, 6, 32, 16], [1024.0] * 6], np.float32),
+        }
+        if second
+        else {}
+    )
 
 
 def write_checkpoint(
@@ -189,22 +262,31 @@ def write_checkpoint(
     shards: int = 1,
 ) -> Path:
     """A whole checkpoint; `rename` gives tensors the names of older checkpoints, and weights may lie in shards."""
-    stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    xl = "text_encoder_2" in MODELS[model]
+    name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    index: dict[str, Any] = {"_class_name": name}
+    index |= {"force_zeros_for_empty_prompt": True} if xl else {"requires_safety_checker": False}
     for component, config in MODELS[model].items():
         file = "scheduler_config.json" if component == "scheduler" else "config.json"
         write_json(folder / component / file, config)
-        library = "transformers" if component == "text_encoder" else "diffusers"
-        index[component] = [library, config.get("_class_name", "CLIPTextModel")]
-    for component, stem in stems.items():
+        class_name = config.get("_class_name", config.get("architectures", [""])[0])
+        index[component] = ["transformers" if component.startswith("text_encoder") else "diffusers", class_name]
+    for component in shapes:
+        stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
         tensors = {
             rename(component, name): weight(component, name, shape).astype(dtype)
             for name, shape in shapes[component].items()
         }
         write_weights(folder / component, stem, tensors, variant, shards)
-    write_tokenizer(folder / "tokenizer", model)
-    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None]}
-    write_json(folder / "model_index.json", index | {"feature_extractor": [None, None]})
+    # SD 2.x and SDXL's second tokenizer pad with token 0, and say so in special_tokens_map.json only.
+    write_tokenizer(folder / "tokenizer", model, pad="!" if model == "tiny-sd2" else "<|endoftext|>")
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "feature_extractor": [None, None]}
+    if xl:
+        write_tokenizer(folder / "tokenizer_2", model, pad="!")
+        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    else:
+        index["safety_checker"] = [None, None]
+    write_json(folder / "model_index.json", index)
     return folder
 
 
@@ -221,7 +303,7 @@ def write_weights(folder: Path, stem: str, tensors: Mapping[str, Any], variant: 
     write_json(folder / f"{stem}.safetensors.index{dotted}.json", index)
 
 
-def write_tokenizer(folder: Path, model: str) -> None:
+def write_tokenizer(folder: Path, model: str, pad: str = "<|endoftext|>") -> None:
     """CLIP's own layout: all bytes, all bytes at a word's end, the merges, and the two special tokens last."""
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in _MERGES)]
@@ -233,8 +315,6 @@ def write_tokenizer(folder: Path, model: str) -> None:
     length = MODELS[model]["text_encoder"]["max_position_embeddings"]
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True}
     write_json(folder / "tokenizer_config.json", config | special | {"pad_token": "<|endoftext|>"})
-    # SD 2.x pads with token 0, and says so in this file only.
-    pad = "!" if model == "tiny-sd2" else "<|endoftext|>"
     write_json(folder / "special_tokens_map.json", special | {"pad_token": pad})
 
 

@@ -10,10 +10,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from app.diffusion.families.components import CLIP_TOKENIZER
-from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
+from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
 from app.diffusion.models.shapes import Shape
 from app.diffusion.samplers import Schedule
-from app.types import Generation, Size
 from tests import tiny
 
 
@@ -42,7 +41,7 @@ class Network(nnx.Module):
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(FamilyDefaults):
     PIPELINES: ClassVar[tuple[str, ...]] = ("ToyPipeline",)
     COMPONENTS: ClassVar[Mapping[str, Component]] = {
         "encoder": Component("Linear", "encode", Linear.from_json, Linear.tensors, Network),
@@ -67,12 +66,6 @@ class Toy:
     def problems(self) -> list[str]:
         return []
 
-    def check(self, generation: Generation) -> None:
-        pass
-
-    def image_tokens(self, size: Size) -> None:
-        return None
-
     @property
     def latent_channels(self) -> int:
         return self.decoder.features_in
@@ -84,10 +77,6 @@ class Toy:
     @property
     def size_multiple(self) -> int:
         return 5
-
-    @property
-    def strip_rows(self) -> int:
-        return 1
 
     @property
     def text_lengths(self) -> Mapping[str, int]:

@@ -12,6 +12,8 @@ from typing import Any
 from app.api.settings import Service
 from app.types import InvalidField, Size, parse_size
 
+LARGEST = 16384  # pixels along a side of a picture that a model may have been trained on
+
 Check = Callable[[str, object, Service], Any]
 
 
@@ -72,6 +74,21 @@ def number(bounds: Callable[[Service], tuple[float, float]]) -> Check:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise invalid(name, f"a number between {low:g} and {high:g}", value)
         return float(value)
+
+    return check
+
+
+def pair(low: int) -> Check:
+    """Two numbers of pixels, along a picture's height and along its width."""
+
+    def check(name: str, value: object, service: Service) -> tuple[int, int]:
+        if (
+            not isinstance(value, list)
+            or len(value) != 2
+            or any(type(x) is not int or not low <= x <= LARGEST for x in value)
+        ):
+            raise invalid(name, f"an array of two integers between {low} and {LARGEST}", value)
+        return value[0], value[1]
 
     return check
 

@@ -19,6 +19,7 @@ from app.api.fields import (
     literal,
     model,
     number,
+    pair,
     seconds,
     shown,
     size,
@@ -31,6 +32,11 @@ from app.types import SEEDS, Generation, InvalidField, parse_size
 
 FORMATS = ("png", "webp", "jpeg")
 LOSSLESS = 100  # the output_compression that a png has anyway
+
+
+# What SDXL knows of a picture's size, under diffusers' names, each with the lowest number allowed. Other models refuse
+# them.
+SIZE_FIELDS = {"original_size": 1, "crops_coords_top_left": 0, "target_size": 1}
 
 
 class Field(NamedTuple):
@@ -64,6 +70,7 @@ FIELDS: Mapping[str, Field] = {
     "output_compression": Field(
         integer(lambda service: (0, LOSSLESS)), lambda service: service.encoding.quality, numeric=True
     ),
+    **{name: Field(pair(low), lambda service: None, query=False) for name, low in SIZE_FIELDS.items()},
     "timeout": Field(seconds, lambda service: service.limits.timeout_s, numeric=True),
     "model": Field(model, lambda service: service.model, query=False),
     "n": Field(integer(lambda service: (1, service.limits.images)), lambda service: 1, numeric=True, query=False),
@@ -163,6 +170,7 @@ def resolve(values: Mapping[str, object], service: Service, fields: Sequence[str
         seed=resolved["seed"],
         sampler=resolved["sampler"],
         n=resolved["n"],
+        fields=tuple((name, resolved[name]) for name in SIZE_FIELDS if resolved[name] is not None),
     )
     changes = {"output_format": resolved["output_format"], "quality": resolved["output_compression"]}
     return ImageRequest(

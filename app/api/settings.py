@@ -6,6 +6,7 @@ Every key has a type, a range and a description, which `make lint` and the docs 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -17,9 +18,9 @@ LONGEST_QUERY = 48 << 10
 Bounds = TypeVar("Bounds", tuple[int, int], tuple[float, float])
 
 
-def in_order(bounds: Bounds) -> Bounds:
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise ValueError(f"a range must be [lowest, highest] with lowest at least 1, got {list(bounds)}.")
+def in_order(bounds: Bounds, lowest: int = 1) -> Bounds:
+    if not lowest <= bounds[0] <= bounds[1]:
+        raise ValueError(f"a range must be [lowest, highest] with lowest at least {lowest}, got {list(bounds)}.")
     return bounds
 
 
@@ -47,7 +48,7 @@ class Limits(Settings):
     num_inference_steps: Annotated[tuple[int, int], AfterValidator(in_order)] = Field(
         default=(1, 100), description="[lowest, highest]"
     )
-    guidance_scale: Annotated[tuple[float, float], AfterValidator(in_order)] = Field(
+    guidance_scale: Annotated[tuple[float, float], AfterValidator(partial(in_order, lowest=0))] = Field(
         default=(1.0, 20.0), description="[lowest, highest]"
     )
     prompt_characters: int = Field(default=4000, ge=1, description="longest prompt, and longest negative prompt")

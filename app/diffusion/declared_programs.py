@@ -40,6 +40,12 @@ class Shapes:
     encoded: Any  # a pytree of jax.ShapeDtypeStruct: what a text becomes
 
     @property
+    def numbers(self) -> dict[str, Any]:
+        """What a request adds to the conditioning."""
+        numbers = self.family.numbers(self.spec.sizes[0], 1.0, {})
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in numbers.items()}
+
+    @property
     def table_rows(self) -> int:
         return 2 * self.spec.max_steps  # heun evaluates the denoiser twice a step
 
@@ -51,10 +57,12 @@ class Shapes:
         def shape(*shape: int, dtype: Any = jnp.float32) -> Any:
             return jax.ShapeDtypeStruct((self.spec.num_slots, *shape), dtype)
 
+        texts = jax.tree.map(lambda x: shape(2, *x.shape, dtype=x.dtype), self.encoded)
+        numbers = {name: shape(*x.shape, dtype=x.dtype) for name, x in self.numbers.items()}
         return DenoiseState(
             latents=shape(*latents),
             history=shape(HISTORY - 1, *latents),
-            conditioning=jax.tree.map(lambda x: shape(2, *x.shape, dtype=x.dtype), self.encoded),
+            conditioning={**texts, **numbers} if numbers else texts,
             guidance_scale=shape(),
             seed=shape(dtype=jnp.uint32),
             step=shape(dtype=jnp.int32),
@@ -100,7 +108,19 @@ def declared(shapes: Shapes, networks: Mapping[str, Any], params: Any, mesh: Mes
     number, real, rows = shape(dtype=jnp.int32), shape(), shapes.table_rows
     text = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.encoded)
     coefficients = Coefficients(**{name: shape(rows) for name in "pqan"}, b=shape(rows, HISTORY))
-    inserted = [number, text, text, real, shape(dtype=jnp.uint32), real, shape(rows), shape(rows, 2), coefficients]
+    numbers = {name: shape(*x.shape, dtype=x.dtype) for name, x in shapes.numbers.items()}
+    inserted = [
+        number,
+        text,
+        text,
+        numbers,
+        real,
+        shape(dtype=jnp.uint32),
+        real,
+        shape(rows),
+        shape(rows, 2),
+        coefficients,
+    ]
     texts, counts = (ENCODE_TEXTS, [number]) if loops_on_device(mesh) else (1, [])
     family = shapes.family
     encoders, denoisers, decoders = (part_of(family, params, role) for role in get_args(Role))

@@ -96,6 +96,7 @@ def insert_program(
     slot: jax.Array,
     uncond: Any,
     cond: Any,
+    numbers: Mapping[str, jax.Array],
     guidance_scale: jax.Array,
     seed: jax.Array,
     initial_scale: jax.Array,
@@ -105,10 +106,11 @@ def insert_program(
 ) -> DenoiseState:
     """Starts an image in a slot, as noise that its seed alone decides."""
     noise = slot_noise(seed, jnp.int32(0), state.latents.shape[1:])
+    conditioning = jax.tree.map(lambda *rows: jnp.stack(rows), uncond, cond)
     image = DenoiseState(
         latents=initial_scale * noise,
         history=jnp.zeros(state.history.shape[1:]),
-        conditioning=jax.tree.map(lambda *rows: jnp.stack(rows), uncond, cond),
+        conditioning={**conditioning, **numbers} if numbers else conditioning,
         # As in diffusers, a scale of 1 or less means no guidance.
         guidance_scale=jnp.maximum(guidance_scale, 1.0),
         seed=seed,

@@ -7,8 +7,9 @@ them.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, get_args
 
 import jax
@@ -48,6 +49,7 @@ class Encoded:
 
     conditioning: Any  # the family's pytree of arrays, without leading axes
     truncated: bool
+    empty: bool = False
 
 
 class Pipeline:
@@ -85,6 +87,7 @@ class Pipeline:
         self.params = placed(params, self.everywhere)
         self.encoders, self.denoisers, self.decoders = (part_of(family, self.params, role) for role in get_args(Role))
         self.shapes = Shapes(spec, family, encoded_shapes(family, networks, self.params))
+        self.zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.encoded)
         self.programs = declared(self.shapes, networks, self.params, self.mesh)
         self.run: Mapping[str, Callable[..., Any]] = {}
         # `warmup` measures these.
@@ -141,7 +144,8 @@ class Pipeline:
             counts = [np.int32(count)] if self.loops_on_device else []
             encoded += self.run["encode"](self.encoders, padded, *counts)[:count]
         truncated = map(any, zip(*(read.truncated for read in tokens.values()), strict=True))
-        return [Encoded(*text) for text in zip(encoded, truncated, strict=True)]
+        empty = (not text for text in texts)
+        return [Encoded(*text) for text in zip(encoded, truncated, empty, strict=True)]
 
     def insert(
         self,
@@ -152,13 +156,20 @@ class Pipeline:
         table: SamplerTable,
         guidance_scale: float,
         seed: int,
+        fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> DenoiseState:
-        """Starts an image in a slot, as noise that its seed alone decides. Consumes `state`."""
+        """Starts an image in a slot, as noise that its seed alone decides. Consumes `state`.
+
+        `fields` are values of the family's own request fields.
+        """
+        family = self.shapes.family
+        zero = family.zero_negative and negative_prompt.empty
         return self.run[f"insert {self.label(state)}"](
             state,
             np.int32(slot),
-            negative_prompt.conditioning,
+            self.zeros if zero else negative_prompt.conditioning,
             prompt.conditioning,
+            family.numbers(self.size(state), guidance_scale, fields),
             np.float32(guidance_scale),
             np.uint32(seed),
             np.float32(table.initial_scale),
@@ -200,9 +211,14 @@ class Pipeline:
         empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.state(size))
         return jax.device_put(empty, self.everywhere)
 
-    def check(self, generation: Generation) -> None:
-        """Raises InvalidField for a request that this checkpoint cannot follow."""
-        self.shapes.family.check(generation)
+    def check(self, generation: Generation) -> Generation:
+        """The request as this checkpoint follows it. Raises InvalidField for one that it cannot follow."""
+        family = self.shapes.family
+        family.check(generation)
+        for name, _ in generation.fields:
+            if name not in family.FIELDS:
+                raise InvalidField(name, f"{name} is not a field of this model; leave it out.", "unsupported_parameter")
+        return replace(generation, guidance_embedded=family.embeds_guidance)
 
     def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable:
         """For images of a declared size, by default the first.

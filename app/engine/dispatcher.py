@@ -70,8 +70,9 @@ class Dispatcher:
         seed, guidance_scale = request.seeds[image.number], request.generation.guidance_scale
         self._alone = False
         with self.call("insert"):
+            fields = dict(request.generation.fields)
             queue.state = self.pipeline.insert(
-                queue.state, image.slot, *request.encoded, request.table, guidance_scale, seed
+                queue.state, image.slot, *request.encoded, request.table, guidance_scale, seed, fields
             )
 
     def preview(self, queue: SizeQueue, slot: int) -> Any:

@@ -107,7 +107,7 @@ class Engine:
             raise InvalidField("size", f"size must be one of {declared}, got {size[0]}x{size[1]}.")
         if previews and on_preview is None:
             raise ValueError(f"previews must be 0 without on_preview, got {previews}.")
-        self.pipeline.check(generation)
+        generation = self.pipeline.check(generation)
         table = self.pipeline.table(generation.sampler, generation.num_inference_steps, size)
         request = Request.of(generation, table, self.clock(), previews, on_preview)
         with self._changed:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -175,8 +176,9 @@ class VirtualPipeline:
         """Raises for a call that no engine may make."""
         raise AssertionError(what)
 
-    def check(self, generation: Generation) -> None:
+    def check(self, generation: Generation) -> Generation:
         """Every request can be followed."""
+        return generation
 
     def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable:
         return blank_table(num_inference_steps)
@@ -200,6 +202,7 @@ class VirtualPipeline:
         table: SamplerTable,
         guidance_scale: float,
         seed: int,
+        fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> State:
         slots = self._consume(state)
         if not 0 <= slot < self.num_slots:

@@ -26,6 +26,7 @@ def facts_of(generation: Generation, generated: Generated) -> Facts:
         "size": f"{generation.width}x{generation.height}",
         "prompt_truncated": generated.prompt_truncated,
         "negative_prompt_truncated": generated.negative_prompt_truncated,
+        **{name: f"{height},{width}" for name, (height, width) in generation.fields},
     }
 
 

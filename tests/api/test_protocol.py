@@ -94,6 +94,12 @@ def test_null_counts_as_left_out() -> None:
     assert body(**nulls) == body(prompt="a", seed=5)
 
 
+def test_size_fields_are_pairs_of_which_only_those_in_the_request_reach_the_model() -> None:
+    generation = body(prompt="a", crops_coords_top_left=[0, 64], original_size=[768, 512]).generation
+    assert generation.fields == (("original_size", (768, 512)), ("crops_coords_top_left", (0, 64)))
+    assert body(prompt="a").generation.fields == ()
+
+
 def test_values_at_both_ends_of_every_range_are_allowed() -> None:
     for fields in (
         {"num_inference_steps": 2, "guidance_scale": 1, "seed": 0, "n": 1, "output_compression": 0, "timeout": 1e-3},
@@ -253,6 +259,14 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
         {"num_inference_steps": "20"},
         "num_inference_steps",
         'num_inference_steps must be an integer between 2 and 50, got "20".',
+    ),
+    *(
+        (
+            {"original_size": value},
+            "original_size",
+            f"original_size must be an array of two integers between 1 and 16384, got {shown}.",
+        )
+        for value, shown in (("64x64", '"64x64"'), ([64], "an array"), ([64, True], "an array"), ([0, 64], "an array"))
     ),
     ({"guidance_scale": 0.99}, "guidance_scale", "guidance_scale must be a number between 1 and 12.5, got 0.99."),
     ({"guidance_scale": 12.51}, "guidance_scale", "guidance_scale must be a number between 1 and 12.5, got 12.51."),

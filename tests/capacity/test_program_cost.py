@@ -13,7 +13,7 @@ from capacity.models import architecture_of, configurations, presets, shapes_of
 from capacity.program_cost import cycles_by_part, part_of
 from cluster.cli import UserError
 from tests import one_file
-from tests.published import CHECKPOINTS, FLOW_CHECKPOINTS
+from tests.published import CHECKPOINTS, FLOW_CHECKPOINTS, XL_CHECKPOINTS
 
 V5E = CHIPS["v5e"]
 
@@ -99,17 +99,20 @@ def test_what_the_sum_leaves_out_is_noted() -> None:
     assert any("1 x kernel in other without a visible product" in note for note in notes)
 
 
-@pytest.mark.parametrize("name", ["stable-diffusion-v1-4", "stable-diffusion-v1-5", "stable-diffusion-2-1"])
+@pytest.mark.parametrize(
+    "name", ["stable-diffusion-v1-4", "stable-diffusion-v1-5", "stable-diffusion-2-1", *XL_CHECKPOINTS]
+)
 def test_presets_are_the_published_architectures(name: str) -> None:
-    from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+    from app.diffusion.families.registry import recognise
+    from app.diffusion.models.loading import architecture
 
     assert name in presets()
     problems: list[str] = []
     _, ours = configurations(f"anyone/{name}", problems)
-    published = CHECKPOINTS[name]
-    kinds = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
-    for part, kind in kinds.items():
-        assert kind.from_json(ours[part], problems) == kind.from_json(published[part], problems)  # type: ignore[attr-defined]
+    published = (CHECKPOINTS | XL_CHECKPOINTS)[name]
+    kind = recognise(published, problems)
+    assert kind and architecture(kind, ours, {}, problems) == architecture(kind, published, {}, problems)
+    assert kind.schedule(ours["scheduler"]) == kind.schedule(published["scheduler"])
     assert not problems
 
 

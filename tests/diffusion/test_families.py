@@ -1,5 +1,6 @@
 """app/diffusion/families/: which family a checkpoint is of, and that nothing else knows families."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from app.diffusion.families.stable_diffusion import StableDiffusion
 from app.diffusion.pipeline import Pipeline
 from app.diffusion.samplers import Coefficients, update
 from app.engine.engine import Engine
-from app.types import Generation, PipelineSpec
+from app.types import Generation, InvalidField, PipelineSpec
 from tests.toy_family import Toy, write_checkpoint
 
 SIZE = (15, 10)
@@ -53,6 +54,8 @@ def test_a_family_in_one_file_is_loaded_and_served(tmp_path: Path, monkeypatch: 
     engine = Engine(pipeline, max_waiting=4)
     engine.start()
     generation = Generation("a red house", "rain", *SIZE, 3, 2.0, 7, None, 1)
+    with pytest.raises(InvalidField, match="original_size is not a field of this model"):
+        engine.submit(replace(generation, fields=(("original_size", (64, 64)),)))
     try:
         generated = engine.submit(generation).result(timeout=60)
     finally:

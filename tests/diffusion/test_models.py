@@ -28,7 +28,7 @@ from app.types import ActiveSlot, PipelineSpec
 from tests import tiny
 from tests.published import CHECKPOINTS
 
-MODELS = tuple(tiny.MODELS)
+MODELS = ("tiny-sd1", "tiny-sd2")
 BUILDERS: dict[str, tuple[Any, Any]] = {
     "unet": (UNetConfig, UNet),
     "vae": (VAEConfig, VAE),

@@ -1,11 +1,15 @@
 """The networks that several families have. Their modules are imported where they are built, so this needs no JAX."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from app.diffusion.families.family import Component, Json, TokenizerKind
-from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from app.diffusion.models.config import PROJECTED, CLIPTextConfig, UNetConfig, VAEConfig
 from app.diffusion.models.flow_config import Qwen3Config
 from app.diffusion.models.flow_shapes import qwen3_tensors
 from app.diffusion.models.shapes import text_encoder_tensors, unet_tensors, vae_tensors
@@ -71,3 +75,26 @@ VAE = Component("AutoencoderKL", "decode", VAEConfig.from_json, vae_tensors, vae
 CLIP_TEXT = Component(
     "CLIPTextModel", "encode", CLIPTextConfig.from_json, text_encoder_tensors, clip_text, stem="model"
 )
+CLIP_TEXT_PROJECTED = Component(
+    PROJECTED,
+    "encode",
+    partial(CLIPTextConfig.from_json, class_name=PROJECTED),
+    text_encoder_tensors,
+    clip_text,
+    stem="model",
+)
+
+
+def guidance_embedding(guidance_scale: float, features: int) -> npt.NDArray[np.float32]:
+    """[features]: what a UNet distilled with guidance takes (Meng et al. 2023; get_guidance_scale_embedding)."""
+    half = features // 2
+    frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half))
+    angles = 1000.0 * (guidance_scale - 1) * frequencies
+    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)]), (0, features % 2)).astype(np.float32)
+
+
+def guidance_numbers(unet: UNetConfig, guidance_scale: float) -> dict[str, npt.NDArray[np.float32]]:
+    """The embedded guidance scale for both rows, if this UNet takes it."""
+    if unet.guidance_features is None:
+        return {}
+    return {"guidance": np.stack([guidance_embedding(guidance_scale, unet.guidance_features)] * 2)}

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from app.diffusion.models.shapes import Shape
 from app.diffusion.samplers import FlowSchedule, Schedule
 from app.types import Generation, Size
@@ -56,6 +59,7 @@ class Family(Protocol):
     COMPONENTS: ClassVar[Mapping[str, Component]]  # by folder
     TOKENIZERS: ClassVar[Mapping[str, str]]  # folder -> the text encoder that reads its ids
     TOKENIZER: ClassVar[TokenizerKind]  # of each of them
+    FIELDS: ClassVar[frozenset[str]]  # of a request, that only some families have
 
     @classmethod
     def of(cls, configs: Mapping[str, Any], index: Json) -> "Family":
@@ -100,6 +104,25 @@ class Family(Protocol):
         """input_ids [1, T] by tokenizer -> what one text adds to the conditioning, leaves [1, ...]."""
         ...
 
+    def numbers(
+        self, size: Size, guidance_scale: float, fields: Mapping[str, Any]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """What a request adds to the dict that `encode` makes: [2, ...], unconditional and conditional.
+
+        `fields` are the request's values of FIELDS. Empty where the request adds nothing.
+        """
+        ...
+
+    @property
+    def zero_negative(self) -> bool:
+        """Whether an empty negative prompt is encoded as zeros."""
+        ...
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser takes the guidance scale as a number, so that guidance costs no second row."""
+        ...
+
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
     ) -> Array:
@@ -109,3 +132,32 @@ class Family(Protocol):
     def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
         """Latents [B, h, w, C], as the denoiser knows them -> pixels [B, H, W, 3] around [-1, 1]."""
         ...
+
+
+class FamilyDefaults:
+    """What holds for a family that does not say otherwise."""
+
+    FIELDS: ClassVar[frozenset[str]] = frozenset()
+
+    def check(self, generation: Generation) -> None:
+        """Every request can be followed."""
+
+    def image_tokens(self, size: Size) -> int | None:
+        return None
+
+    def numbers(
+        self, size: Size, guidance_scale: float, fields: Mapping[str, Any]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        return {}
+
+    @property
+    def strip_rows(self) -> int:
+        return 1
+
+    @property
+    def zero_negative(self) -> bool:
+        return False
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return False

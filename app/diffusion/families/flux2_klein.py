@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from app.diffusion.families.components import CHAT_TOKENIZER, qwen3
-from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
+from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
 from app.diffusion.models.flow_config import Flux2Config, Flux2VAEConfig, Qwen3Config
 from app.diffusion.models.flow_shapes import flux2_tensors, flux2_vae_tensors
 from app.diffusion.samplers import FlowSchedule
@@ -28,7 +28,7 @@ def flux2_vae(config: Flux2VAEConfig, **options: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Flux2Klein:
+class Flux2Klein(FamilyDefaults):
     PIPELINES: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
     COMPONENTS: ClassVar[Mapping[str, Component]] = {
         "transformer": Component("Flux2Transformer2DModel", "denoise", Flux2Config.from_json, flux2_tensors, flux2),
@@ -89,10 +89,6 @@ class Flux2Klein:
     @property
     def size_multiple(self) -> int:
         return self.pixels_per_latent
-
-    @property
-    def strip_rows(self) -> int:
-        return 1
 
     def image_tokens(self, size: Size) -> int:
         width, height = (side // self.pixels_per_latent for side in size)

@@ -6,9 +6,10 @@ from typing import Any
 from app.diffusion.families.family import Family
 from app.diffusion.families.flux2_klein import Flux2Klein
 from app.diffusion.families.stable_diffusion import StableDiffusion
+from app.diffusion.families.stable_diffusion_xl import StableDiffusionXL
 from app.diffusion.families.z_image import ZImage
 
-FAMILIES: list[type[Family]] = [StableDiffusion, Flux2Klein, ZImage]
+FAMILIES: list[type[Family]] = [StableDiffusion, StableDiffusionXL, Flux2Klein, ZImage]
 
 
 def recognise(index: Mapping[str, Any], problems: list[str]) -> type[Family] | None:

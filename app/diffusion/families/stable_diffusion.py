@@ -4,17 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from app.diffusion.families.components import CLIP_TEXT, CLIP_TOKENIZER, UNET, VAE
-from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
+import numpy as np
+import numpy.typing as npt
+
+from app.diffusion.families.components import CLIP_TEXT, CLIP_TOKENIZER, UNET, VAE, guidance_numbers
+from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig, mismatches
 from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.samplers import Schedule
-from app.types import Generation, Size
+from app.types import Size
 
 
 @dataclass(frozen=True)
-class StableDiffusion:
-    PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+class StableDiffusion(FamilyDefaults):
+    PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     COMPONENTS: ClassVar[Mapping[str, Component]] = {"unet": UNET, "vae": VAE, "text_encoder": CLIP_TEXT}
     TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
     TOKENIZER: ClassVar[TokenizerKind] = CLIP_TOKENIZER
@@ -33,13 +36,10 @@ class StableDiffusion:
         return Schedule.from_config(changed), remarks
 
     def problems(self) -> list[str]:
-        return mismatches(self.unet, self.vae, self.text_encoder)
-
-    def check(self, generation: Generation) -> None:
-        """Every request can be followed."""
-
-    def image_tokens(self, size: Size) -> None:
-        return None
+        problems = mismatches(self.unet, self.vae, self.text_encoder)
+        if self.unet.added_features is not None:
+            problems.append("unet/config.json: addition_embed_type must be None for Stable Diffusion, got 'text_time'.")
+        return problems
 
     @property
     def latent_channels(self) -> int:
@@ -64,10 +64,19 @@ class StableDiffusion:
     def encode(self, networks: Networks, input_ids: Mapping[str, Array]) -> Conditioning:
         return {"prompt_embeds": networks["text_encoder"](input_ids["tokenizer"])}
 
+    def numbers(
+        self, size: Size, guidance_scale: float, fields: Mapping[str, Any]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        return guidance_numbers(self.unet, guidance_scale)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.unet.guidance_features is not None
+
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
     ) -> Array:
-        return networks["unet"](latents, timesteps, conditioning["prompt_embeds"], strips=strips)
+        return networks["unet"](latents, timesteps, **conditioning, strips=strips)
 
     def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
         return networks["vae"].decode(latents, strips=strips)

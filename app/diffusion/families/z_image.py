@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from app.diffusion.families.components import THINKING_TOKENIZER, VAE, qwen3
-from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
+from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
 from app.diffusion.models.config import VAEConfig
 from app.diffusion.models.flow_config import Qwen3Config, ZImageConfig
 from app.diffusion.models.flow_shapes import z_image_tensors
 from app.diffusion.samplers import FlowSchedule
-from app.types import Generation, Size
+from app.types import Size
 
 HIDDEN_STATES = (-2,)
 TEXT_LENGTH = 512  # a multiple of 32
@@ -23,7 +23,7 @@ def z_image(config: ZImageConfig, **options: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class ZImage:
+class ZImage(FamilyDefaults):
     PIPELINES: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
     COMPONENTS: ClassVar[Mapping[str, Component]] = {
         "transformer": Component(
@@ -64,9 +64,6 @@ class ZImage:
             if got != wanted
         ]
 
-    def check(self, generation: Generation) -> None:
-        """Turbo takes guidance, too: nothing in a checkpoint says that it is distilled."""
-
     @property
     def latent_channels(self) -> int:
         return self.vae.latent_channels
@@ -78,10 +75,6 @@ class ZImage:
     @property
     def size_multiple(self) -> int:
         return 2 * self.vae.scale_factor
-
-    @property
-    def strip_rows(self) -> int:
-        return 1
 
     def image_tokens(self, size: Size) -> int:
         width, height = (side // self.size_multiple for side in size)

@@ -80,13 +80,35 @@ class Encoder(nnx.Module):
 
 
 class CLIPText(nnx.Module):
-    """input_ids [B, T] -> prompt_embeds [B, T, D]: the last hidden state behind the final norm."""
+    """Text encoders of Stable Diffusion: input_ids [B, T] -> prompt_embeds [B, T, D]."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         self.final_layer_norm = layer_norm(config, dtype=dtype, rngs=rngs)
+        if config.projection_dim is not None:
+            features = (config.hidden_size, config.projection_dim)
+            self.text_projection = linear(*features, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
+        """The last hidden state behind the final norm."""
         return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+
+    def penultimate(self, input_ids: jax.Array) -> jax.Array:
+        """The hidden state that enters the last layer, without a norm."""
+        x = self.embeddings(input_ids)
+        for layer in list(self.encoder.layers)[:-1]:
+            x = layer(x)
+        return x
+
+    def pooled(self, input_ids: jax.Array, penultimate: jax.Array) -> jax.Array:
+        """text_embeds [B, P]: the projected last hidden state of the first end token."""
+        x = self.final_layer_norm(self.encoder.layers[-1](penultimate))
+        if (
+            self.config.eos_token_id == 2
+        ):  # of old configs, whose text ends with the largest id (transformers pull 24773)
+            ends = input_ids.argmax(axis=-1)
+        else:
+            ends = (input_ids == self.config.eos_token_id).argmax(axis=-1)
+        return self.text_projection(x[jnp.arange(len(x)), ends])

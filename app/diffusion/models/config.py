@@ -8,12 +8,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# Options of diffusers' UNet2DConditionModel that Stable Diffusion 1.x and 2.x leave at these values.
+# Options of diffusers' UNet2DConditionModel that Stable Diffusion leaves at these values.
 UNET_FIXED: dict[str, Any] = {
     "act_fn": "silu",
-    "addition_embed_type": None,
     "addition_embed_type_num_heads": 64,
-    "addition_time_embed_dim": None,
     "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
@@ -34,17 +32,14 @@ UNET_FIXED: dict[str, Any] = {
     "num_attention_heads": None,
     "num_class_embeds": None,
     "only_cross_attention": False,
-    "projection_class_embeddings_input_dim": None,
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
     "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
     "timestep_post_act": None,
-    "transformer_layers_per_block": 1,
 }
 VAE_FIXED: dict[str, Any] = {
     "act_fn": "silu",
@@ -59,13 +54,14 @@ TEXT_FIXED: dict[str, Any] = {
     "quantization_config": None,
     "use_attention_mask": False,
 }
+PROJECTED = "CLIPTextModelWithProjection"
 # Read by other code or by nobody: they change nothing in the network.
 NEUTRAL = {"_class_name", "_diffusers_version", "_name_or_path", "sample_size", "upcast_attention", "force_upcast"}
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """UNet2DConditionModel. `attention_heads` holds one number of heads for each level, finest first."""
+    """UNet2DConditionModel. What differs by level stands finest first."""
 
     in_channels: int
     out_channels: int
@@ -74,9 +70,13 @@ class UNetConfig:
     up_block_types: tuple[str, ...]
     layers_per_block: int
     attention_heads: tuple[int, ...]
+    transformer_layers: tuple[int, ...]
     cross_attention_dim: int
     norm_num_groups: int
     norm_eps: float
+    added_features: int | None  # of the pooled text and the embedded size numbers, where the UNet takes them
+    size_features: int | None  # of each embedded size number
+    guidance_features: int | None  # of the embedded guidance scale, where a distilled UNet takes it
 
     @property
     def scale_factor(self) -> int:
@@ -89,6 +89,8 @@ class UNetConfig:
         channels = fields.numbers("block_out_channels", (320, 640, 1280, 1280))
         # diffusers' name is wrong for history's sake: it counts heads (huggingface/diffusers issue 2011).
         heads = fields.per_level("attention_head_dim", 8, len(channels))
+        fields.choice("addition_embed_type", (None, "text_time"))
+        added = json.get("addition_embed_type") is not None
         config = cls(
             in_channels=fields.get("in_channels", 4),
             out_channels=fields.get("out_channels", 4),
@@ -101,10 +103,16 @@ class UNetConfig:
             ),
             layers_per_block=fields.get("layers_per_block", 2),
             attention_heads=heads,
+            transformer_layers=fields.per_level("transformer_layers_per_block", 1, len(channels)),
             cross_attention_dim=fields.get("cross_attention_dim", 1280),
             norm_num_groups=fields.get("norm_num_groups", 32),
             norm_eps=fields.get("norm_eps", 1e-5),
+            added_features=fields.number("projection_class_embeddings_input_dim", needed=added) if added else None,
+            size_features=fields.number("addition_time_embed_dim", needed=added) if added else None,
+            guidance_features=fields.number("time_cond_proj_dim"),
         )
+        fields.used("projection_class_embeddings_input_dim")
+        fields.used("addition_time_embed_dim")
         fields.used("use_linear_projection")  # the loader takes a 1x1 convolution and a linear layer alike
         fields.finish()
         for channel, head in zip(channels, heads, strict=False):
@@ -167,7 +175,10 @@ class VAEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """CLIPTextModel. SD 2.x's "penultimate layer" needs no option: its checkpoints simply hold one layer fewer."""
+    """CLIPTextModel, or CLIPTextModelWithProjection where there is a `projection_dim`.
+
+    SD 2.x's "penultimate layer" needs no option: its checkpoints simply hold one layer fewer.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -177,15 +188,25 @@ class CLIPTextConfig:
     max_position_embeddings: int
     hidden_act: str
     layer_norm_eps: float
+    eos_token_id: int
+    projection_dim: int | None
 
     @classmethod
     def from_json(
-        cls, json: Mapping[str, Any], problems: list[str], where: str = "text_encoder/config.json"
+        cls,
+        json: Mapping[str, Any],
+        problems: list[str],
+        where: str = "text_encoder/config.json",
+        *,
+        class_name: str = "CLIPTextModel",
     ) -> "CLIPTextConfig":
         # transformers writes dozens of generation options into any config: only those that shape the network count.
-        architecture = (json.get("architectures") or ["CLIPTextModel"])[0]
-        if architecture != "CLIPTextModel":
-            problems.append(f"{where}: architectures must name CLIPTextModel, got {architecture}.")
+        architecture = (json.get("architectures") or [class_name])[0]
+        if architecture != class_name:
+            problems.append(f"{where}: architectures must name {class_name}, got {architecture}.")
+        projection_dim = json.get("projection_dim", 512) if class_name == PROJECTED else None
+        if projection_dim is not None and (type(projection_dim) is not int or projection_dim < 1):
+            problems.append(f"{where}: projection_dim must be a positive number, got {projection_dim!r}.")
         for name, fixed in TEXT_FIXED.items():
             if json.get(name) and json[name] != fixed:
                 problems.append(f"{where}: {name} must be {fixed!r}, got {json[name]!r}.")
@@ -201,6 +222,8 @@ class CLIPTextConfig:
             max_position_embeddings=json.get("max_position_embeddings", 77),
             hidden_act=act,
             layer_norm_eps=json.get("layer_norm_eps", 1e-5),
+            eos_token_id=json.get("eos_token_id", 49407),
+            projection_dim=projection_dim,
         )
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
@@ -214,13 +237,14 @@ class CLIPTextConfig:
         return config
 
 
-def mismatches(unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig) -> list[str]:
-    """What the three networks must agree on."""
+def mismatches(unet: UNetConfig, vae: VAEConfig, *texts: CLIPTextConfig) -> list[str]:
+    """What the networks must agree on."""
     problems = []
-    if unet.cross_attention_dim != text.hidden_size:
+    features = sum(text.hidden_size for text in texts)
+    if unet.cross_attention_dim != features:
+        whose = "the text encoder's hidden_size" if len(texts) == 1 else "the text encoders' hidden sizes together,"
         problems.append(
-            f"unet/config.json: cross_attention_dim must be the text encoder's hidden_size {text.hidden_size}, "
-            f"got {unet.cross_attention_dim}."
+            f"unet/config.json: cross_attention_dim must be {whose} {features}, got {unet.cross_attention_dim}."
         )
     for name in ("in_channels", "out_channels"):
         if getattr(unet, name) != vae.latent_channels:
@@ -259,6 +283,20 @@ class Fields:
             self.problems.append(f"{self.where}: {name} must be {wanted}, got {value!r}.")
             return default
         return value
+
+    def number(self, name: str, *, needed: bool = False) -> int | None:
+        """A positive whole number; or null, unless it is needed."""
+        self.used(name)
+        value = self.json.get(name)
+        if (value is None and not needed) or (type(value) is int and value > 0):
+            return value
+        self.problems.append(f"{self.where}: {name} must be a positive whole number, got {value!r}.")
+        return None
+
+    def choice(self, name: str, allowed: tuple[str | None, ...]) -> None:
+        self.used(name)
+        if (value := self.json.get(name)) not in allowed:
+            self.problems.append(f"{self.where}: {name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
 
     def numbers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         self.used(name)

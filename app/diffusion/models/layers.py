@@ -158,12 +158,27 @@ def timestep_embedding(timesteps: jax.Array, channels: int) -> jax.Array:
 
 
 class TimestepEmbedding(nnx.Module):
-    def __init__(self, channels: int, features: int, *, bias: bool = True, dtype: Dtype, rngs: nnx.Rngs):
+    """`condition_features` is the width of a condition that is added to the timesteps' sinusoids."""
+
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        *,
+        condition_features: int | None = None,
+        bias: bool = True,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        if condition_features is not None:
+            self.cond_proj = linear(condition_features, channels, bias=False, dtype=dtype, rngs=rngs)
         self.linear_1 = linear(channels, features, bias=bias, dtype=dtype, rngs=rngs)
         self.linear_2 = linear(features, features, bias=bias, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("time-embedding")
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        if condition is not None:
+            x = x + self.cond_proj(condition)
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
@@ -329,11 +344,21 @@ class TransformerBlock(nnx.Module):
 class Transformer2D(nnx.Module):
     """Transformer2DModel over the pixels of a feature map. SD 1.x's 1x1 convolutions are linear layers here."""
 
-    def __init__(self, channels: int, context_features: int, heads: int, groups: int, *, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        context_features: int,
+        heads: int,
+        groups: int,
+        *,
+        layers: int = 1,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
         self.norm = group_norm(channels, groups, 1e-6, dtype=dtype, rngs=rngs)
         self.proj_in = linear(channels, channels, dtype=dtype, rngs=rngs)
         self.transformer_blocks = nnx.List(
-            [TransformerBlock(channels, context_features, heads, dtype=dtype, rngs=rngs)]
+            TransformerBlock(channels, context_features, heads, dtype=dtype, rngs=rngs) for _ in range(layers)
         )
         self.proj_out = linear(channels, channels, dtype=dtype, rngs=rngs)
 

@@ -33,12 +33,17 @@ def _unet(config: UNetConfig) -> Tensors:
     yield from _conv("conv_in", config.in_channels, channels[0])
     yield from _linear("time_embedding.linear_1", channels[0], time)
     yield from _linear("time_embedding.linear_2", time, time)
+    if config.guidance_features is not None:
+        yield from _linear("time_embedding.cond_proj", config.guidance_features, channels[0], bias=False)
+    if config.added_features is not None:
+        yield from _linear("add_embedding.linear_1", config.added_features, time)
+        yield from _linear("add_embedding.linear_2", time, time)
 
     skips, current = [channels[0]], channels[0]
     for level, kind in enumerate(config.down_block_types):
         block = f"down_blocks.{level}"
         for layer in range(layers):
-            yield from _layer(block, layer, current, channels[level], kind, config)
+            yield from _layer(block, layer, current, level, kind, config)
             current = channels[level]
         if level < last:
             yield from _conv(f"{block}.downsamplers.0.conv", current, current)
@@ -46,39 +51,42 @@ def _unet(config: UNetConfig) -> Tensors:
 
     for layer in range(2):
         yield from _resnet(f"mid_block.resnets.{layer}", current, current, time)
-    yield from _transformer("mid_block.attentions.0", current, config.cross_attention_dim)
+    yield from _transformer("mid_block.attentions.0", last, config)
 
     for position, kind in enumerate(config.up_block_types):
-        block, features = f"up_blocks.{position}", channels[last - position]
+        block, level = f"up_blocks.{position}", last - position
         for layer in range(layers + 1):
-            yield from _layer(block, layer, current + skips.pop(), features, kind, config)
-            current = features
+            yield from _layer(block, layer, current + skips.pop(), level, kind, config)
+            current = channels[level]
         if position < last:
             yield from _conv(f"{block}.upsamplers.0.conv", current, current)
     yield from _norm("conv_norm_out", channels[0])
     yield from _conv("conv_out", channels[0], config.out_channels)
 
 
-def _layer(block: str, layer: int, features_in: int, features: int, kind: str, config: UNetConfig) -> Tensors:
+def _layer(block: str, layer: int, features_in: int, level: int, kind: str, config: UNetConfig) -> Tensors:
+    features = config.block_out_channels[level]
     yield from _resnet(f"{block}.resnets.{layer}", features_in, features, 4 * config.block_out_channels[0])
     if kind.startswith("CrossAttn"):
-        yield from _transformer(f"{block}.attentions.{layer}", features, config.cross_attention_dim)
+        yield from _transformer(f"{block}.attentions.{layer}", level, config)
 
 
-def _transformer(name: str, features: int, context: int) -> Tensors:
+def _transformer(name: str, level: int, config: UNetConfig) -> Tensors:
+    features = config.block_out_channels[level]
     yield from _norm(f"{name}.norm", features)
     yield from _linear(f"{name}.proj_in", features, features)
     yield from _linear(f"{name}.proj_out", features, features)
-    block = f"{name}.transformer_blocks.0"
-    for norm in ("norm1", "norm2", "norm3"):
-        yield from _norm(f"{block}.{norm}", features)
-    for attention, source in (("attn1", features), ("attn2", context)):
-        yield from _linear(f"{block}.{attention}.to_q", features, features, bias=False)
-        yield from _linear(f"{block}.{attention}.to_k", source, features, bias=False)
-        yield from _linear(f"{block}.{attention}.to_v", source, features, bias=False)
-        yield from _linear(f"{block}.{attention}.to_out.0", features, features)
-    yield from _linear(f"{block}.ff.net.0.proj", features, 8 * features)
-    yield from _linear(f"{block}.ff.net.2", 4 * features, features)
+    for layer in range(config.transformer_layers[level]):
+        block = f"{name}.transformer_blocks.{layer}"
+        for norm in ("norm1", "norm2", "norm3"):
+            yield from _norm(f"{block}.{norm}", features)
+        for attention, source in (("attn1", features), ("attn2", config.cross_attention_dim)):
+            yield from _linear(f"{block}.{attention}.to_q", features, features, bias=False)
+            yield from _linear(f"{block}.{attention}.to_k", source, features, bias=False)
+            yield from _linear(f"{block}.{attention}.to_v", source, features, bias=False)
+            yield from _linear(f"{block}.{attention}.to_out.0", features, features)
+        yield from _linear(f"{block}.ff.net.0.proj", features, 8 * features)
+        yield from _linear(f"{block}.ff.net.2", 4 * features, features)
 
 
 # AutoencoderKL
@@ -143,6 +151,8 @@ def _text_encoder(config: CLIPTextConfig) -> Tensors:
         yield from _linear(f"{name}.mlp.fc1", width, config.intermediate_size)
         yield from _linear(f"{name}.mlp.fc2", config.intermediate_size, width)
     yield from _norm("final_layer_norm", width)
+    if config.projection_dim is not None:
+        yield from _linear("text_projection", width, config.projection_dim, bias=False)
 
 
 # Layers

@@ -1,4 +1,4 @@
-"""UNet2DConditionModel of Stable Diffusion 1.x and 2.x. Attribute names are diffusers' tensor names."""
+"""UNet2DConditionModel of Stable Diffusion 1.x, 2.x and XL. Attribute names are diffusers' tensor names."""
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ def transformer(level: int, config: UNetConfig, *, dtype: Dtype, rngs: nnx.Rngs)
         config.cross_attention_dim,
         config.attention_heads[level],
         config.norm_num_groups,
+        layers=config.transformer_layers[level],
         dtype=dtype,
         rngs=rngs,
     )
@@ -104,7 +105,15 @@ class UNet(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.conv_in = conv(config.in_channels, channels[0], dtype=dtype, rngs=rngs)
-        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], dtype=dtype, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(
+            channels[0],
+            4 * channels[0],
+            condition_features=config.guidance_features,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        if config.added_features is not None:
+            self.add_embedding = TimestepEmbedding(config.added_features, 4 * channels[0], dtype=dtype, rngs=rngs)
 
         skips = [channels[0]]
         down_blocks = []
@@ -150,14 +159,28 @@ class UNet(nnx.Module):
         self.conv_norm_out = group_norm(channels[0], config.norm_num_groups, config.norm_eps, dtype=dtype, rngs=rngs)
         self.conv_out = conv(channels[0], config.out_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array, *, strips: int = 1) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        timesteps: jax.Array,
+        prompt_embeds: jax.Array,
+        text_embeds: jax.Array | None = None,
+        time_ids: jax.Array | None = None,
+        guidance: jax.Array | None = None,
+        *,
+        strips: int = 1,
+    ) -> jax.Array:
         """Latents [B, H, W, C], timesteps [B] and embeddings [B, T, D] -> output [B, H, W, C] in `dtype`.
 
+        SDXL's also takes the pooled text [B, P] and the size numbers [B, 6], a distilled one's the embedded guidance
+        scale [B, G].
         H and W must be multiples of 2 ** (levels - 1), and H of `strips` times that. Strips change how long it takes on
         a TPU, and nothing else.
         """
         time = timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(self.dtype)
-        time = self.time_embedding(time)
+        time = self.time_embedding(time, guidance)
+        if text_embeds is not None and time_ids is not None:
+            time = time + self.embed_added(text_embeds, time_ids)
         x = self.conv_in(cut(x.astype(self.dtype), strips), strips=strips)
 
         skips = [x]
@@ -178,3 +201,9 @@ class UNet(nnx.Module):
                 x = block.upsamplers[0](x, strips=strips)
 
         return whole(normed_conv(self.conv_norm_out, self.conv_out, [x], strips), strips)
+
+    def embed_added(self, text_embeds: jax.Array, time_ids: jax.Array) -> jax.Array:
+        """Podell et al. 2023, section 2.2: what the UNet is told of the picture's size, beside the pooled text."""
+        assert self.config.size_features is not None
+        sizes = timestep_embedding(time_ids.reshape(-1), self.config.size_features).reshape(len(time_ids), -1)
+        return self.add_embedding(jnp.concatenate([text_embeds, sizes.astype(self.dtype)], axis=-1))
