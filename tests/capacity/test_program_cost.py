@@ -104,7 +104,7 @@ def test_what_the_sum_leaves_out_is_noted() -> None:
 )
 def test_presets_are_the_published_architectures(name: str) -> None:
     from app.diffusion.families.registry import recognise
-    from app.diffusion.models.loading import architecture
+    from app.diffusion.models.checkpoint_files import architecture
 
     assert name in presets()
     problems: list[str] = []
