@@ -7,6 +7,9 @@ import pytest
 
 pytest_plugins = ["tests.skips"]
 
+# What is tested is the CPU, also where JAX for CUDA is installed: tests compare bits, and run in several processes.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # An accidental broadcast between ranks is an error; JAX reads this when it is imported.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
