@@ -71,6 +71,9 @@ class Args(Settings):
         description="how many images are decoded together, at most twice the largest of batch_buckets; "
         "null: those of batch_buckets up to 4",
     )
+    shard_text_encoders: bool = Field(
+        default=False, description="whether the chips of a host divide the text encoders' weights among them"
+    )
     images_at_once: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         default="auto", description="how many images of a size denoise at once; auto: as many as measured to pay"
     )
@@ -115,6 +118,7 @@ class Args(Settings):
             batch_buckets=tuple(self.batch_buckets),
             decode_buckets=tuple(self.decode_buckets or ()),
             max_steps=self.limits.num_inference_steps[1],
+            shard_text_encoders=self.shard_text_encoders,
             programs=programs,
         )
 

@@ -24,6 +24,7 @@ class PipelineSpec:
     variant: str | None = None  # of the files with weights, such as fp16
     tokenizer: str | None = None  # of one file, which has none: a folder, or a repo id
     dtype: Dtype = "float32"
+    shard_text_encoders: bool = False  # whether their weights are divided over the chips of a host
     programs: Path | None = None  # folder of compiled programs; None: each start compiles
 
     def __post_init__(self) -> None:

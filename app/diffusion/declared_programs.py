@@ -94,8 +94,10 @@ def encoded_shapes(family: Family, networks: Mapping[str, Any], params: Mapping[
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
 
 
-def declared(shapes: Shapes, networks: Mapping[str, Any], params: Any, mesh: Mesh) -> tuple[Program, ...]:
-    """`networks` makes a module of its params; both are by the component's name."""
+def declared(
+    shapes: Shapes, networks: Mapping[str, Any], params: Any, shardings: Any, mesh: Mesh
+) -> tuple[Program, ...]:
+    """`networks` makes a module of its params, and `shardings` places them; all are by the component's name."""
     spec, everywhere = shapes.spec, NamedSharding(mesh, PartitionSpec())
 
     def shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -104,7 +106,9 @@ def declared(shapes: Shapes, networks: Mapping[str, Any], params: Any, mesh: Mes
     def program(name: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()) -> Program:
         return Program(name, function, arguments, donate, out_shardings=everywhere)
 
-    params = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), params)
+    params = jax.tree.map(
+        lambda x, placing: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placing), params, shardings
+    )
     number, real, rows = shape(dtype=jnp.int32), shape(), shapes.table_rows
     text = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.encoded)
     coefficients = Coefficients(**{name: shape(rows) for name in "pqan"}, b=shape(rows, HISTORY))

@@ -35,7 +35,7 @@ from app.diffusion.device_programs import DenoiseState, network_of, rows_of
 from app.diffusion.families.family import Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
 from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, departures, make_table, samplers_for
-from app.diffusion.sharding import mesh_of, placed
+from app.diffusion.sharding import mesh_of, placed, weight_shardings
 from app.types import ActiveSlot, DispatchCost, Generation, InvalidField, PipelineSpec, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
@@ -84,11 +84,17 @@ class Pipeline:
             # Plain arrays go into a dispatch faster than Flax's variables.
             params[name], tree = jax.tree.flatten(variables)
             networks[name] = partial(network_of, graph, tree)
-        self.params = placed(params, self.everywhere)
+        self.shardings = {
+            part: weight_shardings(
+                self.mesh, params[part], divided=spec.shard_text_encoders and component.role == "encode"
+            )
+            for part, component in family.COMPONENTS.items()
+        }
+        self.params = placed(params, self.shardings)
         self.encoders, self.denoisers, self.decoders = (part_of(family, self.params, role) for role in get_args(Role))
         self.shapes = Shapes(spec, family, encoded_shapes(family, networks, self.params))
         self.zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.encoded)
-        self.programs = declared(self.shapes, networks, self.params, self.mesh)
+        self.programs = declared(self.shapes, networks, self.params, self.shardings, self.mesh)
         self.run: Mapping[str, Callable[..., Any]] = {}
         # `warmup` measures these.
         self.step_s: dict[tuple[Size, int], float] = {}

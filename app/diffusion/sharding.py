@@ -1,6 +1,7 @@
 """How the rows of a step are divided: over the chips of a host, and on each chip into passes and strips.
 
-The state and the weights are replicated on every chip. Knows nothing of samplers or of the networks' layers.
+The state and the weights are on every chip, but for the weights of text encoders where they are to be divided. Knows
+nothing of samplers or of the networks' layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,11 +33,26 @@ def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names[:halvings] or None))
 
 
-def placed(params: Any, sharding: NamedSharding) -> Any:
+def weight_shardings(mesh: Mesh, params: Any, *, divided: bool) -> Any:
+    """A sharding for each of a network's weights: all chips hold it whole, or each has a part of its longest axis.
+
+    XLA adds the communication. Vectors, and matrices whose longest axis no chip count divides, stay whole.
+    """
+
+    def sharding(weight: Any) -> NamedSharding:
+        longest = max(range(len(weight.shape)), key=weight.shape.__getitem__, default=0)
+        if not divided or len(weight.shape) < 2 or weight.shape[longest] % mesh.size:
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, mesh.axis_names))
+
+    return jax.tree.map(sharding, params)
+
+
+def placed(params: Any, shardings: Any) -> Any:
     """Weights on the devices. Mere shapes stay shapes: capacity/programs.py compiles for them and runs nothing."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         return params
-    return jax.device_put(params, sharding)
+    return jax.device_put(params, shardings)
 
 
 def divided(function: Callable[..., jax.Array], sharding: NamedSharding) -> Callable[..., jax.Array]:
