@@ -120,13 +120,15 @@ loadtest: runtime ## Load the local cluster (start it if none is up) or URL=: SC
 	@$(if $(URL),,$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy $(watching))
 	@$(py) -m loadtest run "$(SCENARIO)" $(at) $(if $(URL),--url "$(URL)") $(ARGS)
 
-# Tests that share nothing run in several processes, then those that share one local cluster. In CI a skip is a failure.
+# First the tests without a cluster, in a process for each core. Then those on local clusters, which mostly wait: what
+# shares a cluster runs in one process, beside the others. In CI a skip is a failure.
 pytest := $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips-but "$(EXPECTED_SKIPS)")
 beside := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+clusters := -n 2 --dist loadgroup
 elsewhere := not jobs and not scaling and not parity and not faults
 
 test: dev ## Run all tests but those with a target of their own; TESTS="tests/test_x.py -k name" for some
-	@$(if $(TESTS),$(pytest) $(TESTS),$(pytest) $(beside) -m "$(elsewhere) and not cluster" && $(pytest) -m "$(elsewhere) and cluster")
+	@$(if $(TESTS),$(pytest) $(TESTS),$(pytest) $(beside) -m "$(elsewhere) and not cluster" && $(pytest) $(clusters) -m "$(elsewhere) and cluster")
 
 test-quick: dev ## Run the tests that need neither a cluster nor much computing: under a minute, for the inner loop
 	@$(pytest) -q $(beside) -m "$(elsewhere) and not cluster and not slow"

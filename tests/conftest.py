@@ -2,16 +2,22 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
+import jax
 import pytest
 
 pytest_plugins = ["tests.skips"]
 
 # What is tested is the CPU, also where JAX for CUDA is installed: tests compare bits, and run in several processes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
-# An accidental broadcast between ranks is an error; JAX reads this when it is imported.
+# An accidental broadcast between ranks is an error, also in the processes that tests start.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compile much and compute little, so they leave out the slow passes of LLVM. Processes that they start do not.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # A shell that starts the tests in the background has Ctrl-C ignored, which the commands that tests stop would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -21,3 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts files with slow tests first: the processes of pytest-xdist then end at nearly the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module")
+def fully_optimized() -> Iterator[None]:
+    """Compiles as a replica does, for claims about single bits: these depend on how loops are vectorized."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -14,7 +14,7 @@ from app.engine.request import Generated
 from app.types import SEEDS, Generation, PipelineSpec
 from tests.tiny import tensor_shapes, write_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fully_optimized")]
 
 SIZES = ((16, 24), (16, 16))
 WAIT_S = 300

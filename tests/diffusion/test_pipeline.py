@@ -22,7 +22,7 @@ from app.types import ActiveSlot, PipelineSpec
 from cluster import ROOT
 from tests.tiny import tensor_shapes, write_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fully_optimized")]
 
 SIZE = (16, 24)
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m_karras", "dpmpp_sde", "unipc", "pndm", "lcm")

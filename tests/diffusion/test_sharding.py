@@ -11,7 +11,7 @@ import pytest
 from cluster import ROOT
 from tests.tiny import tensor_shapes, write_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fully_optimized")]
 
 CHILD = """
 import sys

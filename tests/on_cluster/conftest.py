@@ -1,5 +1,5 @@
-"""One cluster serves all tests of this folder. Its ports are its own and its state is in .run/test, so a cluster that
-is up in this checkout is neither used nor disturbed.
+"""One cluster serves the tests of this folder that only use it; those that end a cluster start their own. Its ports are
+its own and its state is in .run/test, so a cluster that is up in this checkout is neither used nor disturbed.
 """
 
 from collections.abc import Iterator

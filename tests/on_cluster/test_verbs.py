@@ -1,6 +1,6 @@
 """The Makefile's verbs as a user would run them, on a real local Ray, with an application that needs no model.
 
-Runs after the other modules of this folder: its last tests kill and end the cluster that all of them share.
+Its cluster is its own, so that these tests run beside the others: the last ones kill and end it.
 """
 
 import json
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,10 +21,10 @@ import pytest
 from cluster import ROOT, auth_token, ownership, processes
 from cluster.local.state import Cluster
 from tests import other_user
-from tests.clusters import Verbs, fetch, refuses, soon, succeeds
+from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
 from tests.on_cluster.test_api import PROMPT, imagine, refusal, the_replica
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("verbs")]
 
 GREETER = """
 proxy_location: HeadOnly
@@ -53,10 +54,9 @@ applications:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nothing_is_deployed(verbs: Verbs) -> None:
-    """Serve keeps its HTTP options while it runs, and those of the modules before are others."""
-    verbs("deploy", "undeploy")
+@pytest.fixture(scope="module")
+def verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verbs]:
+    yield from one_node_cluster(ROOT / ".run" / "test-verbs", tmp_path_factory.mktemp("cluster-of-verbs"))
 
 
 @pytest.fixture
