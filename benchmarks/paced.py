@@ -53,7 +53,7 @@ class PacedPipeline(VirtualPipeline):
             clock=clock or RealClock(),
         )
 
-    def warm_up(self, budget_s: float = 1.0) -> None:
+    def warm_up(self, budget_s: float = 2.0) -> None:
         """Replaces what the engine is told by what a replica would measure at its start."""
 
         def step(rows: int, count: int) -> Done:

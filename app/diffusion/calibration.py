@@ -15,7 +15,7 @@ from app.types import ActiveSlot, DispatchCost, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
-BUDGET_S = 1.0  # for timing, all sizes together, as it delays the start
+BUDGET_S = 2.0  # for timing, all sizes together, as it delays the start
 PREVIEW_STEPS, PREVIEW_S = 10, 2.0  # steps of the images that the preview map is fitted to, and for how long at most
 
 

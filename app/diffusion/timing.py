@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from app.types import DispatchCost
 
 SPREAD = 0.05  # between the last two rounds of every program; clocks that ramp up have settled by then
-LAST_ROUNDS = 3  # whose median counts
+LAST_ROUNDS = 3  # whose quickest run counts: other work on the machine only makes a run longer
 # A dispatch of several steps, beside that of a single one, shows what a launch adds. Steps that take longer than
-# SLOW_S, or use up the budget, are timed singly: a launch that weighs beside them would be a fault.
+# SLOW_S, or larger ones than the smallest if the budget is used up, are timed singly.
 SEVERAL_S, MOST_STEPS, SLOW_S = 0.05, 16, 0.5
 
 
@@ -45,11 +45,11 @@ class Program:
 
     @property
     def call_s(self) -> float:
-        return median_low(self.calls[-LAST_ROUNDS:])
+        return min(self.calls[-LAST_ROUNDS:])
 
     @property
     def total_s(self) -> float:
-        return median_low(self.totals[-LAST_ROUNDS:])
+        return min(self.totals[-LAST_ROUNDS:])
 
     @property
     def settled(self) -> bool:
@@ -81,9 +81,11 @@ def timed(
     began = clock()
     for program in programs:
         program.run(wait, clock)
-    slow_s = SLOW_S if clock() - began < budget_s else 0.0
-    counts = {rows: several(program.total_s) for rows, program in single.items() if program.total_s <= slow_s}
+    buckets = single if clock() - began < budget_s else [min(single)]
+    counts = {rows: several(single[rows].total_s) for rows in buckets if single[rows].total_s <= SLOW_S}
     multiple = {rows: Program(lambda rows=rows: step(rows, counts[rows])) for rows in counts}  # type: ignore[misc]
+    for program in multiple.values():
+        program.run(wait, clock)
     programs += multiple.values()
     while clock() - began < budget_s and not all(program.settled for program in programs):
         for program in programs:
@@ -105,7 +107,7 @@ def fitted(
     """
     step_s = {rows: program.total_s for rows, program in single.items()}
     launch_s = dict.fromkeys(single, 0.0)
-    waiting = [single[rows].call_s / single[rows].total_s for rows in single if rows not in multiple]
+    waiting = [] if multiple else [program.call_s / program.total_s for program in single.values()]
     for rows, program in multiple.items():
         longer_s = max(program.total_s - single[rows].total_s, 0.0)
         step_s[rows] = min(longer_s / (counts[rows] - 1), single[rows].total_s) or single[rows].total_s
@@ -114,6 +116,7 @@ def fitted(
     host_s = 0.0 if blocks else median_low([program.call_s for program in single.values()])
     for rows in multiple:
         launch_s[rows] = max(single[rows].total_s - step_s[rows] - host_s, 0.0)
-    for rows in set(single) - set(multiple):
-        step_s[rows] = max(step_s[rows] - host_s, 0.0)
+    for rows in set(single) - set(multiple):  # a launch depends little on the bucket
+        launch_s[rows] = launch_s[min(multiple)] if multiple else 0.0
+        step_s[rows] = max(step_s[rows] - launch_s[rows] - host_s, 0.0)
     return Timed(step_s, launch_s, decode_s, DispatchCost(blocks, host_s))
