@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
-from app.diffusion.models.shapes import text_encoder_tensors, unet_tensors, vae_tensors
+from app.diffusion.families.stable_diffusion import StableDiffusion
+from app.diffusion.families.stable_diffusion_xl import StableDiffusionXL
 from tests import tiny
 
 Config = Mapping[str, Any]
@@ -103,23 +103,55 @@ MODELS: dict[str, dict[str, Config]] = {
             "num_hidden_layers": 3,
         },
     },
+    "sdxl": {
+        "unet": _UNET
+        | {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "attention_head_dim": [1, 1, 2],
+            "block_out_channels": [32, 64, 128],
+            "cross_attention_dim": 128,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "layers_per_block": 1,
+            "projection_class_embeddings_input_dim": 40 + 6 * 256,
+            "transformer_layers_per_block": [1, 1, 2],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "use_linear_projection": True,
+        },
+        "vae": _VAE | {"scaling_factor": 0.13025},
+        "text_encoder": _TEXT
+        | {
+            "hidden_act": "quick_gelu",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 1,
+            "num_hidden_layers": 2,
+        },
+        "text_encoder_2": _TEXT
+        | {
+            "architectures": ["CLIPTextModelWithProjection"],
+            "hidden_act": "gelu",
+            "hidden_size": 64,
+            "intermediate_size": 80,
+            "num_attention_heads": 1,
+            "num_hidden_layers": 3,
+            "projection_dim": 40,
+        },
+    },
 }
-SCHEDULERS = {"sd1": tiny.MODELS["tiny-sd1"]["scheduler"], "sd2": tiny.MODELS["tiny-sd2"]["scheduler"]}
+SCHEDULERS = {name: tiny.MODELS[f"tiny-{name}"]["scheduler"] for name in MODELS}
 
 
 def arrays(model: str) -> dict[str, Arrays]:
     """The tensors of one of MODELS by component, by diffusers' names."""
-    configs, problems = MODELS[model], list[str]()
-    shapes = {
-        "unet": unet_tensors(UNetConfig.from_json(configs["unet"], problems)),
-        "vae": vae_tensors(VAEConfig.from_json(configs["vae"], problems)),
-        "text_encoder": text_encoder_tensors(CLIPTextConfig.from_json(configs["text_encoder"], problems)),
-    }
+    components = (StableDiffusionXL if model == "sdxl" else StableDiffusion).COMPONENTS
+    problems: list[str] = []
+    tensors = {}
+    for part, component in components.items():
+        shapes = component.tensors(component.read(MODELS[model][part], problems, part))
+        tensors[part] = {name: tiny.weight(part, name, [*shape]) for name, shape in shapes.items()}
     assert not problems, problems
-    return {
-        part: {name: tiny.weight(part, name, [*shape]) for name, shape in named.items()}
-        for part, named in shapes.items()
-    }
+    return tensors
 
 
 def write_one_file(file: Path, model: str, metadata: dict[str, str] | None = None, **more: Any) -> Path:

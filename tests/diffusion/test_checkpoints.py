@@ -408,9 +408,12 @@ def test_one_file_loads_with_a_tokenizer_beside_it(name: str, tmp_path: Path, ca
         loaded = to_tensors(checkpoint.networks[part], np.float32)
         assert loaded.keys() == arrays.keys()
         assert all(np.array_equal(loaded[name].reshape(arrays[name].shape), arrays[name]) for name in arrays)
-    ids = checkpoint.tokenizers["tokenizer"](["red house"]).input_ids[0]
-    end, zero = 525, 0  # CLIP pads with its end token, OpenCLIP with token 0
-    assert ids[-1] == (end if name == "sd1" else zero) and end in ids
+    # CLIP pads with its end token, OpenCLIP with token 0.
+    padding = {"sd1": {"tokenizer": 525}, "sd2": {"tokenizer": 0}, "sdxl": {"tokenizer": 525, "tokenizer_2": 0}}[name]
+    assert checkpoint.tokenizers.keys() == padding.keys()
+    for words, last in padding.items():
+        ids = checkpoint.tokenizers[words](["red house"]).input_ids[0]
+        assert 525 in ids and ids[-1] == last
 
 
 def test_one_file_without_a_tokenizer_is_refused_and_the_setting_is_named(tmp_path: Path) -> None:

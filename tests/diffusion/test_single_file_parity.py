@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,26 +10,22 @@ from safetensors.numpy import load_file
 from app.diffusion.models.ldm_names import unet_names, vae_names
 from app.diffusion.models.single_file import read_single_file
 from tests.one_file import MODELS, unet_name, vae_name, write_one_file
-from tests.published import CHECKPOINTS
+from tests.published import CHECKPOINTS, XL_CHECKPOINTS
 
 pytestmark = pytest.mark.parity
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
-SDXL_UNET: dict[str, Any] = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280],
-    "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "layers_per_block": 2,
-    "projection_class_embeddings_input_dim": 2816,
-    "transformer_layers_per_block": [1, 2, 10],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "use_linear_projection": True,
+ENCODERS = {
+    "sd1": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
 }
+XL = "stable-diffusion-xl-base-1.0"
 FULL_SIZE = {name: CHECKPOINTS[name] for name in ("stable-diffusion-v1-4", "stable-diffusion-2-1")}
-FULL_SIZE["stable-diffusion-xl"] = {"unet": SDXL_UNET, "vae": CHECKPOINTS["stable-diffusion-2-1"]["vae"]}
+FULL_SIZE[XL] = XL_CHECKPOINTS[XL]
 
 
 @pytest.mark.parametrize("part", PREFIXES)
@@ -72,19 +67,14 @@ def test_every_tensor_of_a_file_has_the_values_that_diffusers_converts_it_to(mod
         "unet": single_file_utils.convert_ldm_unet_checkpoint(stored, single.configs["unet"]),
         "vae": single_file_utils.convert_ldm_vae_checkpoint(stored, single.configs["vae"]),
     }
-    for part, prefix in {
-        "text_encoder": ["cond_stage_model.", "conditioner.embedders.0."],
-        "text_encoder_2": ["conditioner.embedders.1."],
-    }.items():
-        for start in prefix:
-            config = SimpleNamespace(config=SimpleNamespace(**single.configs.get(part, {})))
-            if any(key.startswith(f"{start}transformer.") for key in stored):
-                texts = single_file_utils.convert_ldm_clip_checkpoint(stored, remove_prefix=f"{start}transformer.")
-            elif any(key.startswith(f"{start}model.") for key in stored):
-                texts = single_file_utils.convert_open_clip_checkpoint(config, stored, prefix=f"{start}model.")
-            else:
-                continue
-            converted[part] = {key.removeprefix("text_model."): value for key, value in texts.items()}
+    for part, prefix in ENCODERS[model].items():
+        if prefix.endswith("transformer."):
+            texts = single_file_utils.convert_ldm_clip_checkpoint(stored, remove_prefix=prefix)
+        else:
+            # The width is that of in_proj, which the converter takes from text_projection where there is one.
+            config = SimpleNamespace(config=SimpleNamespace(**single.configs[part]))
+            texts = single_file_utils.convert_open_clip_checkpoint(config, stored, prefix=prefix)
+        converted[part] = {key.removeprefix("text_model."): value for key, value in texts.items()}
     assert single.tensors.keys() == converted.keys()
     for part, named in converted.items():
         assert single.tensors[part].keys() == named.keys()

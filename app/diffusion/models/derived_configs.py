@@ -25,6 +25,7 @@ def text_config(shapes: Shapes, activation: str) -> Json:
         "num_attention_heads": max(1, width // HEAD),
         "max_position_embeddings": shape(shapes, "embeddings.position_embedding.weight", 2)[0],
         "hidden_act": activation,
+        "eos_token_id": 2,  # as old configs have it: a text ends at its largest id, which is CLIP's end token
     }
     if "text_projection.weight" in shapes:
         width = shape(shapes, "text_projection.weight", 2)[0]

@@ -54,7 +54,13 @@ KINDS = {
     "SDXL": Kind(
         {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
         {"text_encoder": f"conditioner.embedders.0.{CLIP}", "text_encoder_2": f"conditioner.embedders.1.{OPEN_CLIP}"},
-        BETAS | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+        BETAS
+        | {
+            "_class_name": "EulerDiscreteScheduler",
+            "interpolation_type": "linear",
+            "timestep_spacing": "leading",
+            "use_karras_sigmas": False,
+        },
         scaling_factor=0.13025,
     ),
 }
