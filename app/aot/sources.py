@@ -22,6 +22,24 @@ HOST_ONLY = {
     "app.aot.sources",
     "app.aot.program",
     "app.diffusion.calibration",  # what it measures reaches programs as arguments
+    # Tables reach programs as arguments; what applies them is samplers/table.py.
+    "app.diffusion.samplers",
+    *(
+        f"app.diffusion.samplers.{name}"
+        for name in (
+            "catalogue",
+            "defaults",
+            "dpm_solver",
+            "dpmpp_sde",
+            "first_order",
+            "flow",
+            "noise_levels",
+            "noise_multistep",
+            "plms",
+            "prediction",
+            "schedule",
+        )
+    ),
     "app.diffusion.timing",
 }
 

@@ -21,7 +21,7 @@ from app.diffusion.device_programs import (
     step_program,
 )
 from app.diffusion.families.family import Family, Role
-from app.diffusion.samplers import HISTORY, Coefficients
+from app.diffusion.samplers.table import HISTORY, Coefficients
 from app.diffusion.sharding import row_sharding
 from app.types import PipelineSpec, Size
 

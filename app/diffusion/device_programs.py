@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from app.diffusion.families.family import Family, Networks
-from app.diffusion.samplers import Coefficients, update
+from app.diffusion.samplers.table import Coefficients, update
 from app.diffusion.sharding import divided, passes_of, strips_of, together_on
 from app.types import ActiveSlot, Size
 

@@ -40,7 +40,7 @@ def test_they_are_what_importing_the_pipeline_imports_but_for_what_stays_on_the_
         "app.diffusion.pipeline",
         "app.diffusion.device_programs",
         "app.diffusion.sharding",
-        "app.diffusion.samplers",
+        "app.diffusion.samplers.table",
         "app.diffusion.models",
         "app.diffusion.models.unet",
         "app.diffusion.models.loading",
