@@ -122,6 +122,17 @@ def test_what_is_not_a_weight_of_a_component_is_refused_by_name(more: Any, probl
     assert any(problem in line for line in refused(write_one_file(tmp_path / "s.safetensors", "sd1", **more)))
 
 
+def test_two_tensors_of_one_name_are_refused() -> None:
+    tensors = one_file(arrays("sd1"), MODELS["sd1"])
+    name = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
+    problems: list[str] = []
+    tensors[name.replace("text_model.", "")] = tensors[name]
+    assert components(stored(tensors), {}, "s.safetensors", problems) is None
+    assert problems == [
+        f"s.safetensors: tensors {name} and {name.replace('text_model.', '')} are both final_layer_norm.bias."
+    ]
+
+
 def test_a_file_without_a_vae_is_refused() -> None:
     tensors = one_file(arrays("sd1"), MODELS["sd1"])
     kept = {key: value for key, value in tensors.items() if not key.startswith("first_stage_model.")}

@@ -5,8 +5,8 @@ the VAE's scale and the schedule (CompVis' and Stability's model configs; diffus
 kind). Reads headers alone, and imports no JAX.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,15 @@ SURPLUS = {
 TEXT_SURPLUS = {"logit_scale", "attn_mask", "text_projection.weight"} | NOT_WEIGHTS
 
 
-@dataclass
+@dataclass(frozen=True)
 class SingleFile:
+    """What the files of a folder in diffusers layout would say. All but `index` and `scheduler` are by component."""
+
     index: Json
     configs: dict[str, Json]
     scheduler: Json
     tensors: dict[str, Tensors]
-    padding: dict[str, str] = field(default_factory=dict)  # text encoder -> token
+    padding: dict[str, str]  # text encoder -> token
 
 
 def read_single_file(file: Path, problems: list[str]) -> SingleFile | None:
@@ -96,6 +98,7 @@ def read_single_file(file: Path, problems: list[str]) -> SingleFile | None:
 
 
 def components(stored: Tensors, metadata: Mapping[str, str], where: str, problems: list[str]) -> SingleFile | None:
+    """From all tensors of a file, which problems call `where`, and its metadata."""
     kind = kind_of(stored, where, problems)
     if kind is None:
         return None
@@ -103,13 +106,14 @@ def components(stored: Tensors, metadata: Mapping[str, str], where: str, problem
     hints = stored
     stored = {key: tensor for key, tensor in stored.items() if not surplus(key, kind)}
     unet, vae = with_prefix(stored, UNET), with_prefix(stored, VAE)
-    tensors = {
-        "unet": {name: unet[key] for key, name in unet_names(unet).items()},
-        "vae": {name: vae[key] for key, name in vae_names(vae).items()},
+    renamed: dict[str, Iterable[tuple[str, Tensor]]] = {
+        "unet": ((name, unet[key]) for key, name in unet_names(unet).items()),
+        "vae": ((name, vae[key]) for key, name in vae_names(vae).items()),
     }
     for part, prefix in kind.encoders.items():
         encoder = with_prefix(stored, prefix)
-        tensors[part] = dict(clip(encoder) if prefix.endswith(CLIP) else open_clip(encoder, part))
+        renamed[part] = clip(encoder) if prefix.endswith(CLIP) else open_clip(encoder, part)
+    tensors = {part: by_name(pairs, where, problems) for part, pairs in renamed.items()}
     for part, prefix in {"unet": UNET, "vae": VAE, **kind.encoders}.items():
         if not tensors[part]:
             problems.append(f"{where} has no {part}: none of its tensors begins with {prefix}")
@@ -126,6 +130,15 @@ def components(stored: Tensors, metadata: Mapping[str, str], where: str, problem
         configs[part] = text_config(shapes[part], "quick_gelu" if prefix.endswith(CLIP) else "gelu")
     padding = {part: END if prefix.endswith(CLIP) else ZERO for part, prefix in kind.encoders.items()}
     return SingleFile(kind.index, configs, scheduler_config(kind, hints, metadata), tensors, padding)
+
+
+def by_name(pairs: Iterable[tuple[str, Tensor]], where: str, problems: list[str]) -> Tensors:
+    tensors: Tensors = {}
+    for name, tensor in pairs:
+        if name in tensors:
+            problems.append(f"{where}: tensors {tensors[name].key} and {tensor.key} are both {name}.")
+        tensors[name] = tensor
+    return tensors
 
 
 def kind_of(stored: Tensors, where: str, problems: list[str]) -> Kind | None:
