@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from app.aot.cache_key import fingerprint
 from app.aot.compile import compiled
@@ -32,10 +32,10 @@ from app.diffusion.declared_programs import (
     part_of,
 )
 from app.diffusion.device_programs import DenoiseState, network_of, rows_of
-from app.diffusion.families.family import Role
+from app.diffusion.families.family import Component, Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
 from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, departures, make_table, samplers_for
-from app.diffusion.sharding import mesh_of, placed, weight_shardings
+from app.diffusion.sharding import mesh_of, placed, weight_sharding
 from app.types import ActiveSlot, DispatchCost, Generation, InvalidField, PipelineSpec, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
@@ -85,9 +85,7 @@ class Pipeline:
             params[name], tree = jax.tree.flatten(variables)
             networks[name] = partial(network_of, graph, tree)
         self.shardings = {
-            part: weight_shardings(
-                self.mesh, params[part], divided=spec.shard_text_encoders and component.role == "encode"
-            )
+            part: jax.tree.map(partial(sharding_of, spec, self.mesh, component), params[part])
             for part, component in family.COMPONENTS.items()
         }
         self.params = placed(params, self.shardings)
@@ -111,12 +109,18 @@ class Pipeline:
         """
         set_flags()
         check_platform()
+        mesh = mesh_of(jax.local_devices() if devices is None else devices)
+
+        def place(component: Component, weight: np.ndarray) -> jax.Array:
+            return jax.device_put(weight, sharding_of(spec, mesh, component, weight))
+
         checkpoint = load_checkpoint(
             spec.model,
             revision=spec.revision,
             variant=spec.variant,
             tokenizer=spec.tokenizer,
             dtype=DTYPES[spec.dtype],
+            place=place,
         )
         return cls(checkpoint, spec, devices=devices)
 
@@ -259,6 +263,10 @@ def check_platform() -> None:
     platforms: str = getattr(jax.config, "jax_platforms", None) or ""
     if platforms.partition(",")[0] == "cuda" and jax.default_backend() != "gpu":
         raise RuntimeError(f"JAX_PLATFORMS is {platforms}, and JAX sees no NVIDIA GPU here; see docs/nvidia.md.")
+
+
+def sharding_of(spec: PipelineSpec, mesh: Mesh, component: Component, weight: Any) -> NamedSharding:
+    return weight_sharding(mesh, weight, divided=spec.shard_text_encoders and component.role == "encode")
 
 
 def check_sizes(sizes: Sequence[Size], multiple: int) -> None:

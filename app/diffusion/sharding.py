@@ -33,19 +33,15 @@ def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names[:halvings] or None))
 
 
-def weight_shardings(mesh: Mesh, params: Any, *, divided: bool) -> Any:
-    """A sharding for each of a network's weights: all chips hold it whole, or each has a part of its longest axis.
+def weight_sharding(mesh: Mesh, weight: Any, *, divided: bool) -> NamedSharding:
+    """All chips hold a weight whole, or each has a part of its longest axis, and XLA adds the communication.
 
-    XLA adds the communication. Vectors, and matrices whose longest axis no chip count divides, stay whole.
+    Vectors stay whole, and so does what the number of chips does not divide.
     """
-
-    def sharding(weight: Any) -> NamedSharding:
-        longest = max(range(len(weight.shape)), key=weight.shape.__getitem__, default=0)
-        if not divided or len(weight.shape) < 2 or weight.shape[longest] % mesh.size:
-            return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, PartitionSpec(*[None] * longest, mesh.axis_names))
-
-    return jax.tree.map(sharding, params)
+    longest = max(range(len(weight.shape)), key=weight.shape.__getitem__, default=0)
+    if not divided or len(weight.shape) < 2 or weight.shape[longest] % mesh.size:
+        return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, mesh.axis_names))
 
 
 def placed(params: Any, shardings: Any) -> Any:

@@ -17,16 +17,14 @@ import sys
 import jax, numpy as np
 from app.aot.compile import compiled
 from app.diffusion.families import flux2_klein
-from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.pipeline import Pipeline
 from app.types import PipelineSpec
 
 flux2_klein.HIDDEN_STATES, flux2_klein.TEXT_LENGTH = (1, 2, 4), 32
-checkpoint = load_checkpoint(sys.argv[1])
 spec = PipelineSpec(sys.argv[1], ((16, 16),), (1,), 1, shard_text_encoders=True)
 
 for devices in (1, 4, 8):
-    pipeline = Pipeline(checkpoint, spec, devices=jax.devices()[:devices])
+    pipeline = Pipeline.load(spec, devices=jax.devices()[:devices])
     parts = [leaf.nbytes / leaf.addressable_shards[0].data.nbytes for leaf in pipeline.params["text_encoder"]]
     assert all(leaf.is_fully_replicated for part in ("transformer", "vae") for leaf in pipeline.params[part])
     matrices = [leaf.ndim > 1 for leaf in pipeline.params["text_encoder"]]

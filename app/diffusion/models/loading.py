@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from app.diffusion.families.family import Family
+from app.diffusion.families.family import Component, Family
 from app.diffusion.models import hub_files
 from app.diffusion.models.checkpoint_files import CheckpointFiles, read_file, read_folder
 from app.diffusion.models.tensor_names import squeezed
@@ -48,12 +49,13 @@ def load_checkpoint(
     variant: str | None = None,
     tokenizer: str | Path | None = None,
     dtype: Any = jnp.float32,
+    place: Callable[[Component, np.ndarray], jax.Array] | None = None,
 ) -> Checkpoint:
     """Loads a folder in diffusers layout, one .safetensors file, or a Hugging Face repo id, with networks in `dtype`.
 
     `tokenizer` is a folder or a repo id, which one file needs. Raises ValueError with every problem: a missing file,
     class, tensor or option, a wrong shape, a surplus tensor, a number that is not finite, or a tokenizer that does not
-    fit. Weights are read tensor by tensor.
+    fit. Weights are read tensor by tensor, and `place` puts each on its devices; by default it goes to the first.
     """
     problems: list[str] = []
     files, path, unreachable = find_checkpoint(model, revision, variant, tokenizer, problems)
@@ -72,7 +74,14 @@ def load_checkpoint(
         problems += tokenizers[name].problems(getattr(family, part).vocab_size)
     broken: list[str] = []
     networks = {
-        part: load_module(build, files.weights(part, family), part, problems, broken)
+        part: load_module(
+            build,
+            files.weights(part, family),
+            part,
+            problems,
+            broken,
+            jnp.asarray if place is None else partial(place, family.COMPONENTS[part]),
+        )
         for part, build in builders(family, dtype).items()
     }
     if broken:
@@ -132,7 +141,12 @@ class OneKey:
 
 
 def load_module(
-    build: Callable[[], Module], tensors: Mapping[str, Tensor], where: str, problems: list[str], broken: list[str]
+    build: Callable[[], Module],
+    tensors: Mapping[str, Tensor],
+    where: str,
+    problems: list[str],
+    broken: list[str],
+    place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
 ) -> Module:
     """Fills the module that `build` describes, without ever allocating its random initial weights.
 
@@ -158,7 +172,7 @@ def load_module(
             if not finite(content):
                 broken.append(f"{where} {name}")
             value = from_tensor(path, content, parameter.shape)
-            filled[path] = parameter.replace(jnp.asarray(value, dtype=parameter.dtype))
+            filled[path] = parameter.replace(place(value.astype(parameter.dtype, copy=False)))
     for name in sorted(set(tensors) - {tensor_name(path) for path in parameters}):
         problems.append(f"{where}: tensor {name} is not one that this architecture has.")
     return nnx.merge(graph, nnx.from_flat_state(filled)) if not problems else nnx.merge(graph, abstract)
