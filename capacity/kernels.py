@@ -22,6 +22,7 @@ from cluster.cli import Parser, UsageError, UserError, run_command
 SHARES = {
     "attention-kernel-64": {"v4": 0.65, "v5e": 0.92, "v6e": 0.66},
     "attention-kernel-128": {"v5e": 0.76},
+    "attention-kernel-512": {"v5e": 0.95},
 }
 ASSUMED_SHARE = 0.7
 ROWS = 64  # so many that XLA leaves them in HBM
@@ -45,14 +46,15 @@ def attention_share(host: Host, keys: int, heads: int, size: int, folder: Path) 
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from app.diffusion.models.tpu_attention import LANES, attend_in_vmem, block_of, queries_of, width_of
+    from app.diffusion.models.tpu_attention import LANES, at_once, attend_in_vmem, block_of, queries_of, width_of
 
     sharding = SingleDeviceSharding(devices(host)[0])
     x = jax.ShapeDtypeStruct((ROWS, keys, heads, size), jnp.bfloat16, sharding=sharding)
     jax.jit(attend_in_vmem, out_shardings=sharding).lower(x, x, x).compile()
     (path,) = [path for path in folder.glob("*attention-kernel*-final_bundles.txt") if "analysis" not in path.name]
     count = bundles(path.read_text("utf-8"))
-    cycles = count[1] + count[2] * (keys // block_of(keys))  # of a cell: the grid's loop, and in it that of the keys
+    # The grid's loop, and in it that of the keys that are in VMEM at once.
+    cycles = count[1] * (keys // at_once(keys, size)) + count[2] * (keys // block_of(keys, size))
     chip, queries = host.chip, queries_of(keys)
     products = (matrix(1, queries, size, keys, chip.tile), matrix(1, queries, keys, size, chip.tile))
     flops = sum(product.padded_flops for product in products) * max(1, LANES // width_of(size))

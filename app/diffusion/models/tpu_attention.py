@@ -1,4 +1,4 @@
-"""Attention over many keys as one Pallas kernel for TPUs, which keeps a head's keys and values in VMEM.
+"""Attention over many keys as one Pallas kernel for TPUs, which keeps a head's keys and values in VMEM if they fit.
 
 It reads queries, keys and values as they are projected, by columns of LANES features, so nothing is transposed. The
 softmax runs over blocks of keys (Milakov & Gimelshein 2018), in float32.
@@ -19,15 +19,16 @@ SINCE = {64: 576}
 CLIFF = 4096 * 64
 MOST_QUERIES = 512  # of a block
 MOST_KEYS = 2304  # of a block
+MOST_WIDE_KEYS = 1024  # of a block, where a head has more than LANES features
+LARGEST_HEAD = 512
 LEAST_KEYS = 256  # a shorter block costs more than it saves
 RESIDENT = 9 << 20  # bytes of VMEM for keys and values; with blocks of logits it stays below the 16 MiB of every chip
 
 
 def takes(keys: int, size: int, dtype: Any) -> bool:
     """Whether the kernel is cheaper than XLA's attention, and compiles for every generation of TPU."""
-    pays = size <= LANES and keys >= SINCE.get(size, CLIFF // size + 1)
-    tiles = block_of(keys) >= min(LEAST_KEYS, keys)
-    return pays and tiles and dtype == jnp.bfloat16 and resident_bytes(keys, size, dtype) <= RESIDENT
+    pays = size <= LARGEST_HEAD and keys >= SINCE.get(size, CLIFF // size + 1)
+    return pays and dtype == jnp.bfloat16 and block_of(keys, size) >= min(LEAST_KEYS, keys)
 
 
 def attend_in_vmem(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -38,70 +39,96 @@ def attend_in_vmem(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool 
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - size))) for x in (q, k, v))
     q, k, v = (x.reshape(*x.shape[:2], heads * width) for x in (q, k, v))
     lanes = max(LANES, width)
-    block = queries_of(queries)
-    twice = 2 * resident_bytes(keys, size, k.dtype) <= RESIDENT  # the next head's are read ahead
-    by_query = pl.BlockSpec((1, block, lanes), lambda row, column, i: (row, i, column))
-    by_head = pl.BlockSpec(
-        (1, keys, lanes), lambda row, column, i: (row, 0, column), pipeline_mode=pl.Buffered(1 + twice)
+    resident = at_once(keys, size)
+    parts = keys // resident
+    twice = 2 * nbytes(resident, size) <= RESIDENT  # the next ones are read ahead
+    by_query = pl.BlockSpec((1, queries_of(queries), lanes), lambda row, column, i, j: (row, i, column))
+    by_key = pl.BlockSpec(
+        (1, resident, lanes), lambda row, column, i, j: (row, j, column), pipeline_mode=pl.Buffered(1 + twice)
     )
+    sums = [(lanes // width, queries_of(queries), features) for features in (1, 1, lanes)]
     with jax.named_scope(f"attention-kernel-{width}"):  # capacity/kernels.py has its price by this name
         x = pl.pallas_call(
-            partial(kernel, heads=heads, width=width, scale=size**-0.5, keys=block_of(keys)),
-            grid=(batch, pl.cdiv(heads * width, lanes), pl.cdiv(queries, block)),
-            in_specs=[by_query, by_head, by_head],
+            partial(kernel, heads=heads, width=width, scale=size**-0.5, block=block_of(keys, size), parts=parts),
+            grid=(batch, pl.cdiv(heads * width, lanes), pl.cdiv(queries, queries_of(queries)), parts),
+            in_specs=[by_query, by_key, by_key],
             out_specs=by_query,
             out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
             cost_estimate=pl.CostEstimate(
                 flops=4 * batch * heads * queries * keys * lanes,
                 transcendentals=batch * heads * queries * keys,
                 bytes_accessed=2 * (q.size + k.size) * q.dtype.itemsize,
             ),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+            ),
             interpret=interpret,
         )(q, k, v)
     return x.reshape(batch, queries, heads, width)[..., :size]
 
 
 def kernel(
-    q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, *, heads: int, width: int, scale: float, keys: int
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    out_ref: Any,
+    top_ref: Any,
+    total_ref: Any,
+    x_ref: Any,
+    *,
+    heads: int,
+    width: int,
+    scale: float,
+    block: int,
+    parts: int,
 ) -> None:
-    """A block of queries, of the heads that share a column.
+    """A block of queries, of the heads that share a column, over the keys that are in VMEM: one of `parts` of all keys.
 
     A head's product with zeros in its neighbours' lanes costs no more than one over its own lanes alone, since the
     matrix unit is as wide as a column.
     """
-    queries, lanes = q_ref.shape[1:]
+    lanes = q_ref.shape[2]
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
-    shared = width < lanes
+    own = [(lane >= start) & (lane < start + width) for start in range(0, lanes, width)]  # lanes of each head
+    shared = len(own) > 1
+    part = pl.program_id(3)
 
-    def attend_head(start: int) -> None:
-        mine = (lane >= start) & (lane < start + width)
-        q = jnp.where(mine, q_ref[0], 0)
+    def write(head: int, total: jax.Array, x: jax.Array) -> None:
+        x = x / (pltpu.roll(x, width, 1) if shared else total)
+        out_ref[0] = jnp.where(own[head], x.astype(out_ref.dtype), out_ref[0])
+
+    def attend_head(head: int) -> None:
+        q = jnp.where(own[head], q_ref[0], 0)
 
         def add_keys(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             highest, total, x = sums
-            k, v = (ref[0, pl.ds(i * keys, keys), :] for ref in (k_ref, v_ref))
+            k, v = (ref[0, pl.ds(i * block, block), :] for ref in (k_ref, v_ref))
             if heads * width % lanes:  # beyond the last head stands anything, even NaN
-                k = jnp.where(mine, k, 0)
+                k = jnp.where(own[head], k, 0)
             logits = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             top = jnp.maximum(highest, logits.max(-1, keepdims=True))
             weights, kept = jnp.exp((logits - top) * scale), jnp.exp((highest - top) * scale)
             if shared:  # the lanes of the head's neighbours sum its weights
-                v = jnp.where(mine, v, 1)
+                v = jnp.where(own[head], v, 1)
             else:
                 total = total * kept + weights.sum(-1, keepdims=True)
             x = x * kept + jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
             return top, total, x
 
-        zeros = jnp.zeros((queries, 1), jnp.float32)
-        sums = (zeros - jnp.inf, zeros, jnp.zeros((queries, lanes), jnp.float32))
-        _, total, x = jax.lax.fori_loop(0, k_ref.shape[1] // keys, add_keys, sums)
-        x = x / (pltpu.roll(x, width, 1) if shared else total)
-        out_ref[0] = jnp.where(mine, x.astype(out_ref.dtype), out_ref[0])
+        sums = (jnp.full_like(top_ref[head], -jnp.inf), jnp.zeros_like(total_ref[head]), jnp.zeros_like(x_ref[head]))
+        if parts > 1:
+            kept = (top_ref[head], total_ref[head], x_ref[head])
+            sums = jax.tree.map(partial(jnp.where, part == 0), sums, kept)
+        top, total, x = jax.lax.fori_loop(0, k_ref.shape[1] // block, add_keys, sums)
+        if parts == 1:
+            write(head, total, x)
+        else:
+            top_ref[head], total_ref[head], x_ref[head] = top, total, x
+            pl.when(part == parts - 1)(partial(write, head, total, x))
 
-    for position in range(lanes // width):
-        exists = pl.program_id(1) * (lanes // width) + position < heads
-        pl.when(exists)(partial(attend_head, position * width))
+    for head in range(len(own)):
+        pl.when(pl.program_id(1) * len(own) + head < heads)(partial(attend_head, head))
 
 
 def width_of(size: int) -> int:
@@ -114,10 +141,17 @@ def queries_of(queries: int) -> int:
     return -(-queries // pl.cdiv(queries, MOST_QUERIES) // 16) * 16
 
 
-def block_of(keys: int) -> int:
+def block_of(keys: int, size: int) -> int:
     """The largest block of whole tiles that the keys divide into; 0 if there is none."""
-    return next((block for block in range(min(keys, MOST_KEYS) // 16 * 16, 0, -16) if keys % block == 0), 0)
+    most = min(keys, MOST_KEYS if size <= LANES else MOST_WIDE_KEYS)
+    return next((block for block in range(most // 16 * 16, 0, -16) if keys % block == 0), 0)
 
 
-def resident_bytes(keys: int, size: int, dtype: Any) -> int:
-    return 2 * keys * max(LANES, width_of(size)) * jnp.dtype(dtype).itemsize
+def at_once(keys: int, size: int) -> int:
+    """How many keys are in VMEM: all, or a block where they do not fit."""
+    return keys if nbytes(keys, size) <= RESIDENT else block_of(keys, size)
+
+
+def nbytes(keys: int, size: int) -> int:
+    """Bytes of a column of so many keys and values, in bfloat16."""
+    return 2 * keys * max(LANES, width_of(size)) * 2
