@@ -66,9 +66,7 @@ def test_blocks_are_whole_tiles_that_fill_queries_and_keys() -> None:
     ],
     ids=str,
 )
-def test_the_kernel_takes_what_it_does_cheaper(
-    keys: int, size: int, dtype: Any, expected: bool
-) -> None:
+def test_the_kernel_takes_what_it_does_cheaper(keys: int, size: int, dtype: Any, expected: bool) -> None:
     assert takes(keys, size, dtype) is expected
 
 
