@@ -233,7 +233,7 @@ def test_a_class_that_is_not_sampled_with_loads_and_the_nearest_sampler_is_logge
     )
 
 
-@pytest.mark.parametrize("changes", [{"steps_offset": -1}, {"steps_offset": 0.5}, {"clip_sample": "yes"}])
+@pytest.mark.parametrize("changes", [{"steps_offset": -1}, {"steps_offset": 0.5}, {"set_alpha_to_one": "yes"}])
 def test_what_no_schedule_can_have_is_refused_with_all_other_problems(model: Path, changes: dict[str, Any]) -> None:
     edit(model / "scheduler/scheduler_config.json", **changes)
     (model / "tokenizer/vocab.json").unlink()

@@ -243,7 +243,7 @@ def test_all_problems_of_a_scheduler_config_are_named_at_once() -> None:
     config = CONFIGS["sd14"] | {
         "_class_name": "EDMEulerScheduler",
         "beta_schedule": "sigmoid",
-        "clip_sample": True,
+        "thresholding": True,
         "num_train_timesteps": 0,
         "sigma_data": 0.5,
     }
@@ -252,7 +252,7 @@ def test_all_problems_of_a_scheduler_config_are_named_at_once() -> None:
     message = str(caught.value)
     assert "_class_name must be one of DDIMScheduler, " in message and "got 'EDMEulerScheduler'" in message
     assert "beta_schedule must be 'linear' or 'scaled_linear' or 'squaredcos_cap_v2', got 'sigmoid'" in message
-    assert "clip_sample must be False, got True" in message
+    assert "thresholding must be False, got True" in message
     assert "num_train_timesteps must be a whole number of 2 or more, got 0" in message
     assert "sigma_data is not an option that is known here, got 0.5" in message
 
@@ -260,7 +260,7 @@ def test_all_problems_of_a_scheduler_config_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     "config, change",
     [
-        ("sd14", {"clip_sample": True}),
+        ("cosine", {"clip_sample": True}),
         ("sd14", {"skip_prk_steps": False}),
         ("sd14", {"set_alpha_to_one": 1}),
         ("sd14", {"trained_betas": [0.1, 0.2]}),
@@ -315,6 +315,11 @@ def test_what_only_the_default_sampler_could_follow_is_said_and_not_refused(
 @pytest.mark.parametrize("config", CONFIGS)
 def test_nothing_is_said_where_the_default_sampler_is_what_the_checkpoint_names(config: str) -> None:
     assert departures(Schedule.from_config(CONFIGS[config])) == ()
+
+
+def test_what_the_class_of_the_file_ignores_is_ignored() -> None:
+    schedule = Schedule.from_config(CONFIGS["silent"] | {"clip_sample": True})
+    assert schedule == Schedule.from_config(CONFIGS["silent"])
 
 
 def test_betas_may_stand_in_the_file() -> None:

@@ -44,6 +44,8 @@ class Schedule:
         if class_name not in _BETAS_OF_CLASS:
             problems.append(f"_class_name must be one of {', '.join(_BETAS_OF_CLASS)}, got {class_name!r}")
         for name, value in options.items():
+            if class_name not in _READ_BY.get(name, (class_name,)):
+                continue  # left over from another class, as diffusers writes files
             if name in _CHOICES:
                 if not any(type(value) is type(choice) and value == choice for choice in _CHOICES[name]):
                     problems.append(f"{name} must be {' or '.join(map(repr, _CHOICES[name]))}, got {value!r}")
@@ -108,6 +110,12 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "timestep_type": ("discrete",),
     "use_dynamic_shifting": (False,),
     "use_flow_sigmas": (False,),
+}
+
+# Other classes ignore these.
+_READ_BY: dict[str, set[str]] = {
+    "clip_sample": {"DDIMScheduler", "DDPMScheduler", "HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler"},
+    "timestep_type": {"EulerDiscreteScheduler"},
 }
 
 _NUMBERS: dict[str, tuple[type, float, float]] = {
