@@ -18,6 +18,7 @@ from app.diffusion.models.loading import builders, load_checkpoint
 from app.diffusion.models.tensor_names import squeezed
 from app.diffusion.models.tensors import from_tensor, tensor_name, tensor_shape
 from app.diffusion.pipeline import Pipeline
+from app.engine.engine import Engine
 from app.types import ActiveSlot, Generation, PipelineSpec
 from tests import tiny
 from tests.diffusion.test_models import golden, relative_error
@@ -32,9 +33,9 @@ SIZE = (WIDTH, HEIGHT)
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """Only the programs that the tests run are compiled."""
     folder = tiny.write_checkpoint(tmp_path_factory.mktemp(MODEL), MODEL, tiny.tensor_shapes()[MODEL])
-    spec = PipelineSpec(MODEL, sizes=(SIZE,), batch_buckets=(2,), max_steps=4)
+    spec = PipelineSpec(MODEL, sizes=(SIZE,), batch_buckets=(1,), max_steps=4)
     pipeline = Pipeline(load_checkpoint(folder), spec)
-    wanted = ("encode", "insert 16x24", "step 16x24 rows 4", "decode 16x24 images 2")
+    wanted = ("encode", "insert 16x24", "step 16x24 rows 2", "decode 16x24 images 1")
     pipeline.run = {program.name: program.lower().compile() for program in pipeline.programs if program.name in wanted}
     return pipeline
 
@@ -62,10 +63,33 @@ def test_whole_pictures_are_within_a_grey_level_of_diffusers(pipeline: Pipeline)
         latents = np.array(state.latents)
         latents[:2] = table.initial_scale * tiny.latents(MODEL)
         state = state._replace(latents=jax.device_put(latents, pipeline.everywhere))
-        state, _ = pipeline.step(state, [ActiveSlot(slot, guided=True) for slot in (0, 1)], len(table))
-        ours = np.asarray(pipeline.decode(state, [0, 1])).astype(int)
+        for slot in (0, 1):
+            state, _ = pipeline.step(state, [ActiveSlot(slot, guided=True)], len(table))
+        ours = np.concatenate([pipeline.decode(state, [slot]) for slot in (0, 1)]).astype(int)
         apart = np.abs(ours - golden(MODEL)[f"picture {number}"])
         assert (apart <= 1).all(axis=-1).mean() >= 0.999, f"{sampler}: {apart.max()} grey levels apart"
+
+
+@pytest.mark.slow
+def test_the_engine_hands_the_size_fields_of_a_request_to_the_model(pipeline: Pipeline) -> None:
+    pipeline.step_s = {(SIZE, rows): 0.01 for rows in pipeline.row_buckets}
+    pipeline.launch_s = dict.fromkeys(pipeline.step_s, 0.001)
+    pipeline.decode_s = {(SIZE, 1): 0.01}
+    plain = Generation("a red house", "", *SIZE, 3, 5.0, 7, "euler", 1)
+    fields = {"original_size": (64, 48), "crops_coords_top_left": (2, 6)}
+    engine = Engine(pipeline, max_waiting=4)
+    engine.start()
+    try:
+        futures = [engine.submit(replace(plain, fields=tuple(chosen.items()))) for chosen in ({}, fields)]
+        served = [future.result(timeout=60).pixels[0] for future in futures]
+    finally:
+        engine.close()
+    (prompt, empty), table = pipeline.encode([plain.prompt, ""]), pipeline.table("euler", 3)
+    for pixels, chosen in zip(served, ({}, fields), strict=True):
+        state = pipeline.insert(pipeline.empty_state(SIZE), 0, prompt, empty, table, 5.0, 7, chosen)
+        state, _ = pipeline.step(state, [ActiveSlot(0, guided=True)], len(table))
+        assert np.array_equal(np.asarray(pipeline.decode(state, [0]))[0], pixels)
+    assert not np.array_equal(*served)
 
 
 @pytest.mark.slow
@@ -82,7 +106,7 @@ def test_the_unet_computes_what_diffusers_computes(pipeline: Pipeline) -> None:
         networks = {"unet": unet(params)}
         return pipeline.shapes.family.denoise(networks, inputs["unet"], inputs["timesteps"], conditioning, strips=1)
 
-    (unet,) = (program.function.args[1]["unet"] for program in pipeline.programs if program.name.endswith("rows 4"))  # type: ignore[attr-defined]
+    (unet,) = (program.function.args[1]["unet"] for program in pipeline.programs if program.name.endswith("rows 2"))  # type: ignore[attr-defined]
     assert relative_error(denoise(pipeline.params["unet"]), golden(MODEL)["unet"]) <= 5e-5
 
 
