@@ -70,12 +70,13 @@ def count_equations(jaxpr: Any, tile: int, stack: str) -> FlopCount:
 
 
 def chosen(branches: Sequence[FlopCount], platforms: Sequence[Sequence[str] | None] | None) -> FlopCount:
-    """The most expensive branch. Of a choice by platform the TPU's, with no more work than the default's, as both
-    compute the same."""
+    """The most expensive branch. Of a choice by platform the TPU's kernels, with no more work than the default's, as
+    both compute the same."""
     if platforms is None:
         return max(branches, key=lambda branch: branch.padded_flops)
     tpu, *others = [b for b, names in zip(branches, platforms, strict=True) if names is None or "tpu" in names]
-    return replace(min((tpu, *others), key=lambda branch: branch.padded_flops), kernels=tpu.kernels)
+    least = min((*others, tpu), key=lambda branch: (branch.padded_flops, branch.flops))
+    return replace(least, kernels=tpu.kernels)
 
 
 def shares(parameters: dict[str, Any]) -> int:

@@ -22,7 +22,7 @@ from cluster.cli import Parser, UsageError, UserError, run_command
 SHARES = {
     "attention-kernel-64": {"v4": 0.65, "v5e": 0.92, "v6e": 0.66},
     "attention-kernel-128": {"v5e": 0.76},
-    "attention-kernel-512": {"v5e": 0.95},
+    "attention-kernel-512": {"v5e": 0.95, "v6e": 0.56},
 }
 ASSUMED_SHARE = 0.7
 ROWS = 64  # so many that XLA leaves them in HBM
