@@ -20,11 +20,10 @@ Call = Callable[[], Any]
 
 def diffusers(report: Report, options: argparse.Namespace) -> None:
     """The default of diffusers, with channels last."""
-    config = config_of(options.model, "unet")
-    unet = network(UNet2DConditionModel, config)
+    unet = network(UNet2DConditionModel, config_of(options.model, "unet"))
     factor = 2 ** (len(config_of(options.model, "vae")["block_out_channels"]) - 1)
     for rows in sorted({rows for images in options.batches for rows in (images, 2 * images)}):
-        report(f"step_ms.{rows}", milliseconds(step(unet, config, rows, options.size, factor)))
+        report(f"step_ms.{rows}", milliseconds(step(unet, unet.config, rows, options.size, factor)))
     vae = network(AutoencoderKL, config_of(options.model, "vae"))
     for images in sorted(images for images in options.batches if images <= 4):
         report(f"decode_ms.{images}", milliseconds(decode(vae, images, options.size, factor)))
@@ -32,11 +31,11 @@ def diffusers(report: Report, options: argparse.Namespace) -> None:
 
 def compiled(report: Report, options: argparse.Namespace) -> None:
     """The smallest guided and the largest step. A CUDA graph of it is captured and replayed."""
-    config = config_of(options.model, "unet")
-    unet = torch.compile(network(UNet2DConditionModel, config), fullgraph=True, dynamic=False)
+    eager = network(UNet2DConditionModel, config_of(options.model, "unet"))
+    unet: Any = torch.compile(eager, fullgraph=True, dynamic=False)
     factor = 2 ** (len(config_of(options.model, "vae")["block_out_channels"]) - 1)
     for rows in sorted({2, 2 * max(options.batches)}):
-        call = step(unet, config, rows, options.size, factor)
+        call = step(unet, eager.config, rows, options.size, factor)
         began = time.perf_counter()
         call()
         report(f"compile_s.{rows}", time.perf_counter() - began)
