@@ -465,6 +465,22 @@ def test_a_tokenizer_is_in_folders_of_that_name_or_at_the_top() -> None:
 
 
 @pytest.mark.slow
+def test_of_a_repo_with_two_variants_one_is_downloaded_and_loads(model: Path, tmp_path: Path) -> None:
+    written(model, variant="fp16", shards=2)
+    for extra in ("unet/diffusion_pytorch_model.bin", "unet/model.onnx", "some.safetensors"):
+        (model / extra).touch()
+    with serving(server := Hub(REPO, model)) as endpoint:
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        assert loaded(environment, variant="fp16") == ""
+        weights = [name for name in server.sent if not name.endswith((".json", ".txt"))]
+        assert len(weights) == 6 and all(".fp16-0000" in name for name in weights)
+        server.sent = []
+        message = loaded(environment, variant="bf16")
+        assert "- variant bf16 has no file there: weights are in text_encoder/model.safetensors, unet/" in message
+        assert not [name for name in server.sent if name.endswith(".safetensors")]
+
+
+@pytest.mark.slow
 def test_a_tokenizer_from_the_hub_goes_with_one_file(tmp_path: Path) -> None:
     tiny.write_tokenizer(tmp_path / "repo", "tiny-sd1")
     (tmp_path / "repo/model.safetensors").touch()
