@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from capacity.chips import CHIPS
-from capacity.kernels import ASSUMED_SHARE
+from capacity.kernels import ASSUMED_SHARE, SHARES
 from capacity.libtpu import missing
 from cluster import ROOT
 
@@ -48,6 +48,17 @@ result = cost(attention, (1024, 512), (512, 1024))
 print(result.parts["self-attention"], result.cycles)
 """
 
+ATTENTION = """
+from app.diffusion.models.attention import attend
+
+def attention(x):
+    with jax.named_scope("self-attention"):
+        return attend(x, x, x, 3)
+
+result = cost(attention, (2, 1024, 192))
+print(result.parts["self-attention"], result.notes)
+"""
+
 
 def output_of(program: str) -> str:
     command = [sys.executable, "-c", PRELUDE + program]
@@ -65,3 +76,11 @@ def test_a_pallas_kernel_costs_its_padded_flops() -> None:
     least = 2 * 1024 * 512 * 1024 / CHIPS["v5e"].flops_a_cycle / ASSUMED_SHARE
     part, cycles = map(int, output_of(KERNEL).split())
     assert part == cycles == round(least)
+
+
+def test_the_attention_kernel_costs_what_its_schedule_was_counted_at() -> None:
+    products = 2 * (2 * 3) * 1024 * 1024 * 128  # multiply-adds of two products for each row and head
+    share = SHARES["attention-kernel-64"]["v5e"]
+    cycles, notes = output_of(ATTENTION).split(maxsplit=1)
+    assert notes == "()\n"
+    assert round(2 * products / CHIPS["v5e"].flops_a_cycle / share) <= int(cycles)
