@@ -55,7 +55,7 @@ unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
-.PHONY: test-faults rehearse-calls
+.PHONY: test-faults rehearse rehearse-calls
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak cuda bench-gpu
@@ -220,6 +220,9 @@ bench-gpu: cuda parity ## Measure the GPU of this machine: ours beside diffusers
 uv := .cache/uv-$(UV_VERSION)/bin/uv
 lock := $(uv) pip compile pyproject.toml --universal --generate-hashes --no-emit-index-url --no-header \
 	--quiet --python-version 3.11
+
+rehearse: gcp ## Rehearse CLUSTER=cluster.yaml against a simulated Google Cloud with hosts, as root on Linux (about 5 minutes)
+	@$(py) -m rehearsal --hosts $(or $(filter-out local,$(CLUSTER)),cluster.yaml)
 
 rehearse-calls: gcp ## Rehearse FILES= (all cluster files) against a simulated Google Cloud, without hosts: 4 to 60 s each
 	@$(py) -m rehearsal $(FILES)

@@ -1,4 +1,4 @@
-"""`python -m rehearsal`: rehearses cluster files without hosts, and says what happened."""
+"""`python -m rehearsal`: rehearses cluster files without hosts, or one with --hosts, and says what happened."""
 
 import contextlib
 import logging
@@ -13,6 +13,7 @@ from typing import IO
 from cluster import ROOT
 from cluster.cli import Parser, UserError, run_command
 from cluster.remote import leftovers
+from rehearsal import full
 from rehearsal.calls import Rehearsal, rehearsing
 
 NODES = 4
@@ -86,7 +87,13 @@ def rehearse(source: Path) -> None:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="cluster files (default: all of this repository)")
-    files = parser.parse_args().files or [ROOT / "cluster.yaml", *sorted((ROOT / "configs").glob("cluster-*.yaml"))]
+    parser.add_argument("--hosts", action="store_true", help="with hosts, which needs root; the first file alone")
+    parser.add_argument("--transcript", type=Path, default=ROOT / ".run/rehearsal.txt", help="with hosts: of commands")
+    arguments = parser.parse_args()
+    files = arguments.files or [ROOT / "cluster.yaml", *sorted((ROOT / "configs").glob("cluster-*.yaml"))]
+    if arguments.hosts:
+        full.rehearse(files[0], arguments.transcript)
+        return
     logging.disable(logging.WARNING)
     for source in files:
         rehearse(source)

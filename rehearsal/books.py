@@ -47,6 +47,31 @@ class Operation:
     result: Json = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a host has to know of the instance or TPU node that it is."""
+
+    name: str
+    account: str  # of the service that it acts as
+    addresses: tuple[str, ...]  # inside, then outside
+    accelerator: str = ""
+    worker: int = 0
+    chips: int = 0
+
+
+class Keeper:
+    """Has hosts for machines. This one has none."""
+
+    def start(self, machine: Machine) -> None:
+        pass
+
+    def stop(self, name: str) -> None:
+        pass
+
+    def tell(self, name: str, key: str, value: str) -> None:
+        """Changes a value of a machine's metadata server."""
+
+
 @dataclass
 class Project:
     """A project as a new user has it: an owner, the APIs enabled, a default network."""
@@ -77,6 +102,7 @@ class Books:
         self.calls: list[tuple[str, int]] = []  # ids of methods with the status of the answer
         self.tokens: dict[str, str] = {}  # access token -> member of the policy
         self.lock = threading.RLock()
+        self.keeper = Keeper()
         self._numbers = count(1)
 
     def begin(
@@ -121,9 +147,16 @@ class Books:
         self.addresses = {address: owner for address, owner in self.addresses.items() if owner != machine}
         self.disks = {disk: owner for disk, owner in self.disks.items() if owner != machine}
 
+    def announce_preemption(self, node: str) -> None:
+        """The notice that Google gives half a minute before."""
+        self.keeper.tell(host(node), "instance/preempted", "TRUE")
+
     def preempt(self, node: str) -> None:
-        """Takes a TPU away. It stays listed, as Google does."""
-        self.nodes[node]["state"] = "PREEMPTED"
+        """Takes a TPU of one host away. It stays listed, as at Google."""
+        with self.lock:
+            self.keeper.stop(host(node))
+            if node in self.nodes:  # Ray's autoscaler deletes a node that has drained
+                self.nodes[node]["state"] = "PREEMPTED"
 
     def open_entries(self) -> Iterator[str]:
         """What costs money or holds quota: empty after a rehearsal."""
@@ -132,6 +165,11 @@ class Books:
         yield from (f"address {address} of {machine}" for address, machine in self.addresses.items())
         yield from (f"disk {disk} of {machine}" for disk, machine in self.disks.items())
         yield from (f"operation {name} on {op.target}" for name, op in self.operations.items() if not op.done)
+
+
+def host(node: str, worker: int = 0) -> str:
+    """The name of a host of a TPU node."""
+    return f"{node.rpartition('/')[2]}-w-{worker}"
 
 
 def binding(role: str, member: str) -> Json:

@@ -2,7 +2,7 @@
 
 import re
 
-from rehearsal.books import Books, Operation, lookup
+from rehearsal.books import Books, Machine, Operation, lookup
 from rehearsal.call import Call, Handler, Json, check_labels, may
 from rehearsal.catalogue import ACCELERATORS, IMAGES, MACHINES
 from rehearsal.label_filter import parse
@@ -74,6 +74,9 @@ def insert_instance(books: Books, call: Call) -> Json:
     for access in interface.get("accessConfigs", ())[:1]:
         interface["accessConfigs"] = [{**access, "natIP": books.address("203.0.113", name)}]
     books.disks[name] = name
+    account = next((account["email"] for account in body.get("serviceAccounts", ())), books.project.compute_account)
+    outside = [access["natIP"] for access in interface.get("accessConfigs", ())[:1]]
+    books.keeper.start(Machine(name, account, (internal, *outside)))
     books.instances[name] = {
         **body,
         "kind": "compute#instance",
@@ -96,6 +99,7 @@ def insert_instance(books: Books, call: Call) -> Json:
 def gone(books: Books, name: str) -> None:
     """Removes an instance with its addresses. A boot disk without autoDelete stays."""
     instance = books.instances.pop(name)
+    books.keeper.stop(name)
     if any(disk.get("boot") and not disk.get("autoDelete") for disk in instance["disks"]):
         books.disks[f"{name} (without autoDelete)"] = "nothing"
     books.release(name)

@@ -22,6 +22,7 @@ from rehearsal.accounts import REFRESH_TOKEN
 from rehearsal.cloud import Cloud, Request
 
 VALID_DAYS = 2
+FILES = "files.pythonhosted.org"  # from which cluster.yaml gets uv; here it has the files of a folder
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -38,29 +39,42 @@ class Handler(BaseHTTPRequestHandler):
         self.request.close()
 
     def do_GET(self) -> None:
+        host = self.headers.get("Host", "").partition(":")[0]
+        if host == FILES:
+            return self.send_file(self.server.files / self.path.rpartition("/")[2])
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         form = "form-urlencoded" in self.headers.get("Content-Type", "")
         body: Any = dict(parse_qsl(content.decode())) if form else json.loads(content) if content else None
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        host = self.headers.get("Host", "").partition(":")[0]
         status, answer = self.server.cloud.answer(Request(host, self.command, self.path, token, body))
-        data = json.dumps(answer).encode()
+        self.send(status, "application/json; charset=UTF-8", json.dumps(answer).encode())
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+    def send_file(self, file: Path) -> None:
+        if file.is_file():
+            self.send(200, "application/octet-stream", file.read_bytes())
+        else:
+            self.send(404, "text/plain", b"")
+
+    def send(self, status: int, kind: str, data: bytes) -> None:
         self.send_response_only(status)
-        self.send_header("Content-Type", "application/json; charset=UTF-8")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
-
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, cloud: Cloud, folder: Path, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+    def __init__(
+        self, cloud: Cloud, folder: Path, files: Path = Path("/nowhere"), address: tuple[str, int] = ("127.0.0.1", 0)
+    ) -> None:
         super().__init__(address, Handler)
         self.cloud = cloud
+        self.files = files
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.tls.load_cert_chain(certificate(folder), folder / "key.pem")
 
@@ -132,7 +146,9 @@ def certificate(folder: Path) -> Path:
         .not_valid_before(today - datetime.timedelta(days=1))
         .not_valid_after(today + datetime.timedelta(days=VALID_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("*.googleapis.com")]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName(name) for name in ("*.googleapis.com", FILES)]), critical=False
+        )
         .sign(key, hashes.SHA256())
     )
     private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -1,6 +1,6 @@
 """Cloud TPU v2alpha1: the methods that Ray's launcher and autoscaler call (cloud.google.com/tpu/docs/reference)."""
 
-from rehearsal.books import Books, Operation, lookup
+from rehearsal.books import Books, Machine, Operation, host, lookup
 from rehearsal.call import NAME, Call, Handler, Json, check_labels, may
 from rehearsal.catalogue import ACCELERATORS, RUNTIMES, chips, hosts, offered
 from rehearsal.permissions import ACT_AS
@@ -57,11 +57,22 @@ def create_node(books: Books, call: Call) -> Json:
 def endpoints(books: Books, name: str) -> list[Json]:
     """An address inside for each host, and one outside if the node asks for it."""
     node, addresses = books.nodes[name], []
-    for _ in range(hosts(node["acceleratorType"])):
+    for worker in range(hosts(node["acceleratorType"])):
         endpoint: Json = {"ipAddress": books.address("10.128.0", name), "port": 8470}
         if node.get("networkConfig", {}).get("enableExternalIps"):
             endpoint["accessConfig"] = {"externalIp": books.address("203.0.113", name)}
         addresses.append(endpoint)
+        outside = [endpoint["accessConfig"]["externalIp"]] if "accessConfig" in endpoint else []
+        books.keeper.start(
+            Machine(
+                host(name, worker),
+                node["serviceAccount"]["email"],
+                (endpoint["ipAddress"], *outside),
+                node["acceleratorType"],
+                worker,
+                chips(node["acceleratorType"]) // hosts(node["acceleratorType"]),
+            )
+        )
     return addresses
 
 
@@ -91,7 +102,9 @@ def delete_node(books: Books, call: Call) -> Json:
 
 
 def gone(books: Books, name: str) -> None:
-    books.nodes.pop(name, None)
+    node = books.nodes.pop(name)
+    for worker in range(hosts(node["acceleratorType"])):
+        books.keeper.stop(host(name, worker))
     books.release(name)
 
 

@@ -3,8 +3,11 @@
 Ray's own lists leave out machines that are stopping, stopped or preempted.
 """
 
+import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from ray.autoscaler._private.providers import _get_node_provider
@@ -13,6 +16,7 @@ from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
 TRIES = 5  # after the first, of what may be asked twice: about half a minute, as each pause is twice as long
 LEAVING = ("DELETING", "STOPPING")
+NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ def retry_reads_and_deletes() -> None:
 
     A POST is not repeated: the first may have started a machine.
     """
+    if not find_spec("googleapiclient"):  # a cluster elsewhere does without Google's client
+        return
     from googleapiclient.http import HttpRequest
 
     execute = HttpRequest.execute
@@ -50,6 +56,8 @@ def retry_reads_and_deletes() -> None:
 
 def sentence(error: BaseException) -> str:
     """What Google or the way to it refuses, in one line; empty for an error of another kind."""
+    if not find_spec("googleapiclient"):
+        return ""
     from google.auth.exceptions import GoogleAuthError
     from googleapiclient.errors import HttpError
 
@@ -58,7 +66,7 @@ def sentence(error: BaseException) -> str:
         return f"Google Cloud answers {error.resp.status}: {line(error.reason)}{advice}"
     if isinstance(error, GoogleAuthError):
         return f"Google's credentials do not work ({line(error)}): gcloud auth application-default login"
-    if isinstance(error, OSError) or type(error).__module__.startswith("httplib2"):
+    if isinstance(error, NETWORK) or type(error).__module__.startswith("httplib2"):
         return f"Google Cloud cannot be reached: {line(error)}"
     if error.args and isinstance(error.args[0], dict):  # Ray raises the error of an operation as it is
         details = error.args[0].get("errors") or [error.args[0]]

@@ -35,6 +35,7 @@ class NoHead(UserError):
 def route(path: Path) -> list[str]:
     """The ssh command that logs in to the head of a cluster, without a remote command."""
     from app.ray_internals.autoscaler import ssh_command  # takes half a second to import
+    from app.ray_internals.google import sentence as google_sentence
 
     logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)  # otherwise it logs its bookkeeping
     output = io.StringIO()  # it also prints on stdout
@@ -42,7 +43,8 @@ def route(path: Path) -> list[str]:
         try:
             ssh = ssh_command(yaml.safe_load(path.read_text()), str(path), CONNECT_S)
         except Exception as error:  # of Ray, Google's client or the network
-            sentence = str(error).strip() or output.getvalue().strip() or type(error).__name__
+            reason = google_sentence(error) or str(error).strip() or output.getvalue().strip()
+            sentence = reason or type(error).__name__
             raise UserError(f"The head of {path} cannot be looked up: {sentence.splitlines()[-1]}") from None
     if ssh is None:
         raise NoHead(f"No cluster is up by {path}. Start it with: {make_command('up', str(path))}")
