@@ -229,7 +229,7 @@ def pipeline_of(options: argparse.Namespace) -> Pipeline:
 
 def with_random_weights(module: nnx.Module) -> nnx.Module:
     """The module with a repeated block of noise in place of shapes. Its size keeps activations near 1."""
-    block = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
+    block = np.random.default_rng(0).standard_normal(1_000_003, dtype=np.float32)
     graph, shapes = nnx.split(module)
 
     def weights(path: tuple[Any, ...], leaf: Any) -> jax.Array:
