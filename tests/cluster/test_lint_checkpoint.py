@@ -13,9 +13,10 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from app.diffusion.families import flux2_klein
 from cluster import ROOT
 from cluster.config.lint import lint
-from tests import one_file
+from tests import one_file, tiny_flow
 from tests.diffusion.test_models import OLD_VAE_NAMES
 from tests.tiny import tensor_shapes, write_checkpoint, write_tokenizer
 
@@ -34,7 +35,7 @@ def checkpoint(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "m"))
 
 
-def findings_of(model: str, tmp_path: Path, sizes: str = "[64x64]", **args: str) -> list[str]:
+def findings_of(model: str, tmp_path: Path, sizes: str = "[64x64]", **args: Any) -> list[str]:
     """The findings about the shipped config with this model, without file and line."""
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     content["applications"][0]["args"] |= {"model": model, "sizes": yaml.safe_load(sizes), **args}
@@ -273,3 +274,12 @@ def test_the_linter_still_imports_no_jax(checkpoint: Path, tmp_path: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_defaults_that_a_distilled_model_refuses_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flux2_klein, "HIDDEN_STATES", tiny_flow.HIDDEN_STATES["tiny-klein"])
+    folder = tiny_flow.write_checkpoint(tmp_path / "m", "tiny-klein", tiny_flow.tensor_tables()["tiny-klein"])
+    defaults = {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": None}
+    assert findings_of(str(folder), tmp_path, defaults=defaults) == []
+    (finding,) = findings_of(str(folder), tmp_path, defaults=defaults | {"guidance_scale": 4.0})
+    assert "guidance_scale must be at most 1, got 4. This model is distilled" in finding

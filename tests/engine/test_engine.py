@@ -19,7 +19,7 @@ from app.engine.failures import MOST_FAILURES
 from app.engine.request import Generated
 from app.engine.scheduler import AGEING
 from app.engine.virtual import LONGEST_TEXT, Pixels, number_of
-from app.types import DispatchCost, Generation, Size
+from app.types import DispatchCost, Generation, InvalidField, Size
 from tests.engine.driver import Driver, wide
 from tests.fake_pipeline import LARGE, SMALL, FakePipeline, Fault, Seconds, flat, numbers, request, serial
 
@@ -125,6 +125,17 @@ def test_an_undeclared_size_or_unsuited_sampler_is_refused_before_it_queues() ->
         driver.submit(request(size=(16, 16)))
     with pytest.raises(ValueError, match="sampler must be one of ddim, pndm, got lcm"):
         driver.submit(request(sampler="lcm"))
+    assert driver.engine.stats()["unfinished"] == 0
+
+
+def test_what_the_checkpoint_cannot_follow_is_refused_before_it_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(generation: Generation) -> Generation:
+        raise InvalidField("negative_prompt", f"negative_prompt must be empty, got {generation.negative_prompt}.")
+
+    driver = Driver()
+    monkeypatch.setattr(driver.fake, "check", check)
+    with pytest.raises(InvalidField, match="negative_prompt must be empty"):
+        driver.submit(request())
     assert driver.engine.stats()["unfinished"] == 0
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from app.builders import Args
+from app.diffusion.families.family import Family
 from app.diffusion.models.checkpoint_files import INDEX, read_file, read_folder
 from app.diffusion.models.shapes import Shape
 from app.diffusion.models.tensor_names import squeezed
 from app.diffusion.models.tokenizer_files import VOCAB
 from app.diffusion.models.weight_files import Tensor
 from app.diffusion.samplers import FlowSchedule, Schedule, default_sampler, make_table
-from app.types import parse_size
+from app.types import Generation, parse_size
 from cluster import ROOT
 from cluster.config.documents import Finding, Key
 from cluster.config.serve_config import Application
@@ -46,7 +47,7 @@ def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
         family = files.family(problems)
         schedule, _ = files.schedule(problems)
         if schedule:
-            yield from wrong_defaults(schedule, args, report)
+            yield from wrong_defaults(family, schedule, args, report)
         problems += files.tokenizer_problems()
         for part, component in files.kind.COMPONENTS.items() if readable else ():
             problems += weight_problems(part, files.weights(part, family), component.tensors(getattr(family, part)))
@@ -76,12 +77,18 @@ def cached_folder(repo: str, revision: str | None, names: Sequence[str]) -> Path
     return None
 
 
-def wrong_defaults(schedule: Schedule | FlowSchedule, args: Args, report: Report) -> Iterator[Finding]:
-    """A request that names neither sampler nor steps must be possible with this checkpoint."""
+def wrong_defaults(family: Family, schedule: Schedule | FlowSchedule, args: Args, report: Report) -> Iterator[Finding]:
+    """A request that gives a prompt alone must be possible with this checkpoint."""
+    defaults = args.defaults
+    width, height = parse_size(args.sizes[0])
+    request = Generation(
+        "", "", width, height, defaults.num_inference_steps, defaults.guidance_scale, 0, defaults.sampler, 1
+    )
     try:
-        sampler = args.defaults.sampler or default_sampler(schedule)
+        family.check(request)
+        sampler = defaults.sampler or default_sampler(schedule)
         # Any number of image tokens will do: it moves the noise levels and makes nothing impossible.
-        make_table(sampler, args.defaults.num_inference_steps, schedule, image_tokens=1)
+        make_table(sampler, defaults.num_inference_steps, schedule, image_tokens=1)
     except ValueError as error:
         yield report(("args", "defaults"), f"do not suit {args.model}: {error}")
 
