@@ -161,14 +161,15 @@ def backfill(chosen: Sequence[Image], others: Sequence[Image], cost: StepCost) -
 def steps_in_dispatch(images: Sequence[Image], step_s: float, overhead: Overhead, newcomer_joins: bool) -> int:
     """Returns how many steps a dispatch has: as few as its overhead allows, up to an image's end or preview.
 
-    While a newcomer would join, it is enough that the host can keep up. Else the host's work counts as the device's, as
-    the host has other things to do.
+    While a newcomer would join, it is enough that the host can keep up. Else the host's work is bounded too, as the host
+    has other things to do.
     """
     until = min(image.steps_left - (image.previews_due[-1] if image.previews_due else 0) for image in images)
+    keeps_up_s = overhead.lead_s * KEEPS_UP
     if newcomer_joins:
-        least_s = max(overhead.device_s / OVERHEAD, overhead.lead_s * KEEPS_UP)
+        least_s = max(overhead.device_s / OVERHEAD, keeps_up_s)
     else:
-        least_s = (overhead.device_s + overhead.host_s) / CLOSED_OVERHEAD
+        least_s = max(overhead.device_s / CLOSED_OVERHEAD, overhead.host_s / OVERHEAD, keeps_up_s)
     return min(until, max(1, math.ceil(least_s / step_s - ROUNDING)))
 
 
