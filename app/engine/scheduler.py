@@ -161,8 +161,8 @@ def backfill(chosen: Sequence[Image], others: Sequence[Image], cost: StepCost) -
 def steps_in_dispatch(images: Sequence[Image], step_s: float, overhead: Overhead, newcomer_joins: bool) -> int:
     """Returns how many steps a dispatch has: as few as its overhead allows, up to an image's end or preview.
 
-    While a newcomer would join, it is enough that the host can keep up. Else the host's work is bounded too, as the host
-    has other things to do.
+    While a newcomer would join, it is enough that the host can keep up. Else its work is bounded too, as it has other
+    things to do.
     """
     until = min(image.steps_left - (image.previews_due[-1] if image.previews_due else 0) for image in images)
     keeps_up_s = overhead.lead_s * KEEPS_UP
