@@ -50,7 +50,7 @@ OPEN_CLIP = {
     "text_projection.weight": "text_projection",
 }
 
-_TEXT = {"architectures": ["CLIPTextModel"], "max_position_embeddings": 77, "vocab_size": 526}
+_TEXT = {"architectures": ["CLIPTextModel"], "eos_token_id": 2, "max_position_embeddings": 77, "vocab_size": 526}
 _UNET = {"_class_name": "UNet2DConditionModel"}
 _VAE = {
     "_class_name": "AutoencoderKL",

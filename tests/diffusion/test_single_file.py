@@ -98,13 +98,18 @@ def test_a_published_architecture_is_read_off_the_shapes(name: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_tensor_of_a_file_is_the_folders_and_surplus_is_left_out(model: str, tmp_path: Path) -> None:
     single = read(write_one_file(tmp_path / "some.safetensors", model, None, **MORE[model]))
+    problems: list[str] = []
+    kind = recognise(single.index, problems)
+    assert kind
     for part, expected in arrays(model).items():
         assert single.tensors[part].keys() == expected.keys()
         for name, array in expected.items():
             values = single.tensors[part][name].read()
             assert np.array_equal(values.reshape(array.shape), array), name
-        for option, value in MODELS[model][part].items():
-            assert single.configs[part].get(option, value) == value
+        read_off, described = (
+            kind.COMPONENTS[part].read(config, problems, part) for config in (single.configs[part], MODELS[model][part])
+        )
+        assert read_off == described and not problems
     assert Schedule.from_config(single.scheduler) == Schedule.from_config(SCHEDULERS[model])
 
 

@@ -22,20 +22,19 @@ class Tokens:
 class Tokenizer:
     """`length` is the text encoder's number of positions: 77 for Stable Diffusion.
 
-    `padding` is the token behind a short text; None: the one that the tokenizer's files name.
+    `padding` is the token behind a short text; None: the one that the tokenizer's files name. transformers reads the
+    padding token in a text as that token too, as it does for OpenCLIP's "!".
     """
 
     def __init__(self, folder: Path, length: int, padding: str | None = None):
         from transformers import CLIPTokenizer  # takes a second: only a replica pays it
 
+        options: dict[str, Any] = {} if padding is None else {"pad_token": padding}
         try:
-            self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:
             raise ValueError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
         self.name, self.length = folder.name, length
-        self.padding_id = self.tokenizer.pad_token_id
-        if padding is not None:
-            self.padding_id = self.tokenizer.convert_tokens_to_ids(padding)
 
     def problems(self, rows: int) -> Iterator[str]:
         """Compares the tokenizer that transformers made with a text encoder of so many rows.
@@ -49,7 +48,7 @@ class Tokenizer:
 
     def __call__(self, texts: list[str]) -> Tokens:
         encoded = self.tokenizer(texts, padding="do_not_pad", truncation=False, verbose=False)["input_ids"]
-        rows = np.full((len(texts), self.length), self.padding_id, np.int32)
+        rows = np.full((len(texts), self.length), self.tokenizer.pad_token_id, np.int32)
         for row, ids in zip(rows, encoded, strict=True):
             kept = ids if len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]  # the end token stays
             row[: len(kept)] = kept
