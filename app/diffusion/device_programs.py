@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from app.diffusion.families.family import Family, Networks
 from app.diffusion.samplers.table import Coefficients, update
-from app.diffusion.sharding import divided, passes_of, strips_of, together_on
+from app.diffusion.sharding import divided, passes_of, rows_at, strips_of, together_on
 from app.types import ActiveSlot, Size
 
 
@@ -173,9 +173,9 @@ def predict_noise(
     timesteps: jax.Array,
     conditioning: Any,
 ) -> jax.Array:
-    """The denoiser over one chip's rows: `together` of them at a time, one pass after the other."""
-    rows, height = latents.shape[:2]
-    passes = passes_of(rows, together)
+    """The denoiser over one chip's rows: `together` of them at a time or fewer large ones, pass after pass."""
+    rows, height, width = latents.shape[:3]
+    passes = passes_of(rows, rows_at(height * width, together))
     strips = strips_of(rows // passes, height // family.strip_rows, together)
     predict = partial(family.denoise, modules_of(networks, params), strips=strips)
     inputs = (latents, timesteps, conditioning)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from app.diffusion.sharding import rows_at
 from cluster import ROOT
 from tests.tiny import tensor_shapes, write_checkpoint
-
-pytestmark = pytest.mark.slow
 
 CHILD = """
 import sys
@@ -71,6 +70,13 @@ for devices in (1, 4, 8):
 """
 
 
+@pytest.mark.parametrize(("side", "rows"), [(16, 8), (64, 8), (96, 2), (128, 2), (192, 2)])
+def test_fewer_rows_of_large_latents_go_through_together(side: int, rows: int) -> None:
+    assert rows_at(side * side, 8) == rows
+    assert rows_at(side * side, None) is None
+
+
+@pytest.mark.slow
 def test_one_four_and_eight_devices_draw_the_same(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "tiny-sd2", tensor_shapes()["tiny-sd2"])
     flags = "--xla_force_host_platform_device_count=8"
