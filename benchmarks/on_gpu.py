@@ -85,6 +85,7 @@ def main() -> int:
         module = importlib.import_module(f"benchmarks.{PARTS[arguments.part].module}")
         getattr(module, arguments.part)(tell, arguments)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the part that runs too
     return run_all(arguments)
 
 
@@ -150,13 +151,18 @@ def run_part(command: Sequence[str], limit_s: float, note: Report) -> str:
 
         timer = threading.Timer(limit_s, end)
         timer.start()
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith(MARK):
-                note(*json.loads(line.removeprefix(MARK)))
-            print(line.removeprefix(MARK), end="", flush=True)
-        status = process.wait()
-        timer.cancel()
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                if line.startswith(MARK):
+                    note(*json.loads(line.removeprefix(MARK)))
+                print(line.removeprefix(MARK), end="", flush=True)
+            status = process.wait()
+        except BaseException:  # such as Ctrl-C, which a process of another session does not get
+            end()
+            raise
+        finally:
+            timer.cancel()
     seconds = f"{time.monotonic() - began:.0f} s"
     if late.is_set():
         return f"ended after {seconds}, its limit"

@@ -1,6 +1,7 @@
 """benchmarks/on_gpu.py on a machine without a GPU: its parts fail and hang, and what they measured stays."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,14 @@ def test_what_a_part_has_told_stays_where_it_hangs() -> None:
     assert outcome.startswith("ended after") and values == {"step_ms.2": 6.5}
 
 
+def test_a_part_ends_with_the_script() -> None:
+    def interrupted(name: str, value: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_part([sys.executable, "-P", "-c", f"{TELLS}import signal\nwhile True: signal.pause()"], 60, interrupted)
+
+
 def test_a_bar_whose_values_are_missing_is_not_met() -> None:
     most, least, lone, saturated = (verdict(bar, MEASURED) for bar in bars(16))
     assert (most["met"], least["met"], lone["met"], saturated["met"]) == (False, True, True, False)
@@ -51,6 +60,7 @@ def test_a_bar_whose_values_are_missing_is_not_met() -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["on_gpu.py", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     return on_gpu.main()
 
 
