@@ -234,7 +234,7 @@ def tensors() -> Arrays:
 
 def flow_tensors(tables: dict[str, Any]) -> Arrays:
     return {
-        f"{checkpoint} {component} {name}": np.array(shape)
+        f"{checkpoint} {component} {name}": np.array(shape, int)
         for checkpoint, components in tables.items()
         for component, shapes in components.items()
         for name, shape in shapes.items()
