@@ -238,7 +238,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"size": "128X128"}, "size", 'size must be one of 128x128, 256x128, auto, got "128X128".'),
     ({"size": 128}, "size", "size must be one of 128x128, 256x128, auto, got 128."),
     ({"size": {}}, "size", "size must be one of 128x128, 256x128, auto, got an object."),
-    ({"sampler": "ddpm"}, "sampler", f'sampler must be one of {", ".join(SAMPLERS)}, got "ddpm".'),
+    ({"sampler": "ddpm_solver"}, "sampler", f'sampler must be one of {", ".join(SAMPLERS)}, got "ddpm_solver".'),
     ({"sampler": ""}, "sampler", f'sampler must be one of {", ".join(SAMPLERS)}, got "".'),
     (
         {"num_inference_steps": 1},
