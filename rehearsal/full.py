@@ -32,6 +32,7 @@ from rehearsal.server import Server, credentials
 
 PROGRAMS = ("ip", "unshare", "ssh-keygen", "/usr/sbin/sshd", "rsync", "ssh", "curl")
 NODE_TIMEOUT_S, POLL_S = 300.0, 2.0
+NOTICE_S = 30.0  # from Google's notice to the end of a spot machine
 DESK_ADDRESS = "203.0.113.250"
 # Runs at the user's desk. $1 is its folder; the rest is a command line.
 AT_DESK = """set -e
@@ -146,6 +147,14 @@ class Stage:
             time.sleep(POLL_S)
         raise UserError(f"The rehearsal failed: no TPU node was set up within {NODE_TIMEOUT_S:.0f} s.")
 
+    def preempt(self, node: str) -> None:
+        """Takes a node away as Google does: a notice, and half a minute later the end."""
+        self.say(f"Google announces that it takes {node.rpartition('/')[2]} away")
+        self.books.announce_preemption(node)
+        time.sleep(NOTICE_S)
+        self.books.preempt(node)
+        self.say("The node is gone")
+
 
 CHANGES = {  # of the shipped config: the replica takes the host's chips and computes on its processor, one by one
     "          num_cpus: 1 ": "          runtime_env: {env_vars: {JAX_PLATFORMS: cpu}}\n          num_cpus: 1 ",
@@ -186,7 +195,7 @@ def stage(log: IO[str]) -> Iterator[Stage]:
 
 
 def rehearse(source: Path, transcript: Path) -> None:
-    """Brings a cluster up, deploys, draws a picture, and takes all down."""
+    """Brings a cluster up, deploys, draws a picture, loses a TPU node to pre-emption, and takes all down."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is removed
     transcript.parent.mkdir(parents=True, exist_ok=True)
     with transcript.open("w") as log, stage(log) as scene:
@@ -196,11 +205,14 @@ def rehearse(source: Path, transcript: Path) -> None:
         ]
         file = f"CLUSTER={scene.desk.cluster_file(source)}"
         scene.make("up", file)
-        scene.await_node()
+        node = scene.await_node()
         config = f"CONFIG={without_tpu(scene.desk.folder)}"
         scene.make("deploy", file, config)
         scene.make("status", file)
         scene.picture(file, "a+red+house")
+        scene.preempt(node)
+        scene.await_node(apart_from=node)
+        scene.make("attach", file, "CMD=ray status")
         scene.make("down", file)
         if entries := list(scene.books.open_entries()):
             raise UserError(f"The rehearsal failed: these are left: {', '.join(entries)}")

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -75,8 +76,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             if "\n" not in value:
                 self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # of a machine that has gone meanwhile
+            self.end_headers()
+            self.wfile.write(body)
 
 
 class Server(ThreadingHTTPServer):
