@@ -131,7 +131,8 @@ class Args(Settings):
     def defaults_are_allowed(self) -> "Args":
         for name in ("num_inference_steps", "guidance_scale"):
             low, high = getattr(self.limits, name)
-            if not low <= (value := getattr(self.defaults, name)) <= high:
+            value = getattr(self.defaults, name)
+            if value is not None and not low <= value <= high:
                 raise ValueError(f"defaults.{name} must be within limits.{name}, {low} to {high}, got {value}.")
         low, high = self.limits.num_inference_steps
         for quality, steps in self.qualities.items():

@@ -90,6 +90,13 @@ class Generation:
         return 1 + self.guided
 
 
+class RequestDefaults(NamedTuple):
+    """Numbers of a request that names none, as a checkpoint's files speak for them."""
+
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+
+
 class InvalidField(ValueError):
     """A field of a request, or an argument of the config, has a value that is not allowed.
 

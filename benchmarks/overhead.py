@@ -26,7 +26,7 @@ import yaml
 from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
 from app.engine.verbs import Verbs
-from app.types import Generation
+from app.types import Generation, RequestDefaults
 from benchmarks.devices import demo_pipeline, served_by_engine
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import GUIDANCE_SCALE, equal_requests, offer_all, request
@@ -47,16 +47,11 @@ MIXED_SCALES = (1.5, 12.0)
 def over_http(runs: int, count: int, concurrency: int) -> Figure:
     config = read_config()
     args = Args(**config["applications"][0]["args"])
+    steps, guidance_scale = args.defaults.numbers or RequestDefaults()
     with local_cluster(RUN_DIR, config) as api:
         pipeline = demo_pipeline(args.batch_buckets, args.limits.num_inference_steps[1])
         requests = [
-            request(
-                pipeline.sizes[0],
-                seed,
-                steps=args.defaults.num_inference_steps,
-                guidance_scale=args.defaults.guidance_scale,
-            )
-            for seed in range(count)
+            request(pipeline.sizes[0], seed, steps=steps, guidance_scale=guidance_scale) for seed in range(count)
         ]
         batch = best_batch(pipeline, requests[0])
         figure = Figure(

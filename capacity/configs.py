@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from app.builders import Args
-from app.types import PipelineSpec, parse_size
+from app.types import PipelineSpec, RequestDefaults, parse_size
 from capacity.chips import CHIPS, Host, host_of
 from cluster.cli import UserError
 from cluster.config import cluster_config, serve_config
@@ -16,10 +17,29 @@ class Workload:
     """A config's model and shapes, and the defaults of its requests."""
 
     spec: PipelineSpec
-    sampler: str | None
-    num_inference_steps: int
-    guidance_scale: float
     args: Args
+
+    @property
+    def sampler(self) -> str | None:
+        return self.args.defaults.sampler
+
+    @property
+    def num_inference_steps(self) -> int:
+        return self.defaults.num_inference_steps
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.defaults.guidance_scale
+
+    @cached_property
+    def defaults(self) -> RequestDefaults:
+        """Raises ValueError where the model, which may have to complete them, is not one that is supported."""
+        if numbers := self.args.defaults.numbers:
+            return numbers
+        from capacity.models import architecture_of  # which imports JAX, whose environment a caller may yet set
+
+        _, family, schedule = architecture_of(self.spec.model)
+        return self.args.defaults.completed(family.defaults(schedule), self.args.limits)[0]
 
 
 def workload_of(config: Path, model: str = "", size: str = "") -> Workload:
@@ -39,8 +59,7 @@ def workload_from_args(args: Args, model: str = "", size: str = "") -> Workload:
     except ValueError:
         raise UserError(f"SIZE must be WIDTHxHEIGHT, such as 512x512, got {size}.") from None
     spec = replace(args.pipeline_spec(model or args.model), sizes=sizes, dtype="bfloat16" if model else args.dtype)
-    defaults = args.defaults
-    return Workload(spec, defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale, args)
+    return Workload(spec, args)
 
 
 def hosts_of(tpus: str, cluster: Path, dollars: str = "") -> list[Host]:

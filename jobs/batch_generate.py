@@ -3,9 +3,9 @@
     python -m jobs.batch_generate --prompts prompts.csv --out outputs/batch
 
 The file is text (a prompt a line), CSV, JSON lines or Parquet. A row may hold the fields of an API request: prompt,
-negative_prompt, size, num_inference_steps, guidance_scale, seed, sampler, n, output_format, output_compression. The
-pictures appear in images/ of --out. At the end come manifest.jsonl and manifest.parquet. They have a record for each
-row: its pictures, or its error. The same job, submitted again, draws only what is not finished.
+negative_prompt, size, num_inference_steps, guidance_scale, seed, sampler, n, output_format, output_compression, and
+those of the model. The pictures appear in images/ of --out. At the end come manifest.jsonl and manifest.parquet. They
+have a record for each row: its pictures, or its error. The same job, submitted again, draws only what is not finished.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.api.protocol import SIZE_FIELDS
 from cluster.cli import Parser, UsageError, UserError, integer_between
 from cluster.ray_client import connect
 from cluster.terminal import format_duration, say
@@ -42,6 +43,7 @@ SCHEMA = {
     },
     **{"prompt_truncated": "bool", "negative_prompt_truncated": "bool", "n": "int64", "files": "list<string>"},
     **{name: "float64" for name in ("queue_s", "denoise_s", "decode_s", "encode_s", "device_s", "ended")},
+    **dict.fromkeys(SIZE_FIELDS, "string"),
     "host": "string",
     "error": "string",
 }

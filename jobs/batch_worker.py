@@ -94,6 +94,7 @@ def text_of(row: Row) -> str:
 
 
 def row_of(text: str) -> Row:
-    fields = json.loads(text)
-    generation, encoding = Generation(**fields["generation"]), Encoding.model_validate(fields["encoding"])
-    return Row(fields["number"], fields["key"], generation, encoding)
+    content = json.loads(text)
+    pairs = tuple((name, (first, second)) for name, (first, second) in content["generation"].pop("fields"))
+    generation = Generation(**content["generation"], fields=pairs)
+    return Row(content["number"], content["key"], generation, Encoding.model_validate(content["encoding"]))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from app.api import prompt_files
 from app.api.prompt_files import Fields
-from app.api.protocol import QUERY_FIELDS, resolve
+from app.api.protocol import QUERY_FIELDS, SIZE_FIELDS, resolve
 from app.api.settings import Encoding
 from app.types import SEEDS, Generation, InvalidField
 from cluster.cli import UsageError
 from jobs.replica_config import ReplicaConfig
 
-ROW_FIELDS = (*(name for name in QUERY_FIELDS if name != "timeout"), "model", "n")
+ROW_FIELDS = (*(name for name in QUERY_FIELDS if name != "timeout"), *SIZE_FIELDS, "model", "n")
 
 
 @dataclasses.dataclass(frozen=True)

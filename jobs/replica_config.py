@@ -12,12 +12,15 @@ from pydantic import ValidationError
 from app.api.settings import Service
 from app.builders import Args, locate, locate_tokenizer
 from app.diffusion.families.registry import FAMILIES
+from app.diffusion.models.checkpoint_files import INDEX, read_file, read_folder
+from app.diffusion.models.hub_files import cached_folder
 from app.diffusion.models.tokenizer_files import ALL_FILES
 from app.diffusion.models.weight_files import weight_files
 from app.serving.replica import StableDiffusion
-from app.types import PipelineSpec
+from app.types import PipelineSpec, RequestDefaults
 from cluster.cli import UsageError, UserError
 from cluster.config import serve_config
+from cluster.terminal import say
 from jobs import hub
 from jobs.entry import path
 
@@ -77,10 +80,34 @@ class ReplicaConfig:
             which.append(tokenizer_hash(words) if words.is_dir() else self.tokenizer)
         return [*which, *([variant] if variant else []), self.args.dtype]
 
-    @property
+    @cached_property
     def service(self) -> Service:
+        """Raises UsageError where the config leaves defaults to a checkpoint that this machine does not have."""
         args = self.args
-        return Service(self.name, tuple(args.sizes), args.limits, args.defaults, args.encoding)
+        service = Service(self.name, tuple(args.sizes), args.limits, args.defaults, args.encoding)
+        if args.defaults.numbers is None:
+            service = service.completed(self.checkpoint_defaults())
+            for note in service.notes:
+                say(note)
+        return service
+
+    def checkpoint_defaults(self) -> RequestDefaults:
+        """By the small files of the checkpoint and the headers of its weights."""
+        model, problems = Path(self.model), list[str]()
+        folder = model if model.exists() else cached_folder(self.model, self.args.revision, [INDEX])
+        if folder is None:
+            raise UsageError(
+                f"args.defaults must be numbers and not null for this job: {self.model} is not on this machine, "
+                "so its own are not known."
+            )
+        if folder.is_file():
+            files = read_file(folder, None, problems)
+        else:
+            files = read_folder(folder, self.args.variant, problems)
+        family, schedule = (files.family(problems), files.schedule(problems)[0]) if files else (None, None)
+        if problems or family is None or schedule is None:
+            raise UsageError(f"{self.model} cannot be loaded: {' '.join(problems)}")
+        return family.defaults(schedule)
 
     @property
     def programs(self) -> Path | None:

@@ -18,7 +18,7 @@ from app import builders
 from app.api import ingress
 from app.engine.virtual import Encoded
 from app.serving.replica import StableDiffusion
-from app.types import PipelineSpec
+from app.types import PipelineSpec, RequestDefaults
 from tests.fake_pipeline import FakePipeline
 
 
@@ -46,6 +46,8 @@ class HangingPipeline(FakePipeline):
 
     samplers = ("ddim",)
     notes = ()
+    request_defaults = RequestDefaults()
+    request_fields = ()
     hangs = False
 
     @classmethod

@@ -346,6 +346,30 @@ def networks_xl(model: str) -> Arrays:
     return answers
 
 
+def lcm() -> Arrays:
+    """Whole pictures of a tiny latent consistency model, with recorded noise."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        tiny.write_lcm_checkpoint(Path(folder), named(tensors())["tiny-sd2"])
+        pipeline_class: Any = diffusers.LatentConsistencyModelPipeline
+        pipe = pipeline_class.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        initial, *after = (first(torch.from_numpy(noise)) for noise in tiny.lcm_noises())
+        steps, guidance_scale = tiny.LCM_RUN
+        height, width = tiny.IMAGE_SIZES["tiny-sd2"]
+        left = iter(after)
+        with patch.object(sys.modules[type(pipe.scheduler).__module__], "randn_tensor", lambda *_, **__: next(left)):
+            images = pipe(
+                tiny.PROMPTS,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                latents=initial,
+                output_type="np",
+            ).images
+    return {"picture": (images * 255).round().astype(np.uint8)}
+
+
 def guided_time_embedding() -> Any:
     """A UNet's time embedding with the guidance scale as a condition."""
     module = diffusers.models.embeddings.TimestepEmbedding(8, 12, cond_proj_dim=10)
@@ -370,6 +394,7 @@ MAKERS: dict[str, Callable[[], Arrays]] = {
     "tensors.json": tensors,
     **{f"{model}.npz": partial(networks, model) for model in ("tiny-sd1", "tiny-sd2")},
     "tiny-sdxl.npz": partial(networks_xl, "tiny-sdxl"),
+    "tiny-lcm.npz": lcm,
     "flow_tensors.json": lambda: flow_tensors(golden_flow.tensor_tables()),
     **{f"{model}.npz": partial(golden_flow.networks, model) for model in tiny_flow.MODELS},
 }

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from ray.serve._private import api
 
 from app import builders
+from app.api.settings import Defaults, Limits
 from app.builders import Args, locate, text_to_image
 from app.serving.replica import StableDiffusion
-from app.types import PipelineSpec
+from app.types import PipelineSpec, RequestDefaults
 from cluster import ROOT
 
 CONFIGS = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("sd*.yaml"))]
@@ -198,6 +199,20 @@ BAD_ARGS: list[tuple[dict[str, Any], str]] = [
     ({"cors_origins": ["*"]}, "an origin must be http:// or https:// and a host"),
     ({"aliases": ["a", "a"]}, "a value must not stand twice, got ['a', 'a']."),
 ]
+
+
+def test_defaults_may_be_left_to_the_checkpoint() -> None:
+    defaults = {"num_inference_steps": None, "guidance_scale": None}
+    args = Args.model_validate({"model": "a/b", "sizes": ["64x64"], "defaults": defaults})
+    assert args.defaults.numbers is None
+    own, limits = RequestDefaults(50, 0.0), Limits(num_inference_steps=(1, 8), guidance_scale=(0.0, 1.0))
+    numbers, remarks = args.defaults.completed(own, limits)
+    assert numbers == (8, 0.0)
+    assert remarks == (
+        "The checkpoint's num_inference_steps is 50, outside limits.num_inference_steps; the default is 8.",
+    )
+    assert Defaults(num_inference_steps=3, guidance_scale=None).completed(own, limits) == ((3, 0.0), ())
+    assert Defaults(num_inference_steps=3, guidance_scale=9.0).numbers == (3, 9.0)
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_ARGS, ids=[str(case[0]) for case in BAD_ARGS])

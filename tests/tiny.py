@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,12 @@ XL_RUNS: list[tuple[str, int, float, list[str] | None, dict[str, tuple[int, int]
     ("euler", 3, 5.0, None, {"original_size": (64, 48), "crops_coords_top_left": (2, 6), "target_size": (32, 16)}),
     ("dpmpp_2m", 4, 0.0, None, {}),
 ]
+# tiny-sd2 as a latent consistency model: its UNet takes the guidance scale as a number. LCM_RUN: steps and that scale.
+LCM: dict[str, dict[str, Any]] = {
+    "unet": MODELS["tiny-sd2"]["unet"] | {"time_cond_proj_dim": 10},
+    "scheduler": _BETAS | {"_class_name": "LCMScheduler", "clip_sample": False, "prediction_type": "epsilon"},
+}
+LCM_RUN = (4, 8.5)
 IMAGE_SIZES = {"tiny-sd1": (48, 32), "tiny-sd2": (16, 24), "tiny-sdxl": (24, 16)}  # height, width
 
 
@@ -221,6 +228,12 @@ def latents(model: str) -> Float32:
     factor = 2 ** (len(MODELS[model]["vae"]["block_out_channels"]) - 1)
     height, width = IMAGE_SIZES[model]
     return noise(f"{model} latents", 2, height // factor, width // factor, 4)
+
+
+def lcm_noises() -> Float32:
+    """[1 + steps, 2, h, w, C]: of a run the initial latents, and the noise after each step."""
+    first = latents("tiny-sd2")
+    return np.stack([first, *(noise(f"lcm {i}", *first.shape) for i in range(LCM_RUN[0]))])
 
 
 def inputs(model: str) -> dict[str, Float32]:
@@ -260,13 +273,15 @@ def write_checkpoint(
     rename: Callable[[str, str], str] = lambda component, name: name,
     variant: str | None = None,
     shards: int = 1,
+    changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Path:
-    """A whole checkpoint; `rename` gives tensors the names of older checkpoints, and weights may lie in shards."""
+    """A whole checkpoint; `rename` gives tensors the names of older checkpoints, weights may lie in shards, and
+    `changes` replace configurations by component."""
     xl = "text_encoder_2" in MODELS[model]
     name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
     index: dict[str, Any] = {"_class_name": name}
     index |= {"force_zeros_for_empty_prompt": True} if xl else {"requires_safety_checker": False}
-    for component, config in MODELS[model].items():
+    for component, config in {**MODELS[model], **changes}.items():
         file = "scheduler_config.json" if component == "scheduler" else "config.json"
         write_json(folder / component / file, config)
         class_name = config.get("_class_name", config.get("architectures", [""])[0])
@@ -288,6 +303,13 @@ def write_checkpoint(
         index["safety_checker"] = [None, None]
     write_json(folder / "model_index.json", index)
     return folder
+
+
+def write_lcm_checkpoint(folder: Path, shapes: Shapes) -> Path:
+    """`shapes` are tiny-sd2's."""
+    features = [LCM["unet"]["block_out_channels"][0], LCM["unet"]["time_cond_proj_dim"]]
+    unet = {**shapes["unet"], "time_embedding.cond_proj.weight": features}
+    return write_checkpoint(folder, "tiny-sd2", {**shapes, "unet": unet}, changes=LCM)
 
 
 def write_weights(folder: Path, stem: str, tensors: Mapping[str, Any], variant: str | None, shards: int) -> None:

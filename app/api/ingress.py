@@ -1,6 +1,7 @@
 """The routes: parses a request, sends it to a replica, and answers. Knows nothing of models, engines or devices."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,9 @@ from app.api.settings import Service
 from app.api.sse import EventStream
 from app.api.stats import stats_of_all, total
 from app.ray_internals.serve import RAY_SERVE_ENABLE_HA_PROXY
-from app.types import InvalidField
+from app.types import InvalidField, RequestDefaults
+
+logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 READY_TIMEOUT_S = 5.0  # how long /v1/models and /healthz wait for a replica that may still be warming up
 PATIENCE_S = 0.3  # how long they wait for a new description if there is an older one
@@ -41,7 +44,7 @@ CROWDED = ("queue_full", "deadline_unmeetable", "replica_lost")  # errors that m
 ROUTES = {
     "GET /imagine?prompt=...": "one image, as image/png, image/webp or image/jpeg",
     "POST /v1/images/generations": "images as OpenAI's images API returns them",
-    "GET /v1/models": "the model, its sizes, samplers, limits and defaults",
+    "GET /v1/models": "the model, its sizes, samplers, fields, limits and defaults",
     "GET /v1/models/{id}": "the same of the model with this id",
     "GET /v1/stats": "statistics of each replica, and their total",
     "GET /healthz": "200 once a replica answers",
@@ -64,6 +67,7 @@ class APIIngress:
             self.api_keys.start_refreshing()
         self.replica_watch = ReplicaWatch(partial(broadcast, replicas, "describe", BROADCAST_TIMEOUT_S))
         self.retry_after = RetryAfter()
+        self.logged: set[str] = set()
         self.started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -136,7 +140,10 @@ class APIIngress:
 
     def services(self) -> list[Service]:
         """The rules for requests, one for each running replica; the config's while none has answered."""
-        return [adapted(self.service, description) for description in self.replica_watch.current] or [self.service]
+        known = self.replica_watch.current
+        if not known and self.service.defaults.numbers is None:  # which a busy replica need not say again
+            known = self.replica_watch.latest
+        return [self.adapted(description) for description in known] or [self.service]
 
     async def parse(
         self, parse: Callable[[bytes, Service], ImageRequest], content: bytes
@@ -144,6 +151,9 @@ class APIIngress:
         """A request may name any model that runs."""
         await self.replica_watch.descriptions(0, BROADCAST_TIMEOUT_S)
         services = {service.model: service for service in self.services()}
+        if any(service.defaults.numbers is None for service in services.values()):  # no replica has answered yet
+            service = self.adapted(await self.describe(self.service.limits.timeout_s))
+            services = {service.model: service}
         for service in services.values():
             try:
                 return parse(content, service), service
@@ -199,14 +209,23 @@ class APIIngress:
         """The replicas that run, by their latest descriptions."""
         if not (descriptions := await self.replica_watch.descriptions(PATIENCE_S, BROADCAST_TIMEOUT_S)):
             descriptions = (await self.describe(),)
-        return [(adapted(self.service, description), description) for description in descriptions]
+        return [(self.adapted(description), description) for description in descriptions]
 
-    async def describe(self) -> Description:
+    def adapted(self, description: Description) -> Service:
+        """The config's rules for a replica. Logs once what its limits change."""
+        service = adapted(self.service, description)
+        for note in service.notes:
+            if note not in self.logged:
+                self.logged.add(note)
+                logger.warning(note)
+        return service
+
+    async def describe(self, timeout_s: float = READY_TIMEOUT_S) -> Description:
         """Asks as image requests do, where a broadcast has reached no replica: that starts one where the deployment has
         scaled to zero, and fails at once if none will start."""
         response: Pending[Description] = self.replicas.describe.remote()
         try:
-            return await answer_of(response, READY_TIMEOUT_S)
+            return await answer_of(response, timeout_s)
         except ApiError as error:
             if error.status != 504:
                 raise
@@ -215,5 +234,8 @@ class APIIngress:
 
 
 def adapted(service: Service, description: Description) -> Service:
-    """The config's rules, with the model and the sizes that the replica serves."""
-    return replace(service, model=description.model or service.model, sizes=description.sizes or service.sizes)
+    """The config's rules, with the model and the sizes that the replica serves, and its checkpoint's own defaults where
+    the config has none."""
+    own = RequestDefaults(description.num_inference_steps, description.guidance_scale)
+    sizes = description.sizes or service.sizes
+    return replace(service.completed(own), model=description.model or service.model, sizes=sizes)

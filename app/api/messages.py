@@ -20,6 +20,10 @@ class Description:
     model: str = ""  # empty: an older replica did not send it, and the config's applies
     sizes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # sentences on what the checkpoint says and this server does otherwise
+    # The checkpoint's own defaults of a request; an older replica did not send them.
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    fields: tuple[str, ...] = ()  # of a request, that only some models have
 
 
 @dataclass(frozen=True)

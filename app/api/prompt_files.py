@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.api.fields import literal
-from app.api.protocol import NUMERIC_FIELDS
+from app.api.protocol import NUMERIC_FIELDS, SIZE_FIELDS
 
 Fields = Mapping[str, Any]
 
@@ -75,10 +75,16 @@ def csv_rows(file: Path) -> Iterator[Entry]:
                     yield Entry(reader.line_num, f"it must have {len(columns)} columns, as the first line says.")
                     continue
                 cells = [(name, text) for name, text in row.items() if text]  # an empty cell is a missing field
-                fields = {name: literal(text) if name in NUMERIC_FIELDS else text for name, text in cells}
-                yield Entry(reader.line_num, fields)
+                yield Entry(reader.line_num, {name: cell_value(name, text) for name, text in cells})
         except csv.Error as error:
             raise BadFile(f"{file} is no CSV in line {reader.line_num}: {error}.") from None
+
+
+def cell_value(name: str, text: str) -> object:
+    """A number, or two with a comma between them as the answers of the API have them, where the field takes such."""
+    if name in SIZE_FIELDS:
+        return [literal(part.strip()) for part in text.split(",")]
+    return literal(text) if name in NUMERIC_FIELDS else text
 
 
 def parquet_rows(file: Path) -> Iterator[Entry]:

@@ -51,8 +51,9 @@ def model_object(service: Service, description: Description, created: int) -> di
         "aliases": service.aliases,
         "sizes": service.sizes,
         "samplers": description.samplers,
+        "fields": description.fields,
         "qualities": service.qualities,
-        "notes": description.notes,
+        "notes": [*description.notes, *service.notes],
         "limits": service.limits.model_dump(),
         "defaults": defaults
         | {"sampler": service.defaults.sampler or description.default_sampler, "size": service.sizes[0]},

@@ -5,11 +5,13 @@ Every key has a type, a range and a description, which `make lint` and the docs 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from app.types import RequestDefaults
 
 # Bytes. A request's head should hold no more than this and 16 KiB of headers, and uvicorn's parser takes 65,535 bytes
 # of a URL. A prompt of 4,000 characters fits in if every character takes 12 bytes.
@@ -65,9 +67,33 @@ class Limits(Settings):
 class Defaults(Settings):
     """The values of request fields that a request leaves out."""
 
-    num_inference_steps: int = Field(default=20, description="denoising steps")
-    guidance_scale: float = Field(default=7.5, description="classifier-free guidance; 1 is none")
+    num_inference_steps: int | None = Field(default=20, description="denoising steps; null: the checkpoint's own")
+    guidance_scale: float | None = Field(
+        default=7.5, description="classifier-free guidance; 1 is none; null: the checkpoint's own"
+    )
     sampler: str | None = Field(default=None, description="null: the one that the checkpoint names")
+
+    @property
+    def numbers(self) -> RequestDefaults | None:
+        """None where the checkpoint has to complete them."""
+        if self.num_inference_steps is None or self.guidance_scale is None:
+            return None
+        return RequestDefaults(self.num_inference_steps, self.guidance_scale)
+
+    def completed(self, own: RequestDefaults, limits: Limits) -> tuple[RequestDefaults, tuple[str, ...]]:
+        """The numbers, with the checkpoint's own in place of null; and a sentence for each that a limit changes."""
+        steps, guidance = limits.num_inference_steps, limits.guidance_scale
+        values, remarks = own._asdict(), []
+        for name, (low, high) in {"num_inference_steps": steps, "guidance_scale": guidance}.items():
+            value, nearest = values[name], min(max(values[name], low), high)
+            if (configured := getattr(self, name)) is not None:
+                values[name] = configured
+            elif nearest != value:
+                values[name] = nearest
+                remarks.append(
+                    f"The checkpoint's {name} is {value:g}, outside limits.{name}; the default is {nearest:g}."
+                )
+        return RequestDefaults(**values), tuple(remarks)
 
 
 class Encoding(Settings):
@@ -89,6 +115,12 @@ class Service:
     encoding: Encoding = Encoding()
     aliases: tuple[str, ...] = ()  # other names that a request may give to the model
     qualities: Mapping[str, int] = field(default_factory=dict)  # num_inference_steps by OpenAI's `quality`
+    notes: tuple[str, ...] = ()  # sentences on where the defaults are not the checkpoint's own
+
+    def completed(self, own: RequestDefaults) -> "Service":
+        """With the checkpoint's own defaults where the config leaves them to it."""
+        numbers, notes = self.defaults.completed(own, self.limits)
+        return replace(self, defaults=self.defaults.model_copy(update=numbers._asdict()), notes=notes)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -74,6 +74,8 @@ class Pipeline:
         self.samplers = samplers_for(self.schedule)
         self.default_sampler = default_sampler(self.schedule)
         self.notes = departures(self.schedule)
+        self.request_defaults = family.defaults(self.schedule)
+        self.request_fields = tuple(sorted(family.FIELDS))
         self.tokenizers = checkpoint.tokenizers
         self.mesh = mesh_of(jax.local_devices() if devices is None else devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())

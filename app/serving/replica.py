@@ -164,7 +164,15 @@ class StableDiffusion:
     async def describe(self) -> Description:
         sizes = tuple(f"{width}x{height}" for width, height in self.pipeline.sizes)
         pipeline = self.pipeline
-        return Description(tuple(pipeline.samplers), pipeline.default_sampler, self.name, sizes, pipeline.notes)
+        return Description(
+            tuple(pipeline.samplers),
+            pipeline.default_sampler,
+            self.name,
+            sizes,
+            pipeline.notes,
+            *pipeline.request_defaults,
+            pipeline.request_fields,
+        )
 
     async def stats(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
@@ -101,7 +102,10 @@ class StreamMethod:
         return self.answers[-1]
 
 
-DESCRIPTION = Description(("euler", "pndm"), "pndm", "tiny", ("128x128", "256x128"), ("The nearest is pndm.",))
+DESCRIPTION = Description(
+    *(("euler", "pndm"), "pndm", "tiny", ("128x128", "256x128"), ("The nearest is pndm.",)),
+    *(4, 0.5, ("target_size",)),
+)
 
 
 class Replicas:
@@ -245,6 +249,7 @@ def test_models_lists_sizes_samplers_limits_and_defaults_and_asks_once_a_second(
         "owned_by": "imagine-tpu",
         "sizes": ["128x128", "256x128"],
         "samplers": ["euler", "pndm"],
+        "fields": ["target_size"],
         "aliases": [],
         "qualities": {},
         "notes": ["The nearest is pndm."],
@@ -289,6 +294,32 @@ def test_a_model_answers_to_its_aliases_too(replicas: Replicas) -> None:
         assert client.get("/v1/models/gpt-image-1").json() == listed
         assert post(client, prompt="a", model="dall-e-3").json()["model"] == "tiny"
         assert post(client, prompt="a", model="dall-e-2").status_code == 404
+
+
+OWN = replace(SERVICE, defaults=Defaults(num_inference_steps=None, guidance_scale=None))
+
+
+def test_defaults_that_the_config_leaves_open_are_the_checkpoints_within_the_limits(
+    replicas: Replicas, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = "The checkpoint's guidance_scale is 0.5, outside limits.guidance_scale; the default is 1."
+    with local_client(APIIngress(replicas, OWN)) as client, caplog.at_level(logging.WARNING, logger="ray.serve"):
+        answer = post(client, prompt="a").json()
+        (model,) = client.get("/v1/models").json()["data"]
+    for numbers in (answer, model["defaults"]):
+        assert (numbers["num_inference_steps"], numbers["guidance_scale"]) == (4, 1.0)
+    assert model["notes"] == ["The nearest is pndm.", note]
+    assert caplog.messages == [note], "once"
+
+
+def test_a_request_to_which_no_replica_is_known_waits_for_the_checkpoints_defaults(replicas: Replicas) -> None:
+    replicas.running = []
+    with local_client(APIIngress(replicas, OWN)) as client:
+        assert post(client, prompt="a").json()["num_inference_steps"] == 4
+        assert post(client, prompt="a", num_inference_steps=7).json()["num_inference_steps"] == 7
+        replicas.describe.outcome = lambda: None
+        response = post(client, prompt="a")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "model_not_ready")
 
 
 def no_such_model(other: str, name: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,9 @@ def test_buckets_and_steps_come_from_the_config() -> None:
     assert workload.spec.model == "CompVis/stable-diffusion-v1-4"
     assert workload.spec.batch_buckets == (1, 2, 4, 8, 16)
     assert (workload.spec.dtype, workload.num_inference_steps, workload.guidance_scale) == ("bfloat16", 50, 7.5)
+    open_defaults = workload.args.defaults.model_copy(update={"num_inference_steps": None, "guidance_scale": None})
+    completed = replace(workload, args=workload.args.model_copy(update={"defaults": open_defaults}))
+    assert (completed.num_inference_steps, completed.guidance_scale) == (20, 7.5)
     assert [host.accelerator_type for host in hosts_of("", Path("configs/cluster-v6e.yaml"))] == ["v6e-4"]
     assert [host.accelerator_type for host in hosts_of("v4-8, v6e-1", Path("none"))] == ["v4-8", "v6e-1"]
     with pytest.raises(UserError, match="TPU must be one host"):

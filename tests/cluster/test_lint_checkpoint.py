@@ -283,3 +283,8 @@ def test_defaults_that_a_distilled_model_refuses_are_errors(tmp_path: Path, monk
     assert findings_of(str(folder), tmp_path, defaults=defaults) == []
     (finding,) = findings_of(str(folder), tmp_path, defaults=defaults | {"guidance_scale": 4.0})
     assert "guidance_scale must be at most 1, got 4. This model is distilled" in finding
+    assert findings_of(str(folder), tmp_path, defaults=dict.fromkeys(defaults)) == []
+    (finding,) = findings_of(
+        str(folder), tmp_path, defaults=dict.fromkeys(defaults), limits={"guidance_scale": [2.0, 5.0]}
+    )
+    assert "guidance_scale must be at most 1, got 2. This model is distilled" in finding

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from app.api.protocol import SIZE_FIELDS
 from app.api.settings import Encoding
 from app.diffusion.pipeline import Pipeline
 from app.types import PipelineSpec
@@ -59,7 +60,7 @@ def files(out: Path) -> set[str]:
 
 
 def test_a_row_travels_as_text_and_comes_back_the_same() -> None:
-    first = row(7, n=2)
+    first = row(7, n=2, fields=(("original_size", (64, 48)), ("target_size", (8, 8))))
     assert row_of(text_of(first)) == first
 
 
@@ -68,7 +69,7 @@ def test_a_row_leaves_its_pictures_and_a_record_and_nothing_else(worker: BatchWo
     assert drawn(worker, *rows) == {"key1": "", "key2": ""}
     assert files(out) == {name for each in rows for name in each.made}
     record = json.loads((out / rows[1].record).read_text())
-    assert set(record) == set(SCHEMA) - {"row", "error"}
+    assert set(record) == set(SCHEMA) - {"row", "error", *SIZE_FIELDS}
     assert (record["seed"], record["files"]) == (2, ["images/key2-0.png", "images/key2-1.png"])
     with Image.open(out / "images" / "key2-1.png") as picture:
         assert picture.text["seed"] == "3"  # type: ignore[attr-defined]

@@ -97,6 +97,30 @@ def test_a_changed_setting_makes_other_rows(tmp_path: Path, changed: dict[str, o
     assert rows(file)[0].key == rows(file, same)[0].key != rows(file, other)[0].key
 
 
+def test_defaults_that_the_config_leaves_open_are_the_checkpoints(tmp_path: Path) -> None:
+    file = written(tmp_path, "a.txt", "a boat\n")
+    options = {"sizes": ["128x128"], "defaults": {"num_inference_steps": None, "guidance_scale": None}}
+    (row,) = rows(file, ReplicaConfig.of({"model": "assets/demo-model", **options}, "here"))
+    assert (row.generation.num_inference_steps, row.generation.guidance_scale) == (20, 7.5)
+    with pytest.raises(UsageError, match="args.defaults must be numbers and not null for this job: some/model is not"):
+        list(read(file, ReplicaConfig.of({"model": "some/model", **options}, "here")))
+
+
+def test_a_row_may_have_the_fields_of_its_model_in_every_kind_of_file(tmp_path: Path) -> None:
+    record = {"prompt": "a boat", "seed": 7, "original_size": [64, 48], "crops_coords_top_left": [0, 2]}
+    jsonl = written(tmp_path, "a.jsonl", json.dumps(record))
+    csv = written(tmp_path, "a.csv", f'{",".join(record)}\na boat,7,"64,48","0, 2"\n')
+    parquet = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([record]), parquet)
+    for file in (jsonl, csv, parquet):
+        (row,) = rows(file)
+        assert row.generation.fields == (("original_size", (64, 48)), ("crops_coords_top_left", (0, 2)))
+    wrong = written(tmp_path, "b.csv", 'prompt,target_size\na boat,64\na boat,"64,wide"\n')
+    assert set(errors_in(wrong).values()) == {
+        "target_size must be an array of two integers between 1 and 16384, got an array."
+    }
+
+
 def test_other_weights_make_other_rows_with_the_same_seeds_and_another_place_does_not(tmp_path: Path) -> None:
     file = written(tmp_path, "a.txt", "a boat\n")
 

@@ -30,7 +30,7 @@ from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
 from app.engine.virtual import number_of
 from app.serving.refusals import refusal
 from app.serving.replica import StableDiffusion
-from app.types import Generation, PipelineSpec
+from app.types import Generation, PipelineSpec, RequestDefaults
 from tests.clusters import soon as soon_true
 from tests.fake_pipeline import SMALL, FakePipeline
 from tests.serving.test_metrics import Recorded, recorded
@@ -45,6 +45,8 @@ SPEC = PipelineSpec("/models/tiny", sizes=(SMALL,), batch_buckets=(1, 2), max_st
 class Pipeline(FakePipeline):
     samplers = ("ddim", "pndm")
     notes = ("The checkpoint names another.",)
+    request_defaults = RequestDefaults(4, 1.0)
+    request_fields = ("target_size",)
     events: list[Any]
 
     @classmethod
@@ -346,7 +348,9 @@ def test_a_finished_request_is_measured_from_its_arrival_to_its_files(replica: A
 
 
 def test_a_replica_names_its_model_its_sizes_and_what_stands_in_its_checkpoint(replica: Any) -> None:
-    expected = Description(("ddim", "pndm"), "ddim", "tiny", ("8x8",), ("The checkpoint names another.",))
+    expected = Description(
+        ("ddim", "pndm"), "ddim", "tiny", ("8x8",), ("The checkpoint names another.",), 4, 1.0, ("target_size",)
+    )
     assert asyncio.run(replica.describe()) == expected
     assert generate(replica).model == "tiny"
 

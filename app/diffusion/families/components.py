@@ -13,6 +13,8 @@ from app.diffusion.models.config import PROJECTED, CLIPTextConfig, UNetConfig, V
 from app.diffusion.models.flow_config import Qwen3Config
 from app.diffusion.models.flow_shapes import qwen3_tensors
 from app.diffusion.models.shapes import text_encoder_tensors, unet_tensors, vae_tensors
+from app.diffusion.samplers import FlowSchedule, Schedule
+from app.types import RequestDefaults
 
 
 def unet(config: UNetConfig, **options: Any) -> Any:
@@ -83,6 +85,23 @@ CLIP_TEXT_PROJECTED = Component(
     clip_text,
     stem="model",
 )
+
+
+def few_step_defaults(unet: UNetConfig, schedule: Schedule | FlowSchedule) -> RequestDefaults | None:
+    """Of a UNet whose files say that it was distilled to few steps; else None.
+
+    Consistency models (Luo et al. 2023) embed the guidance scale, which LatentConsistencyModelPipeline sets to 8.5, or
+    name their scheduler. Turbo models (Sauer et al. 2023) name Euler with trailing timesteps, as do models with a zero
+    terminal SNR, which need many steps; but these predict no noise.
+    """
+    if unet.guidance_features is not None:
+        return RequestDefaults(4, 8.5)
+    if not isinstance(schedule, Schedule):
+        return None
+    consistent = schedule.class_name in ("LCMScheduler", "TCDScheduler")
+    euler = schedule.class_name in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+    turbo = euler and schedule.timestep_spacing == "trailing" and schedule.prediction_type == "epsilon"
+    return RequestDefaults(4, 1.0) if consistent or turbo else None
 
 
 def guidance_embedding(guidance_scale: float, features: int) -> npt.NDArray[np.float32]:

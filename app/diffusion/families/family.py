@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from app.diffusion.models.shapes import Shape
 from app.diffusion.samplers import FlowSchedule, Schedule
-from app.types import Generation, Size
+from app.types import Generation, RequestDefaults, Size
 
 Array: TypeAlias = Any  # of JAX
 Networks: TypeAlias = Mapping[str, Any]  # component -> module
@@ -82,6 +82,10 @@ class Family(Protocol):
         """Raises InvalidField for a request that the checkpoint cannot follow."""
         ...
 
+    def defaults(self, schedule: Schedule | FlowSchedule) -> RequestDefaults:
+        """The numbers of a request that names none, as far as the files say how the checkpoint was trained."""
+        ...
+
     def image_tokens(self, size: Size) -> int | None:
         """How many tokens an image has in the denoiser; None where no schedule depends on it."""
         ...
@@ -141,6 +145,9 @@ class FamilyDefaults:
 
     def check(self, generation: Generation) -> None:
         """Every request can be followed."""
+
+    def defaults(self, schedule: Schedule | FlowSchedule) -> RequestDefaults:
+        return RequestDefaults()
 
     def image_tokens(self, size: Size) -> int | None:
         return None

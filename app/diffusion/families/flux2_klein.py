@@ -8,8 +8,8 @@ from app.diffusion.families.components import CHAT_TOKENIZER, qwen3
 from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
 from app.diffusion.models.flow_config import Flux2Config, Flux2VAEConfig, Qwen3Config
 from app.diffusion.models.flow_shapes import flux2_tensors, flux2_vae_tensors
-from app.diffusion.samplers import FlowSchedule
-from app.types import Generation, InvalidField, Size
+from app.diffusion.samplers import FlowSchedule, Schedule
+from app.types import Generation, InvalidField, RequestDefaults, Size
 
 HIDDEN_STATES = (9, 18, 27)
 TEXT_LENGTH = 512
@@ -77,6 +77,10 @@ class Flux2Klein(FamilyDefaults):
             )
         if generation.negative_prompt:
             raise InvalidField("negative_prompt", f"negative_prompt must be empty. {why}, so nothing would read it.")
+
+    def defaults(self, schedule: Schedule | FlowSchedule) -> RequestDefaults:
+        """As the model cards have them, and Flux2KleinPipeline for the guided one."""
+        return RequestDefaults(4, 1.0) if self.is_distilled else RequestDefaults(50, 4.0)
 
     @property
     def latent_channels(self) -> int:

@@ -7,12 +7,19 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from app.diffusion.families.components import CLIP_TEXT, CLIP_TOKENIZER, UNET, VAE, guidance_numbers
+from app.diffusion.families.components import (
+    CLIP_TEXT,
+    CLIP_TOKENIZER,
+    UNET,
+    VAE,
+    few_step_defaults,
+    guidance_numbers,
+)
 from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig, mismatches
 from app.diffusion.models.scheduler_config import corrected
-from app.diffusion.samplers import Schedule
-from app.types import Size
+from app.diffusion.samplers import FlowSchedule, Schedule
+from app.types import RequestDefaults, Size
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,9 @@ class StableDiffusion(FamilyDefaults):
         if self.unet.added_features is not None:
             problems.append("unet/config.json: addition_embed_type must be None for Stable Diffusion, got 'text_time'.")
         return problems
+
+    def defaults(self, schedule: Schedule | FlowSchedule) -> RequestDefaults:
+        return few_step_defaults(self.unet, schedule) or RequestDefaults(guidance_scale=7.5)
 
     @property
     def latent_channels(self) -> int:

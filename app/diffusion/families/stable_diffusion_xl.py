@@ -16,12 +16,13 @@ from app.diffusion.families.components import (
     CLIP_TOKENIZER,
     UNET,
     VAE,
+    few_step_defaults,
     guidance_numbers,
 )
 from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig, mismatches
-from app.diffusion.samplers import Schedule
-from app.types import Size
+from app.diffusion.samplers import FlowSchedule, Schedule
+from app.types import RequestDefaults, Size
 
 SIZE_NUMBERS = 6  # height and width of the original, top and left of the crop, height and width of the target
 
@@ -74,6 +75,9 @@ class StableDiffusionXL(FamilyDefaults):
                 f"{SIZE_NUMBERS} times addition_time_embed_dim, {features}, got {self.unet.added_features}."
             )
         return problems
+
+    def defaults(self, schedule: Schedule | FlowSchedule) -> RequestDefaults:
+        return few_step_defaults(self.unet, schedule) or RequestDefaults(guidance_scale=5.0)
 
     @property
     def latent_channels(self) -> int:

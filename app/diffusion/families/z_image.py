@@ -9,8 +9,8 @@ from app.diffusion.families.family import Array, Component, Conditioning, Family
 from app.diffusion.models.config import VAEConfig
 from app.diffusion.models.flow_config import Qwen3Config, ZImageConfig
 from app.diffusion.models.flow_shapes import z_image_tensors
-from app.diffusion.samplers import FlowSchedule
-from app.types import Size
+from app.diffusion.samplers import FlowSchedule, Schedule
+from app.types import RequestDefaults, Size
 
 HIDDEN_STATES = (-2,)
 TEXT_LENGTH = 512  # a multiple of 32
@@ -63,6 +63,10 @@ class ZImage(FamilyDefaults):
             for name, got, what, wanted in pairs
             if got != wanted
         ]
+
+    def defaults(self, schedule: Schedule | FlowSchedule) -> RequestDefaults:
+        """ZImagePipeline's, whose guidance counts from 0. No file says that Turbo is distilled."""
+        return RequestDefaults(50, 6.0)
 
     @property
     def latent_channels(self) -> int:

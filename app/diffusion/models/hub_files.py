@@ -5,7 +5,7 @@ A repo holds the same weights many times: in variants, pickled, for ONNX and Fla
 
 import glob
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,17 @@ def cached(repo: str, revision: str | None, reason: Exception) -> tuple[Path, st
         ) from reason
     logger.warning(f"{repo} is loaded from this machine's cache, as the Hub could not be asked: {one_line(reason)}")
     return folder, one_line(reason)
+
+
+def cached_folder(repo: str, revision: str | None, names: Sequence[str]) -> Path | None:
+    """The folder of a repo that was downloaded from the Hub to this machine, by a file that it has."""
+    import huggingface_hub  # takes a second
+
+    for name in names:
+        file = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(file, str):
+            return Path(file.removesuffix(name))
+    return None
 
 
 def checkpoint_names(

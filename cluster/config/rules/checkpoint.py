@@ -4,12 +4,13 @@ A replica would notice only at its start, when the running replicas have already
 and imports no JAX. What only the weights show, such as a NaN, the replica reports.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from app.builders import Args
 from app.diffusion.families.family import Family
 from app.diffusion.models.checkpoint_files import INDEX, read_file, read_folder
+from app.diffusion.models.hub_files import cached_folder
 from app.diffusion.models.shapes import Shape
 from app.diffusion.models.tensor_names import squeezed
 from app.diffusion.models.tokenizer_files import VOCAB
@@ -66,29 +67,15 @@ def tokenizer_of(args: Args) -> Path | None:
     return folder if folder.is_dir() else cached_folder(args.tokenizer, None, [VOCAB, f"tokenizer/{VOCAB}"])
 
 
-def cached_folder(repo: str, revision: str | None, names: Sequence[str]) -> Path | None:
-    """The folder of a repo that was downloaded from the Hub to this machine, by a file that it has."""
-    import huggingface_hub  # takes a second
-
-    for name in names:
-        file = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
-        if isinstance(file, str):
-            return Path(file.removesuffix(name))
-    return None
-
-
 def wrong_defaults(family: Family, schedule: Schedule | FlowSchedule, args: Args, report: Report) -> Iterator[Finding]:
     """A request that gives a prompt alone must be possible with this checkpoint."""
-    defaults = args.defaults
+    sampler = args.defaults.sampler
     width, height = parse_size(args.sizes[0])
-    request = Generation(
-        "", "", width, height, defaults.num_inference_steps, defaults.guidance_scale, 0, defaults.sampler, 1
-    )
+    numbers, _ = args.defaults.completed(family.defaults(schedule), args.limits)
     try:
-        family.check(request)
-        sampler = defaults.sampler or default_sampler(schedule)
+        family.check(Generation("", "", width, height, *numbers, 0, sampler, 1))
         # Any number of image tokens will do: it moves the noise levels and makes nothing impossible.
-        make_table(sampler, defaults.num_inference_steps, schedule, image_tokens=1)
+        make_table(sampler or default_sampler(schedule), numbers.num_inference_steps, schedule, image_tokens=1)
     except ValueError as error:
         yield report(("args", "defaults"), f"do not suit {args.model}: {error}")
 
