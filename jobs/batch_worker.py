@@ -94,7 +94,7 @@ def text_of(row: Row) -> str:
 
 
 def row_of(text: str) -> Row:
-    content = json.loads(text)
-    pairs = tuple((name, (first, second)) for name, (first, second) in content["generation"].pop("fields"))
-    generation = Generation(**content["generation"], fields=pairs)
-    return Row(content["number"], content["key"], generation, Encoding.model_validate(content["encoding"]))
+    fields = json.loads(text)
+    pairs = tuple((name, (first, second)) for name, (first, second) in fields["generation"].pop("fields"))
+    generation, encoding = Generation(**fields["generation"], fields=pairs), Encoding.model_validate(fields["encoding"])
+    return Row(fields["number"], fields["key"], generation, encoding)
