@@ -131,7 +131,7 @@ VALUES: list[tuple[Edit, Key, str]] = [
     (
         put((*ARGS, "model"), "assets/demo-modle"),
         (*ARGS, "model"),
-        "must be a folder in diffusers layout or a Hugging Face repo id, got assets/demo-modle "
+        "must be a folder in diffusers layout, a .safetensors file or a Hugging Face repo id, got assets/demo-modle "
         f"({ROOT / 'assets/demo-modle'}).",
     ),
     (
