@@ -120,11 +120,11 @@ loadtest: runtime ## Load the local cluster (start it if none is up) or URL=: SC
 	@$(if $(URL),,$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy $(watching))
 	@$(py) -m loadtest run "$(SCENARIO)" $(at) $(if $(URL),--url "$(URL)") $(ARGS)
 
-# First the tests without a cluster, in a process for each core. Then those on local clusters, which mostly wait: what
-# shares a cluster runs in one process, beside the others. In CI a skip is a failure.
+# First the tests without a cluster, in a process for each core. Then those on clusters, which mostly wait: what shares
+# a cluster is in one process, beside the others (tests/scheduling.py). In CI a skip is a failure.
 pytest := $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips-but "$(EXPECTED_SKIPS)")
 beside := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-clusters := -n 2 --dist loadgroup
+clusters := -n 3 --dist loadscope
 elsewhere := not jobs and not scaling and not parity and not faults
 
 test: dev ## Run all tests but those with a target of their own; TESTS="tests/test_x.py -k name" for some

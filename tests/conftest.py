@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-pytest_plugins = ["tests.skips"]
+pytest_plugins = ["tests.skips", "tests.scheduling"]
 
 # What is tested is the CPU, also where JAX for CUDA is installed: tests compare bits, and run in several processes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -32,7 +32,6 @@ SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbi
 MISSING = [name for name, path in (("sshd", SSHD), ("rsync", shutil.which("rsync"))) if not path]
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.xdist_group("ssh"),
     pytest.mark.skipif(
         sys.platform != "linux", reason="a second home on one machine, as bash and sshd make it on Linux"
     ),

@@ -34,7 +34,7 @@ from tests import many_clients
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds
 from tests.docs_commands import API, commands
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("shared cluster")]
+pytestmark = pytest.mark.cluster
 
 PROMPT = "a red house under a yellow sun at dusk"
 

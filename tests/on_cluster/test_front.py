@@ -20,7 +20,7 @@ from tests.clusters import Verbs, fetch, soon
 from tests.fuzz_cases import KINDS
 from tests.raw_http import answers, ask, closed, connected, head, received
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("shared cluster")]
+pytestmark = pytest.mark.cluster
 
 MIB = 1 << 20
 FUZZ_SEED = 14

@@ -24,7 +24,7 @@ from tests import other_user
 from tests.clusters import Verbs, fetch, one_node_cluster, refuses, soon, succeeds
 from tests.on_cluster.test_api import PROMPT, imagine, refusal, the_replica
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("verbs")]
+pytestmark = pytest.mark.cluster
 
 GREETER = """
 proxy_location: HeadOnly
