@@ -121,14 +121,17 @@ loadtest: runtime ## Load the local cluster (start it if none is up) or URL=: SC
 	@$(py) -m loadtest run "$(SCENARIO)" $(at) $(if $(URL),--url "$(URL)") $(ARGS)
 
 # First the tests without a cluster, in a process for each core. Then those on clusters, which mostly wait: what shares
-# a cluster is in one process, beside the others (tests/scheduling.py). In CI a skip is a failure.
+# a cluster is in one process, beside the others (tests/scheduling.py). Those over SSH come last: started beside two other
+# clusters, Ray's head gives up after a minute. In CI a skip is a failure.
 pytest := $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips-but "$(EXPECTED_SKIPS)")
 beside := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-clusters := -n 3 --dist loadscope
+over_ssh := tests/cluster/test_remote_ssh.py
+clusters := -n 2 --dist loadscope --ignore $(over_ssh)
 elsewhere := not jobs and not scaling and not parity and not faults
 
 test: dev ## Run all tests but those with a target of their own; TESTS="tests/test_x.py -k name" for some
-	@$(if $(TESTS),$(pytest) $(TESTS),$(pytest) $(beside) -m "$(elsewhere) and not cluster" && $(pytest) $(clusters) -m "$(elsewhere) and cluster")
+	@$(if $(TESTS),$(pytest) $(TESTS),$(pytest) $(beside) -m "$(elsewhere) and not cluster" && \
+		$(pytest) $(clusters) -m "$(elsewhere) and cluster" && $(pytest) $(over_ssh))
 
 test-quick: dev ## Run the tests that need neither a cluster nor much computing: under a minute, for the inner loop
 	@$(pytest) -q $(beside) -m "$(elsewhere) and not cluster and not slow"
