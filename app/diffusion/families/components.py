@@ -1,4 +1,4 @@
-"""The networks that several families have. Their modules are imported where they are built, so this needs no JAX."""
+"""What several families have in common. Modules are imported where they are built, so this needs no JAX."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.diffusion.families.family import Component, Json, TokenizerKind
+from app.diffusion.families.family import Component, FamilyDefaults, Json, TokenizerKind
 from app.diffusion.models.config import PROJECTED, CLIPTextConfig, UNetConfig, VAEConfig
 from app.diffusion.models.flow_config import Qwen3Config
 from app.diffusion.models.flow_shapes import qwen3_tensors
@@ -117,3 +117,30 @@ def guidance_numbers(unet: UNetConfig, guidance_scale: float) -> dict[str, npt.N
     if unet.guidance_features is None:
         return {}
     return {"guidance": np.stack([guidance_embedding(guidance_scale, unet.guidance_features)] * 2)}
+
+
+class UNetFamily(FamilyDefaults):
+    """What families of a UNet and a VAE have in common: how latents relate to pixels."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.latent_channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return self.vae.scale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        return self.vae.scale_factor * self.unet.scale_factor
+
+    @property
+    def strip_rows(self) -> int:
+        return self.unet.scale_factor
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.unet.guidance_features is not None

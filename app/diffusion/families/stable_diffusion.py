@@ -12,10 +12,11 @@ from app.diffusion.families.components import (
     CLIP_TOKENIZER,
     UNET,
     VAE,
+    UNetFamily,
     few_step_defaults,
     guidance_numbers,
 )
-from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
+from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig, mismatches
 from app.diffusion.models.scheduler_config import corrected
 from app.diffusion.samplers import FlowSchedule, Schedule
@@ -23,7 +24,7 @@ from app.types import RequestDefaults, Size
 
 
 @dataclass(frozen=True)
-class StableDiffusion(FamilyDefaults):
+class StableDiffusion(UNetFamily):
     PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     COMPONENTS: ClassVar[Mapping[str, Component]] = {"unet": UNET, "vae": VAE, "text_encoder": CLIP_TEXT}
     TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
@@ -52,22 +53,6 @@ class StableDiffusion(FamilyDefaults):
         return few_step_defaults(self.unet, schedule) or RequestDefaults(guidance_scale=7.5)
 
     @property
-    def latent_channels(self) -> int:
-        return self.vae.latent_channels
-
-    @property
-    def pixels_per_latent(self) -> int:
-        return self.vae.scale_factor
-
-    @property
-    def size_multiple(self) -> int:
-        return self.vae.scale_factor * self.unet.scale_factor
-
-    @property
-    def strip_rows(self) -> int:
-        return self.unet.scale_factor
-
-    @property
     def text_lengths(self) -> Mapping[str, int]:
         return {"tokenizer": self.text_encoder.max_position_embeddings}
 
@@ -78,10 +63,6 @@ class StableDiffusion(FamilyDefaults):
         self, size: Size, guidance_scale: float, fields: Mapping[str, Any]
     ) -> dict[str, npt.NDArray[np.float32]]:
         return guidance_numbers(self.unet, guidance_scale)
-
-    @property
-    def embeds_guidance(self) -> bool:
-        return self.unet.guidance_features is not None
 
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int

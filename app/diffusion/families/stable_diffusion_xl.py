@@ -16,10 +16,11 @@ from app.diffusion.families.components import (
     CLIP_TOKENIZER,
     UNET,
     VAE,
+    UNetFamily,
     few_step_defaults,
     guidance_numbers,
 )
-from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
+from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig, mismatches
 from app.diffusion.samplers import FlowSchedule, Schedule
 from app.types import RequestDefaults, Size
@@ -28,7 +29,7 @@ SIZE_NUMBERS = 6  # height and width of the original, top and left of the crop, 
 
 
 @dataclass(frozen=True)
-class StableDiffusionXL(FamilyDefaults):
+class StableDiffusionXL(UNetFamily):
     PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     COMPONENTS: ClassVar[Mapping[str, Component]] = {
         "unet": UNET,
@@ -80,22 +81,6 @@ class StableDiffusionXL(FamilyDefaults):
         return few_step_defaults(self.unet, schedule) or RequestDefaults(guidance_scale=5.0)
 
     @property
-    def latent_channels(self) -> int:
-        return self.vae.latent_channels
-
-    @property
-    def pixels_per_latent(self) -> int:
-        return self.vae.scale_factor
-
-    @property
-    def size_multiple(self) -> int:
-        return self.vae.scale_factor * self.unet.scale_factor
-
-    @property
-    def strip_rows(self) -> int:
-        return self.unet.scale_factor
-
-    @property
     def text_lengths(self) -> Mapping[str, int]:
         return {name: getattr(self, part).max_position_embeddings for name, part in self.TOKENIZERS.items()}
 
@@ -116,10 +101,6 @@ class StableDiffusionXL(FamilyDefaults):
     @property
     def zero_negative(self) -> bool:
         return self.force_zeros_for_empty_prompt
-
-    @property
-    def embeds_guidance(self) -> bool:
-        return self.unet.guidance_features is not None
 
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
