@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 Size = tuple[int, int]  # width and height, in pixels
 SEEDS = 2**32  # seeds are 32-bit: image i of a request uses (seed + i) % SEEDS
 # Slots of a size for each image of the largest batch: a request that shorter work overtakes stays in its slot.
 SLOTS_PER_IMAGE = 2
 Dtype = Literal["float32", "bfloat16"]  # of the networks; samplers compute in float32
+Pixels: TypeAlias = npt.NDArray[np.uint8]  # [height, width, 3], sRGB
+Mask: TypeAlias = npt.NDArray[np.bool_]  # [height, width], true where an image is redrawn
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class PipelineSpec:
     tokenizer: str | None = None  # of one file, which has none: a folder, or a repo id
     dtype: Dtype = "float32"
     shard_text_encoders: bool = False  # whether their weights are divided over the chips of a host
+    edits: bool = False  # whether requests may have images; this loads the VAE's encoder and compiles its programs
     programs: Path | None = None  # folder of compiled programs; None: each start compiles
 
     def __post_init__(self) -> None:
@@ -65,6 +71,47 @@ class PipelineSpec:
 
 
 @dataclass(frozen=True)
+class Capabilities:
+    """What a served model can make: GET /v1/models reports it. `edits`, `masks` and `references` say what a request
+    may have beside its prompt."""
+
+    generations: bool = True  # images of a prompt alone
+    edits: bool = False  # an image to begin from
+    masks: bool = False  # a mask of that image
+    references: int = 0  # how many reference images, each of one of the declared sizes
+    strength: float = 0.8  # of an edit that names none
+    mask_strength: float = 1.0  # of an edit with a mask that names none
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """The images that a request begins from or looks at. Raises InvalidField for what no model could take.
+
+    The arrays are never changed. Pickle and Ray carry them as plain buffers.
+    """
+
+    image: Pixels | None = None  # of the request's size; None: the request begins from noise
+    mask: Mask | None = None  # of the request's size; None: all of the image may change
+    strength: float | None = None  # the share of the steps that is taken; None: the model's default
+    references: tuple[Pixels, ...] = ()  # each of one of the declared sizes
+
+    def __post_init__(self) -> None:
+        for name, image in (("image", self.image), *(("references", image) for image in self.references)):
+            if image is not None and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3):
+                raise InvalidField(
+                    name, f"{name} must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}."
+                )
+        if self.image is None and not self.references:
+            raise InvalidField("image", "image must not be missing from an edit without reference images.")
+        if self.mask is not None and (self.image is None or self.mask.shape != self.image.shape[:2]):
+            raise InvalidField("mask", "mask must have an image of its own height and width.")
+        if self.mask is not None and self.mask.dtype != np.bool_:
+            raise InvalidField("mask", f"mask must be boolean, got {self.mask.dtype}.")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise InvalidField("strength", f"strength must be above 0 and at most 1, got {self.strength:g}.")
+
+
+@dataclass(frozen=True)
 class Generation:
     """One request, resolved: every field within its limits and nothing left to default but the sampler."""
 
@@ -78,6 +125,7 @@ class Generation:
     sampler: str | None  # None: the checkpoint's own, known only to the replica
     n: int
     fields: tuple[tuple[str, tuple[int, int]], ...] = ()  # names and values of fields that only some models have
+    edit: Edit | None = None  # None: the images are made of the prompt alone
     guidance_embedded: bool = False  # the denoiser takes the guidance scale as a number, known only to the replica
 
     @property

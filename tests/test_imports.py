@@ -50,7 +50,7 @@ class Rule(NamedTuple):
 
 RULES = [
     Rule("app.", {*PACKAGES} - {"app"}),
-    Rule("app.types", JAX | HTTP | {"ray", "numpy"}),
+    Rule("app.types", JAX | HTTP | {"ray"}),
     Rule("app.builders", JAX, lazily=True),
     Rule("app.api.", JAX),
     Rule("app.api.proxy", {"PIL", "app.api.auth", "app.api.ingress"}),

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from app.types import PipelineSpec
+from app.types import Edit, Generation, InvalidField, PipelineSpec
 
 SPEC = PipelineSpec("demo", sizes=((128, 128),), batch_buckets=(4, 1, 2, 8), max_steps=50)
 
@@ -46,3 +47,31 @@ def test_a_spec_that_no_checkpoint_allows_is_refused(change: dict[str, Any], mes
     with pytest.raises(ValueError) as caught:
         replace(SPEC, **change)
     assert str(caught.value).endswith(message)
+
+
+def test_an_edit_refuses_arrays_that_no_model_could_take() -> None:
+    image, mask = np.zeros((8, 16, 3), np.uint8), np.zeros((8, 16), bool)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("image", {}),
+        ("image", {"image": image / 255}),
+        ("image", {"image": image[..., :1]}),
+        ("references", {"references": (image[0],)}),
+        ("mask", {"mask": mask, "references": (image,)}),
+        ("mask", {"image": image, "mask": mask.T}),
+        ("mask", {"image": image, "mask": mask.astype(np.uint8)}),
+        ("strength", {"image": image, "strength": 0.0}),
+        ("strength", {"image": image, "strength": 1.01}),
+    ]
+    for field, arguments in wrong:
+        with pytest.raises(InvalidField, match=field) as refusal:
+            Edit(**arguments)
+        assert refusal.value.field == field
+    Edit(image, mask, 1.0, (image,))
+
+
+def test_a_generation_with_images_is_hardly_larger_than_their_pixels_when_it_is_pickled() -> None:
+    edit = Edit(np.zeros((256, 128, 3), np.uint8), np.zeros((256, 128), bool))
+    sent = pickle.dumps(Generation("a boat", "", 128, 256, 20, 7.5, 7, None, 1, edit=edit))
+    assert len(sent) < 256 * 128 * 4 + 1000
+    received = pickle.loads(sent).edit
+    assert (received.image == edit.image).all() and (received.mask == edit.mask).all()

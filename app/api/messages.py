@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.api.settings import Encoding
-from app.types import Generation
+from app.types import Capabilities, Generation
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Description:
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
     fields: tuple[str, ...] = ()  # of a request, that only some models have
+    capabilities: Capabilities = Capabilities()
 
 
 @dataclass(frozen=True)

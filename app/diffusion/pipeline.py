@@ -32,11 +32,12 @@ from app.diffusion.declared_programs import (
     part_of,
 )
 from app.diffusion.device_programs import DenoiseState, network_of, rows_of
+from app.diffusion.edits import check_edit
 from app.diffusion.families.family import Component, Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
 from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, departures, make_table, samplers_for
 from app.diffusion.sharding import mesh_of, placed, weight_sharding
-from app.types import ActiveSlot, DispatchCost, Generation, InvalidField, PipelineSpec, Size
+from app.types import ActiveSlot, Capabilities, DispatchCost, Generation, InvalidField, PipelineSpec, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -76,6 +77,7 @@ class Pipeline:
         self.notes = departures(self.schedule)
         self.request_defaults = family.defaults(self.schedule)
         self.request_fields = tuple(sorted(family.FIELDS))
+        self.capabilities = Capabilities()
         self.tokenizers = checkpoint.tokenizers
         self.mesh = mesh_of(jax.local_devices() if devices is None else devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -227,6 +229,7 @@ class Pipeline:
         """The request as this checkpoint follows it. Raises InvalidField for one that it cannot follow."""
         family = self.shapes.family
         family.check(generation)
+        check_edit(generation, self.capabilities, self.sizes)
         for name, _ in generation.fields:
             if name not in family.FIELDS:
                 raise InvalidField(name, f"{name} is not a field of this model; leave it out.", "unsupported_parameter")

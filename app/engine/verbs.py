@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from app.diffusion.samplers import SamplerTable
-from app.types import ActiveSlot, DispatchCost, Generation, Size
+from app.types import ActiveSlot, Capabilities, DispatchCost, Generation, Size
 
 
 class Verbs(Protocol):
@@ -19,6 +19,7 @@ class Verbs(Protocol):
     row_buckets: tuple[int, ...]
     decode_buckets: tuple[int, ...]
     default_sampler: str
+    capabilities: Capabilities
 
     @property
     def step_s(self) -> Mapping[tuple[Size, int], float]: ...  # seconds of a step by size and row bucket

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.diffusion.samplers import HISTORY, SamplerTable
-from app.types import ActiveSlot, DispatchCost, Generation, Size
+from app.types import ActiveSlot, Capabilities, DispatchCost, Generation, Size
 
 LONGEST_TEXT = 40  # characters; longer texts are truncated
 NUMBER_BYTES = 8  # of an image, at its beginning
@@ -133,6 +133,7 @@ class VirtualPipeline:
     """The verbs over the timeline of a device. A call that no engine may make raises AssertionError."""
 
     default_sampler = "ddim"
+    capabilities = Capabilities()
 
     def __init__(
         self,

@@ -172,6 +172,7 @@ class StableDiffusion:
             pipeline.notes,
             *pipeline.request_defaults,
             pipeline.request_fields,
+            pipeline.capabilities,
         )
 
     async def stats(self) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""What the images of a request ask of a model, before anything runs on a device. Needs no JAX."""
+
+from collections.abc import Sequence
+
+from app.types import Capabilities, Edit, Generation, InvalidField, Size
+
+
+def check_edit(generation: Generation, capabilities: Capabilities, sizes: Sequence[Size]) -> None:
+    """Raises InvalidField for images that the model does not take, or for none where it needs one."""
+    edit = generation.edit
+    if edit is None:
+        if not capabilities.generations:
+            raise InvalidField("image", "image must be there: this model only fills in what a mask leaves out.")
+        return
+    refused = [
+        ("image", edit.image is not None and not capabilities.edits),
+        ("mask", edit.mask is not None and not capabilities.masks),
+        ("references", bool(edit.references) and not capabilities.references),
+    ]
+    for name, unable in refused:
+        if unable:
+            raise InvalidField(
+                name, f"{name} is not something this server takes; leave it out.", "unsupported_parameter"
+            )
+    if len(edit.references) > capabilities.references:
+        raise InvalidField(
+            "references", f"references must be at most {capabilities.references}, got {len(edit.references)}."
+        )
+    check_sizes_of(edit, (generation.width, generation.height), sizes)
+
+
+def check_sizes_of(edit: Edit, size: Size, sizes: Sequence[Size]) -> None:
+    """Programs are compiled for the declared sizes alone, so whoever reads files scales the images."""
+    if edit.image is not None and edit.image.shape[:2] != size[::-1]:
+        height, width = edit.image.shape[:2]
+        raise InvalidField("image", f"image must have the size {size[0]}x{size[1]}, got {width}x{height}.")
+    for reference in edit.references:
+        height, width = reference.shape[:2]
+        if (width, height) not in sizes:
+            declared = ", ".join(f"{width}x{height}" for width, height in sizes)
+            raise InvalidField("references", f"references must have one of the sizes {declared}, got {width}x{height}.")
