@@ -172,6 +172,28 @@ class ActiveSlot(NamedTuple):
         return 1 + self.guided
 
 
+@dataclass(frozen=True)
+class MovingImage:
+    """An unfinished image of a request that has left an engine."""
+
+    number: int  # from 0 to n - 1
+    steps_left: int
+    previews_due: tuple[int, ...]  # values of `steps_left`, falling
+    slot: bytes  # what a pipeline packed of its slot; empty if it had none yet
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A request that had begun, as it left an engine between two steps. Another of the same model goes on with it."""
+
+    images: tuple[MovingImage, ...]  # the unfinished ones
+    pixels: tuple[tuple[int, bytes], ...]  # the finished ones: number, and uint8 [H, W, 3] row by row
+    previews: int  # made so far
+    truncated: tuple[bool, bool]  # the prompt, the negative prompt
+    queue_s: float | None  # before its first step; None if nobody has seen that step's end
+    device_s: float
+
+
 class DispatchCost(NamedTuple):
     """What it costs the host to dispatch steps. If it `blocks`, the call returns when the device is done: its seconds
     are then part of the launch, and `host_s` is 0."""

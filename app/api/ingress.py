@@ -1,6 +1,5 @@
 """The routes: parses a request, sends it to a replica, and answers. Knows nothing of models, engines or devices."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +21,10 @@ from app.api.cors import CorsMiddleware
 from app.api.error_responses import HANDLERS
 from app.api.errors import ApiError
 from app.api.fields import model as check_model
+from app.api.journey import Journey, StreamedJourney, Unary
 from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
 from app.api.protocol import parse_body, parse_query
-from app.api.replica_calls import Items, Pending, answer_of, broadcast, next_item
+from app.api.replica_calls import Items, Pending, answer_of, broadcast
 from app.api.replica_watch import ReplicaWatch
 from app.api.request_body import read_body
 from app.api.responses import image_response, images_response, json_response, model_object
@@ -163,31 +163,35 @@ class APIIngress:
                 unknown_model = error
         raise unknown_model
 
+    async def send(self, request: ImageRequest) -> Unary:
+        response: Unary = self.replicas.generate.remote(request)
+        return response
+
+    async def send_stream(self, request: ImageRequest) -> Items:
+        items: Items = self.replicas.options(stream=True).generate_stream.remote(request)
+        return items
+
     async def generate(self, request: ImageRequest) -> Images:
-        response: Pending[Images | ApiError] = self.replicas.generate.remote(request)
         with self.spread_retries(request):
-            answer = await answer_of(response, request.timeout_s)
-            if isinstance(answer, ApiError):
-                raise answer
+            answer = await Journey(request).answer(self.send)
         self.record(request, answer)
         return answer
 
     async def stream(self, request: ImageRequest, model: str) -> Response:
         """Begins the answer once the engine has accepted the request; until then an error can set the status."""
-        items: Items = self.replicas.options(stream=True).generate_stream.remote(request)
-        deadline = asyncio.get_running_loop().time() + request.timeout_s
+        journey = StreamedJourney(request, self.send_stream)
         with self.spread_retries(request):
-            accepted = await next_item(items, deadline, request.timeout_s)
+            accepted = await journey.next_item()
         assert isinstance(accepted, Accepted)
 
         async def next_image() -> Preview | Images:
-            item = await next_item(items, deadline, request.timeout_s)
+            item = await journey.next_item()
             assert not isinstance(item, Accepted)
             if isinstance(item, Images):
                 self.record(request, item)
             return item
 
-        return EventStream(next_image, items.cancel, request, model)
+        return EventStream(next_image, journey.cancel, request, model)
 
     @contextmanager
     def spread_retries(self, request: ImageRequest) -> Iterator[None]:

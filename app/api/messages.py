@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.api.settings import Encoding
-from app.types import Capabilities, Generation
+from app.types import Capabilities, Generation, Resumed
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class ImageRequest:
     timeout_s: float
     stream: bool = False
     partial_images: int = 0  # previews to stream
+    # Only of a request that another replica had before.
+    age_s: float = 0.0  # since the ingress got it
+    moved: bool = False  # its place is beyond the usual limits
+    resumed: Resumed | None = None  # with what was made of it; None: it begins
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,15 @@ class Preview:
 
     index: int
     encoded: bytes
+
+
+@dataclass(frozen=True)
+class Moved:
+    """In place of an answer: another replica has to go on with the request."""
+
+    resumed: Resumed | None = None  # what was made of it so far; None: nothing
+    lost: bool = False  # it had begun, and must begin again
+    accepted: bool = True  # False: this replica takes no requests any more
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Waits for answers of replicas, and turns Ray's failures into ApiErrors. Knows nothing of HTTP."""
+"""Calls of replicas that answer once, and Ray's failures as ApiErrors. Knows nothing of HTTP.
+
+A request for images may change replicas on its way: that is app/api/journey.py.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -9,11 +12,15 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from app.api.errors import ApiError
-from app.api.messages import Accepted, Images, Preview
+from app.api.messages import Accepted, Images, Moved, Preview
 
 FAILED_RETRY_S = 30.0  # somebody has to deploy again
 
 Answer = TypeVar("Answer", covariant=True)
+
+
+class ReplicaLost(ApiError):
+    """The replica that had the request has gone, or has dropped it."""
 
 
 class Cancellable(Protocol):
@@ -26,29 +33,20 @@ class Pending(Cancellable, Protocol[Answer]):
     def __await__(self) -> Generator[Any, None, Answer]: ...
 
 
+Item = Accepted | Preview | Images | Moved | ApiError
+
+
 class Items(Cancellable, Protocol):
     """The part of Serve's DeploymentResponseGenerator that this module uses."""
 
-    def __aiter__(self) -> AsyncIterator[Accepted | Preview | Images | ApiError]: ...
-    async def __anext__(self) -> Accepted | Preview | Images | ApiError: ...
+    def __aiter__(self) -> AsyncIterator[Item]: ...
+    async def __anext__(self) -> Item: ...
 
 
 async def answer_of(response: Pending[Answer], timeout_s: float) -> Answer:
     with failures(response, timeout_s):
         async with asyncio.timeout(timeout_s):
             return await response
-
-
-async def next_item(items: Items, deadline: float, timeout_s: float) -> Accepted | Preview | Images:
-    """The next item of a replica's stream."""
-    with failures(items, timeout_s):
-        async with asyncio.timeout_at(deadline):
-            item = await anext(items, None)
-    if item is None:  # a replica that Serve ends may end its stream like this
-        raise cancelled_by_replica()
-    if isinstance(item, ApiError):
-        raise item
-    return item
 
 
 async def broadcast(replicas: Any, method: str, timeout_s: float) -> list[Any]:
@@ -92,8 +90,8 @@ def failures(response: Cancellable, timeout_s: float) -> Iterator[None]:
         message = "The deployment has failed: no replica runs, and none will start. `make status` says why."
         raise ApiError(503, message, None, "deployment_failed", FAILED_RETRY_S) from None
     except (RayActorError, ReplicaUnavailableError):
-        raise ApiError(503, "The replica was lost; try again.", None, "replica_lost", 5.0) from None
+        raise ReplicaLost(503, "The replica was lost; try again.", None, "replica_lost", 5.0) from None
 
 
-def cancelled_by_replica() -> ApiError:
-    return ApiError(503, "The replica cancelled this request; try again.", None, "replica_lost", 1.0)
+def cancelled_by_replica() -> ReplicaLost:
+    return ReplicaLost(503, "The replica cancelled this request; try again.", None, "replica_lost", 1.0)
