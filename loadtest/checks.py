@@ -21,6 +21,7 @@ LOSSY_TOLERANCE = 16  # levels; JPEG and WebP can turn a difference of 1 into th
 NOT_IN_THE_PIXELS = {  # fields with which equal requests still get equal pictures
     "output_compression",
     "partial_images",
+    "progress",
     "response_format",
     "safety_identifier",
     "stream",

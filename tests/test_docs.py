@@ -20,7 +20,8 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
-from app.api.protocol import FIELDS, NEUTRAL
+from app.api.field_descriptions import DESCRIPTIONS
+from app.api.protocol import FIELDS, NEUTRAL, QUERY_FIELDS
 from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
 from cluster import install
@@ -365,6 +366,19 @@ def test_the_page_of_the_api_has_every_field_and_every_sampler() -> None:
     for row in [*rows(page, "## Fields"), *rows(TUNING, "### Defaults of a request: `args.defaults`")]:
         if "sampler`" in row[0]:
             assert all(f"`{name}`" in " | ".join(row) for name in SAMPLERS), row
+
+
+def test_the_table_of_fields_has_the_descriptions_of_the_openapi_document() -> None:
+    documented = {name: row for row in rows(ROOT / "docs" / "api.md", "## Fields") for name in words_in_code(row[0])}
+    assert documented.keys() == DESCRIPTIONS.keys()
+    for name, row in documented.items():
+        text = " | ".join(row[2:])
+        assert text.replace(" (POST)", "").startswith(DESCRIPTIONS[name]), name
+        assert ("(POST)" in text) == (name not in QUERY_FIELDS), name
+
+
+def words_in_code(text: str) -> list[str]:
+    return re.findall(r"`(\w+)`", text)
 
 
 def test_the_page_of_the_api_has_every_error_code() -> None:

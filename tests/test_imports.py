@@ -56,7 +56,18 @@ RULES = [
     Rule("app.api.proxy", {"PIL", "app.api.auth", "app.api.ingress"}),
     *(
         Rule(f"app.api.{name}", HTTP | {"ray"})
-        for name in ("api_keys", "errors", "fields", "messages", "prompt_files", "protocol", "retry_after", "settings")
+        for name in (
+            "api_keys",
+            "errors",
+            "fields",
+            "field_descriptions",
+            "messages",
+            "openapi",
+            "prompt_files",
+            "protocol",
+            "retry_after",
+            "settings",
+        )
     ),
     Rule("app.serving.", HTTP),
     Rule("app.serving.", JAX, lazily=True),

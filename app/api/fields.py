@@ -1,12 +1,14 @@
 """Checks of the values of request fields. A check returns the value or raises InvalidField.
 
-Each takes the field's name, its value from the request, and the service, whose limits are the ranges.
+Each takes the field's name, its value from the request, and the service, whose limits are the ranges. Its schema says
+the same to programs: GET /openapi.json, the docs and the fuzz test derive from it.
 """
 
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from app.api.settings import Service
@@ -14,20 +16,39 @@ from app.types import InvalidField, Size, parse_size
 
 LARGEST = 16384  # pixels along a side of a picture that a model may have been trained on
 
-Check = Callable[[str, object, Service], Any]
+Schema = Mapping[str, object]  # JSON Schema 2020-12, which OpenAPI 3.1 takes
+Read = Callable[[str, object, Service], Any]
 
 
+@dataclass(frozen=True)
+class Check:
+    """Reads the value of a field, or raises InvalidField. `schema` tells which values it takes."""
+
+    read: Read
+    schema: Callable[[Service], Schema]
+
+    def __call__(self, name: str, value: object, service: Service) -> Any:
+        return self.read(name, value, service)
+
+
+def takes(schema: Callable[[Service], Schema]) -> Callable[[Read], Check]:
+    return lambda read: Check(read, schema)
+
+
+@takes(lambda service: {"type": "string", "enum": [*service.sizes, "auto"]})
 def size(name: str, value: object, service: Service) -> Size:
     chosen = choice(lambda service: (*service.sizes, "auto"))(name, value, service)
     return parse_size(service.sizes[0] if chosen == "auto" else chosen)
 
 
+@takes(lambda service: {"type": "string", "enum": [*service.names]})
 def model(name: str, value: object, service: Service) -> str:
     if value not in service.names:
         raise invalid(name, service.model, value, "model_not_found")
     return service.model
 
 
+@takes(lambda service: {"type": "number", "exclusiveMinimum": 0, "maximum": service.limits.timeout_s})
 def seconds(name: str, value: object, service: Service) -> float:
     longest = service.limits.timeout_s
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= longest:
@@ -35,6 +56,7 @@ def seconds(name: str, value: object, service: Service) -> float:
     return float(value)
 
 
+@takes(lambda service: {"type": "boolean"})
 def flag(name: str, value: object, service: Service) -> bool:
     if not isinstance(value, bool):
         raise invalid(name, "true or false", value)
@@ -42,6 +64,7 @@ def flag(name: str, value: object, service: Service) -> bool:
 
 
 def text(longest: Callable[[Service], int], *, empty: bool = True) -> Check:
+    @takes(lambda service: {"type": "string", "minLength": 0 if empty else 1, "maxLength": longest(service)})
     def check(name: str, value: object, service: Service) -> str:
         if not isinstance(value, str):
             raise invalid(name, "a string", value)
@@ -58,6 +81,7 @@ def text(longest: Callable[[Service], int], *, empty: bool = True) -> Check:
 
 
 def integer(bounds: Callable[[Service], tuple[int, int]]) -> Check:
+    @takes(lambda service: {"type": "integer"} | in_range(bounds(service)))
     def check(name: str, value: object, service: Service) -> int:
         low, high = bounds(service)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -68,6 +92,7 @@ def integer(bounds: Callable[[Service], tuple[int, int]]) -> Check:
 
 
 def number(bounds: Callable[[Service], tuple[float, float]]) -> Check:
+    @takes(lambda service: {"type": "number"} | in_range(bounds(service)))
     def check(name: str, value: object, service: Service) -> float:
         low, high = bounds(service)
         # Compared before float(), which a huge integer overflows; the comparison also refuses infinity.
@@ -80,7 +105,9 @@ def number(bounds: Callable[[Service], tuple[float, float]]) -> Check:
 
 def pair(low: int) -> Check:
     """Two numbers of pixels, along a picture's height and along its width."""
+    items = {"type": "integer", "minimum": low, "maximum": LARGEST}
 
+    @takes(lambda service: {"type": "array", "items": items, "minItems": 2, "maxItems": 2})
     def check(name: str, value: object, service: Service) -> tuple[int, int]:
         if (
             not isinstance(value, list)
@@ -93,7 +120,8 @@ def pair(low: int) -> Check:
     return check
 
 
-def choice(choices: Callable[[Service], Sequence[str]]) -> Callable[[str, object, Service], str]:
+def choice(choices: Callable[[Service], Sequence[str]]) -> Check:
+    @takes(lambda service: {"type": "string", "enum": [*choices(service)]})
     def check(name: str, value: object, service: Service) -> str:
         allowed = choices(service)
         if not isinstance(value, str) or value not in allowed:
@@ -101,6 +129,10 @@ def choice(choices: Callable[[Service], Sequence[str]]) -> Callable[[str, object
         return value
 
     return check
+
+
+def in_range(bounds: tuple[float, float]) -> dict[str, object]:
+    return {"minimum": bounds[0], "maximum": bounds[1]}
 
 
 def invalid(name: str, rule: str, value: object, code: str = "invalid_value") -> InvalidField:

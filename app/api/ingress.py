@@ -22,7 +22,8 @@ from app.api.error_responses import HANDLERS
 from app.api.errors import ApiError
 from app.api.fields import model as check_model
 from app.api.journey import Journey, StreamedJourney, Unary
-from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, Progress
+from app.api.openapi import document
 from app.api.protocol import parse_body, parse_query
 from app.api.replica_calls import Items, Pending, answer_of, broadcast
 from app.api.replica_watch import ReplicaWatch
@@ -42,12 +43,14 @@ PATIENCE_S = 0.3  # how long they wait for a new description if there is an olde
 BROADCAST_TIMEOUT_S = 2.0  # for the answers of all replicas
 CROWDED = ("queue_full", "deadline_unmeetable", "replica_lost")  # errors that many clients get at the same time
 ROUTES = {
+    "GET /": "the model and these routes",
     "GET /imagine?prompt=...": "one image, as image/png, image/webp or image/jpeg",
     "POST /v1/images/generations": "images as OpenAI's images API returns them",
     "GET /v1/models": "the model, its sizes, samplers, fields, limits and defaults",
     "GET /v1/models/{id}": "the same of the model with this id",
     "GET /v1/stats": "statistics of each replica, and their total",
     "GET /healthz": "200 once a replica answers",
+    "GET /openapi.json": "this API in OpenAPI 3.1",
 }
 
 
@@ -82,6 +85,7 @@ class APIIngress:
             Route("/v1/models/{id:path}", self.model),  # an id may have slashes, and they come decoded
             Route("/v1/stats", self.stats),
             Route("/healthz", self.healthz),
+            Route("/openapi.json", self.openapi),
         ]
         middleware = [
             Middleware(CorsMiddleware, origins=self.cors_origins),
@@ -138,6 +142,9 @@ class APIIngress:
         (service, _), *_ = await self.running()
         return json_response({"status": "ok", "model": service.model})
 
+    async def openapi(self, http_request: Request) -> Response:
+        return json_response(document(self.services()[0], ROUTES, keys=self.api_keys is not None))
+
     def services(self) -> list[Service]:
         """The rules for requests, one for each running replica; the config's while none has answered."""
         known = self.replica_watch.current
@@ -184,7 +191,7 @@ class APIIngress:
             accepted = await journey.next_item()
         assert isinstance(accepted, Accepted)
 
-        async def next_image() -> Preview | Images:
+        async def next_image() -> Progress | Preview | Images:
             item = await journey.next_item()
             assert not isinstance(item, Accepted)
             if isinstance(item, Images):

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from app.api.errors import ApiError
-from app.api.messages import Accepted, ImageRequest, Images, Moved, Preview
-from app.api.replica_calls import Cancellable, Items, Pending, ReplicaLost, cancelled_by_replica, failures
+from app.api.messages import Accepted, ImageRequest, Images, Moved, Preview, Progress
+from app.api.replica_calls import Cancellable, Item, Items, Pending, ReplicaLost, cancelled_by_replica, failures
 
 MOST_RESTARTS = 1  # a request that ends its replica must not end all of them
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # before the next try, while replicas take no requests
@@ -96,7 +96,7 @@ class StreamedJourney(Journey):
         self.accepted = False
         self.previews = 0  # passed on
 
-    async def next_item(self) -> Accepted | Preview | Images:
+    async def next_item(self) -> Accepted | Progress | Preview | Images:
         while True:
             try:
                 with failures(self, self.timeout_s):
@@ -110,6 +110,8 @@ class StreamedJourney(Journey):
                 raise item
             if isinstance(item, Images):
                 return self.arrived(item)
+            if isinstance(item, Progress):
+                return item
             if isinstance(item, Accepted) and not self.accepted:
                 self.accepted = True
                 return item
@@ -117,7 +119,7 @@ class StreamedJourney(Journey):
                 self.previews = item.index + 1
                 return item
 
-    async def item(self) -> Accepted | Preview | Images | Moved | ApiError:
+    async def item(self) -> Item:
         """The next item of the replica that has the request now."""
         if self.items is None:
             self.response = self.items = await self.send(self.request)

@@ -36,6 +36,7 @@ class ImageRequest:
     timeout_s: float
     stream: bool = False
     partial_images: int = 0  # previews to stream
+    progress: bool = False  # whether to stream Progress
     # Only of a request that another replica had before.
     age_s: float = 0.0  # since the ingress got it
     moved: bool = False  # its place is beyond the usual limits
@@ -45,6 +46,17 @@ class ImageRequest:
 @dataclass(frozen=True)
 class Accepted:
     """First item of a replica's stream: the engine has queued the request and will not refuse it any more."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is. The seconds are an estimate, as if no other request came."""
+
+    status: str  # waiting, running or decoding
+    ahead: int  # requests that get a slot before it
+    steps: int  # of its images, taken
+    total_steps: int
+    left_s: float  # until its images are decoded
 
 
 @dataclass(frozen=True)

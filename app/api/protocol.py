@@ -83,6 +83,7 @@ FIELDS: Mapping[str, Field] = {
     "partial_images": Field(
         integer(lambda service: (0, service.limits.partial_images)), lambda service: 0, numeric=True, query=False
     ),
+    "progress": Field(flag, lambda service: False, query=False),
 }
 QUERY_FIELDS = tuple(name for name, field in FIELDS.items() if field.query)  # of GET /imagine
 BODY_FIELDS = tuple(FIELDS)  # of POST /v1/images/generations, which takes NEUTRAL as well
@@ -179,6 +180,7 @@ def resolve(values: Mapping[str, object], service: Service, fields: Sequence[str
         timeout_s=resolved["timeout"],
         stream=resolved["stream"],
         partial_images=resolved["partial_images"],
+        progress=resolved["progress"],
     )
 
 
@@ -188,19 +190,24 @@ def check_together(resolved: Mapping[str, Any], values: Mapping[str, object]) ->
     if compression != LOSSLESS and resolved["output_format"] == "png":
         message = f"output_compression below {LOSSLESS} needs output_format webp or jpeg: png loses nothing."
         raise InvalidField("output_compression", message)
-    if resolved["partial_images"] and not resolved["stream"]:
-        raise InvalidField("partial_images", "partial_images needs stream to be true.")
+    for name in ("partial_images", "progress"):
+        if resolved[name] and not resolved["stream"]:
+            raise InvalidField(name, f"{name} needs stream to be true.")
     if resolved["stream"] and resolved["n"] > 1:  # OpenAI's events do not say which of several images they belong to
         raise InvalidField("n", f"n must be 1 where stream is true, got {resolved['n']}.")
 
 
 def check_neutral(name: str, value: object, service: Service) -> None:
     """Takes the values without an effect, and for `quality` those for which the config declares numbers of steps."""
-    allowed = (*NEUTRAL[name], *(service.qualities if name == "quality" else ()))
+    allowed = neutral_values(name, service)
     if not allowed:
         raise InvalidField(name, f"{name} is not supported here; leave it out.", "unsupported_parameter")
     if not any(type(value) is type(neutral) and value == neutral for neutral in allowed):
         raise invalid(name, " or ".join(map(shown, allowed)), value, "unsupported_value")
+
+
+def neutral_values(name: str, service: Service) -> tuple[object, ...]:
+    return (*NEUTRAL[name], *(service.qualities if name == "quality" else ()))
 
 
 def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:

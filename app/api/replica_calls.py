@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from app.api.errors import ApiError
-from app.api.messages import Accepted, Images, Moved, Preview
+from app.api.messages import Accepted, Images, Moved, Preview, Progress
 
 FAILED_RETRY_S = 30.0  # somebody has to deploy again
 
@@ -33,7 +33,7 @@ class Pending(Cancellable, Protocol[Answer]):
     def __await__(self) -> Generator[Any, None, Answer]: ...
 
 
-Item = Accepted | Preview | Images | Moved | ApiError
+Item = Accepted | Progress | Preview | Images | Moved | ApiError
 
 
 class Items(Cancellable, Protocol):

@@ -1,4 +1,4 @@
-"""Streams previews and images as server-sent events in the shape of OpenAI's API, whose client can read them.
+"""Streams progress, previews and images as server-sent events in the shape of OpenAI's API, whose client can read them.
 
 Knows nothing of Ray: it gets a function that returns the next item and one that stops the work.
 """
@@ -8,12 +8,13 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import asdict
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.api.errors import ApiError
-from app.api.messages import ImageRequest, Images, Preview
+from app.api.messages import ImageRequest, Images, Preview, Progress
 
 KEEP_ALIVE_S = 10.0  # proxies close a silent connection, commonly after 60 s
 KEEP_ALIVE = b": still at work\n\n"  # a comment, which clients skip
@@ -23,7 +24,7 @@ USAGE = {
     "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
 }
 
-NextItem = Callable[[], Awaitable[Preview | Images]]
+NextItem = Callable[[], Awaitable[Progress | Preview | Images]]
 
 
 class EventStream(StreamingResponse):
@@ -43,7 +44,7 @@ class EventStream(StreamingResponse):
 
 async def events(next_item: NextItem, request: ImageRequest, model: str) -> AsyncIterator[bytes]:
     """One event for each item. The last one is the finished image or an error."""
-    item: Preview | Images | None = None
+    item: Progress | Preview | Images | None = None
     while not isinstance(item, Images):
         task = asyncio.ensure_future(next_item())
         try:
@@ -55,7 +56,12 @@ async def events(next_item: NextItem, request: ImageRequest, model: str) -> Asyn
             return
         finally:
             task.cancel()
-        yield image_event(item, request, model)
+        yield progress_event(item) if isinstance(item, Progress) else image_event(item, request, model)
+
+
+def progress_event(progress: Progress) -> bytes:
+    """OpenAI's API has no such event, so only a request that asks for it gets it."""
+    return event("image_generation.progress", asdict(progress) | {"left_s": round(progress.left_s, 3)})
 
 
 def image_event(item: Preview | Images, request: ImageRequest, model: str) -> bytes:

@@ -21,6 +21,7 @@ from app.engine.errors import EngineStalled, EngineStopped
 from app.engine.failures import Failures, GivenUp
 from app.engine.intake import Intake
 from app.engine.outputs import Outputs
+from app.engine.progress import Progress
 from app.engine.prompt_cache import PromptCache
 from app.engine.request import Generated, Image, OnPreview, Request
 from app.engine.scheduler import next_queue
@@ -115,6 +116,9 @@ class Engine:
                 raise self._stopped()
             self._intake.accept(request, timeout_s)
         return request.future
+
+    def progress(self, future: "Future[Generated]") -> Progress | None:
+        return self._intake.progress(future)
 
     def stats(self) -> dict[str, Any]:
         """Returns what the engine does now, and has done, as plain numbers for JSON."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from app.engine.arrival_rate import ArrivalRate
 from app.engine.errors import DeadlineUnmeetable, QueueFull
+from app.engine.progress import Progress, progress_of
 from app.engine.request import Generated, Request, Status
 from app.engine.scheduler import answer_s, backlog_s, in_order, place_s, virtual_time_after_idling
 from app.engine.size_queue import Queued, SizeQueue
@@ -96,6 +97,12 @@ class Intake:
             requests = sorted(self.unfinished, key=lambda request: request.since)
             parts = [str(request) for request in requests[:MOST_LISTED]]
         return "; ".join(parts + [f"{len(requests) - MOST_LISTED} more"] * (len(requests) > MOST_LISTED))
+
+    def progress(self, future: "Future[Generated]") -> Progress | None:
+        """Returns how far the request with this future is, or None once it is finished."""
+        with self.changed:
+            request = next((request for request in self.unfinished if request.future is future), None)
+            return progress_of(request, self.queues[request.size], self.queued()) if request else None
 
     def queued(self) -> Queued:
         """Lists the images of each queue, with new requests at its end. The caller holds the lock."""

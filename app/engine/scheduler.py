@@ -215,9 +215,9 @@ def backlog_s(queue: SizeQueue, images: Sequence[Image]) -> float:
 
 
 def answer_s(request: Request, queue: SizeQueue, queued: Queued, last: bool = False) -> float:
-    """Estimates the seconds until a new request is answered, if no others arrive. With `last` it overtakes none."""
+    """Estimates the seconds until a request is answered, if no others arrive. With `last` it overtakes none."""
     own = [work_of(image) for image in request.images]
-    images = queued[queue]
+    images = [image for image in queued[queue] if image.request is not request]
     own_rank = rank(request, queue.step_cost)
     requests = dict.fromkeys(image.request for image in images)
     before = {other for other in requests if last or rank(other, queue.step_cost) <= own_rank}

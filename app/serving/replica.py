@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from app.api.errors import ApiError, api_error
-from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, Progress
 from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
 from app.engine.request import Generated
@@ -32,6 +32,7 @@ from app.types import InvalidField, PipelineSpec
 # Serve handles this tree of loggers only, and prefixes each line with the request id, which is X-Request-ID to clients.
 logger = logging.getLogger(f"ray.serve.{__name__}")
 
+PROGRESS_S = 0.5  # between two items that tell how far a stream's request is
 DRAIN_S = 10.0  # Serve has waited for every request before it ends a replica, so nothing should be left
 
 
@@ -90,8 +91,13 @@ class StableDiffusion:
             future = self.submit(request)
             return future if isinstance(future, ApiError) else await self.finish(request, future, began)
 
-    async def generate_stream(self, request: ImageRequest) -> AsyncIterator[Accepted | Preview | Images | ApiError]:
-        """Accepted, as many previews as were asked for, and the images; or a refusal in the place of any of them."""
+    async def generate_stream(
+        self, request: ImageRequest
+    ) -> AsyncIterator[Accepted | Progress | Preview | Images | ApiError]:
+        """Accepted, as many previews as were asked for, and the images; or a refusal in the place of any of them.
+
+        Where the request asks for progress, this comes in between.
+        """
         began = time.perf_counter()
         loop = asyncio.get_running_loop()
         previews: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
@@ -107,7 +113,16 @@ class StableDiffusion:
         with self.unanswered:
             try:
                 yield Accepted()
-                while preview := await previews.get():
+                while True:
+                    if request.progress and (progress := self.engine.progress(future)):
+                        yield Progress(*progress)
+                    try:
+                        async with asyncio.timeout(PROGRESS_S if request.progress else None):
+                            preview = await previews.get()
+                    except TimeoutError:
+                        continue
+                    if preview is None:
+                        break
                     index, pixels = preview
                     yield Preview(index, await self.in_encoder(encode_preview, pixels, request.encoding))
                 yield await self.finish(request, future, began)

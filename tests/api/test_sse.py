@@ -21,7 +21,7 @@ from ray.exceptions import ActorDiedError
 from app.api import sse
 from app.api.errors import ApiError
 from app.api.ingress import APIIngress
-from app.api.messages import Accepted, Images, Preview
+from app.api.messages import Accepted, Images, Preview, Progress
 from app.api.protocol import parse_body
 from app.api.sse import events
 from tests.api.test_ingress import SERVICE, Replicas, local_client, pictures, stream_of
@@ -148,6 +148,15 @@ def test_a_failure_after_the_first_event_is_an_event_that_openais_client_raises(
         next(stream)
     assert caught.value.code == code and caught.value.type == "server_error"
     assert soon(lambda: replicas.generate_stream.answers[0].cancelled)
+
+
+def test_progress_is_an_event_that_openais_client_passes_on(client: OpenAI, replicas: Replicas) -> None:
+    progress = Progress("waiting", 2, 0, 20, 3.14159)
+    replicas.generate_stream.outcome = lambda request: [Accepted(), progress, pictures(request)]
+    first, last = list(client.images.generate(prompt="a", stream=True, extra_body={"progress": True, "seed": 7}))
+    assert (str(first.type), last.type) == ("image_generation.progress", "image_generation.completed")
+    facts = {"status": "waiting", "ahead": 2, "steps": 0, "total_steps": 20, "left_s": 3.142}
+    assert facts.items() <= first.to_dict().items()
 
 
 def test_an_event_is_two_lines_and_proxies_do_not_buffer_it(replicas: Replicas) -> None:

@@ -999,3 +999,38 @@ def test_a_lone_image_is_decoded_in_the_smallest_bucket() -> None:
     driver = Driver(FakePipeline(decode_buckets=(2, 4)))
     assert numbers(driver.finish(driver.submit(request(n=3)))[0]) == [13, 14, 15]
     assert {call.bucket for call in driver.fake.of("decode")} == {2}
+
+
+# Progress
+
+
+def test_a_request_can_be_followed_from_the_queue_to_its_pixels() -> None:
+    driver = Driver(images_at_once=1)
+    first, second, third = (driver.submit(request(steps=steps, seed=steps)) for steps in (4, 6, 8))
+    waiting = [driver.engine.progress(future) for future in (first, second, third)]
+    assert [
+        (progress.status, progress.ahead, progress.steps, progress.total_steps) for progress in waiting if progress
+    ] == [
+        ("waiting", 0, 0, 4),
+        ("waiting", 1, 0, 6),
+        ("waiting", 2, 0, 8),
+    ]
+    assert [progress.left_s for progress in waiting if progress] == pytest.approx([0.08, 0.20, 0.36])
+    driver.engine.tick()
+    progress = driver.engine.progress(first)
+    assert progress and progress.status == "running" and progress.ahead == 0 and 0 < progress.steps <= 4
+    assert progress.left_s == pytest.approx(0.02 * (4 - progress.steps))
+    driver.finish(first, second, third)
+    assert [driver.engine.progress(future) for future in (first, second, third)] == [None] * 3
+
+
+def test_shorter_work_counts_as_ahead_and_other_sizes_by_their_arrival() -> None:
+    driver = Driver(images_at_once=1)
+    futures = []
+    for seed, (steps, size) in enumerate([(30, SMALL), (3, LARGE), (2, SMALL)]):
+        futures.append(driver.submit(request(steps=steps, seed=100 * seed, size=size)))
+        driver.clock.reach(driver.clock() + 0.001)
+    long, other, short = (driver.engine.progress(future) for future in futures)
+    assert long and other and short and [long.ahead, other.ahead, short.ahead] == [1, 1, 1]
+    assert short.left_s < other.left_s < long.left_s
+    driver.finish(*futures)

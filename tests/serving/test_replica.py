@@ -23,7 +23,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.replica import UserCallableWrapper
 
 from app.api.errors import ApiError
-from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, Progress
 from app.api.settings import Encoding
 from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
@@ -133,6 +133,26 @@ def test_a_replica_is_warm_before_it_watches_for_compiles_and_starts_its_engine(
     assert replica.compiles.watching and replica.engine.healthy
     assert (replica.engine.max_waiting, replica.engine.images_at_once, replica.engine.gain) == (2, 1, 0.125)
     assert replica.encoders._max_workers == 3
+
+
+def test_a_stream_tells_how_far_it_is_where_the_request_asks_for_it(
+    replica: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.serving.replica.PROGRESS_S", 0.01)
+    replica.pipeline.gates["step"].clear()
+
+    async def listen() -> list[Any]:
+        items: list[Any] = []
+        async for item in replica.generate_stream(asking(stream=True, n=1, progress=True)):
+            items.append(item)
+            if len(items) == 4:
+                replica.pipeline.open()
+        return items
+
+    accepted, *progress, images = asyncio.run(listen())
+    assert isinstance(accepted, Accepted) and isinstance(images, Images) and len(progress) >= 3
+    assert all(isinstance(item, Progress) and item.total_steps == 5 and item.left_s > 0 for item in progress)
+    assert progress[0].status in ("waiting", "running") and progress[0].steps == 0
 
 
 def test_an_answer_says_what_made_it_and_how_long_that_took(replica: Any) -> None:

@@ -1,0 +1,123 @@
+"""GET /openapi.json: the API in OpenAPI 3.1, generated from the tables by which requests are parsed.
+
+Knows nothing of HTTP libraries or Ray.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.api.field_descriptions import DESCRIPTIONS
+from app.api.fields import Schema
+from app.api.protocol import BODY_FIELDS, FIELDS, FORMATS, NEUTRAL, QUERY_FIELDS, neutral_values
+from app.api.settings import Service
+
+JSON, EVENTS = "application/json", "text/event-stream"
+STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+ERROR = {"$ref": "#/components/schemas/Error"}
+
+SCHEMAS: Mapping[str, Schema] = {
+    "Images": {
+        "type": "object",
+        "description": "the pictures, what made them, and seconds",
+        "properties": {
+            "created": INTEGER,
+            "data": {
+                "type": "array",
+                "items": {"type": "object", "properties": {"b64_json": STRING, "seed": INTEGER}},
+            },
+            "timings": {"type": "object", "additionalProperties": NUMBER},
+        },
+        "required": ["created", "data", "timings"],
+    },
+    "Model": {
+        "type": "object",
+        "properties": {"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING},
+        "required": ["id", "object", "created", "owned_by"],
+    },
+    "Error": {
+        "type": "object",
+        "properties": {
+            "error": {
+                "type": "object",
+                "properties": {
+                    "message": STRING,
+                    "type": {"enum": ["invalid_request_error", "server_error"]},
+                    "param": {"type": ["string", "null"], "description": "the field that is wrong"},
+                    "code": STRING,
+                },
+                "required": ["message", "type", "param", "code"],
+            }
+        },
+        "required": ["error"],
+    },
+}
+# What a route answers with 200, by its name in `routes`. Any other answers an object of JSON.
+ANSWERS: Mapping[str, Mapping[str, Schema]] = {
+    "GET /imagine": {f"image/{form}": {} for form in FORMATS},
+    "POST /v1/images/generations": {JSON: {"$ref": "#/components/schemas/Images"}, EVENTS: STRING},
+    "GET /v1/models/{id}": {JSON: {"$ref": "#/components/schemas/Model"}},
+}
+
+
+def document(service: Service, routes: Mapping[str, str], keys: bool) -> dict[str, Any]:
+    """The document for one model. `routes` are sentences by 'METHOD /path'; `keys`: whether a request needs one."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route, summary in routes.items():
+        method, _, path = route.partition("?")[0].partition(" ")
+        paths.setdefault(path, {})[method.lower()] = operation(f"{method} {path}", summary, service)
+    security: dict[str, Any] = {"security": [{"key": []}]} if keys else {}
+    schemes = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keys else {}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": service.model, "version": "1", "description": "Text to image. `null` counts as left out."},
+        "paths": paths,
+        "components": {"schemas": {**SCHEMAS, "ImageRequest": body_schema(service)}, **schemes},
+        **security,
+    }
+
+
+def operation(route: str, summary: str, service: Service) -> dict[str, Any]:
+    answers = ANSWERS.get(route, {JSON: {"type": "object"}})
+    responses = {
+        "200": {"description": "OK", "content": {kind: {"schema": schema} for kind, schema in answers.items()}},
+        "default": {"description": "refused or failed", "content": {JSON: {"schema": ERROR}}},
+    }
+    described: dict[str, Any] = {"summary": summary, "responses": responses}
+    if route == "GET /imagine":
+        described["parameters"] = [
+            {
+                "name": name,
+                "in": "query",
+                "required": FIELDS[name].default is None,
+                "schema": field_schema(name, service),
+            }
+            for name in QUERY_FIELDS
+        ]
+    elif "{id}" in route:
+        described["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": STRING}]
+    elif route == "POST /v1/images/generations":
+        schema = {"$ref": "#/components/schemas/ImageRequest"}
+        described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
+    return described
+
+
+def body_schema(service: Service) -> dict[str, Any]:
+    """What POST /v1/images/generations takes. Fields that are always refused are not in it."""
+    names = [*BODY_FIELDS, *(name for name, values in NEUTRAL.items() if values)]
+    return {
+        "type": "object",
+        "properties": {name: field_schema(name, service) for name in names},
+        "required": [name for name in BODY_FIELDS if FIELDS[name].default is None],
+        "additionalProperties": False,
+    }
+
+
+def field_schema(name: str, service: Service) -> dict[str, Any]:
+    described = {"description": DESCRIPTIONS[name]}
+    if name in NEUTRAL:
+        return {"enum": [*neutral_values(name, service)], **described}
+    field = FIELDS[name]
+    default = None if field.default is None or name == "seed" else field.default(service)  # a seed is drawn
+    if isinstance(default, tuple):  # a size
+        default = "x".join(map(str, default))
+    return {**field.check.schema(service), **described, **({} if default is None else {"default": default})}
