@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -110,21 +110,40 @@ def differences(committed: Arrays, fresh: Arrays) -> Iterator[str]:
 def samplers() -> Arrays:
     """Every run end to end, one row per UNet evaluation and one for the end, in diffusers' own scaling."""
     noises = sampler_cases.noises()
+    runs = (
+        (f"{config} {sampler} {steps}", run_scheduler(scheduler_of(config, sampler, steps), noises))
+        for config, sampler, steps in sampler_cases.cases()
+    )
+    return {"noises": noises, **recorded(runs)}
+
+
+def sampler_edits() -> Arrays:
+    """Likewise the runs that begin from an image."""
+    noises = sampler_cases.noises()
+    return recorded(
+        (str(case), run_scheduler(scheduler_of(case.config, case.sampler, case.steps), noises, case))
+        for case in sampler_cases.edit_cases()
+    )
+
+
+def scheduler_of(config: str, sampler: str, steps: int) -> Any:
+    if config in sampler_cases.FLOWS:
+        return flow_scheduler(sampler_cases.FLOWS[config], steps)
+    scheduler = scheduler_for(sampler, sampler_cases.CONFIGS[config])
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def recorded(runs: Iterable[tuple[str, Iterable[tuple[float, float, Any]]]]) -> Arrays:
     names, timesteps, scales, latents = [], [], [], []
-    for config_name, sampler, steps in sampler_cases.cases():
-        if config_name in sampler_cases.FLOWS:
-            scheduler = flow_scheduler(sampler_cases.FLOWS[config_name], steps)
-        else:
-            scheduler = scheduler_for(sampler, sampler_cases.CONFIGS[config_name])
-            scheduler.set_timesteps(steps)
-        for timestep, scale, x in run_scheduler(scheduler, noises):
-            names.append(f"{config_name} {sampler} {steps}")
+    for name, rows in runs:
+        for timestep, scale, x in rows:
+            names.append(name)
             timesteps.append(timestep)
             scales.append(scale)
             latents.append(x)
     order = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return {
-        "noises": noises,
         "cases": np.array(list(order)),
         "case": np.array([order[name] for name in names], np.int16),
         "timestep": np.array(timesteps, np.float32),
@@ -198,16 +217,25 @@ def flow_scheduler(flow: sampler_cases.Flow, steps: int) -> Any:
     return scheduler
 
 
-def run_scheduler(scheduler: Any, noises: Any) -> Iterator[tuple[float, float, Any]]:
+def run_scheduler(
+    scheduler: Any, noises: Any, edit: sampler_cases.EditCase | None = None
+) -> Iterator[tuple[float, float, Any]]:
     """(timestep, what scale_model_input divides by, latents before the evaluation); last (-1, 1, the result)."""
+    begin = edit.begin * scheduler.order if edit else 0
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(
-            0
-        )  # left to itself, a scheduler whose first two timesteps are equal starts at the second
+        # Left to itself, a scheduler whose first two timesteps are equal starts at the second.
+        scheduler.set_begin_index(begin)
     flow = isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
-    x = torch.from_numpy(noises[0]) * (1.0 if flow else scheduler.init_noise_sigma)
+    initial, original = torch.from_numpy(noises[0]), torch.from_numpy(sampler_cases.original())
+
+    def noised(timestep: Any) -> torch.Tensor:
+        at = timestep.reshape(1)
+        return scheduler.scale_noise(original, at, initial) if flow else scheduler.add_noise(original, initial, at)
+
+    timesteps = scheduler.timesteps[begin:]
+    x = noised(timesteps[0]) if edit else initial * (1.0 if flow else scheduler.init_noise_sigma)
     module = sys.modules[type(scheduler).__module__]
-    for i, timestep in enumerate(scheduler.timesteps):
+    for i, timestep in enumerate(timesteps):
         ones, scaled = torch.ones(()), x
         if not flow:
             ones, scaled = scheduler.scale_model_input(ones, timestep), scheduler.scale_model_input(x, timestep)
@@ -216,8 +244,16 @@ def run_scheduler(scheduler: Any, noises: Any) -> Iterator[tuple[float, float, A
         noise = torch.from_numpy(noises[i + 1])
         scheduler.noise_sampler = brownian(noises, i)
         with patch.object(module, "randn_tensor", lambda *_, noise=noise, **__: noise, create=True):
-            x = scheduler.step(out, timestep, x).prev_sample
+            x = scheduler.step(out, timestep, x, **order_of(scheduler, i)).prev_sample
+        if edit and edit.masked:  # as in StableDiffusionInpaintPipeline
+            mask = torch.from_numpy(sampler_cases.redrawn())
+            x = (1 - mask) * (noised(timesteps[i + 1]) if i < len(timesteps) - 1 else original) + mask * x
     yield -1.0, 1.0, x.numpy().copy()
+
+
+def order_of(scheduler: Any, i: int) -> dict[str, int]:
+    """diffusers' LMS takes its order from the schedule's index, though an edit has fewer outputs and loses terms."""
+    return {"order": min(i + 1, 4)} if isinstance(scheduler, diffusers.LMSDiscreteScheduler) else {}
 
 
 def tensors() -> Arrays:
@@ -391,6 +427,7 @@ def last(x: torch.Tensor) -> torch.Tensor:
 
 MAKERS: dict[str, Callable[[], Arrays]] = {
     "samplers.npz": samplers,
+    "sampler-edits.npz": sampler_edits,
     "tensors.json": tensors,
     **{f"{model}.npz": partial(networks, model) for model in ("tiny-sd1", "tiny-sd2")},
     "tiny-sdxl.npz": partial(networks_xl, "tiny-sdxl"),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from app.diffusion.samplers import SAMPLERS
 from tests.published import CHECKPOINTS
 
 Float32 = npt.NDArray[np.float32]
@@ -163,6 +164,46 @@ def cases() -> list[tuple[str, str, int]]:
     runs += [("predicts-sample", s, n) for s in (*everything, *varied) if s not in without for n in (1, 5)]
     runs += [(c, "euler", n) for c in FLOWS for n in (1, 4, 8, 50)]
     return runs
+
+
+class EditCase(NamedTuple):
+    """A run that begins from an image, after so many steps; with a mask, half of the image is blended back."""
+
+    config: str
+    sampler: str
+    steps: int
+    begin: int
+    masked: bool
+
+    def __str__(self) -> str:
+        return f"{self.config} {self.sampler} {self.steps} from {self.begin}{' masked' * self.masked}"
+
+
+def edit_cases() -> list[EditCase]:
+    """All samplers, over strengths and over what a config may say about timesteps."""
+    runs = [
+        EditCase("sd14", sampler, steps, begin, masked)
+        for sampler in SAMPLERS
+        for steps, begin, masked in ((5, 0, True), (5, 2, False), (6, 1, True), (5, 4, True), (20, 13, False))
+    ]
+    for config in ("sd21", "silent", "trailing-epsilon", "linspace-v_prediction"):
+        runs += [
+            EditCase(config, sampler, 7, 3, True)
+            for sampler in ("ddim", "euler", "euler_ancestral", "dpmpp_2m_karras", "unipc", "pndm", "lcm")
+        ]
+    runs += [EditCase(config, "euler", 8, begin, True) for config in FLOWS for begin in (0, 3, 7)]
+    # Halfway through a step diffusers blends an original of the step's end, although the latents are in between.
+    return [run._replace(masked=run.masked and not run.sampler.startswith("dpmpp_sde")) for run in runs]
+
+
+def original() -> Float32:
+    """The latents of the image that an edit begins from."""
+    return np.random.default_rng(21).standard_normal(LATENTS_SHAPE).astype(np.float32)
+
+
+def redrawn() -> Float32:
+    """1 where an edit with a mask redraws the image, [1, H, W, 1]."""
+    return np.array([1, 0, 0, 1], np.float32).reshape(1, 2, 2, 1)
 
 
 def noises() -> Float32:

@@ -288,8 +288,8 @@ class VirtualPipeline:
 def blank_table(evaluations: int) -> SamplerTable:
     """Makes a table of the right length. Nothing reads its values."""
     columns = {name: np.zeros(evaluations, np.float32) for name in ("timesteps", "p", "q", "a", "n")}
-    b, preview = np.zeros((evaluations, HISTORY), np.float32), np.zeros((evaluations, 2), np.float32)
-    return SamplerTable(**columns, b=b, preview=preview, initial_scale=1.0)
+    b, pairs = np.zeros((evaluations, HISTORY), np.float32), np.zeros((evaluations, 2), np.float32)
+    return SamplerTable(**columns, b=b, preview=pairs, levels=pairs, initial_scale=1.0)
 
 
 def smallest(buckets: Sequence[int], size: int) -> int:

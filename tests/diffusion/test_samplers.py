@@ -20,35 +20,36 @@ from app.diffusion.samplers import (
     departures,
     make_table,
     samplers_for,
+    skipped_steps,
     update,
 )
+from app.types import InvalidField
 from tests import sampler_cases
-from tests.sampler_cases import CONFIGS, FLOWS, KLEIN, Z_IMAGE
+from tests.sampler_cases import CONFIGS, FLOWS, KLEIN, Z_IMAGE, EditCase
 
 SD14 = Schedule.from_config(CONFIGS["sd14"])
 ZERO_SNR = Schedule.from_config(CONFIGS["zero-snr"])
 
 
 @lru_cache
-def golden() -> dict[str, Any]:
-    with np.load(Path(__file__).parents[1] / "golden" / "samplers.npz") as archive:
+def golden(name: str = "samplers") -> dict[str, Any]:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz") as archive:
         return dict(archive)
 
 
-def recorded_rows(case: str) -> Any:
+def recorded_rows(case: str, name: str = "samplers") -> Any:
     """Which rows of the golden arrays are a run's, as a mask."""
-    recorded = golden()["cases"].tolist()
+    recorded = golden(name)["cases"].tolist()
     assert case in recorded, f"{case} is not recorded: run make golden"
-    return golden()["case"] == recorded.index(case)
+    return golden(name)["case"] == recorded.index(case)
 
 
-def table_of(config: str, sampler: str, steps: int) -> SamplerTable:
+def table_of(config: str, sampler: str, steps: int, begin: int = 0) -> SamplerTable:
     if config in FLOWS:
         flow = FLOWS[config]
-        return make_table(
-            sampler, steps, FlowSchedule.from_config(flow.config, dynamic=flow.dynamic), flow.image_tokens
-        )
-    return make_table(sampler, steps, Schedule.from_config(CONFIGS[config]))
+        schedule = FlowSchedule.from_config(flow.config, dynamic=flow.dynamic)
+        return make_table(sampler, steps, schedule, flow.image_tokens, begin)
+    return make_table(sampler, steps, Schedule.from_config(CONFIGS[config]), None, begin)
 
 
 def row(table: SamplerTable, i: int) -> Coefficients:
@@ -87,6 +88,41 @@ def test_every_step_is_that_of_diffusers(config: str, sampler: str, steps: int) 
     # diffusers keeps Euler's latents in sigma space in float32, where one rounding at a first sigma of 4096 (zero
     # terminal SNR) is 5e-4 of the result; everywhere else this term is below 2e-6.
     assert error(table, case) <= 1e-4 + 2**-23 * golden()["scale"][rows].max()
+
+
+def edited(table: SamplerTable, case: EditCase) -> list[Any]:
+    """As `trajectory`, from an image instead of from noise."""
+    noises, original, mask = golden()["noises"], sampler_cases.original(), sampler_cases.redrawn()
+    levels = [*table.levels, (1.0, 0.0)]
+    originals = [signal * original + share * noises[0] for signal, share in levels]
+    x, history = originals[0], np.zeros((1, HISTORY - 1, *original.shape[1:]), np.float32)
+    path = [x]
+    for i in range(len(table)):
+        noise_pred = sampler_cases.fake_unet(x, float(table.timesteps[i]))
+        x, history = update(x, noise_pred, history, noises[i + 1], row(table, i))
+        x = (1 - mask) * originals[i + 1] + mask * x if case.masked else x
+        path.append(x)
+    return path
+
+
+@pytest.mark.parametrize("case", sampler_cases.edit_cases(), ids=str)
+def test_every_step_of_an_edit_is_that_of_diffusers(case: EditCase) -> None:
+    recorded, rows = golden("sampler-edits"), recorded_rows(str(case), "sampler-edits")
+    table = table_of(case.config, case.sampler, case.steps, case.begin)
+    np.testing.assert_allclose(table.timesteps, recorded["timestep"][rows][:-1], rtol=1e-6, atol=2e-2)
+    ours = np.stack(edited(table, case)) * recorded["scale"][rows].reshape(-1, 1, 1, 1, 1)
+    expected = recorded["latents"][rows]
+    axes = tuple(range(1, expected.ndim))
+    assert (np.abs(ours - expected).max(axes) / np.abs(expected).max(axes)).max() <= 1e-4
+
+
+def test_strength_leaves_out_steps_as_the_pipelines_of_diffusers_do() -> None:
+    flow = FlowSchedule.from_config(KLEIN)
+    assert [skipped_steps(strength, 20, SD14) for strength in (1.0, 0.999, 0.5, 0.05)] == [0, 1, 10, 19]
+    assert [skipped_steps(strength, 20, flow) for strength in (1.0, 0.999, 0.5, 0.01)] == [0, 0, 10, 19]
+    assert (skipped_steps(0.85, 10, SD14), skipped_steps(0.85, 10, flow)) == (2, 1)
+    with pytest.raises(InvalidField, match=r"strength must be at least 0\.05, .*20 steps, got 0\.04"):
+        skipped_steps(0.04, 20, SD14)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -9,7 +9,7 @@ with them.
 CONTRIBUTING.md says how to add a sampler.
 """
 
-from app.diffusion.samplers.catalogue import SAMPLERS, make_table, samplers_for
+from app.diffusion.samplers.catalogue import SAMPLERS, make_table, samplers_for, skipped_steps
 from app.diffusion.samplers.defaults import default_sampler, departures
 from app.diffusion.samplers.flow import FlowSchedule
 from app.diffusion.samplers.noise_levels import alphas_bar_of
@@ -28,5 +28,6 @@ __all__ = [
     "departures",
     "make_table",
     "samplers_for",
+    "skipped_steps",
     "update",
 ]

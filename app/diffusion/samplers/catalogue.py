@@ -24,16 +24,16 @@ from app.diffusion.samplers.schedule import Schedule
 from app.diffusion.samplers.table import SamplerTable
 from app.types import InvalidField
 
-Builder = Callable[[int, Schedule], SamplerTable]
+Builder = Callable[[int, Schedule, int], SamplerTable]  # steps, schedule, and how many steps are left out
 
 
 def on(grid: Callable[[int, Schedule], Grid], method: Callable[[Grid, Schedule], SamplerTable]) -> Builder:
-    return lambda steps, schedule: method(grid(steps, schedule), schedule)
+    return lambda steps, schedule, begin: method(grid(steps, schedule).after(begin), schedule)
 
 
 def trailing(builder: Builder) -> Builder:
     """With trailing timesteps, whatever the checkpoint's file says: few-step models are distilled on these."""
-    return lambda steps, schedule: builder(steps, replace(schedule, timestep_spacing="trailing"))
+    return lambda steps, schedule, begin: builder(steps, replace(schedule, timestep_spacing="trailing"), begin)
 
 
 _euler_karras, _euler_exponential, _euler_beta = (
@@ -89,9 +89,15 @@ def samplers_for(schedule: Schedule | FlowSchedule) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def make_table(
-    name: str, num_inference_steps: int, schedule: Schedule | FlowSchedule, image_tokens: int | None = None
+    name: str,
+    num_inference_steps: int,
+    schedule: Schedule | FlowSchedule,
+    image_tokens: int | None = None,
+    begin: int = 0,
 ) -> SamplerTable:
     """The table of sampler `name`: a row for each evaluation of the denoiser, which some samplers have more of.
+
+    An edit leaves out the first `begin` steps (`skipped_steps`).
 
     `image_tokens` is what a picture of the size at hand has in the transformer. It counts where a flow schedule's
     shift follows it. Raises InvalidField for a sampler, or a number of steps, that the schedule cannot have.
@@ -108,5 +114,19 @@ def make_table(
         message = f"num_inference_steps must be between 1 and {most} for sampler {name}, got {num_inference_steps}."
         raise InvalidField("num_inference_steps", message)
     if isinstance(schedule, FlowSchedule):
-        return _FLOW[name](num_inference_steps, schedule, image_tokens)
-    return _BETA[name](num_inference_steps, schedule)
+        return _FLOW[name](num_inference_steps, schedule, image_tokens, begin)
+    return _BETA[name](num_inference_steps, schedule, begin)
+
+
+def skipped_steps(strength: float, num_inference_steps: int, schedule: Schedule | FlowSchedule) -> int:
+    """How many steps an edit of this strength leaves out, as `get_timesteps` of diffusers' pipelines.
+
+    Those of flow models round the steps that are left up, the others down. Raises InvalidField where no step is left.
+    """
+    steps = num_inference_steps
+    left = min(steps * strength, steps)
+    skipped = int(steps - left) if isinstance(schedule, FlowSchedule) else steps - int(left)
+    if skipped >= steps:
+        least = f"at least {1 / steps:.3g}, which is one of {steps} steps"
+        raise InvalidField("strength", f"strength must be {least}, got {strength:g}.")
+    return skipped

@@ -7,7 +7,7 @@ have D = m_i.
 
 import numpy as np
 
-from app.diffusion.samplers.noise_levels import Grid
+from app.diffusion.samplers.noise_levels import Grid, levels_of
 from app.diffusion.samplers.prediction import to_denoised
 from app.diffusion.samplers.schedule import Schedule
 from app.diffusion.samplers.table import Float64, SamplerTable, table_of
@@ -18,7 +18,7 @@ def dpmpp_2m(grid: Grid, schedule: Schedule) -> SamplerTable:
     bar, ratio = 1 / (grid.sigmas**2 + 1), grid.sigmas[1:] / grid.sigmas[:-1]
     p, q = to_denoised(bar[:-1], schedule)
     a, gain, lean = _shares(bar), np.sqrt(bar[1:]) * (1 - ratio), _lean(grid.sigmas)
-    return table_of(grid.timesteps, p=p, q=q, a=a, b=[gain * (1 + lean), -gain * lean])
+    return table_of(grid.timesteps, p=p, q=q, a=a, b=[gain * (1 + lean), -gain * lean], levels=levels_of(bar[:-1]))
 
 
 def dpmpp_2m_sde(grid: Grid, schedule: Schedule) -> SamplerTable:
@@ -30,7 +30,8 @@ def dpmpp_2m_sde(grid: Grid, schedule: Schedule) -> SamplerTable:
     p, q = to_denoised(bar[:-1], schedule)
     gain, lean = np.sqrt(bar[1:]) * (1 - ratio**2), _lean(grid.sigmas)
     n = np.sqrt(1 - bar[1:]) * np.sqrt(1 - ratio**2)
-    return table_of(grid.timesteps, p=p, q=q, a=_shares(bar) * ratio, b=[gain * (1 + lean), -gain * lean], n=n)
+    b, levels = [gain * (1 + lean), -gain * lean], levels_of(bar[:-1])
+    return table_of(grid.timesteps, p=p, q=q, a=_shares(bar) * ratio, b=b, n=n, levels=levels)
 
 
 def unipc(grid: Grid, schedule: Schedule) -> SamplerTable:
@@ -55,7 +56,7 @@ def unipc(grid: Grid, schedule: Schedule) -> SamplerTable:
     rho[2:], k[2:] = phi_1 - rho_1, (rho_1 - 1 / 2) / r
     correction = a * np.append(0.0, gain[:-1])
     b = [gain * (1 + lean) + correction * rho, -gain * lean - correction * (rho + k), correction * k]
-    return table_of(grid.timesteps, p=p, q=q, a=a, b=b)
+    return table_of(grid.timesteps, p=p, q=q, a=a, b=b, levels=levels_of(bar[:-1]))
 
 
 def _shares(bar: Float64) -> Float64:

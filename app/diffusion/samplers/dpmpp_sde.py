@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from app.diffusion.samplers.noise_levels import Grid, timesteps_of
+from app.diffusion.samplers.noise_levels import Grid, levels_of, timesteps_of
 from app.diffusion.samplers.prediction import to_denoised
 from app.diffusion.samplers.schedule import Schedule
 from app.diffusion.samplers.table import SamplerTable, table_of
@@ -47,6 +47,7 @@ def dpmpp_sde(grid: Grid, schedule: Schedule) -> SamplerTable:
         b=[newest / scale[1:], older / scale[1:]],
         n=n / scale[1:],
         preview=(0.0, denoised),
+        levels=levels_of(1 / scale[:-1] ** 2),
         initial_scale=grid.initial_scale,
     )
 

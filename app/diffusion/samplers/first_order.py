@@ -2,18 +2,18 @@
 
 import numpy as np
 
-from app.diffusion.samplers.noise_levels import Grid, alphas_bar_of, whole_timesteps
+from app.diffusion.samplers.noise_levels import Grid, alphas_bar_of, levels_of, whole_timesteps
 from app.diffusion.samplers.prediction import to_denoised
 from app.diffusion.samplers.schedule import Schedule
 from app.diffusion.samplers.table import Float64, SamplerTable, table_of
 
 
-def ddim(steps: int, schedule: Schedule) -> SamplerTable:
+def ddim(steps: int, schedule: Schedule, begin: int = 0) -> SamplerTable:
     """DDIM with eta 0 (Song et al. 2020, arXiv:2010.02502, equation 12).
 
     x' = sqrt(abar') x_0 + sqrt(1 - abar') eps, with eps = (x - sqrt(abar) x_0) / sqrt(1 - abar) and m = x_0.
     """
-    t = whole_timesteps(steps, schedule, "leading")
+    t = whole_timesteps(steps, schedule, "leading")[begin:]
     alphas_bar = alphas_bar_of(schedule)
     # As in diffusers: a fixed stride back from t. Unless the spacing is leading, that is not exactly the next t.
     target = t.astype(int) - schedule.num_train_timesteps // steps
@@ -21,20 +21,20 @@ def ddim(steps: int, schedule: Schedule) -> SamplerTable:
     return deterministic(t, alphas_bar[t.astype(int)], np.where(target >= 0, alphas_bar[target], end), schedule)
 
 
-def ddpm(steps: int, schedule: Schedule) -> SamplerTable:
+def ddpm(steps: int, schedule: Schedule, begin: int = 0) -> SamplerTable:
     """Ancestral sampling with the smaller variance (Ho et al. 2020, arXiv:2006.11239, equations 6 and 7).
 
     With alpha = abar / abar' and m = x_0: x' = sqrt(abar') (1 - alpha) / (1 - abar) m
     + sqrt(alpha) (1 - abar') / (1 - abar) x + sqrt((1 - abar') (1 - alpha) / (1 - abar)) z.
     """
-    t = whole_timesteps(steps, schedule, "leading")
+    t = whole_timesteps(steps, schedule, "leading")[begin:]
     bar = alphas_bar_of(schedule)[t.astype(int)]
     target_bar = np.append(bar[1:], 1.0)
     alpha = bar / target_bar
     p, q = to_denoised(bar, schedule)
     a, b = np.sqrt(alpha) * (1 - target_bar), np.sqrt(target_bar) * (1 - alpha)
     n = np.sqrt((1 - target_bar) * (1 - alpha) / (1 - bar))
-    return table_of(t, p=p, q=q, a=a / (1 - bar), b=[b / (1 - bar)], n=n)
+    return table_of(t, p=p, q=q, a=a / (1 - bar), b=[b / (1 - bar)], n=n, levels=levels_of(bar))
 
 
 def euler(grid: Grid, schedule: Schedule) -> SamplerTable:
@@ -59,10 +59,11 @@ def euler_ancestral(grid: Grid, schedule: Schedule) -> SamplerTable:
     scale, target_scale = np.sqrt(sigma**2 + 1), np.sqrt(target**2 + 1)
     p, q = to_denoised(1 / scale**2, schedule)
     a, b = down / sigma * scale / target_scale, (1 - down / sigma) / target_scale
-    return table_of(grid.timesteps, p=p, q=q, a=a, b=[b], n=up / target_scale, initial_scale=grid.initial_scale)
+    levels, start = levels_of(1 / scale**2), grid.initial_scale
+    return table_of(grid.timesteps, p=p, q=q, a=a, b=[b], n=up / target_scale, levels=levels, initial_scale=start)
 
 
-def lcm(steps: int, schedule: Schedule) -> SamplerTable:
+def lcm(steps: int, schedule: Schedule, begin: int = 0) -> SamplerTable:
     """Multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378, algorithm 3).
 
     m = c_skip x + c_out x_0, with the boundary conditions c_skip = s^2 / (T^2 + s^2) and c_out = T / sqrt(T^2 + s^2)
@@ -71,13 +72,14 @@ def lcm(steps: int, schedule: Schedule) -> SamplerTable:
     """
     original = schedule.original_inference_steps
     distilled = np.arange(original, 0, -1.0) * (schedule.num_train_timesteps // original) - 1
-    t = distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)]
+    t = distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)][begin:]
     bar = alphas_bar_of(schedule)[t.astype(int)]
     target_bar = np.append(bar[1:], 1.0)
     clock = schedule.timestep_scaling * t
     skip, out = 0.25 / (clock**2 + 0.25), clock / np.sqrt(clock**2 + 0.25)
     p, q = to_denoised(bar, schedule)
-    return table_of(t, p=out * p + skip, q=out * q, a=0.0, b=[np.sqrt(target_bar)], n=np.sqrt(1 - target_bar))
+    signal, noise = levels_of(target_bar)
+    return table_of(t, p=out * p + skip, q=out * q, a=0.0, b=[signal], n=noise, levels=levels_of(bar))
 
 
 def deterministic(
@@ -85,4 +87,5 @@ def deterministic(
 ) -> SamplerTable:
     p, q = to_denoised(bar, schedule)
     a = np.sqrt((1 - target_bar) / (1 - bar))
-    return table_of(t, p=p, q=q, a=a, b=[np.sqrt(target_bar) - a * np.sqrt(bar)], initial_scale=initial_scale)
+    b, levels = [np.sqrt(target_bar) - a * np.sqrt(bar)], levels_of(bar)
+    return table_of(t, p=p, q=q, a=a, b=b, levels=levels, initial_scale=initial_scale)

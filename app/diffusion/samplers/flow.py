@@ -91,7 +91,7 @@ def flux2_mu(schedule: FlowSchedule, image_tokens: int, steps: int) -> float:
 MU = {"linear": linear_mu, "flux2": flux2_mu}
 
 
-def flow_euler(steps: int, schedule: FlowSchedule, image_tokens: int | None) -> SamplerTable:
+def flow_euler(steps: int, schedule: FlowSchedule, image_tokens: int | None, begin: int = 0) -> SamplerTable:
     """Euler's method on dx = v dsigma: x' = x + (sigma' - sigma) v, with m = v.
 
     The preview is x_0 = x' - sigma' v. diffusers' pipelines space sigma linearly from 1 to 1 / steps before the shift.
@@ -103,7 +103,8 @@ def flow_euler(steps: int, schedule: FlowSchedule, image_tokens: int | None) -> 
         raise InvalidField("sampler", "A dynamic shift needs the number of image tokens, got none.")
     else:
         shift = math.exp(MU[schedule.dynamic](schedule, image_tokens, steps))
-    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    sigmas = (shift * sigmas / (1 + (shift - 1) * sigmas))[begin:]
     target = np.append(sigmas[1:], 0.0)
     timesteps = sigmas * schedule.num_train_timesteps
-    return table_of(timesteps, p=0.0, q=1.0, a=1.0, b=[target - sigmas], preview=(1.0, -target))
+    b, levels = [target - sigmas], (1 - sigmas, sigmas)
+    return table_of(timesteps, p=0.0, q=1.0, a=1.0, b=b, preview=(1.0, -target), levels=levels)

@@ -23,6 +23,16 @@ class Grid(NamedTuple):
     timesteps: Float64  # [N], falling; need not be whole
     sigmas: Float64  # [N + 1], falling; the last is the noise level of the result
     initial_scale: float = 1.0  # of the initial noise, in variance-preserving latents
+    skipped: int = 0  # steps before the first
+
+    def after(self, steps: int) -> "Grid":
+        """The grid of an edit that leaves out the first `steps`. A multistep sampler begins there as at the start."""
+        return Grid(self.timesteps[steps:], self.sigmas[steps:], self.initial_scale, steps)
+
+
+def levels_of(alphas_bar: Float64) -> tuple[Float64, Float64]:
+    """The shares of image and noise in variance-preserving latents."""
+    return np.sqrt(alphas_bar), np.sqrt(1 - alphas_bar)
 
 
 @lru_cache(maxsize=16)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from app.diffusion.samplers.noise_levels import Grid
+from app.diffusion.samplers.noise_levels import Grid, levels_of
 from app.diffusion.samplers.prediction import to_noise
 from app.diffusion.samplers.schedule import Schedule
 from app.diffusion.samplers.table import Float64, SamplerTable, table_of
@@ -37,7 +37,7 @@ def deis(grid: Grid, schedule: Schedule) -> SamplerTable:
     """
     sigma, target = grid.sigmas[:-1], grid.sigmas[1:]
     newest, older = target - sigma, np.zeros(len(sigma))
-    second = slice(1, len(sigma) - 1 if len(sigma) < 15 else None)
+    second = slice(1, len(sigma) - 1 if grid.skipped + len(sigma) < 15 else None)
     now, before, then = sigma[second], sigma[: len(sigma) - 1][: len(sigma[second])], target[second]
 
     def integral(anchor: Float64, zero: Float64) -> Float64:
@@ -60,6 +60,7 @@ def heun(grid: Grid, schedule: Schedule) -> SamplerTable:
         np.append(grid.timesteps[0], np.repeat(grid.timesteps[1:], 2)),
         np.concatenate([grid.sigmas[:1], twice, grid.sigmas[-1:]]),
         grid.initial_scale,
+        grid.skipped,
     )
     step = np.repeat(np.diff(grid.sigmas), 2)[:-1]
     second = np.arange(len(step)) % 2 == 1
@@ -76,5 +77,6 @@ def _integrated(grid: Grid, schedule: Schedule, weights: Sequence[Float64] | Flo
         a=scale[:-1] / scale[1:],
         b=[column / scale[1:] for column in weights],
         preview=(scale[1:], -grid.sigmas[1:]),
+        levels=levels_of(1 / scale[:-1] ** 2),
         initial_scale=grid.initial_scale,
     )

@@ -65,6 +65,7 @@ class SamplerTable:
     n: Float32  # [N]
     b: Float32  # [N, HISTORY]
     preview: Float32  # [N, 2], the denoised image after each step: x_0 ~ preview[i, 0] x_{i+1} + preview[i, 1] m_i
+    levels: Float32  # [N, 2], an image as each row takes it: x_i ~ levels[i, 0] x_0 + levels[i, 1] noise
     initial_scale: float  # initial latents = initial_scale * noise
 
     def __len__(self) -> int:
@@ -78,6 +79,7 @@ def table_of(
     q: Float64 | float,
     a: Float64 | float,
     b: Sequence[Float64] | Float64,
+    levels: tuple[Float64, Float64],
     n: Float64 | float = 0.0,
     preview: tuple[Float64 | float, Float64 | float] = (0.0, 1.0),
     initial_scale: float = 1.0,
@@ -90,6 +92,7 @@ def table_of(
     history = np.zeros((rows, HISTORY))
     for j, column in enumerate(b):
         history[:, j] = column
+    levels_of_rows = np.stack(levels, axis=-1)
     previews = np.stack([np.broadcast_to(weight, rows) for weight in preview], axis=-1)
 
     def frozen(column: Float64 | float, *shape: int) -> Float32:
@@ -104,5 +107,6 @@ def table_of(
         *(frozen(p), frozen(q), frozen(a), frozen(n)),
         b=frozen(history, HISTORY),
         preview=frozen(previews, 2),
+        levels=frozen(levels_of_rows, 2),
         initial_scale=initial_scale,
     )
