@@ -30,6 +30,7 @@ RATE ?=
 SLO ?=
 DOLLARS ?=
 SCENARIO ?= smoke
+IMAGE ?=
 URL ?=
 ARGS ?=
 MINUTES ?= 60
@@ -55,7 +56,7 @@ unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
-.PHONY: test-faults rehearse rehearse-calls
+.PHONY: test-faults rehearse rehearse-calls gke
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak cuda bench-gpu
@@ -172,6 +173,9 @@ tpu-check: libtpu ## Compile CONFIG= for a TPU that is not there: does it fit, h
 
 tpu-plan: libtpu ## Say which TPU, and how many hosts, serve RATE= pictures a second within SLO= seconds (CONFIG= MODEL= SIZE= TPU=)
 	@$(py) -m capacity.plan --config "$(CONFIG)" --model "$(MODEL)" --size "$(SIZE)" --tpu "$(TPU)" --dollars "$(DOLLARS)" --rate "$(RATE)" --slo "$(SLO)"
+
+gke: runtime ## Write a Dockerfile and a RayService for Google Kubernetes Engine into outputs/gke (CONFIG= CLUSTER= IMAGE= TPU=)
+	@$(py) -m cluster.gke --config "$(CONFIG)" --cluster "$(or $(filter-out local,$(CLUSTER)),cluster.yaml)" --image "$(IMAGE)" --tpu "$(TPU)"
 
 api-key: runtime ## Make an API key: NAME=alice [FILE=api_keys.yaml] [RPM=60] [CONCURRENT=4]
 	@$(verb)api_key --name "$(NAME)" --file "$(or $(FILE),api_keys.yaml)" --rpm "$(RPM)" --concurrent "$(CONCURRENT)"

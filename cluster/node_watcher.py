@@ -22,7 +22,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import psutil
 
 from cluster import processes
-from cluster.cli import Parser, UserError, run_command
+from cluster.cli import Parser, UserError, integer_between, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,13 @@ def drain(node: Node, notice: Notice, ray: Sequence[str]) -> None:
     logger.error("node %s was not drained", node.node_id)
 
 
+def leave(node: Node, within_s: int, ray: Sequence[str] = RAY) -> None:
+    """Drains the node and waits until Ray has ended on it: what a pod does before Kubernetes ends it."""
+    until = time.monotonic() + within_s
+    drain(node, Notice("Kubernetes ends this pod", within_s), ray)
+    psutil.wait_procs([node.raylet], timeout=max(0.0, until - time.monotonic()))
+
+
 def drain_command(node: Node, reason: str, left_s: float, ray: Sequence[str]) -> list[str]:
     """The reason is preemption: Ray's other one, idle termination, does not drain a busy node."""
     options = {
@@ -166,9 +173,15 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--raylet", type=int, metavar="PID", help="needed if several run on this machine")
     parser.add_argument("--metadata", default=METADATA, help="URL of the metadata server (default: Google's)")
+    seconds = integer_between(1, 86_400)
+    parser.add_argument("--leave-within", type=seconds, metavar="S", help="drain now, and end once Ray has ended here")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    watch(this_node(arguments.raylet), arguments.metadata)
+    node = this_node(arguments.raylet)
+    if arguments.leave_within:
+        leave(node, arguments.leave_within)
+    else:
+        watch(node, arguments.metadata)
 
 
 if __name__ == "__main__":

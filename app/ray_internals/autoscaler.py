@@ -7,11 +7,13 @@ from typing import Any
 
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
+from ray.autoscaler._private.kuberay.utils import gke_tpu_accelerator_to_generation as GKE_ACCELERATORS
 from ray.autoscaler._private.providers import _get_node_provider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
 
 __all__ = [
+    "GKE_ACCELERATORS",  # Google Kubernetes Engine's label of a TPU -> Ray's name of its generation
     "GOOGLE_HEAD_NAME",
     "GOOGLE_NAME_SUFFIX",
     "GOOGLE_WORKER_NAME",

@@ -259,6 +259,22 @@ def test_the_watcher_ends_with_ray_though_it_could_not_drain(
     assert not thread.is_alive()
 
 
+def test_a_pod_that_leaves_drains_its_node_and_waits_until_ray_has_ended(
+    metadata: Metadata, node: node_watcher.Node, tmp_path: Path
+) -> None:
+    (tmp_path / "ray.py").write_text(FAKE_RAY)
+    ray = [sys.executable, "-S", str(tmp_path / "ray.py"), metadata.address]
+    thread = threading.Thread(target=node_watcher.leave, args=(node, 150, ray))
+    thread.start()
+    drain = arguments(metadata)
+    assert 120 < int(drain["deadline-remaining-seconds"]) <= 150
+    assert drain["reason-message"] == "Kubernetes ends this pod"
+    assert thread.is_alive()
+    node.raylet.kill()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
 def test_the_node_is_read_from_the_raylets_command_line(node: node_watcher.Node) -> None:
     assert (node.node_id, node.gcs_address) == ("abc123", "10.0.0.2:6379")
 
