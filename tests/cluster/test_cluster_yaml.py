@@ -200,6 +200,7 @@ def home(tmp_path: Path) -> Path:
     (folder / ".ray/auth_token").write_text("secret")
     (folder / ".ray/auth_token").chmod(0o644)
     install(folder, "ray", f'{{ echo "$0 $@"; env; }} > {tmp_path}/called')
+    install(folder, "curl", "exit 7")  # no Ray answers
     return folder
 
 
@@ -213,7 +214,7 @@ def install(home: Path, name: str, script: str) -> None:
 def shell(home: Path, command: str) -> subprocess.CompletedProcess[str]:
     """Runs a command as Ray would over SSH, without login and terminal."""
     text = _with_environment_variables(f"export RAY_HEAD_IP=10.0.0.2; {command}", {"RAY_USAGE_STATS_ENABLED": 1})
-    environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    environment = {"HOME": str(home), "PATH": f"{home}/imagine/.venv/bin:{os.environ['PATH']}"}
     return subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, cwd=home, timeout=60)
 
 
@@ -295,6 +296,17 @@ def test_the_watcher_starts_after_ray_in_a_session_of_its_own(home: Path) -> Non
     assert words[:3] == ["-m", "cluster.node_watcher", "token"]
     assert words[3] == words[4]  # the leader of its session
     assert (logs / "watcher.log").read_text() == "watching\n"
+
+
+@each_cluster
+def test_start_commands_that_run_again_leave_alone_a_ray_that_the_head_knows(home: Path, path: Path) -> None:
+    set_up(home)
+    install(home, "curl", f'echo "$@" > {home.parent}/asked; echo success')
+    start, watch = config(path)["worker_start_ray_commands"]
+    assert shell(home, start).returncode == 0
+    assert "http://127.0.0.1:52365/api/local_raylet_healthz" in (home.parent / "asked").read_text()
+    assert not (home.parent / "called").exists(), "neither `ray stop` nor `ray start`"
+    assert "flock --no-fork -w 10 ~/imagine/watcher.lock python" in watch
 
 
 @each_cluster
