@@ -33,5 +33,10 @@ DESCRIPTIONS: Mapping[str, str] = {
     "`qualities`, numbers of steps. `num_inference_steps` goes before it",
     "response_format": "nothing else: no file is kept that a URL could point to",
     **dict.fromkeys(("user", "safety_identifier"), "accepted and not used"),
+    "image": "the picture to edit, or up to `limits.input_images` of them: PNG, JPEG or WebP",
+    "images": "the same in JSON: an array of objects with an `image_url`, which is a `data:` URL",
+    "mask": "a picture of the same size. What is transparent in it is redrawn, and the rest stays",
+    "strength": "how much of the picture is redrawn, above 0 and at most 1: the share of the steps that is taken",
+    "input_fidelity": "`low`, which changes nothing: `strength` says how much of the picture stays",
     **dict.fromkeys(("background", "complexity", "moderation", "style"), NO_EFFECT),
 }

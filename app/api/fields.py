@@ -56,6 +56,13 @@ def seconds(name: str, value: object, service: Service) -> float:
     return float(value)
 
 
+@takes(lambda service: {"type": "number", "exclusiveMinimum": 0, "maximum": 1})
+def share(name: str, value: object, service: Service) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise invalid(name, "a number above 0 and at most 1", value)
+    return float(value)
+
+
 @takes(lambda service: {"type": "boolean"})
 def flag(name: str, value: object, service: Service) -> bool:
     if not isinstance(value, bool):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -18,6 +18,7 @@ from starlette.routing import Route
 from app.api.api_keys import ApiKeys
 from app.api.auth import AuthMiddleware, count_images
 from app.api.cors import CorsMiddleware
+from app.api.edits import parse_edit
 from app.api.error_responses import HANDLERS
 from app.api.errors import ApiError
 from app.api.fields import model as check_model
@@ -27,14 +28,17 @@ from app.api.openapi import document
 from app.api.protocol import parse_body, parse_query
 from app.api.replica_calls import Items, Pending, answer_of, broadcast
 from app.api.replica_watch import ReplicaWatch
-from app.api.request_body import read_body
+from app.api.request_body import check_json, read_body
 from app.api.responses import image_response, images_response, json_response, model_object
 from app.api.retry_after import RetryAfter
 from app.api.settings import Service
 from app.api.sse import EventStream
 from app.api.stats import stats_of_all, total
+from app.api.uploads import Uploads
 from app.ray_internals.serve import RAY_SERVE_ENABLE_HA_PROXY
 from app.types import InvalidField, RequestDefaults
+
+Content = TypeVar("Content")
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -46,6 +50,7 @@ ROUTES = {
     "GET /": "the model and these routes",
     "GET /imagine?prompt=...": "one image, as image/png, image/webp or image/jpeg",
     "POST /v1/images/generations": "images as OpenAI's images API returns them",
+    "POST /v1/images/edits": "the same, of images in the request",
     "GET /v1/models": "the model, its sizes, samplers, fields, limits and defaults",
     "GET /v1/models/{id}": "the same of the model with this id",
     "GET /v1/stats": "statistics of each replica, and their total",
@@ -70,6 +75,7 @@ class APIIngress:
             self.api_keys.start_refreshing()
         self.replica_watch = ReplicaWatch(partial(broadcast, replicas, "describe", BROADCAST_TIMEOUT_S))
         self.retry_after = RetryAfter()
+        self.uploads = Uploads(service.limits)
         self.logged: set[str] = set()
         self.started = int(time.time())
 
@@ -81,6 +87,7 @@ class APIIngress:
             Route("/", self.index),
             imagine,
             Route("/v1/images/generations", self.generations, methods=["POST"]),
+            Route("/v1/images/edits", self.edits, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),  # an id may have slashes, and they come decoded
             Route("/v1/stats", self.stats),
@@ -103,13 +110,21 @@ class APIIngress:
         return json_response({"model": self.services()[0].model, "routes": ROUTES})
 
     async def imagine(self, http_request: Request) -> Response:
-        request, _ = await self.parse(parse_query, http_request.scope["query_string"])
+        request, _ = parse_for(await self.candidates(), parse_query, http_request.scope["query_string"])
         return image_response(await self.generate(request), request)
 
     async def generations(self, http_request: Request) -> Response:
         limits = self.service.limits
+        check_json(http_request)
         body = await read_body(http_request, limits.body_bytes, limits.timeout_s)
-        request, service = await self.parse(parse_body, body)
+        return await self.answer(http_request, *parse_for(await self.candidates(), parse_body, body))
+
+    async def edits(self, http_request: Request) -> Response:
+        async with self.uploads.read(http_request) as body:
+            parsed = await self.uploads.in_thread(parse_for, await self.candidates(), parse_edit, body)
+        return await self.answer(http_request, *parsed)
+
+    async def answer(self, http_request: Request, request: ImageRequest, service: Service) -> Response:
         count_images(http_request.scope, request.generation.n)
         if request.stream:
             return await self.stream(request, service.model)
@@ -152,23 +167,14 @@ class APIIngress:
             known = self.replica_watch.latest
         return [self.adapted(description) for description in known] or [self.service]
 
-    async def parse(
-        self, parse: Callable[[bytes, Service], ImageRequest], content: bytes
-    ) -> tuple[ImageRequest, Service]:
-        """A request may name any model that runs."""
+    async def candidates(self) -> list[Service]:
+        """The rules of each model that runs: a request may name any of them."""
         await self.replica_watch.descriptions(0, BROADCAST_TIMEOUT_S)
         services = {service.model: service for service in self.services()}
         if any(service.defaults.numbers is None for service in services.values()):  # no replica has answered yet
             service = self.adapted(await self.describe(self.service.limits.timeout_s))
             services = {service.model: service}
-        for service in services.values():
-            try:
-                return parse(content, service), service
-            except InvalidField as error:
-                if error.code != "model_not_found":
-                    raise
-                unknown_model = error
-        raise unknown_model
+        return [*services.values()]
 
     async def send(self, request: ImageRequest) -> Unary:
         response: Unary = self.replicas.generate.remote(request)
@@ -244,9 +250,23 @@ class APIIngress:
             raise ApiError(503, message, None, "model_not_ready", READY_TIMEOUT_S) from None
 
 
+def parse_for(
+    services: Sequence[Service], parse: Callable[[Content, Service], ImageRequest], content: Content
+) -> tuple[ImageRequest, Service]:
+    """The request, and the rules of the model that it is for."""
+    for service in services:
+        try:
+            return parse(content, service), service
+        except InvalidField as error:
+            if error.code != "model_not_found":
+                raise
+            unknown_model = error
+    raise unknown_model
+
+
 def adapted(service: Service, description: Description) -> Service:
     """The config's rules, with the model and the sizes that the replica serves, and its checkpoint's own defaults where
     the config has none."""
     own = RequestDefaults(description.num_inference_steps, description.guidance_scale)
-    sizes = description.sizes or service.sizes
-    return replace(service.completed(own), model=description.model or service.model, sizes=sizes)
+    sizes, able = description.sizes or service.sizes, description.capabilities
+    return replace(service.completed(own), model=description.model or service.model, sizes=sizes, capabilities=able)

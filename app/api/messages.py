@@ -5,7 +5,7 @@ During a rollout the two sides may run different versions of the code: a field t
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.api.settings import Encoding
 from app.types import Capabilities, Generation, Resumed
@@ -41,6 +41,7 @@ class ImageRequest:
     age_s: float = 0.0  # since the ingress got it
     moved: bool = False  # its place is beyond the usual limits
     resumed: Resumed | None = None  # with what was made of it; None: it begins
+    facts: Mapping[str, str] = field(default_factory=dict)  # what was done to the images in it, for the answer
 
 
 @dataclass(frozen=True)

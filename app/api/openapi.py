@@ -3,15 +3,24 @@
 Knows nothing of HTTP libraries or Ray.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.api.field_descriptions import DESCRIPTIONS
 from app.api.fields import Schema
-from app.api.protocol import BODY_FIELDS, FIELDS, FORMATS, NEUTRAL, QUERY_FIELDS, neutral_values
+from app.api.protocol import (
+    BODY_FIELDS,
+    EDIT_FIELDS,
+    EDIT_NEUTRAL,
+    FIELDS,
+    FORMATS,
+    NEUTRAL,
+    QUERY_FIELDS,
+    neutral_values,
+)
 from app.api.settings import Service
 
-JSON, EVENTS = "application/json", "text/event-stream"
+JSON, EVENTS, FORM = "application/json", "text/event-stream", "multipart/form-data"
 STRING, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 ERROR = {"$ref": "#/components/schemas/Error"}
 
@@ -55,6 +64,7 @@ SCHEMAS: Mapping[str, Schema] = {
 ANSWERS: Mapping[str, Mapping[str, Schema]] = {
     "GET /imagine": {f"image/{form}": {} for form in FORMATS},
     "POST /v1/images/generations": {JSON: {"$ref": "#/components/schemas/Images"}, EVENTS: STRING},
+    "POST /v1/images/edits": {JSON: {"$ref": "#/components/schemas/Images"}, EVENTS: STRING},
     "GET /v1/models/{id}": {JSON: {"$ref": "#/components/schemas/Model"}},
 }
 
@@ -71,7 +81,7 @@ def document(service: Service, routes: Mapping[str, str], keys: bool) -> dict[st
         "openapi": "3.1.0",
         "info": {"title": service.model, "version": "1", "description": "Text to image. `null` counts as left out."},
         "paths": paths,
-        "components": {"schemas": {**SCHEMAS, "ImageRequest": body_schema(service)}, **schemes},
+        "components": {"schemas": {**SCHEMAS, "ImageRequest": body_schema(service)} | edit_schemas(service), **schemes},
         **security,
     }
 
@@ -98,23 +108,46 @@ def operation(route: str, summary: str, service: Service) -> dict[str, Any]:
     elif route == "POST /v1/images/generations":
         schema = {"$ref": "#/components/schemas/ImageRequest"}
         described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
+    elif route == "POST /v1/images/edits":
+        schemas = {FORM: "EditForm", JSON: "EditRequest"}
+        content = {kind: {"schema": {"$ref": f"#/components/schemas/{name}"}} for kind, name in schemas.items()}
+        described["requestBody"] = {"required": True, "content": content}
     return described
 
 
 def body_schema(service: Service) -> dict[str, Any]:
     """What POST /v1/images/generations takes. Fields that are always refused are not in it."""
-    names = [*BODY_FIELDS, *(name for name, values in NEUTRAL.items() if values)]
+    return object_schema((*BODY_FIELDS, *(name for name, values in NEUTRAL.items() if values)), service, {})
+
+
+def edit_schemas(service: Service) -> dict[str, Any]:
+    """What POST /v1/images/edits takes, as a form and as JSON."""
+    names = (*EDIT_FIELDS, *(name for name, values in EDIT_NEUTRAL.items() if values))
+    link = {"type": "object", "properties": {"image_url": STRING}, "required": ["image_url"]}
+    file = {"type": "string", "format": "binary"}
+    most = service.limits.input_images
+    described = {name: {"description": DESCRIPTIONS[name]} for name in ("image", "images", "mask")}
+    form = {"image": {"type": "array", "items": file, "maxItems": most} | described["image"]}
+    listed = {"images": {"type": "array", "items": link, "maxItems": most} | described["images"]}
+    return {
+        "EditForm": object_schema(names, service, form | {"mask": file | described["mask"]}),
+        "EditRequest": object_schema(names, service, listed | {"mask": link | described["mask"]}),
+    }
+
+
+def object_schema(names: Sequence[str], service: Service, images: Mapping[str, Schema]) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {name: field_schema(name, service) for name in names},
-        "required": [name for name in BODY_FIELDS if FIELDS[name].default is None],
+        "properties": {**images, **{name: field_schema(name, service) for name in names}},
+        "required": [name for name in (*images, *names) if name in FIELDS and FIELDS[name].default is None]
+        + [name for name in images if name != "mask"],
         "additionalProperties": False,
     }
 
 
 def field_schema(name: str, service: Service) -> dict[str, Any]:
     described = {"description": DESCRIPTIONS[name]}
-    if name in NEUTRAL:
+    if name in EDIT_NEUTRAL:
         return {"enum": [*neutral_values(name, service)], **described}
     field = FIELDS[name]
     default = None if field.default is None or name == "seed" else field.default(service)  # a seed is drawn

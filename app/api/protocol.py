@@ -21,6 +21,7 @@ from app.api.fields import (
     number,
     pair,
     seconds,
+    share,
     shown,
     size,
     text,
@@ -44,6 +45,7 @@ class Field(NamedTuple):
     default: Callable[[Service], object] | None  # None: a request must have this field
     numeric: bool = False  # in a query string and in a CSV file, text that spells a number is one
     query: bool = True  # GET /imagine takes this field, too
+    edit: bool = False  # only POST /v1/images/edits takes this field
 
 
 def longest_prompt(service: Service) -> int:
@@ -84,13 +86,15 @@ FIELDS: Mapping[str, Field] = {
         integer(lambda service: (0, service.limits.partial_images)), lambda service: 0, numeric=True, query=False
     ),
     "progress": Field(flag, lambda service: False, query=False),
+    "strength": Field(share, lambda service: None, numeric=True, query=False, edit=True),
 }
 QUERY_FIELDS = tuple(name for name, field in FIELDS.items() if field.query)  # of GET /imagine
-BODY_FIELDS = tuple(FIELDS)  # of POST /v1/images/generations, which takes NEUTRAL as well
+BODY_FIELDS = tuple(name for name, field in FIELDS.items() if not field.edit)  # of POST /v1/images/generations
+EDIT_FIELDS = tuple(FIELDS)  # of POST /v1/images/edits, besides its images
 NUMERIC_FIELDS = tuple(name for name, field in FIELDS.items() if field.numeric)
 
 # Fields of OpenAI's API that this service does not support, each with the values that have no effect. Any other value
-# is refused, because a field that is accepted must not be ignored.
+# is refused, because a field that is accepted must not be ignored. Only the two routes with a body take them.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "background": ("auto", "opaque"),
     "complexity": ("low",),  # no image is planned
@@ -100,6 +104,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "quality": ("auto", "standard"),  # and those of args.qualities
     "style": ("vivid", "natural"),  # either leaves the style to the prompt
     "svg": (),
+}
+EDIT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    **NEUTRAL,
+    "input_fidelity": ("low",),  # strength says how much of an image stays
+    "markup": (),
 }
 
 
@@ -123,6 +132,10 @@ def parse_query(query: bytes, service: Service) -> ImageRequest:
 
 def parse_body(body: bytes, service: Service) -> ImageRequest:
     """The JSON body of POST /v1/images/generations."""
+    return resolve(parse_json(body), service, BODY_FIELDS)
+
+
+def parse_json(body: bytes) -> dict[str, object]:
     try:
         values = json.loads(body.decode(), object_pairs_hook=unique, parse_constant=refuse_constant)
     except UnicodeDecodeError:
@@ -136,14 +149,15 @@ def parse_body(body: bytes, service: Service) -> ImageRequest:
         raise ApiError(400, "The body is not JSON of a sensible shape.", None, "invalid_json") from None
     if not isinstance(values, dict):
         raise ApiError(400, f"The body must be a JSON object, got {shown(values)}.", None, "invalid_json")
-    return resolve(values, service, BODY_FIELDS)
+    return values
 
 
 def resolve(values: Mapping[str, object], service: Service, fields: Sequence[str]) -> ImageRequest:
     """Checks every field and fills in those that were left out; null counts as left out. Raises InvalidField."""
     values = {name: value for name, value in values.items() if value is not None}
+    neutral = NEUTRAL if fields is BODY_FIELDS else EDIT_NEUTRAL if fields is EDIT_FIELDS else {}
     for name, value in values.items():
-        if name in NEUTRAL and fields is BODY_FIELDS:
+        if name in neutral:
             check_neutral(name, value, service)
         elif name not in fields:
             message = f"Unknown field {shown(name)}; the fields are {', '.join(fields)}."
@@ -207,7 +221,7 @@ def check_neutral(name: str, value: object, service: Service) -> None:
 
 
 def neutral_values(name: str, service: Service) -> tuple[object, ...]:
-    return (*NEUTRAL[name], *(service.qualities if name == "quality" else ()))
+    return (*EDIT_NEUTRAL[name], *(service.qualities if name == "quality" else ()))
 
 
 def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:

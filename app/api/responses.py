@@ -34,6 +34,7 @@ def images_response(images: Images, request: ImageRequest, model: str) -> Respon
         "data": data,
         "model": images.model or model,
         "output_format": request.encoding.output_format,
+        **request.facts,
         **images.facts,
         "timings": images.timings,
     }
@@ -51,6 +52,7 @@ def model_object(service: Service, description: Description, created: int) -> di
         "aliases": service.aliases,
         "sizes": service.sizes,
         "samplers": description.samplers,
+        "capabilities": vars(description.capabilities),
         "fields": description.fields,
         "qualities": service.qualities,
         "notes": [*description.notes, *service.notes],

@@ -11,11 +11,15 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from app.types import RequestDefaults
+from app.types import Capabilities, RequestDefaults
 
 # Bytes. A request's head should hold no more than this and 16 KiB of headers, and uvicorn's parser takes 65,535 bytes
 # of a URL. A prompt of 4,000 characters fits in if every character takes 12 bytes.
 LONGEST_QUERY = 48 << 10
+
+# Bytes that Serve's proxy takes of a body (proxy.py), whatever the config says.
+LARGEST_BODY = 4 << 20
+LARGEST_UPLOAD = 64 << 20  # of POST /v1/images/edits
 
 Bounds = TypeVar("Bounds", tuple[int, int], tuple[float, float])
 
@@ -57,7 +61,16 @@ class Limits(Settings):
     query_bytes: int = Field(
         default=LONGEST_QUERY, ge=1, le=LONGEST_QUERY, description="longest query string of GET /imagine"
     )
-    body_bytes: int = Field(default=131072, ge=1, description="largest body of POST /v1/images/generations")
+    body_bytes: int = Field(
+        default=131072, ge=1, le=LARGEST_BODY, description="largest body of POST /v1/images/generations"
+    )
+    upload_bytes: int = Field(
+        default=20 << 20, ge=1, le=LARGEST_UPLOAD, description="largest body of POST /v1/images/edits"
+    )
+    input_images: int = Field(default=4, ge=1, le=16, description="most images in an edit, without its mask")
+    input_pixels: int = Field(
+        default=25_000_000, ge=1, le=100_000_000, description="most pixels of an image or a mask in an edit"
+    )
     partial_images: int = Field(default=3, ge=0, le=16, description="most previews in one streamed answer")
     timeout_s: float = Field(
         default=120.0, gt=0, description="longest wait for an answer, including the queue; also the default"
@@ -116,6 +129,7 @@ class Service:
     aliases: tuple[str, ...] = ()  # other names that a request may give to the model
     qualities: Mapping[str, int] = field(default_factory=dict)  # num_inference_steps by OpenAI's `quality`
     notes: tuple[str, ...] = ()  # sentences on where the defaults are not the checkpoint's own
+    capabilities: Capabilities = Capabilities()  # of the replica
 
     def completed(self, own: RequestDefaults) -> "Service":
         """With the checkpoint's own defaults where the config leaves them to it."""

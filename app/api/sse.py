@@ -72,14 +72,15 @@ def image_event(item: Preview | Images, request: ImageRequest, model: str) -> by
         "background": "opaque",
         "output_format": request.encoding.output_format,
     }
+    kind = "image_generation" if request.generation.edit is None else "image_edit"
     if isinstance(item, Preview):
         return event(
-            "image_generation.partial_image",
+            f"{kind}.partial_image",
             {"b64_json": base64.b64encode(item.encoded).decode(), **shape, "partial_image_index": item.index},
         )
-    extra = {"model": item.model or model, **item.facts, "timings": item.timings}
+    extra = {"model": item.model or model, **request.facts, **item.facts, "timings": item.timings}
     return event(
-        "image_generation.completed",
+        f"{kind}.completed",
         {"b64_json": base64.b64encode(item.encoded[0]).decode(), **shape, "usage": USAGE, **extra},
     )
 

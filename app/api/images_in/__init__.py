@@ -1,0 +1,1 @@
+"""Images that clients send. Their bytes are hostile until `headers` and `decode` have been through them."""
