@@ -21,7 +21,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from app.api.field_descriptions import DESCRIPTIONS
-from app.api.protocol import FIELDS, NEUTRAL, QUERY_FIELDS
+from app.api.protocol import BODY_FIELDS, FIELDS, NEUTRAL, QUERY_FIELDS
 from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
 from cluster import install
@@ -373,8 +373,9 @@ def test_the_table_of_fields_has_the_descriptions_of_the_openapi_document() -> N
     assert documented.keys() == DESCRIPTIONS.keys()
     for name, row in documented.items():
         text = " | ".join(row[2:])
-        assert text.replace(" (POST)", "").startswith(DESCRIPTIONS[name]), name
-        assert ("(POST)" in text) == (name not in QUERY_FIELDS), name
+        assert text.replace(" (POST)", "").replace(" (edits)", "").startswith(DESCRIPTIONS[name]), name
+        assert ("(POST)" in text) == (name in {*BODY_FIELDS, *NEUTRAL} - {*QUERY_FIELDS}), name
+        assert ("(edits)" in text) == (name not in {*BODY_FIELDS, *NEUTRAL}), name
 
 
 def words_in_code(text: str) -> list[str]:

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import ApiError
 from app.api.proxy_protocol import LINGER_BYTES, LINGER_S, refusal
+from app.api.settings import LARGEST_BODY, LARGEST_UPLOAD
 from app.ray_internals.serve import (
     SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
     SERVE_HTTP_REQUEST_ID_HEADER,
@@ -31,9 +32,7 @@ from app.ray_internals.serve import (
 
 logger = logging.getLogger(f"ray.serve.{__name__}")
 
-# The proxy and the ingress each keep a body in memory until the ingress has read it. This is far above any config's
-# body_bytes, and leaves room for requests with images.
-BODY_BYTES = 64 << 20
+UPLOADS = "/images/edits"  # the end of the only path whose requests bring images
 WITH_BODY = ("POST", "PUT", "PATCH")
 LOST_RETRY_S = 5.0  # Serve starts another ingress in a few seconds
 
@@ -91,7 +90,7 @@ class Guard:
             return
         # A new list: uvicorn keeps the old one.
         headers = without_private(scope["headers"])
-        request = Request(receive, send, headers[-1])
+        request = Request(receive, send, headers[-1], body_limit(scope))
         try:
             await self.app({**scope, "headers": headers}, request.receive, request.send)
         except Exception:
@@ -105,10 +104,11 @@ class Guard:
 class Request:
     """Passes messages between uvicorn and Serve, and knows the bytes of the body and whether an answer has begun."""
 
-    def __init__(self, receive: Receive, send: Send, request_id: tuple[bytes, bytes]) -> None:
+    def __init__(self, receive: Receive, send: Send, request_id: tuple[bytes, bytes], limit: int) -> None:
         self.from_client = receive
         self.to_client = send
         self.request_id = request_id
+        self.limit = limit  # of the body's bytes
         self.body_bytes = 0
         self.disconnected = False
         self.begun = False
@@ -116,12 +116,12 @@ class Request:
 
     async def receive(self) -> Message:
         """A body that is too large ends as if the client had disconnected, so Serve cancels the request."""
-        if self.body_bytes > BODY_BYTES:
+        if self.body_bytes > self.limit:
             return {"type": "http.disconnect"}
         message = await self.from_client()
         self.disconnected = message["type"] == "http.disconnect"
         self.body_bytes += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if self.body_bytes > BODY_BYTES else message
+        return {"type": "http.disconnect"} if self.body_bytes > self.limit else message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and not self.begun:
@@ -141,8 +141,8 @@ class Request:
         """Sends an answer if the application sent none and the client still waits."""
         if self.begun or self.disconnected:
             return
-        if self.body_bytes > BODY_BYTES:
-            await refuse(too_large(), self.from_client, self.to_client)
+        if self.body_bytes > self.limit:
+            await refuse(too_large(self.limit), self.from_client, self.to_client)
         else:
             await self.answer(error, [self.request_id])
 
@@ -167,8 +167,15 @@ def check_head(scope: Scope) -> None:
     method = scope.get("method", "GET")
     if method not in WITH_BODY and (any(name == b"transfer-encoding" for name, _ in headers) or any(map(int, lengths))):
         raise ApiError(400, f"A {method} request must have no body.", None, "unexpected_body")
-    if any(int(length) > BODY_BYTES for length in lengths):
-        raise too_large()
+    limit = body_limit(scope)
+    if any(int(length) > limit for length in lengths):
+        raise too_large(limit)
+
+
+def body_limit(scope: Scope) -> int:
+    """The proxy and the ingress each keep a body in memory until the ingress has read it. The limits of the config are
+    lower, and the ingress applies them."""
+    return LARGEST_UPLOAD if scope.get("path", "").endswith(UPLOADS) else LARGEST_BODY
 
 
 def translate(status: int, body: bytes) -> ApiError | None:
@@ -179,8 +186,8 @@ def translate(status: int, body: bytes) -> ApiError | None:
     return None
 
 
-def too_large() -> ApiError:
-    return ApiError(413, f"The body must be at most {BODY_BYTES} bytes.", None, "payload_too_large")
+def too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The body must be at most {limit} bytes.", None, "payload_too_large")
 
 
 def without_private(headers: Headers) -> Headers:

@@ -12,7 +12,7 @@ from app.api.field_descriptions import DESCRIPTIONS
 from app.api.fields import LARGEST
 from app.api.ingress import ROUTES, APIIngress
 from app.api.openapi import document
-from app.api.protocol import FIELDS, NEUTRAL, parse_body
+from app.api.protocol import BODY_FIELDS, EDIT_FIELDS, EDIT_NEUTRAL, NEUTRAL, parse_body
 from app.types import InvalidField
 from tests.api.test_ingress import SERVICE, Replicas, local_client
 from tests.fuzz_cases import ODD, WORDS
@@ -54,7 +54,7 @@ def parses(body: dict[str, Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", [*FIELDS, *NEUTRAL, "colour"])
+@pytest.mark.parametrize("name", [*BODY_FIELDS, *NEUTRAL, "colour"])
 def test_a_field_takes_what_its_schema_says(name: str) -> None:
     for value in VALUES:
         if value is None:  # counts as left out
@@ -75,7 +75,11 @@ def test_a_field_takes_what_its_schema_says(name: str) -> None:
 
 def test_every_field_has_a_description_and_its_default() -> None:
     properties = SCHEMAS["ImageRequest"]["properties"]
-    assert properties.keys() == DESCRIPTIONS.keys() == {*FIELDS, *(name for name, values in NEUTRAL.items() if values)}
+    assert properties.keys() == {*BODY_FIELDS, *(name for name, values in NEUTRAL.items() if values)}
+    in_form, in_json = (SCHEMAS[name]["properties"].keys() for name in ("EditForm", "EditRequest"))
+    edits = {*EDIT_FIELDS, *(name for name, values in EDIT_NEUTRAL.items() if values), "mask"}
+    assert in_form == edits | {"image"} and in_json == edits | {"images"}
+    assert DESCRIPTIONS.keys() == properties.keys() | in_form | in_json
     assert properties["size"]["default"] == "128x128" and properties["num_inference_steps"]["default"] == 12
     assert "default" not in properties["seed"] and "default" not in properties["prompt"]
     for name, schema in properties.items():

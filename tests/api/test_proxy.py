@@ -395,11 +395,14 @@ def test_a_get_whose_body_never_ends_is_answered_at_once(port: int) -> None:
     assert b"unexpected_body" in answer or not answer
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/images/edits", "/prefix/v1/images/edits"])
 @pytest.mark.parametrize("lines", [("Content-Length: 2000000",), (CHUNKED,)])
-def test_a_body_above_the_limit_is_413_and_is_not_kept(
-    application: Application, port: int, monkeypatch: pytest.MonkeyPatch, lines: tuple[str, ...]
+def test_a_body_above_the_limit_of_its_path_is_413_and_is_not_kept(
+    application: Application, port: int, monkeypatch: pytest.MonkeyPatch, lines: tuple[str, ...], path: str
 ) -> None:
-    monkeypatch.setattr(proxy, "BODY_BYTES", 1_000_000)
+    limit = 1_500_000 if "edits" in path else 1_000_000
+    monkeypatch.setattr(proxy, "LARGEST_BODY", 1_000_000)
+    monkeypatch.setattr(proxy, "LARGEST_UPLOAD", 1_500_000)
     kept: list[bytes] = []
 
     async def wait_for_the_body(scope: Scope, receive: Receive, send: Send) -> None:
@@ -408,9 +411,9 @@ def test_a_body_above_the_limit_is_413_and_is_not_kept(
 
     application.answer = wait_for_the_body
     chunk = b"186a0\r\n" + b"a" * 100_000 + b"\r\n"
-    answer = ask(port, head("POST", "/", *lines) + 20 * chunk + b"0\r\n\r\n")
+    answer = ask(port, head("POST", path, *lines) + 20 * chunk + b"0\r\n\r\n")
     assert (answer.status, answer.error["code"]) == (413, "payload_too_large")
-    assert sum(map(len, kept)) <= 1_000_000
+    assert sum(map(len, kept)) <= limit and str(limit) in answer.error["message"]
 
 
 @pytest.mark.parametrize(
