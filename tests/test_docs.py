@@ -21,7 +21,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from app.api.field_descriptions import DESCRIPTIONS
-from app.api.protocol import BODY_FIELDS, FIELDS, NEUTRAL, QUERY_FIELDS
+from app.api.protocol import BODY_FIELDS, EDIT_NEUTRAL, FIELDS, NEUTRAL, QUERY_FIELDS
 from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
 from cluster import install
@@ -362,7 +362,7 @@ def yaml_of(default: Any) -> Any:
 def test_the_page_of_the_api_has_every_field_and_every_sampler() -> None:
     page = ROOT / "docs" / "api.md"
     fields = {name for row in rows(page, "## Fields") for name in re.findall(r"`(\w+)`", row[0])}
-    assert fields == {*FIELDS, *(name for name, values in NEUTRAL.items() if values)}
+    assert fields == {*FIELDS, "image", "images", "mask", *(name for name, values in EDIT_NEUTRAL.items() if values)}
     for row in [*rows(page, "## Fields"), *rows(TUNING, "### Defaults of a request: `args.defaults`")]:
         if "sampler`" in row[0]:
             assert all(f"`{name}`" in " | ".join(row) for name in SAMPLERS), row
