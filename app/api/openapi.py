@@ -123,12 +123,12 @@ def body_schema(service: Service) -> dict[str, Any]:
 def edit_schemas(service: Service) -> dict[str, Any]:
     """What POST /v1/images/edits takes, as a form and as JSON."""
     names = (*EDIT_FIELDS, *(name for name, values in EDIT_NEUTRAL.items() if values))
-    link = {"type": "object", "properties": {"image_url": STRING}, "required": ["image_url"]}
-    file = {"type": "string", "format": "binary"}
+    link: dict[str, Any] = {"type": "object", "properties": {"image_url": STRING}, "required": ["image_url"]}
+    file: dict[str, Any] = {"type": "string", "format": "binary"}
     most = service.limits.input_images
     described = {name: {"description": DESCRIPTIONS[name]} for name in ("image", "images", "mask")}
-    form = {"image": {"type": "array", "items": file, "maxItems": most} | described["image"]}
-    listed = {"images": {"type": "array", "items": link, "maxItems": most} | described["images"]}
+    form = {"image": {"type": "array", "items": file, "maxItems": most, **described["image"]}}
+    listed = {"images": {"type": "array", "items": link, "maxItems": most, **described["images"]}}
     return {
         "EditForm": object_schema(names, service, form | {"mask": file | described["mask"]}),
         "EditRequest": object_schema(names, service, listed | {"mask": link | described["mask"]}),

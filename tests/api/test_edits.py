@@ -14,11 +14,13 @@ from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app.api import edits, uploads
+from app.api import uploads
+from app.api.images_in.decode import pixels_of
+from app.api.images_in.headers import Header
 from app.api.ingress import APIIngress
 from app.api.messages import ImageRequest
 from app.api.settings import Limits
-from app.types import Capabilities, Edit, Generation
+from app.types import Capabilities, Edit, Generation, Pixels, Size
 from tests.api.image_files import data_url, exif, file_of, gradient, mask_file, png
 from tests.api.test_ingress import DESCRIPTION, SERVICE, Replicas, local_client, pictures, stream_of
 from tests.api.test_sse import serving
@@ -273,10 +275,13 @@ def test_a_form_that_is_none_is_refused(client: TestClient, kind: str, body: byt
 
 
 def test_images_are_decoded_in_few_threads_of_their_own(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoders, decode = set[str](), edits.pixels_of
-    monkeypatch.setattr(
-        edits, "pixels_of", lambda *arguments: decoders.add(threading.current_thread().name) or decode(*arguments)
-    )
+    decoders = set[str]()
+
+    def noted(header: Header, size: Size) -> Pixels:
+        decoders.add(threading.current_thread().name)
+        return pixels_of(header, size)
+
+    monkeypatch.setattr("app.api.edits.pixels_of", noted)
     for _ in range(5):
         assert form(client, ("image", SQUARE)).status_code == 200
     assert decoders and decoders <= {f"decode_{number}" for number in range(uploads.DECODED_AT_ONCE)}
