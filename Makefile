@@ -59,6 +59,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: test-faults rehearse rehearse-calls gke
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
+.PHONY: test-browser page-pictures browser
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak cuda bench-gpu
 
 help: ## List the verbs
@@ -128,7 +129,7 @@ pytest := $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips
 beside := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 over_ssh := tests/cluster/test_remote_ssh.py
 clusters := -n 2 --dist loadscope --ignore $(over_ssh)
-elsewhere := not jobs and not scaling and not parity and not faults
+elsewhere := not jobs and not scaling and not parity and not faults and not browser
 
 test: dev ## Run all tests but those with a target of their own; TESTS="tests/test_x.py -k name" for some
 	@$(if $(TESTS),$(pytest) $(TESTS),$(pytest) $(beside) -m "$(elsewhere) and not cluster" && \
@@ -145,6 +146,12 @@ test-cluster: dev ## Run the tests in which nodes of a local cluster come, go an
 
 test-faults: dev ## Have parts of a real deployment fail under load, and tell what clients saw and for how long (4 minutes)
 	@$(py) -m pytest -m faults tests/on_cluster/test_faults.py -rP
+
+test-browser: browser ## Look at the page in a real headless Chromium: draw, preview, cancel, mask, lose the server, accessibility
+	@$(pytest) -m browser tests/browser
+
+page-pictures: browser ## Make the pictures of the page in assets/ anew, with the demo model (needs chromium)
+	@$(py) -m tests.browser.pictures
 
 fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster
 	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy
@@ -243,6 +250,7 @@ lock: ## Pin requirements/*.txt again from pyproject.toml
 	@$(lock) -c requirements/runtime.txt --extra dev -o requirements/dev.txt
 	@$(lock) -c requirements/runtime.txt --extra dev --extra parity -o requirements/parity.txt
 	@$(lock) -c requirements/parity.txt --extra cuda -o requirements/cuda.txt # CUDA's libraries as PyTorch pins them
+	@$(lock) -c requirements/dev.txt --extra dev --extra browser -o requirements/browser.txt
 	@echo "Pinned requirements/*.txt anew. The next make installs what changed."
 
 clean: ## Remove caches; .venv, outputs/ and what is up stay
@@ -253,6 +261,6 @@ libtpu: runtime
 	@$(py) -m capacity.libtpu
 
 # The environments, each by the requirement file of its name.
-runtime dev parity gcp cuda:
+runtime dev parity gcp cuda browser:
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or newer, or name another one: make PYTHON=..."; exit 1; }
 	@$(PYTHON) cluster/install.py $@ --venv $(VENV) $(named)

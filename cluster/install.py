@@ -20,7 +20,7 @@ from typing import Iterator  # noqa: UP035  (Python 3.6 has no other)
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements"
-LEVELS = ("runtime", "dev", "gcp", "parity", "tpu", "cuda")  # each includes runtime
+LEVELS = ("runtime", "dev", "gcp", "parity", "tpu", "cuda", "browser")  # each includes runtime
 OLDEST, NEWEST = (3, 11), (3, 14)  # all pinned packages have wheels for these
 LOG_EVERY_S = 10.0
 # Settings of pip that say how it reaches packages. Others could make it install elsewhere, or nothing.

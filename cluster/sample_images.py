@@ -75,6 +75,7 @@ def shown(path: Path) -> str:
 
 def invitation(api: str, dashboard: str) -> str:
     return f"""
+The page       {api}/  (in a browser)
 The API        {api}
 The dashboard  {dashboard}
 

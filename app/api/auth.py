@@ -14,10 +14,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.api.api_keys import ApiKey, ApiKeys, LimitReached
 from app.api.error_responses import error_response
 from app.api.errors import ApiError
+from app.api.page_files import PREFIX
 
 AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?")
 FORWARDING = (b"x-forwarded-for", b"x-real-ip", b"forwarded")
-OPEN = ("/", "/healthz")  # need no key: load balancers request them, and they make no images
+OPEN = ("/", "/healthz")  # need no key: load balancers and browsers request them, and they carry no data
 
 
 class AuthMiddleware:
@@ -49,7 +50,8 @@ class AuthMiddleware:
         if self.keys is None:
             check_local(scope, self.cors_origins)
             return None
-        if scope["path"].removeprefix(scope.get("root_path", "")) in OPEN:
+        path = path_of(scope)
+        if path in OPEN or path.startswith(PREFIX):
             return None
         secret = bearer_token(scope)
         if secret is None:
@@ -105,10 +107,23 @@ def check_local(scope: Scope, cors_origins: Sequence[str] = ()) -> None:
         if not is_loopback_name(re.sub("^https?://", "", origin)):
             message = f"This API has no keys, so it answers pages of its own machine only, not of {origin[:100]!r}."
             raise ApiError(403, message, None, "cross_site")
+    if leads_to_page(scope):
+        return
     for site in values(scope, b"sec-fetch-site"):
         if site not in ("same-origin", "none"):
             message = f"This API has no keys, so it answers no other page's requests (Sec-Fetch-Site: {site[:20]!r})."
             raise ApiError(403, message, None, "cross_site")
+
+
+def path_of(scope: Scope) -> str:
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path
+
+
+def leads_to_page(scope: Scope) -> bool:
+    """A link of any site may lead a browser's tab to the page, which carries no data and is never framed."""
+    kind = values(scope, b"sec-fetch-mode", b"sec-fetch-dest")
+    return scope["method"] == "GET" and path_of(scope) == "/" and sorted(kind) == ["document", "navigate"]
 
 
 def values(scope: Scope, *wanted: bytes) -> list[str]:

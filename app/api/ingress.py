@@ -25,6 +25,7 @@ from app.api.fields import model as check_model
 from app.api.journey import Journey, StreamedJourney, Unary
 from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, Progress
 from app.api.openapi import document
+from app.api.page_files import PREFIX, page_file, prefers_html
 from app.api.protocol import parse_body, parse_query
 from app.api.replica_calls import Items, Pending, answer_of, broadcast
 from app.api.replica_watch import ReplicaWatch
@@ -33,7 +34,7 @@ from app.api.responses import image_response, images_response, json_response, mo
 from app.api.retry_after import RetryAfter
 from app.api.settings import Service
 from app.api.sse import EventStream
-from app.api.stats import stats_of_all, total
+from app.api.stats import nodes, stats_of_all, total
 from app.api.uploads import Uploads
 from app.ray_internals.serve import RAY_SERVE_ENABLE_HA_PROXY
 from app.types import InvalidField, RequestDefaults
@@ -47,7 +48,7 @@ PATIENCE_S = 0.3  # how long they wait for a new description if there is an olde
 BROADCAST_TIMEOUT_S = 2.0  # for the answers of all replicas
 CROWDED = ("queue_full", "deadline_unmeetable", "replica_lost")  # errors that many clients get at the same time
 ROUTES = {
-    "GET /": "the model and these routes",
+    "GET /": "the model and these routes; to a browser, a page to draw on",
     "GET /imagine?prompt=...": "one image, as image/png, image/webp or image/jpeg",
     "POST /v1/images/generations": "images as OpenAI's images API returns them",
     "POST /v1/images/edits": "the same, of images in the request",
@@ -93,6 +94,7 @@ class APIIngress:
             Route("/v1/stats", self.stats),
             Route("/healthz", self.healthz),
             Route("/openapi.json", self.openapi),
+            Route(f"{PREFIX}{{name}}", self.page),
         ]
         middleware = [
             Middleware(CorsMiddleware, origins=self.cors_origins),
@@ -107,7 +109,12 @@ class APIIngress:
         health_check_timeout_s; after three of those in a row Serve replaces this ingress."""
 
     async def index(self, http_request: Request) -> Response:
-        return json_response({"model": self.services()[0].model, "routes": ROUTES})
+        if prefers_html(http_request.headers.get("accept", "")):
+            return page_file("index.html", http_request)
+        return json_response({"model": self.services()[0].model, "routes": ROUTES}, headers={"Vary": "Accept"})
+
+    async def page(self, http_request: Request) -> Response:
+        return page_file(http_request.path_params["name"], http_request)
 
     async def imagine(self, http_request: Request) -> Response:
         request, _ = parse_for(await self.candidates(), parse_query, http_request.scope["query_string"])
@@ -149,8 +156,8 @@ class APIIngress:
 
     async def stats(self, http_request: Request) -> Response:
         replicas = await stats_of_all(self.replicas, BROADCAST_TIMEOUT_S)
-        model = self.services()[0].model
-        return json_response({"model": model, "replicas": replicas, "total": total(replicas.values())})
+        body = {"model": self.services()[0].model, "replicas": replicas, "total": total(replicas.values())}
+        return json_response(body | {"nodes": await nodes()})
 
     async def healthz(self, http_request: Request) -> Response:
         """200 if a replica answers now, or is busy and has answered within the last seconds."""

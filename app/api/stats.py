@@ -1,10 +1,11 @@
-"""GET /v1/stats: the statistics of every replica, and their sum."""
+"""GET /v1/stats: the statistics of every replica, their sum, and the nodes of the cluster."""
 
 import asyncio
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import ray
 import ray.util
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -13,6 +14,8 @@ from app.api.replica_calls import broadcast
 Stats = Mapping[str, Any]
 
 SILENT = {"error": "This replica does not answer: it is starting, stopping or lost."}
+NODE_TYPE, HEAD = "ray.io/node-group", "node:__internal_head__"  # a label and a resource, as Ray names them
+COUNTED = ("CPU", "GPU", "TPU")
 SUMMED = ("waiting", "unfinished", "active_slots", "num_slots", "backlog_s", "device_busy_s", "compiles_after_ready")
 
 
@@ -44,6 +47,22 @@ def replica_ids(app: str, deployment: str) -> list[str]:
     prefix = f"SERVE_REPLICA::{app}#{deployment}#"
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+async def nodes() -> list[dict[str, Any]]:
+    """The live nodes, without their addresses. A replica's `node` is one of their ids."""
+    if not ray.is_initialized():  # tests serve the routes without Ray
+        return []
+    return [
+        {
+            "id": node["NodeID"],
+            "type": node["Labels"].get(NODE_TYPE, ""),
+            "head": HEAD in node["Resources"],
+            "resources": {name: node["Resources"][name] for name in COUNTED if name in node["Resources"]},
+        }
+        for node in await asyncio.to_thread(ray.nodes)
+        if node["Alive"]
+    ]
 
 
 def total(replicas: Iterable[Stats]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -193,6 +194,7 @@ class StableDiffusion:
     async def stats(self) -> dict[str, Any]:
         return {
             "replica": replica_id(),
+            "node": node_id(),
             **self.engine.stats(),
             "compiles_after_ready": self.compiles.count,
             "ready_s": self.ready_s,
@@ -289,3 +291,7 @@ def replica_id() -> str:
         return serve.get_replica_context().replica_tag
     except RayServeException:  # outside Serve
         return "local"
+
+
+def node_id() -> str:
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
