@@ -208,7 +208,7 @@ class Server:
         server, thread = self.running.pop()
         server.force_exit = server.should_exit = True
         for connection in list(server.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
         thread.join(10)
 
     def slow_down(self, times: float) -> None:

@@ -17,6 +17,7 @@ from tests.browser.conftest import Open, draw, ready
 from tests.browser.studio import SERVICE, Server, landscape, studio
 from tests.clusters import soon
 
+BAD = ("serious", "critical")  # impacts, as axe names them
 DONE = ".tile[data-state=done]"
 # Fetches a file of the gallery out of the browser's database.
 KEPT = """async () => {
@@ -236,8 +237,8 @@ def test_axe_finds_nothing_serious_and_a_small_screen_does_not_scroll_sideways(
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
 
     def serious(page: Any) -> list[str]:
-        found = axe.run(page).response["violations"]
-        return [f"{entry['id']}: {entry['nodes'][0]['html']}" for entry in found if entry["impact"] in BAD]
+        violations = axe.run(page).response["violations"]
+        return [f"{entry['id']}: {entry['nodes'][0]['html']}" for entry in violations if entry["impact"] in BAD]
 
     page = ready(opened(server, color_scheme=colours, viewport={"width": 360, "height": 740}, reduced_motion="reduce"))
     assert not serious(page) and not scrolls_sideways(page)
@@ -251,6 +252,3 @@ def test_axe_finds_nothing_serious_and_a_small_screen_does_not_scroll_sideways(
     page.get_by_role("link", name="Operations").click()
     expect(page.locator("#replicas tbody tr")).to_have_count(1)
     assert not serious(page) and not scrolls_sideways(page)
-
-
-BAD = ("serious", "critical")
