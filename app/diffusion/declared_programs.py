@@ -15,6 +15,8 @@ from app.diffusion.device_programs import (
     Rows,
     decode_program,
     encode_program,
+    export_program,
+    import_program,
     insert_program,
     modules_of,
     preview_program,
@@ -70,6 +72,10 @@ class Shapes:
             preview=shape(self.table_rows, 2),
             table=Coefficients(**{name: shape(self.table_rows) for name in "pqan"}, b=shape(self.table_rows, HISTORY)),
         )
+
+    def slot(self, size: Size) -> DenoiseState:
+        """Likewise, what one slot holds."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.state(size))
 
 
 def loops_on_device(mesh: Mesh) -> bool:
@@ -135,6 +141,9 @@ def declared(
         label = f"{size[0]}x{size[1]}"
         state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.state(size))
         programs.append(program(f"insert {label}", insert_program, state, *inserted, donate=(0,)))
+        image = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.slot(size))
+        programs.append(program(f"export {label}", export_program, state, number))
+        programs.append(program(f"import {label}", import_program, state, number, image, donate=(0,)))
         for bucket in spec.row_buckets:
             step = partial(step_program, family, denoise, row_sharding(mesh, bucket))
             indices: Any = [shape(bucket, dtype=jnp.int32)] * len(Rows._fields)

@@ -122,6 +122,16 @@ def insert_program(
     return jax.tree.map(lambda slots, value: slots.at[slot].set(value.astype(slots.dtype)), state, image)
 
 
+def export_program(state: DenoiseState, slot: jax.Array) -> DenoiseState:
+    """One slot's part of every array of the state."""
+    return jax.tree.map(lambda slots: slots[slot], state)
+
+
+def import_program(state: DenoiseState, slot: jax.Array, image: DenoiseState) -> DenoiseState:
+    """Puts an exported image into a slot."""
+    return jax.tree.map(lambda slots, value: slots.at[slot].set(value), state, image)
+
+
 def step_program(
     family: Family,
     networks: Networks,

@@ -99,6 +99,33 @@ def test_steps_in_one_dispatch_or_in_many_are_the_same_bit_for_bit(pipeline: Pip
     assert np.array_equal(draw(pipeline, requests, stride=1), draw(pipeline, requests, stride=3))
 
 
+@pytest.fixture(scope="module")
+def other(pipeline: Pipeline, folder: Path) -> Pipeline:
+    """Another pipeline of the same model, with the same compiled programs."""
+    other = Pipeline.load(pipeline.spec)
+    other.run, other.preview_maps = pipeline.run, pipeline.preview_maps
+    return other
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_that_moves_between_two_steps_is_the_same_bit_for_bit(
+    pipeline: Pipeline, other: Pipeline, sampler: str
+) -> None:
+    request = Request(sampler=sampler, steps=6, seed=11)
+    table = pipeline.table(sampler, request.steps)
+    for taken in (1, len(table) - 1):
+        prompt, negative_prompt = pipeline.encode([request.prompt, request.negative_prompt])
+        arguments = (prompt, negative_prompt, table, request.guidance_scale, request.seed)
+        state = pipeline.insert(pipeline.empty_state(SIZE), 2, *arguments)
+        state, _ = pipeline.step(state, [ActiveSlot(2, True)], taken)
+        packed = pipeline.packed(pipeline.export_slot(state, 2))
+        state = other.import_slot(other.empty_state(SIZE), 5, other.unpacked(SIZE, packed))
+        assert pipeline.packed(other.export_slot(state, 5)) == packed
+        state, _ = other.step(state, [ActiveSlot(5, True)], len(table) - taken)
+        assert np.array_equal(np.asarray(other.decode(state, [5]))[0], draw(pipeline, [request])[0])
+        assert np.asarray(other.preview(state, 5)).any()
+
+
 def test_slots_at_different_steps_of_different_samplers_share_a_step(pipeline: Pipeline) -> None:
     """Each slot's picture is the one that it would have made alone."""
     requests = [

@@ -65,6 +65,20 @@ for devices in (1, 4, 8):
         apart = np.abs(pictures - expected.setdefault(count, pictures)).max()
         print(devices, count, apart)
         assert apart <= 1, (devices, count, apart)
+    # An image that moves there and back between two steps, also to another number of devices.
+    def moved(source, target, slot):
+        prompt, negative_prompt = source.encode(["a red house", "rain"])
+        table = source.table("dpmpp_sde", 4)
+        state = source.insert(source.empty_state(SIZE), 3, prompt, negative_prompt, table, 5.0, 7)
+        state, _ = source.step(state, [ActiveSlot(3, True)], len(table) // 2)
+        image = target.unpacked(SIZE, source.packed(source.export_slot(state, 3)))
+        state = target.import_slot(target.empty_state(SIZE), slot, image)
+        state, _ = target.step(state, [ActiveSlot(slot, True)], len(table) - len(table) // 2)
+        return np.asarray(target.decode(state, [slot]))[0].astype(int)
+
+    first = first if devices > 1 else pipeline
+    stays, moves, arrives = moved(pipeline, pipeline, 3), moved(pipeline, pipeline, 0), moved(first, pipeline, 9)
+    assert (stays == moves).all() and np.abs(stays - arrives).max() <= 1
     assert watch.count == 0
     watch.close()
 """
