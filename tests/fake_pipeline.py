@@ -19,6 +19,7 @@ from app.engine.virtual import (
     Clock,
     Done,
     Encoded,
+    SlotState,
     State,
     VirtualClock,
     VirtualPipeline,
@@ -27,7 +28,7 @@ from app.engine.virtual import (
 from app.types import ActiveSlot, DispatchCost, Generation, InvalidField, Size
 
 SMALL, LARGE = (8, 8), (16, 8)
-VERBS = ("encode", "insert", "step", "decode", "preview", "wait", "read")
+VERBS = ("encode", "insert", "step", "decode", "preview", "export", "import", "wait", "read")
 WAIT_S = 20.0  # no test waits so long unless it fails
 START = 1000.0  # on the clock
 
@@ -177,6 +178,16 @@ class FakePipeline(VirtualPipeline):
             return spoilt(super().insert(state, slot, prompt, negative_prompt, table, guidance_scale, seed, fields))
         except Fault as fault:
             fault.touched |= others | {seed}
+            raise
+
+    def import_slot(self, state: State, slot: int, image: SlotState) -> State:
+        before = state.slots[slot] if 0 <= slot < self.num_slots else None
+        if before and not self.abandoned(before.seed):
+            self.refuse(f"import of {image} into slot {slot} of {before}")
+        try:
+            return spoilt(super().import_slot(state, slot, image))
+        except Fault as fault:
+            fault.touched |= seeds_in(state) | {image.seed}
             raise
 
     def step(self, state: State, active: Sequence[ActiveSlot], count: int) -> tuple[State, Done]:

@@ -36,7 +36,7 @@ from app.diffusion.device_programs import DenoiseState, network_of, rows_of
 from app.diffusion.edits import check_edit
 from app.diffusion.families.family import Component, Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
-from app.diffusion.packed_slot import pack, unpack
+from app.diffusion.packed_slot import ExportedSlot, unpack
 from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, departures, make_table, samplers_for
 from app.diffusion.sharding import mesh_of, placed, weight_sharding
 from app.types import ActiveSlot, Capabilities, DispatchCost, Generation, InvalidField, PipelineSpec, Size
@@ -218,18 +218,13 @@ class Pipeline:
         arrays = (preview_map, state.latents, state.history, state.preview, state.step)
         return self.run[f"preview {self.label(state)}"](*arrays, np.int32(slot))
 
-    def export_slot(self, state: DenoiseState, slot: int) -> DenoiseState:
-        """All that an unfinished image depends on, on the device; `packed` makes bytes of it."""
-        exported: DenoiseState = self.run[f"export {self.label(state)}"](state, np.int32(slot))
-        return exported
-
-    def packed(self, exported: DenoiseState) -> bytes:
-        """Waits for the device. Another pipeline of the same model takes the bytes."""
-        return pack(self.model, exported)
+    def export_slot(self, state: DenoiseState, slot: int) -> ExportedSlot:
+        """All that an unfinished image depends on. `bytes` of it waits for the device."""
+        return ExportedSlot(self.spec, self.run[f"export {self.label(state)}"](state, np.int32(slot)))
 
     def unpacked(self, size: Size, packed: bytes) -> DenoiseState:
         """What `import_slot` takes. Raises ValueError for bytes that are not of this model, or damaged."""
-        image: DenoiseState = unpack(self.model, self.shapes.slot(size), packed)
+        image: DenoiseState = unpack(self.spec, self.shapes.slot(size), packed)
         return image
 
     def import_slot(self, state: DenoiseState, slot: int, image: DenoiseState) -> DenoiseState:
@@ -271,12 +266,6 @@ class Pipeline:
         height, width = state.latents.shape[1:3]
         pixels = self.shapes.family.pixels_per_latent
         return width * pixels, height * pixels
-
-    @property
-    def model(self) -> dict[str, str]:
-        """What pipelines must share for an image to go from one to the other."""
-        spec = self.spec
-        return {"name": spec.model, "revision": str(spec.revision), "variant": str(spec.variant), "dtype": spec.dtype}
 
     def label(self, state: DenoiseState) -> str:
         """The size in the names of programs."""

@@ -37,22 +37,46 @@ class Batcher:
                     for request in ended:
                         queue.remove(request)
 
+    def release(self) -> None:
+        """Takes requests that are to leave out of their slots and queues. Their images go to the host."""
+        for queue in self.queues.values():
+            for request in [request for request in queue.requests if request.leaving and request.between_steps]:
+                images = request.images[:]
+                try:
+                    exported = {
+                        image.number: self.dispatcher.export_slot(queue, image)
+                        for image in images
+                        if image.status is Status.RUNNING
+                    }
+                except Exception as error:
+                    log_failure("An image could not be exported", error)
+                    self._fail(request, error)
+                    continue
+                with self.changed:
+                    request.move()
+                    queue.remove(request)
+                self.outputs.hand_over(request, images, exported)
+
     def admit(self, queue: SizeQueue) -> list[Image]:
         """Returns the images that share the next step. Those of them that wait go into free slots."""
         batch = choose_batch(queue, self.intake.expected_beside(queue))
         queue.batch_size, queue.expected_arrivals = batch.batch_size, batch.expected_arrivals
         queue.newcomer_joins = batch.newcomer_joins
-        self._encode([image.request for image in batch.images if image.request.encoded is None])
+        beginning = [image for image in batch.images if image.status is Status.WAITING and not image.moving]
+        self._encode([image.request for image in beginning if image.request.encoded is None])
         admitted = []
         for image in batch.images:
-            if image.request.encoded is None:  # its prompt could not be encoded, so the request has failed
-                continue
+            if image in beginning and image.request.encoded is None:
+                continue  # its prompt could not be encoded, so the request has failed
             if image.status is Status.WAITING:
                 with self.changed:
-                    if image.request.status is Status.FINISHED:
+                    if image.request.status in (Status.FINISHED, Status.MOVED):
                         continue
                     image.request.begin(image, queue.free_slots.pop(), self.intake.clock())
-                self.dispatcher.insert(queue, image)
+                if image.moving:
+                    self.dispatcher.import_slot(queue, image)
+                else:
+                    self.dispatcher.insert(queue, image)
             admitted.append(image)
         return admitted
 
@@ -76,6 +100,7 @@ class Batcher:
         for request in requests:
             prompt, negative_prompt = request.texts
             request.encoded = (encoded[prompt], encoded[negative_prompt])
+            request.truncated = (encoded[prompt].truncated, encoded[negative_prompt].truncated)
 
     def advance(self, queue: SizeQueue, images: Sequence[Image]) -> None:
         """Dispatches steps for the images, and the previews that are due after them."""
@@ -113,6 +138,8 @@ class Batcher:
         others = len(images) - len(denoised)
         step_s = queue.step_cost.step_s(sum(image.request.rows for image in running)) if running else 0.0
         next_s = min((image.steps_left * step_s for image in running), default=math.inf)
+        if any(image.request.leaving for image in denoised):
+            next_s = math.inf  # they leave as pixels, at once
         while denoised and decode_due(queue.decode_cost, len(denoised), next_s, others):
             bucket = queue.decode_cost.bucket(len(denoised))
             batch, denoised = denoised[:bucket], denoised[bucket:]

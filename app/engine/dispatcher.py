@@ -75,6 +75,28 @@ class Dispatcher:
                 queue.state, image.slot, *request.encoded, request.table, guidance_scale, seed, fields
             )
 
+    def import_slot(self, queue: SizeQueue, image: Image) -> None:
+        """Puts an image of another engine into its slot."""
+        assert image.slot is not None
+        self._alone = False
+        with self.call("import"):
+            queue.state = self.pipeline.import_slot(queue.state, image.slot, image.unpacked)
+        image.moving, image.unpacked = b"", None
+
+    def export_slot(self, queue: SizeQueue, image: Image) -> Any:
+        """Copies an image out of its slot, after all steps that have been dispatched. The copy stays on the device."""
+        assert image.slot is not None
+        image.last_dispatch = next((work for work in reversed(self.in_flight) if work.queue is queue), None)
+        self._alone = False
+        with self.call("export"):
+            return self.pipeline.export_slot(queue.state, image.slot)
+
+    def packed(self, image: Image, exported: Any) -> bytes:
+        """Waits for the device. The fetching thread calls it within a `call`."""
+        if image.last_dispatch is not None:
+            self.denoised_at(image)  # so that the request gets its share of the steps
+        return bytes(exported)
+
     def preview(self, queue: SizeQueue, slot: int) -> Any:
         self._alone = False
         with self.call("preview"):

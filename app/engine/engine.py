@@ -20,6 +20,7 @@ from app.engine.dispatcher import Dispatcher
 from app.engine.errors import EngineStalled, EngineStopped
 from app.engine.failures import Failures, GivenUp
 from app.engine.intake import Intake
+from app.engine.moving import resume
 from app.engine.outputs import Outputs
 from app.engine.progress import Progress
 from app.engine.prompt_cache import PromptCache
@@ -29,7 +30,7 @@ from app.engine.size_queue import SizeQueue
 from app.engine.stall import STALL_S, StallWatch
 from app.engine.verbs import Verbs
 from app.engine.worker import Worker
-from app.types import Generation, InvalidField
+from app.types import Generation, InvalidField, Resumed
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -96,11 +97,17 @@ class Engine:
         timeout_s: float = math.inf,
         previews: int = 0,
         on_preview: OnPreview | None = None,
+        resumed: Resumed | None = None,
+        age_s: float = 0.0,
+        beyond_limits: bool = False,
     ) -> "Future[Generated]":
         """Raises QueueFull, DeadlineUnmeetable, EngineStopped, or InvalidField for what this checkpoint cannot do.
 
         Cancelling the future frees its slots at the next step. `on_preview` is called from another thread, up to
         `previews` times; less often if there are fewer steps.
+
+        A request that was elsewhere before has its `age_s` since then, and a place `beyond_limits`. It goes on with
+        `resumed`, whatever its deadline, or begins. Raises NotResumable for what another model made of it.
         """
         size = (generation.width, generation.height)
         if size not in self._queues:
@@ -110,15 +117,28 @@ class Engine:
             raise ValueError(f"previews must be 0 without on_preview, got {previews}.")
         generation = self.pipeline.check(generation)
         table = self.pipeline.table(generation.sampler, generation.num_inference_steps, size)
-        request = Request.of(generation, table, self.clock(), previews, on_preview)
+        request = Request.of(generation, table, self.clock() - age_s, previews, on_preview)
+        if resumed:
+            resume(request, resumed, self.pipeline)
         with self._changed:
             if self._draining or not self.healthy:
                 raise self._stopped()
-            self._intake.accept(request, timeout_s)
+            self._intake.accept(request, math.inf if resumed else timeout_s, beyond_limits)
         return request.future
 
     def progress(self, future: "Future[Generated]") -> Progress | None:
         return self._intake.progress(future)
+
+    def hand_over(self) -> None:
+        """Lets all requests go: what waits at once, the others between two steps. Their futures end with HandedOver.
+
+        New ones are refused. A request whose last image is being decoded completes.
+        """
+        with self._changed:
+            self._draining = True
+            for request in self._intake.unfinished:
+                request.leaving = True
+        self._intake.release_waiting()
 
     def stats(self) -> dict[str, Any]:
         """Returns what the engine does now, and has done, as plain numbers for JSON."""
@@ -131,40 +151,32 @@ class Engine:
         }
 
     def drain(self, timeout_s: float) -> None:
-        """Refuses waiting requests, finishes the others for at most `timeout_s`, and closes."""
+        """Lets waiting requests go, finishes the others for at most `timeout_s`, and closes."""
         deadline = self.clock() + timeout_s
-        with self._changed:  # requests begin under this lock too, so none is both refused and begun
+        with self._changed:
             self._draining = True
-            waiting = self._intake.refuse_waiting()
-        for request in waiting:
-            request.end(EngineStopped("the engine is stopping"))
+        self._intake.release_waiting()
         with self._changed:
             while self._intake.unfinished and self.healthy and (left := deadline - self.clock()) > 0:
                 self._changed.wait(min(left, 0.5))
         self.close()
 
     def close(self) -> None:
-        """Ends the threads after their current verb. Every unfinished request fails with EngineStopped."""
+        """Ends the threads after their current verb. Unfinished requests that have begun fail with EngineStopped."""
         self._give_up()  # before the threads have ended, as their device may hang
         deadline = time.monotonic() + CLOSE_S
-        self._join(self._thread, deadline)
+        join(self._thread, self._watch, deadline)
         self._fetcher.shutdown(wait=False)
         if isinstance(self._fetcher, Worker):  # the process might abort if it exits while a thread is inside JAX
-            self._join(self._fetcher.thread, deadline)
+            join(self._fetcher.thread, self._watch, deadline)
         self._watch.stop()
-
-    def _join(self, thread: threading.Thread | None, deadline: float) -> None:
-        """Waits for the end of a thread, unless the device does not answer it."""
-        if thread is threading.current_thread():
-            return
-        while thread and thread.is_alive() and not self.stalled and time.monotonic() < deadline:
-            thread.join(timeout=0.1)
 
     def _give_up(self) -> None:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
             unfinished = list(self._intake.unfinished)
+        self._intake.release_waiting()
         for request in unfinished:
             request.end(self._stopped())
 
@@ -174,7 +186,7 @@ class Engine:
     def _stall(self, sentence: str) -> None:
         """Gives up, in the thread of the watch: the engine's own may never return from its verb."""
         lost = self._intake.unfinished_work()
-        logger.error("%s The engine gives up. Lost: %s.\n%s", sentence, lost or "nothing", self._watch.stack)
+        logger.error("%s The engine gives up. Unfinished: %s.\n%s", sentence, lost or "nothing", self._watch.stack)
         self._give_up()
 
     # The engine's thread.
@@ -205,6 +217,7 @@ class Engine:
         self._failures.check()
         self._intake.take_arrivals()
         self._batcher.free_cancelled()
+        self._batcher.release()
         queue = next_queue(self._queues.values())
         if queue is None:
             return self._batcher.settle(0)
@@ -228,3 +241,11 @@ class Engine:
         """
         open_to_newcomers = all(queue.newcomer_joins for queue in self._queues.values() if queue.requests)
         return self._dispatcher.pause_s() if self._dispatcher.in_flight and open_to_newcomers else 0.0
+
+
+def join(thread: threading.Thread | None, watch: StallWatch, deadline: float) -> None:
+    """Waits for the end of a thread, unless the device does not answer it."""
+    if thread is threading.current_thread():
+        return
+    while thread and thread.is_alive() and not watch.stalled and time.monotonic() < deadline:
+        thread.join(timeout=0.1)

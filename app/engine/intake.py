@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from app.engine.arrival_rate import ArrivalRate
-from app.engine.errors import DeadlineUnmeetable, QueueFull
+from app.engine.errors import DeadlineUnmeetable, HandedOver, QueueFull
+from app.engine.moving import resumed_of
 from app.engine.progress import Progress, progress_of
 from app.engine.request import Generated, Request, Status
 from app.engine.scheduler import answer_s, backlog_s, in_order, place_s, virtual_time_after_idling
@@ -32,15 +33,15 @@ class Intake:
         self.arrivals: list[Request] = []
         self.unfinished: set[Request] = set()
         self._arrival_rate = ArrivalRate()
-        self._outcomes = dict.fromkeys(("completed", "cancelled", "failed", "queue_full", "deadline"), 0)
+        self._outcomes = dict.fromkeys(("completed", "cancelled", "moved", "failed", "queue_full", "deadline"), 0)
 
     def waiting(self) -> list[Request]:
         return [request for request in self.unfinished if request.status is Status.WAITING]
 
-    def accept(self, request: Request, timeout_s: float) -> None:
+    def accept(self, request: Request, timeout_s: float, beyond_limits: bool) -> None:
         """Takes the request for the engine's next turn, or raises QueueFull or DeadlineUnmeetable."""
         with self.changed:
-            if len(self.waiting()) >= self.max_waiting:
+            if len(self.waiting()) >= self.max_waiting and not beyond_limits:
                 self._outcomes["queue_full"] += 1
                 raise QueueFull(place_s(self.queued()))
             if timeout_s < math.inf:
@@ -60,7 +61,7 @@ class Intake:
 
     def _ended(self, request: Request, future: "Future[Generated]") -> None:
         """Counts the outcome of a request, and wakes the engine's thread, which then frees its slots."""
-        outcome = "cancelled" if future.cancelled() else "failed" if future.exception() else "completed"
+        outcome = "cancelled" if future.cancelled() else outcome_of(future.exception())
         with self.changed:
             self.unfinished.discard(request)
             self._outcomes[outcome] += 1
@@ -83,13 +84,15 @@ class Intake:
         others = sum(len(other.requests) for other in self.queues.values() if other is not queue)
         return others + self._arrival_rate.expected(self.clock(), backlog)
 
-    def refuse_waiting(self) -> list[Request]:
-        """Refuses the requests that have not begun, and returns them."""
-        with self.changed:
+    def release_waiting(self) -> None:
+        """Lets the requests go that have not begun here."""
+        with self.changed:  # requests begin under this lock too, so none is both let go and begun
             waiting = self.waiting()
             for request in waiting:
-                request.refuse()
-        return waiting
+                request.move()
+            self.changed.notify_all()
+        for request in waiting:
+            request.end(HandedOver(resumed_of(request, request.images)))
 
     def unfinished_work(self) -> str:
         """Describes the unfinished requests in the order of their submission, for the log. Prompts are not in it."""
@@ -128,3 +131,7 @@ class Intake:
                 "sizes": {queue.name: queue.stats(images) for queue, images in queued.items()},
                 "requests": dict(self._outcomes),
             }
+
+
+def outcome_of(error: BaseException | None) -> str:
+    return "completed" if error is None else "moved" if isinstance(error, HandedOver) else "failed"

@@ -1,6 +1,6 @@
 """Brings pixels to the host and completes requests, in a thread of its own. Knows nothing of slots and schedules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -8,7 +8,9 @@ import numpy as np
 
 from app.engine.device_time import Work
 from app.engine.dispatcher import Dispatcher
+from app.engine.errors import HandedOver
 from app.engine.failures import Failures, log_failure
+from app.engine.moving import resumed_of
 from app.engine.request import Image, Request, Status
 
 
@@ -34,6 +36,23 @@ class Outputs:
 
     def show(self, request: Request, number: int, pixels: Any) -> None:
         self.executor.submit(self._show, request, number, pixels)
+
+    def hand_over(self, request: Request, images: Sequence[Image], exported: Mapping[int, Any]) -> None:
+        self.executor.submit(self._hand_over, request, images, exported)
+
+    def _hand_over(self, request: Request, images: Sequence[Image], exported: Mapping[int, Any]) -> None:
+        """Brings the images that have begun to the host, and ends the request in this engine."""
+        try:
+            with self.dispatcher.call("read"):
+                packed = {
+                    image.number: self.dispatcher.packed(image, exported[image.number])
+                    for image in images
+                    if image.number in exported
+                }
+            request.end(HandedOver(resumed_of(request, images, packed)))
+        except BaseException as error:
+            request.end(error)
+            log_failure("An image that moves could not be fetched", error)
 
     def _fetch(self, batch: Sequence[Image], decode: Work, pixels: Any) -> None:
         """Ends the requests of these images if anything fails. Their other images leave at the engine's next tick."""

@@ -22,7 +22,8 @@ class Status(enum.Enum):
     WAITING = "waiting"  # has no slot yet
     RUNNING = "running"  # has a slot, also while shorter work overtakes it
     DECODING = "decoding"  # has left its slot; the pixels are on their way to the host
-    FINISHED = "finished"  # completed, failed, cancelled or refused
+    MOVED = "moved"  # has left this engine between two steps; another goes on with it
+    FINISHED = "finished"  # completed, failed or cancelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Image:
     status: Status = Status.WAITING
     slot: int | None = None  # while it is running
     previews_due: list[int] = dataclasses.field(default_factory=list)  # values of `steps_left`, falling
-    last_dispatch: Any = None  # the engine's dispatch that has its last step
+    last_dispatch: Any = None  # the engine's dispatch that has its last step here
+    moving: bytes = b""  # what another engine made of it, until it has a slot
+    unpacked: Any = None  # of the same, as the pipeline takes it
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,7 +67,9 @@ class Request:
     encoded: tuple[Any, Any] | None = None  # prompt and negative prompt
     began: float | None = None  # when its first image got a slot
     stepped: float = math.inf  # when the device began the first step
-    refused: bool = False  # the engine drains, and the request had not begun
+    leaving: bool = False  # it is to leave as soon as all its images are between two steps
+    moved: bool = False
+    truncated: tuple[bool, bool] = (False, False)  # the prompt and the negative prompt, once they are encoded
     denoised: float = 0.0  # when the device ended the last step of the images that were received
     device_s: float = 0.0
     previews: int = 0  # made so far
@@ -88,7 +93,9 @@ class Request:
     @property
     def status(self) -> Status:
         """The end of the future finishes a request, as clients may cancel it at any time."""
-        if self.refused or self.future.done():
+        if self.moved:
+            return Status.MOVED
+        if self.future.done():
             return Status.FINISHED
         if self.began is None:
             return Status.WAITING
@@ -122,6 +129,12 @@ class Request:
     def seeds(self) -> tuple[int, ...]:
         return tuple((self.generation.seed + i) % SEEDS for i in range(self.generation.n))
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether no image is denoised and not decoded yet, so that all are here or on the host."""
+        on_host = len(self.pixels) + len(self.images) == self.generation.n
+        return on_host and all(image.steps_left for image in self.images)
+
     # Changes of status, in the order in which they happen.
 
     def begin(self, image: Image, slot: int, now: float) -> None:
@@ -131,9 +144,9 @@ class Request:
         if self.began is None:
             self.began = now
 
-    def refuse(self) -> None:
-        """waiting -> finished, before the future ends: the request must not begin meanwhile."""
-        self.refused = True
+    def move(self) -> None:
+        """waiting or running -> moved, before the future ends: no image may begin or go on meanwhile."""
+        self.moved = True
 
     def advance(self, image: Image, steps: int) -> None:
         """A running image takes `steps`."""
@@ -180,14 +193,13 @@ class Request:
             pass
 
     def generated(self, default_sampler: str, now: float) -> Generated:
-        assert self.encoded is not None and self.stepped < math.inf
-        prompt, negative_prompt = self.encoded
+        assert self.stepped < math.inf
         return Generated(
             pixels=np.stack([self.pixels[number] for number in range(self.generation.n)]),
             seeds=self.seeds,
             sampler=self.generation.sampler or default_sampler,
-            prompt_truncated=prompt.truncated,
-            negative_prompt_truncated=negative_prompt.truncated,
+            prompt_truncated=self.truncated[0],
+            negative_prompt_truncated=self.truncated[1],
             queue_s=self.stepped - self.since,
             denoise_s=self.denoised - self.stepped,
             decode_s=now - self.denoised,

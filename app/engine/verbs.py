@@ -11,7 +11,8 @@ class Verbs(Protocol):
     """A pipeline, or its stand-in (app/engine/virtual.py).
 
     Verbs dispatch work to the device; on some devices a call returns only when the work is done. `wait` takes what
-    `step` or `decode` returned. `insert` and `step` consume the state that they are given. All times are measured.
+    `step` or `decode` returned. `insert`, `import_slot` and `step` consume the state that they are given. An image
+    goes to another pipeline as export_slot -> bytes -> unpacked -> import_slot. All times are measured.
     """
 
     num_slots: int
@@ -48,4 +49,7 @@ class Verbs(Protocol):
     def step(self, state: Any, active: Sequence[ActiveSlot], count: int) -> tuple[Any, Any]: ...
     def decode(self, state: Any, slots: Sequence[int]) -> Any: ...
     def preview(self, state: Any, slot: int) -> Any: ...
+    def export_slot(self, state: Any, slot: int) -> Any: ...  # `bytes` of it waits for the device
+    def unpacked(self, size: Size, packed: bytes) -> Any: ...  # raises ValueError for what does not fit
+    def import_slot(self, state: Any, slot: int, image: Any) -> Any: ...
     def wait(self, done: Any) -> None: ...

@@ -6,9 +6,10 @@ done. An image shows its seed plus the number of its steps, so what a request sh
 Knows nothing of networks, and of engines only the verbs that they call.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
@@ -97,6 +98,23 @@ class State:
 class Done:
     ready_at: float
     error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An image that leaves the device. `bytes` waits for it."""
+
+    pipeline: "VirtualPipeline"
+    image: SlotState
+    ready_at: float
+    error: Exception | None = None
+
+    def __bytes__(self) -> bytes:
+        self.pipeline.called(Call("read", seeds=(self.image.seed,)))
+        self.pipeline.clock.reach(self.ready_at)
+        if self.error:
+            raise self.error
+        return json.dumps(asdict(self.image)).encode()
 
 
 @dataclass(frozen=True)
@@ -244,6 +262,24 @@ class VirtualPipeline:
 
     def preview(self, state: State, slot: int) -> Pixels:
         return self._pixels("preview", state, [slot], self._images(state, [slot]), 1, 0.0)
+
+    def export_slot(self, state: State, slot: int) -> Exported:
+        (image,) = self._images(state, [slot])
+        state.slots[slot] = None
+        error = self.called(Call("export", state.size, (image.seed,), (slot,), at=self.clock()))
+        return Exported(self, image, self.occupy(0.0), state.error or error)
+
+    def unpacked(self, size: Size, packed: bytes) -> SlotState:
+        return SlotState(**json.loads(packed))
+
+    def import_slot(self, state: State, slot: int, image: SlotState) -> State:
+        slots = self._consume(state)
+        if not 0 <= slot < self.num_slots:
+            self.refuse(f"import into slot {slot}")
+        slots[slot] = image
+        error = self.called(Call("import", state.size, (image.seed,), (slot,)))
+        self.occupy(0.0)
+        return State(state.size, slots, state.error or error)
 
     def wait(self, done: Done | Pixels) -> None:
         self.called(Call("wait"))

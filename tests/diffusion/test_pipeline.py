@@ -118,9 +118,9 @@ def test_an_image_that_moves_between_two_steps_is_the_same_bit_for_bit(
         arguments = (prompt, negative_prompt, table, request.guidance_scale, request.seed)
         state = pipeline.insert(pipeline.empty_state(SIZE), 2, *arguments)
         state, _ = pipeline.step(state, [ActiveSlot(2, True)], taken)
-        packed = pipeline.packed(pipeline.export_slot(state, 2))
+        packed = bytes(pipeline.export_slot(state, 2))
         state = other.import_slot(other.empty_state(SIZE), 5, other.unpacked(SIZE, packed))
-        assert pipeline.packed(other.export_slot(state, 5)) == packed
+        assert bytes(other.export_slot(state, 5)) == packed
         state, _ = other.step(state, [ActiveSlot(5, True)], len(table) - taken)
         assert np.array_equal(np.asarray(other.decode(state, [5]))[0], draw(pipeline, [request])[0])
         assert np.asarray(other.preview(state, 5)).any()

@@ -71,7 +71,7 @@ for devices in (1, 4, 8):
         table = source.table("dpmpp_sde", 4)
         state = source.insert(source.empty_state(SIZE), 3, prompt, negative_prompt, table, 5.0, 7)
         state, _ = source.step(state, [ActiveSlot(3, True)], len(table) // 2)
-        image = target.unpacked(SIZE, source.packed(source.export_slot(state, 3)))
+        image = target.unpacked(SIZE, bytes(source.export_slot(state, 3)))
         state = target.import_slot(target.empty_state(SIZE), slot, image)
         state, _ = target.step(state, [ActiveSlot(slot, True)], len(table) - len(table) // 2)
         return np.asarray(target.decode(state, [slot]))[0].astype(int)

@@ -30,8 +30,13 @@ class Fetcher(Executor):
         return future
 
     def next_at(self) -> float:
-        """When the pixels of the first job are ready."""
-        return next(argument.ready_at for argument in self.pending[0][2] if isinstance(argument, Pixels))
+        """When the pixels of the first job are ready, or the images that it exports."""
+        for argument in self.pending[0][2]:
+            if isinstance(argument, Pixels):
+                return argument.ready_at
+            if isinstance(argument, dict):
+                return max((exported.ready_at for exported in argument.values()), default=0.0)
+        raise AssertionError(f"nothing to wait for in {self.pending[0]}")
 
     def run(self) -> None:
         """Runs the first job."""
@@ -95,7 +100,7 @@ class Driver:
         assert stats["active_slots"] == sum(size["active"] for size in sizes), stats
         assert all(0 <= size["active"] <= self.fake.num_slots for size in sizes), stats
         assert stats["num_slots"] == len(sizes) * self.fake.num_slots, stats
-        ended = sum(stats["requests"][outcome] for outcome in ("completed", "cancelled", "failed"))
+        ended = sum(stats["requests"][outcome] for outcome in ("completed", "cancelled", "moved", "failed"))
         assert ended + unfinished == self.accepted, stats
         assert 0 < stats["bucket_fill"] <= 1, stats
         assert stats["backlog_s"] >= 0 and stats["device_busy_s"] >= 0, stats

@@ -548,6 +548,6 @@ def test_a_device_that_hangs_is_a_503_at_once_and_an_unhealthy_replica(
     asyncio.run(hang())
     lines = [record.getMessage() for record in caplog.records if "does not answer" in record.getMessage()]
     gives_up, unhealthy = (line.partition(" s. ")[2] for line in lines)
-    assert gives_up.startswith("The engine gives up. Lost: ")
+    assert gives_up.startswith("The engine gives up. Unfinished: ")
     assert unhealthy == "So this replica is unhealthy, and Serve will replace it."
     assert nobody_left()
