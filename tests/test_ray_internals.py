@@ -145,6 +145,44 @@ def test_a_builder_makes_its_deployments() -> None:
     assert set(serve.deployment_names(builders.text_to_image, args)) == {"APIIngress", "StableDiffusion"}
 
 
+@pytest.mark.slow
+def test_a_replica_is_told_that_it_ends_before_serve_waits_for_its_requests() -> None:
+    """Serve's own shutdown runs, of a replica that has nothing but what this shutdown uses before it waits."""
+    script = """
+import asyncio
+from types import SimpleNamespace
+from app.ray_internals.serve import on_shutdown
+from ray.serve._private.replica import Replica, ReplicaActor
+
+events = []
+
+class Waiting(Exception):
+    pass
+
+class Ending(Replica):
+    def __init__(self):
+        self._graceful_shutdown_task, self._event_loop = None, asyncio.get_running_loop()
+        self._deployment_config = SimpleNamespace(graceful_shutdown_timeout_s=20)
+        self._user_callable_initialized, self._ingress = True, False
+
+    async def _drain_ongoing_requests(self, *arguments):
+        events.append("waits")
+        raise Waiting
+
+on_shutdown(events.append)
+
+async def end():
+    try:
+        await ReplicaActor.perform_graceful_shutdown(SimpleNamespace(_replica_impl=Ending()))
+    except Waiting:
+        print(events)
+
+asyncio.run(end())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[20.0, 'waits']\n", done.stderr
+
+
 # autoscaler
 
 

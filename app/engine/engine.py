@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def stalled(self) -> str:
-        """A sentence that names the verb which the device does not answer. It is empty while the device answers."""
+        """A sentence that names the verb which the device does not answer; empty while it answers."""
         return self._watch.stalled
 
     @property
@@ -105,9 +105,8 @@ class Engine:
 
         Cancelling the future frees its slots at the next step. `on_preview` is called from another thread, up to
         `previews` times; less often if there are fewer steps.
-
-        A request that was elsewhere before has its `age_s` since then, and a place `beyond_limits`. It goes on with
-        `resumed`, whatever its deadline, or begins. Raises NotResumable for what another model made of it.
+        A request from elsewhere has an `age_s`, and a place `beyond_limits`. With `resumed` it goes on, whatever its
+        deadline; NotResumable for another model's.
         """
         size = (generation.width, generation.height)
         if size not in self._queues:
@@ -130,10 +129,7 @@ class Engine:
         return self._intake.progress(future)
 
     def hand_over(self) -> None:
-        """Lets all requests go: what waits at once, the others between two steps. Their futures end with HandedOver.
-
-        New ones are refused. A request whose last image is being decoded completes.
-        """
+        """Ends all requests with HandedOver: what waits at once, the others between two steps. Refuses new ones."""
         with self._changed:
             self._draining = True
             for request in self._intake.unfinished:
@@ -163,7 +159,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the threads after their current verb. Unfinished requests that have begun fail with EngineStopped."""
-        self._give_up()  # before the threads have ended, as their device may hang
+        self._give_up()  # before the threads end, as their device may hang
         deadline = time.monotonic() + CLOSE_S
         join(self._thread, self._watch, deadline)
         self._fetcher.shutdown(wait=False)

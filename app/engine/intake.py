@@ -102,9 +102,10 @@ class Intake:
         return "; ".join(parts + [f"{len(requests) - MOST_LISTED} more"] * (len(requests) > MOST_LISTED))
 
     def progress(self, future: "Future[Generated]") -> Progress | None:
-        """Returns how far the request with this future is, or None once it is finished."""
+        """Returns how far the request with this future is, or None once it is finished or moves."""
         with self.changed:
-            request = next((request for request in self.unfinished if request.future is future), None)
+            here = (request for request in self.unfinished if request.future is future and not request.moved)
+            request = next(here, None)
             return progress_of(request, self.queues[request.size], self.queued()) if request else None
 
     def queued(self) -> Queued:

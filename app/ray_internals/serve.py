@@ -1,5 +1,6 @@
 """Private parts of Ray Serve: constants of its proxy, defaults of its options, and how it runs an app builder."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray.serve import Application
@@ -26,7 +27,27 @@ __all__ = [
     "SERVE_SESSION_ID",
     "default_option",
     "deployment_names",
+    "on_shutdown",
 ]
+
+
+def on_shutdown(callback: Callable[[float], None]) -> None:
+    """Has this process's replica call `callback`, with its graceful_shutdown_timeout_s, when Serve begins to end it.
+
+    Serve then waits for all requests to end, and only after that calls user code, `__del__`. The callback runs on
+    Serve's event loop, so it must return at once (ray/serve/_private/replica.py).
+    """
+    from ray.serve._private.replica import Replica  # a replica's process has it anyway, the ingress need not
+
+    shutdown: Callable[[Replica], Awaitable[None]] = Replica._perform_graceful_shutdown
+
+    async def tell_and_shutdown(self: Replica) -> None:
+        try:
+            callback(float(self._deployment_config.graceful_shutdown_timeout_s))
+        finally:
+            await shutdown(self)
+
+    Replica._perform_graceful_shutdown = tell_and_shutdown
 
 
 def default_option(name: str) -> Any:

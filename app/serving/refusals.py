@@ -4,11 +4,9 @@ import math
 
 from app.api.errors import ApiError
 from app.api.messages import ImageRequest
-from app.engine.errors import DeadlineUnmeetable, EngineStalled, EngineStopped, QueueFull
+from app.engine.errors import DeadlineUnmeetable, EngineStopped, HandedOver, NotResumable, QueueFull
 
-STALLED_RETRY_S = 5.0  # Serve needs three failed health checks to replace a replica
-
-Refused = QueueFull | DeadlineUnmeetable | EngineStopped
+Refused = QueueFull | DeadlineUnmeetable
 
 
 def outcome_of(error: BaseException | None) -> str:
@@ -19,8 +17,12 @@ def outcome_of(error: BaseException | None) -> str:
             return "queue_full"
         case DeadlineUnmeetable():
             return "deadline"
+        case HandedOver():
+            return "moved"
         case EngineStopped():
             return "stopped"
+        case NotResumable():
+            return "not_resumable"
     return "failed"
 
 
@@ -34,10 +36,6 @@ def refusal(error: Refused, request: ImageRequest) -> ApiError:
                 "try again later or with a longer timeout."
             )
             return ApiError(503, message, "timeout", "deadline_unmeetable", error.retry_after_s)
-        case EngineStalled():
-            message = "The replica's device does not answer; try again."
-            return ApiError(503, message, None, "replica_lost", STALLED_RETRY_S)
-    return ApiError(503, "The replica is stopping; try again.", None, "replica_lost", 1.0)
 
 
 def rounded_up(seconds: float) -> str:

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,11 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from app.api.errors import ApiError, api_error
-from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, Progress
+from app.api.messages import Accepted, Description, ImageRequest, Images, Moved, Preview, Progress
 from app.engine.engine import Engine
-from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
+from app.engine.errors import DeadlineUnmeetable, EngineStopped, HandedOver, NotResumable, QueueFull
 from app.engine.request import Generated
+from app.serving.draining import Unanswered, drain_with_serve, end
 from app.serving.image_metadata import encode_image, encode_preview, facts_of, timings_of
 from app.serving.metrics import Metrics
 from app.serving.profiling import Profiler, Trace
@@ -34,7 +34,6 @@ from app.types import InvalidField, PipelineSpec
 logger = logging.getLogger(f"ray.serve.{__name__}")
 
 PROGRESS_S = 0.5  # between two items that tell how far a stream's request is
-DRAIN_S = 10.0  # Serve has waited for every request before it ends a replica, so nothing should be left
 
 
 class StableDiffusion:
@@ -81,20 +80,21 @@ class StableDiffusion:
             stall_s=stall_s,
         )
         self.engine.start()
+        self.drain = drain_with_serve(self.engine)
         self.milestones["warm"] = time.time()
         self.profiler = Profiler(replica_id(), self.steps)
         self.logged_unhealthy = False
 
-    async def generate(self, request: ImageRequest) -> Images | ApiError:
+    async def generate(self, request: ImageRequest) -> Images | Moved | ApiError:
         """An expected refusal is returned: raised, Serve would log it with a traceback and count a failure."""
         began = time.perf_counter()
         with self.unanswered:
             future = self.submit(request)
-            return future if isinstance(future, ApiError) else await self.finish(request, future, began)
+            return await self.finish(request, future, began) if isinstance(future, Future) else future
 
     async def generate_stream(
         self, request: ImageRequest
-    ) -> AsyncIterator[Accepted | Progress | Preview | Images | ApiError]:
+    ) -> AsyncIterator[Accepted | Progress | Preview | Images | Moved | ApiError]:
         """Accepted, as many previews as were asked for, and the images; or a refusal in the place of any of them.
 
         Where the request asks for progress, this comes in between.
@@ -107,7 +107,7 @@ class StableDiffusion:
             loop.call_soon_threadsafe(previews.put_nowait, preview)
 
         future = self.submit(request, lambda index, pixels: put((index, pixels)))
-        if isinstance(future, ApiError):
+        if not isinstance(future, Future):
             yield future
             return
         future.add_done_callback(lambda _: put(None))
@@ -132,25 +132,35 @@ class StableDiffusion:
 
     def submit(
         self, request: ImageRequest, on_preview: Callable[[int, np.ndarray], None] | None = None
-    ) -> Future[Generated] | ApiError:
+    ) -> Future[Generated] | Moved | ApiError:
         try:
             future = self.engine.submit(
-                request.generation, timeout_s=request.timeout_s, previews=request.partial_images, on_preview=on_preview
+                request.generation,
+                timeout_s=request.timeout_s,
+                previews=request.partial_images,
+                on_preview=on_preview,
+                resumed=request.resumed,
+                age_s=request.age_s,
+                beyond_limits=request.moved,
             )
-        except (QueueFull, DeadlineUnmeetable, EngineStopped) as error:
+        except (QueueFull, DeadlineUnmeetable, EngineStopped, NotResumable) as error:
             self.metrics.requests.inc(tags={"outcome": outcome_of(error)})
-            return refusal(error, request)
+            if isinstance(error, QueueFull | DeadlineUnmeetable):
+                return refusal(error, request)
+            return Moved(accepted=False) if isinstance(error, EngineStopped) else Moved(lost=True)
         except InvalidField as error:  # only the checkpoint can refuse it, such as a sampler that does not suit it
             self.metrics.requests.inc(tags={"outcome": "invalid"})
             return api_error(error)
         future.add_done_callback(self.count)
         return future
 
-    async def finish(self, request: ImageRequest, future: Future[Generated], began: float) -> Images | ApiError:
+    async def finish(self, request: ImageRequest, future: Future[Generated], began: float) -> Images | Moved:
         try:
             generated = await asyncio.wrap_future(future)  # cancelled here, it is cancelled in the engine too
-        except EngineStopped as error:
-            return refusal(error, request)
+        except HandedOver as error:
+            return Moved(error.resumed)
+        except EngineStopped:
+            return Moved(lost=True)
         encoding = time.perf_counter()
         generation = request.generation
         files = [
@@ -178,18 +188,7 @@ class StableDiffusion:
         self.metrics.requests.inc(tags={"outcome": "cancelled" if future.cancelled() else outcome_of(error)})
 
     async def describe(self) -> Description:
-        sizes = tuple(f"{width}x{height}" for width, height in self.pipeline.sizes)
-        pipeline = self.pipeline
-        return Description(
-            tuple(pipeline.samplers),
-            pipeline.default_sampler,
-            self.name,
-            sizes,
-            pipeline.notes,
-            *pipeline.request_defaults,
-            pipeline.request_fields,
-            pipeline.capabilities,
-        )
+        return description_of(self.pipeline, self.name)
 
     async def stats(self) -> dict[str, Any]:
         return {
@@ -243,39 +242,21 @@ class StableDiffusion:
         return self.shut_down()
 
     async def shut_down(self) -> None:
-        """Finishes requests that have begun and refuses the others, without blocking the event loop.
-
-        A replica whose constructor failed may lack some attributes.
-        """
-        self.ended, parts = True, vars(self)
-        if "engine" in parts:
-            await asyncio.to_thread(self.engine.drain, DRAIN_S)
-        if "profiler" in parts:
-            await self.profiler.close()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.unanswered.none.wait(), DRAIN_S)
-        if "encoders" in parts:
-            await asyncio.to_thread(self.encoders.shutdown)
-        if "compiles" in parts:
-            self.compiles.close()
+        self.ended = True
+        await end(vars(self))
 
 
-class Unanswered:
-    """Requests without an answer: `with` counts one of them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.none = asyncio.Event()
-        self.none.set()
-
-    def __enter__(self) -> None:
-        self.count += 1
-        self.none.clear()
-
-    def __exit__(self, *error: object) -> None:
-        self.count -= 1
-        if not self.count:
-            self.none.set()
+def description_of(pipeline: Any, name: str) -> Description:
+    return Description(
+        tuple(pipeline.samplers),
+        pipeline.default_sampler,
+        name,
+        tuple(f"{width}x{height}" for width, height in pipeline.sizes),
+        pipeline.notes,
+        *pipeline.request_defaults,
+        pipeline.request_fields,
+        pipeline.capabilities,
+    )
 
 
 def device() -> str:

@@ -23,7 +23,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.replica import UserCallableWrapper
 
 from app.api.errors import ApiError
-from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, Progress
+from app.api.messages import Accepted, Description, ImageRequest, Images, Moved, Preview, Progress
 from app.api.settings import Encoding
 from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
@@ -264,7 +264,7 @@ def test_an_expected_refusal_is_returned_so_that_serve_logs_no_failure(
     replica.pipeline.open()
     replica.engine.drain(20)
     assert running.done() and all(isinstance(future.exception(20), EngineStopped) for future in waiting)
-    assert refused() == (503, "replica_lost", None, "The replica is stopping; try again.")
+    assert ask(replica) == Moved(accepted=False)
     assert outcomes(recorded)[3:] == ["stopped"]
 
 
@@ -277,7 +277,7 @@ def test_a_deadline_that_is_missed_narrowly_does_not_read_as_if_it_were_met() ->
 
 
 @pytest.mark.parametrize("ask", [generate, lambda *a, **k: streamed(*a, **k)[-1]], ids=["whole", "stream"])
-def test_an_engine_that_stops_under_a_request_asks_the_client_to_try_again(
+def test_a_request_whose_engine_stops_must_begin_again(
     replica: Any, ask: Callable[..., Any], recorded: Recorded
 ) -> None:
     closing = threading.Thread(target=replica.engine.close)
@@ -293,8 +293,33 @@ def test_an_engine_that_stops_under_a_request_asks_the_client_to_try_again(
     answer = ask(replica, num_inference_steps=50)
     stopping.join()
     closing.join()
-    assert isinstance(answer, ApiError) and answer.code == "replica_lost"
+    assert answer == Moved(lost=True)
     assert outcomes(recorded) == ["stopped"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_request_goes_on_in_another_replica_with_what_was_made_of_it(no_device: None, stream: bool) -> None:
+    async def move() -> tuple[Any, Any, Any]:
+        first, second = StableDiffusion(SPEC, **SETTINGS), StableDiffusion(SPEC, **SETTINGS)
+        held_in(first.pipeline, "step")
+        begun = asyncio.ensure_future(whole_or_stream(first, stream, n=1, num_inference_steps=50, seed=3))
+        assert await asyncio.to_thread(soon, first.pipeline.reached["step"])
+        first.engine.hand_over()
+        first.pipeline.open()
+        moved = pickle.loads(pickle.dumps(await begun))
+        request = {"n": 1, "num_inference_steps": 50, "seed": 3, "moved": True, "resumed": moved.resumed}
+        other = await whole_or_stream(
+            second, stream, **{**request, "num_inference_steps": moved.resumed.images[0].steps_left - 1}
+        )
+        images = await whole_or_stream(second, stream, **request)
+        taken = sum(call.count for replica in (first, second) for call in replica.pipeline.of("step"))
+        for replica in (first, second):
+            await replica.shut_down()
+        return images, other, taken
+
+    images, other, taken = asyncio.run(move())
+    assert number_of(decoded(images.encoded[0])) == 53 and taken == 50
+    assert other == Moved(lost=True), "its table has fewer steps than are left"
 
 
 @pytest.mark.parametrize("ask", [generate, streamed])
@@ -464,7 +489,7 @@ def test_serve_ends_a_replica_and_requests_that_have_begun_still_get_their_files
     images, refused = asyncio.run(end())
     assert isinstance(images, Images) and len(images.encoded) == 2 - stream
     assert [decoded(file).shape for file in images.encoded] == [(HEIGHT, WIDTH, 3)] * (2 - stream)
-    assert isinstance(refused, ApiError) and refused.code == "replica_lost"
+    assert refused == Moved(accepted=False)
     assert nobody_left()
 
 
@@ -523,7 +548,7 @@ def test_a_replica_that_nobody_ends_leaves_no_coroutine_that_nobody_awaits(no_de
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("verb", ["step", "wait", "read", "encode", "decode"])
-def test_a_device_that_hangs_is_a_503_at_once_and_an_unhealthy_replica(
+def test_a_device_that_hangs_lets_all_requests_go_at_once_and_its_replica_is_unhealthy(
     no_device: None, verb: str, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def hang() -> None:
@@ -534,10 +559,9 @@ def test_a_device_that_hangs_is_a_503_at_once_and_an_unhealthy_replica(
         await replica.check_health()
         held_in(replica.pipeline, verb)
         request = [whole_or_stream(replica, stream, n=1, seed=seed, prompt="new") for seed in range(2)]
-        for answer in [*await asyncio.gather(*request), await replica.generate(asking())]:
-            assert isinstance(answer, ApiError) and answer.retry_after_s == 5.0
-            expected = (503, "replica_lost", "The replica's device does not answer; try again.")
-            assert (answer.status, answer.code, answer.message) == expected
+        for answer in await asyncio.gather(*request):
+            assert answer in (Moved(lost=True), Moved())
+        assert await replica.generate(asking()) == Moved(accepted=False)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="^The device does not answer: "):
                 await replica.check_health()

@@ -1,0 +1,103 @@
+"""How a replica ends: it hands its requests over where others can go on with them, and then stops its parts.
+
+Serve tells user code nothing before all requests have ended, so it is Serve's own shutdown that begins a drain.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from app.engine.engine import Engine
+from app.ray_internals.serve import on_shutdown
+
+logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
+
+POLL_S = 0.5  # between two looks for other replicas
+LAST_S = 5.0  # of graceful_shutdown_timeout_s, in which images leave even if no other replica runs yet
+END_S = 10.0  # Serve has waited for every request before it ends a replica, so nothing should be left
+
+
+class Drain:
+    """Begins when Serve starts to end this replica: for a preempted node, a downscale or a new version."""
+
+    def __init__(self, engine: Engine, others_run: Callable[[], bool]) -> None:
+        self.engine = engine
+        self.others_run = others_run
+        self.ended = threading.Event()
+
+    def begin(self, grace_s: float) -> None:
+        """Returns at once. `grace_s`: until Serve ends the process."""
+        threading.Thread(target=self.run, args=(grace_s,), name="drain", daemon=True).start()
+
+    def run(self, grace_s: float) -> None:
+        """Hands over all requests as soon as another replica runs. Until then, it goes on with them."""
+        deadline = monotonic() + grace_s - LAST_S
+        while monotonic() < deadline and self.engine.stats()["unfinished"] and not self.others_run():
+            if self.ended.wait(POLL_S):
+                return
+        logger.info("This replica ends, and hands over %d requests.", self.engine.stats()["unfinished"])
+        self.engine.hand_over()
+
+
+def drain_with_serve(engine: Engine) -> Drain:
+    """A drain that Serve's shutdown of this replica begins. Outside Serve, nothing does."""
+    try:
+        context = serve.get_replica_context()
+    except RayServeException:
+        return Drain(engine, lambda: False)
+
+    def others_run() -> bool:
+        try:
+            deployment = serve.status().applications[context.app_name].deployments[context.deployment]
+        except Exception:  # the controller may be lost, or another one has just begun
+            logger.exception("Serve's controller does not say whether another replica runs.")
+            return False
+        return dict(deployment.replica_states).get("RUNNING", 0) > 0  # this one is STOPPING
+
+    drain = Drain(engine, others_run)
+    on_shutdown(drain.begin)
+    return drain
+
+
+async def end(parts: Mapping[str, Any]) -> None:
+    """Finishes requests that have begun and lets the others go, without blocking the event loop.
+
+    `parts` are the attributes of a replica; one whose constructor failed may lack some.
+    """
+    if "drain" in parts:
+        parts["drain"].ended.set()
+    if "engine" in parts:
+        await asyncio.to_thread(parts["engine"].drain, END_S)
+    if "profiler" in parts:
+        await parts["profiler"].close()
+    with suppress(TimeoutError):
+        await asyncio.wait_for(parts["unanswered"].none.wait(), END_S)
+    if "encoders" in parts:
+        await asyncio.to_thread(parts["encoders"].shutdown)
+    if "compiles" in parts:
+        parts["compiles"].close()
+
+
+class Unanswered:
+    """Requests without an answer: `with` counts one of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.none = asyncio.Event()
+        self.none.set()
+
+    def __enter__(self) -> None:
+        self.count += 1
+        self.none.clear()
+
+    def __exit__(self, *error: object) -> None:
+        self.count -= 1
+        if not self.count:
+            self.none.set()
