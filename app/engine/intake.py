@@ -104,8 +104,8 @@ class Intake:
     def progress(self, future: "Future[Generated]") -> Progress | None:
         """Returns how far the request with this future is, or None once it is finished or moves."""
         with self.changed:
-            here = (request for request in self.unfinished if request.future is future and not request.moved)
-            request = next(here, None)
+            own = (request for request in self.unfinished if request.future is future and not request.moved)
+            request = next(own, None)
             return progress_of(request, self.queues[request.size], self.queued()) if request else None
 
     def queued(self) -> Queued:

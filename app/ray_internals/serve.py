@@ -47,7 +47,7 @@ def on_shutdown(callback: Callable[[float], None]) -> None:
         finally:
             await shutdown(self)
 
-    Replica._perform_graceful_shutdown = tell_and_shutdown
+    Replica._perform_graceful_shutdown = tell_and_shutdown  # type: ignore[method-assign]
 
 
 def default_option(name: str) -> Any:

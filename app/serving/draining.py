@@ -6,6 +6,7 @@ Serve tells user code nothing before all requests have ended, so it is Serve's o
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
@@ -59,7 +60,8 @@ def drain_with_serve(engine: Engine) -> Drain:
         except Exception:  # the controller may be lost, or another one has just begun
             logger.exception("Serve's controller does not say whether another replica runs.")
             return False
-        return dict(deployment.replica_states).get("RUNNING", 0) > 0  # this one is STOPPING
+        states = Counter({state.value: count for state, count in deployment.replica_states.items()})
+        return states["RUNNING"] > 0  # this one is STOPPING
 
     drain = Drain(engine, others_run)
     on_shutdown(drain.begin)

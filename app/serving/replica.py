@@ -253,7 +253,8 @@ def description_of(pipeline: Any, name: str) -> Description:
         name,
         tuple(f"{width}x{height}" for width, height in pipeline.sizes),
         pipeline.notes,
-        *pipeline.request_defaults,
+        pipeline.request_defaults.num_inference_steps,
+        pipeline.request_defaults.guidance_scale,
         pipeline.request_fields,
         pipeline.capabilities,
     )

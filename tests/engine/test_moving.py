@@ -33,20 +33,20 @@ def ticks(driver: Driver, count: int) -> None:
 
 
 def test_an_image_goes_on_elsewhere_at_the_step_where_it_was() -> None:
-    here, there = Driver(wide()), Driver(wide())
-    future = here.submit(request(steps=50, seed=10))
-    ticks(here, 20)
-    taken = steps(here)
-    (resumed,) = handed_over(here, future)
-    assert resumed and 0 < taken <= steps(here) < 50
-    assert resumed.images[0].steps_left == 50 - steps(here)
-    (generated,) = there.finish(there.submit(request(steps=50, seed=10), resumed=resumed))
+    source, target = Driver(wide()), Driver(wide())
+    future = source.submit(request(steps=50, seed=10))
+    ticks(source, 20)
+    taken = steps(source)
+    (resumed,) = handed_over(source, future)
+    assert resumed and 0 < taken <= steps(source) < 50
+    assert resumed.images[0].steps_left == 50 - steps(source)
+    (generated,) = target.finish(target.submit(request(steps=50, seed=10), resumed=resumed))
     assert numbers(generated) == [10 + 50]
-    assert steps(here) + steps(there) == 50
-    assert not there.fake.of("encode", "insert"), "nothing is made again"
-    here.check()
-    there.check()
-    assert here.engine.stats()["requests"]["moved"] == 1
+    assert steps(source) + steps(target) == 50
+    assert not target.fake.of("encode", "insert"), "nothing is made again"
+    source.check()
+    target.check()
+    assert source.engine.stats()["requests"]["moved"] == 1
 
 
 def test_what_waits_leaves_at_once_and_new_requests_are_refused() -> None:
@@ -73,22 +73,22 @@ def test_an_engine_is_empty_within_three_steps_time(images_at_once: int) -> None
 
 
 def test_images_that_are_finished_running_and_waiting_leave_together() -> None:
-    fake, there = FakePipeline(num_slots=2), Driver()
-    here = Driver(fake, images_at_once=1)
-    future = here.submit(request(steps=6, seed=10, n=4, size=LARGE))
+    fake, target = FakePipeline(num_slots=2), Driver()
+    source = Driver(fake, images_at_once=1)
+    future = source.submit(request(steps=6, seed=10, n=4, size=LARGE))
     for _ in range(50):
-        if len(here.fake.of("decode")) < 2:
-            here.tick()
-    ticks(here, 2)
-    (resumed,) = handed_over(here, future)
+        if len(source.fake.of("decode")) < 2:
+            source.tick()
+    ticks(source, 2)
+    (resumed,) = handed_over(source, future)
     assert resumed
     states = [(image.number, image.steps_left, bool(image.slot)) for image in resumed.images]
     assert [number for number, _ in resumed.pixels] == [0, 1]
     assert states[0][0] == 2 and 0 < states[0][1] < 6 and states[0][2]
     assert states[1] == (3, 6, False)
-    (generated,) = there.finish(there.submit(request(steps=6, seed=10, n=4, size=LARGE), resumed=resumed))
+    (generated,) = target.finish(target.submit(request(steps=6, seed=10, n=4, size=LARGE), resumed=resumed))
     assert numbers(generated) == [16, 17, 18, 19]
-    assert steps(here) + steps(there) == 24 and len(there.fake.of("insert")) == 1
+    assert steps(source) + steps(target) == 24 and len(target.fake.of("insert")) == 1
 
 
 def test_a_denoised_image_leaves_as_pixels() -> None:
@@ -97,98 +97,98 @@ def test_a_denoised_image_leaves_as_pixels() -> None:
     future = first.submit(request(steps=9, seed=10, n=2))
     ticks(first, 4)
     (resumed,) = handed_over(first, future)
-    here = Driver(wide(flat, decode_time=lambda size, images: 0.5), images_at_once=2)
-    future = here.submit(request(steps=9, seed=10, n=2), resumed=resumed)
+    source = Driver(wide(flat, decode_time=lambda size, images: 0.5), images_at_once=2)
+    future = source.submit(request(steps=9, seed=10, n=2), resumed=resumed)
     for _ in range(9 - steps(first)):
-        here.tick()
-    assert not here.fake.of("decode")
-    (resumed,) = handed_over(here, future)
+        source.tick()
+    assert not source.fake.of("decode")
+    (resumed,) = handed_over(source, future)
     assert resumed and [number for number, _ in resumed.pixels] == [0]
     assert [image.number for image in resumed.images] == [1] and 0 < resumed.images[0].steps_left <= steps(first)
 
 
 def test_a_request_whose_images_are_all_denoised_completes() -> None:
-    here = Driver(wide(decode_time=lambda size, images: 0.5))
-    future = here.submit(request(steps=4, seed=10))
+    source = Driver(wide(decode_time=lambda size, images: 0.5))
+    future = source.submit(request(steps=4, seed=10))
     for _ in range(20):
-        if not here.fake.of("decode"):
-            here.tick()
-    here.engine.hand_over()
-    here.idle()
+        if not source.fake.of("decode"):
+            source.tick()
+    source.engine.hand_over()
+    source.idle()
     assert numbers(future.result(0)) == [14]
 
 
 def test_previews_go_on_where_they_were() -> None:
     seen: list[int] = []
-    here, there = Driver(), Driver()
+    source, target = Driver(), Driver()
     options: dict[str, Any] = {"previews": 4, "on_preview": lambda number, pixels: seen.append(number)}
-    future = here.submit(request(steps=50), **options)
+    future = source.submit(request(steps=50), **options)
     for _ in range(100):
-        if len(here.fake.of("preview")) < 2:
-            here.tick()
-    (resumed,) = handed_over(here, future)
-    there.finish(there.submit(request(steps=50), resumed=resumed, **options))
+        if len(source.fake.of("preview")) < 2:
+            source.tick()
+    (resumed,) = handed_over(source, future)
+    target.finish(target.submit(request(steps=50), resumed=resumed, **options))
     assert seen == [0, 1, 2, 3]
-    assert (len(here.fake.of("preview")), len(there.fake.of("preview"))) == (2, 2)
+    assert (len(source.fake.of("preview")), len(target.fake.of("preview"))) == (2, 2)
 
 
 def test_a_request_that_moves_again_before_it_has_a_slot_keeps_its_state() -> None:
-    here, between, there = Driver(), Driver(), Driver()
-    future = here.submit(request(steps=9))
-    ticks(here, 4)
-    (resumed,) = handed_over(here, future)
+    source, between, target = Driver(), Driver(), Driver()
+    future = source.submit(request(steps=9))
+    ticks(source, 4)
+    (resumed,) = handed_over(source, future)
     (again,) = handed_over(between, between.submit(request(steps=9), resumed=resumed))
     assert again == resumed and not between.fake.of("import")
-    (generated,) = there.finish(there.submit(request(steps=9), resumed=again))
+    (generated,) = target.finish(target.submit(request(steps=9), resumed=again))
     assert numbers(generated) == [19]
 
 
 def test_times_cover_both_engines() -> None:
-    here, there = Driver(images_at_once=1), Driver()
-    before, future = here.submit(request(steps=2, seed=0)), here.submit(request(steps=20, seed=10))
+    source, target = Driver(images_at_once=1), Driver()
+    before, future = source.submit(request(steps=2, seed=0)), source.submit(request(steps=20, seed=10))
     for _ in range(50):
-        if steps(here) < 12:
-            here.tick()
+        if steps(source) < 12:
+            source.tick()
     began = 1000.0
-    (resumed,) = handed_over(here, future)
-    age_s = here.clock() - began
-    (generated,) = there.finish(there.submit(request(steps=20), resumed=resumed, age_s=age_s))
+    (resumed,) = handed_over(source, future)
+    age_s = source.clock() - began
+    (generated,) = target.finish(target.submit(request(steps=20), resumed=resumed, age_s=age_s))
     assert before.done() and generated.queue_s == pytest.approx(2 * 0.02), "the two steps of the request before it"
     assert generated.device_s == pytest.approx(20 * 0.02)
     assert generated.denoise_s == pytest.approx(20 * 0.02)
 
 
 def test_a_moved_request_has_a_place_beyond_the_limits() -> None:
-    here, there = Driver(), Driver(max_waiting=1, images_at_once=1)
-    future = here.submit(request(steps=50, seed=10))
-    ticks(here, 20)
-    (resumed,) = handed_over(here, future)
+    source, target = Driver(), Driver(max_waiting=1, images_at_once=1)
+    future = source.submit(request(steps=50, seed=10))
+    ticks(source, 20)
+    (resumed,) = handed_over(source, future)
     for seed in (100, 200):
-        there.submit(request(steps=50, seed=seed))
-        ticks(there, 2)
+        target.submit(request(steps=50, seed=seed))
+        ticks(target, 2)
     with pytest.raises(QueueFull):
-        there.submit(request(steps=50, seed=300))
+        target.submit(request(steps=50, seed=300))
     with pytest.raises(DeadlineUnmeetable):
-        there.submit(request(steps=50, seed=300), beyond_limits=True, timeout_s=0.1)
-    moved = there.submit(request(steps=50, seed=10), resumed=resumed, beyond_limits=True, timeout_s=0.1)
-    assert numbers(there.finish(moved)[0]) == [60]
+        target.submit(request(steps=50, seed=300), beyond_limits=True, timeout_s=0.1)
+    moved = target.submit(request(steps=50, seed=10), resumed=resumed, beyond_limits=True, timeout_s=0.1)
+    assert numbers(target.finish(moved)[0]) == [60]
 
 
 def test_the_work_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, there = Driver(), Driver()
-    future = here.submit(request(steps=9))
-    ticks(here, 4)
-    (resumed,) = handed_over(here, future)
+    source, target = Driver(), Driver()
+    future = source.submit(request(steps=9))
+    ticks(source, 4)
+    (resumed,) = handed_over(source, future)
     assert resumed
     with pytest.raises(NotResumable, match="steps_left must be 1 to 3, got"):
-        there.submit(request(steps=3), resumed=replace(resumed, images=(replace(resumed.images[0], steps_left=7),)))
+        target.submit(request(steps=3), resumed=replace(resumed, images=(replace(resumed.images[0], steps_left=7),)))
 
     def refuse(size: Any, packed: bytes) -> Any:
         raise ValueError("An image that moves must have the model a, got b.")
 
-    monkeypatch.setattr(there.fake, "unpacked", refuse)
+    monkeypatch.setattr(target.fake, "unpacked", refuse)
     with pytest.raises(NotResumable, match="must have the model a, got b"):
-        there.submit(request(steps=9), resumed=resumed)
+        target.submit(request(steps=9), resumed=resumed)
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -215,14 +215,14 @@ def test_a_request_that_is_cancelled_as_it_leaves_is_gone() -> None:
 
 
 def test_an_engine_that_fails_hands_back_what_had_not_begun() -> None:
-    here, there = Driver(images_at_once=1), Driver()
-    moving = here.submit(request(steps=9))
-    ticks(here, 4)
-    (resumed,) = handed_over(here, moving)
-    lost = there.submit(request(steps=50, seed=100))
-    ticks(there, 3)
-    waiting, arrived = there.submit(request(seed=200)), there.submit(request(steps=9), resumed=resumed)
-    there.engine.close()
+    source, target = Driver(images_at_once=1), Driver()
+    moving = source.submit(request(steps=9))
+    ticks(source, 4)
+    (resumed,) = handed_over(source, moving)
+    lost = target.submit(request(steps=50, seed=100))
+    ticks(target, 3)
+    waiting, arrived = target.submit(request(seed=200)), target.submit(request(steps=9), resumed=resumed)
+    target.engine.close()
     assert isinstance(lost.exception(0), EngineStopped)
     errors = [future.exception(0) for future in (waiting, arrived)]
     assert [error.resumed for error in errors if isinstance(error, HandedOver)] == [None, resumed]

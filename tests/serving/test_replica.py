@@ -300,7 +300,8 @@ def test_a_request_whose_engine_stops_must_begin_again(
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_request_goes_on_in_another_replica_with_what_was_made_of_it(no_device: None, stream: bool) -> None:
     async def move() -> tuple[Any, Any, Any]:
-        first, second = StableDiffusion(SPEC, **SETTINGS), StableDiffusion(SPEC, **SETTINGS)
+        first: Any = StableDiffusion(SPEC, **SETTINGS)
+        second: Any = StableDiffusion(SPEC, **SETTINGS)
         held_in(first.pipeline, "step")
         begun = asyncio.ensure_future(whole_or_stream(first, stream, n=1, num_inference_steps=50, seed=3))
         assert await asyncio.to_thread(soon, first.pipeline.reached["step"])
