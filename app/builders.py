@@ -5,6 +5,7 @@ without an accelerator, so nothing here imports JAX or reads weights.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -13,8 +14,10 @@ from ray import serve
 from ray.serve import Application
 
 from app.api.api_keys import ApiKeys
+from app.api.files.storage import storage_at
 from app.api.ingress import APIIngress
-from app.api.settings import Alias, Defaults, Encoding, Limits, Origin, Quality, Service, Settings
+from app.api.jobs.webhooks import read_secret
+from app.api.settings import Alias, Defaults, Encoding, Jobs, Limits, Origin, Quality, Service, Settings
 from app.diffusion.samplers import SAMPLERS
 from app.engine.stall import STALL_S
 from app.serving.replica import StableDiffusion
@@ -102,6 +105,7 @@ class Args(Settings):
         default=None,
         description="hashes of API keys, relative to the repository; null: only this machine itself may ask",
     )
+    jobs: Jobs = Jobs()
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
     encoding: Encoding = Encoding()
@@ -152,7 +156,9 @@ def text_to_image(args: Args) -> Application:
     location, name = locate(args.model)
     tokenizer = locate_tokenizer(args, location)
     rules = (args.limits, args.defaults, args.encoding)
-    service = Service(name, tuple(args.sizes), *rules, tuple(args.aliases), dict[str, int](args.qualities.items()))
+    service = Service(
+        name, tuple(args.sizes), *rules, tuple(args.aliases), dict[str, int](args.qualities.items()), located(args.jobs)
+    )
     replicas = serve.deployment()(StableDiffusion).bind(
         args.pipeline_spec(location, ROOT / Path(args.programs).expanduser() if args.programs else None, tokenizer),
         name=name,
@@ -177,6 +183,26 @@ def keys_file(name: str) -> Path:
     except ValueError as error:
         raise InvalidField("api_keys_file", f"api_keys_file {error}") from None
     return path
+
+
+def located(jobs: Jobs) -> Jobs:
+    """With absolute paths. Reads what the ingress will read again, to report a mistake before a model is loaded."""
+
+    def absolute(name: str | None) -> str | None:
+        return name if name is None or "://" in name else str(ROOT / Path(name).expanduser())
+
+    paths = {name: absolute(getattr(jobs, name)) for name in ("database", "files", "webhook_secret_file")}
+    located = jobs.model_copy(update=paths)
+    checks: dict[str, Callable[[], object]] = {"files": lambda: storage_at(located.files)}
+    if located.webhook_secret_file is not None:
+        secret_file = Path(located.webhook_secret_file)
+        checks["webhook_secret_file"] = lambda: read_secret(secret_file)
+    for name, check in checks.items():
+        try:
+            check()
+        except ValueError as error:
+            raise InvalidField(f"jobs.{name}", f"jobs.{name} {error}") from None
+    return located
 
 
 def locate(model: str) -> tuple[str, str]:

@@ -72,7 +72,8 @@ def one_node_cluster(run_dir: Path, folder: Path) -> Iterator[Verbs]:
     cluster_file.write_text(
         (ROOT / "cluster.yaml").read_text().replace("max_workers: 4 # of this type", "max_workers: 1")
     )
-    config.write_text((ROOT / "serve_config.yaml").read_text().replace("max_replicas: 4", "max_replicas: 1"))
+    shipped = (ROOT / "serve_config.yaml").read_text().replace("max_replicas: 4", "max_replicas: 1")
+    config.write_text(shipped.replace(" .state/", f" {folder}/state/"))
     dashboard_port, serve_port = ports(2)
     verbs = Verbs(run_dir, dashboard_port, serve_port, cluster_file, config)
     verbs.down()  # what a test run that was killed may have left

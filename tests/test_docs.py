@@ -384,7 +384,7 @@ def words_in_code(text: str) -> list[str]:
 
 def test_the_page_of_the_api_has_every_error_code() -> None:
     positions, codes = {"ApiError": 3, "InvalidField": 2}, set[str]()
-    for file in [*(ROOT / "app" / "api").glob("*.py"), *(ROOT / "app" / "serving").glob("*.py")]:
+    for file in [*(ROOT / "app" / "api").rglob("*.py"), *(ROOT / "app" / "serving").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in positions:
                 arguments = node.args[positions[node.func.id] :][:1]

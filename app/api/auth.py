@@ -74,6 +74,12 @@ def count_images(scope: Scope, images: int) -> None:
         key.spend(images - 1)
 
 
+def owner_of(scope: Scope) -> str:
+    """Whose jobs and files a request may see: those of the key's name, which outlives a change of the key itself."""
+    key: ApiKey | None = scope["state"]["api_key"]
+    return key.entry.name if key else ""
+
+
 def bearer_token(scope: Scope) -> bytes | None:
     """From the header alone: URLs end up in logs and histories."""
     headers = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -21,6 +21,7 @@ from app.api.protocol import EDIT_FIELDS, parse_json, resolve, unique
 from app.api.settings import Service
 from app.types import Edit, InvalidField, Pixels, Size, parse_size
 
+FLAGS = ("async", "progress", "stream")
 FORM_IMAGE = re.compile(r"image(\[\d{0,2}\])?")  # `image[]` and `image[0]` name one of several
 DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w=.+-]+)*;base64,", re.ASCII)
 
@@ -67,7 +68,7 @@ def form_value(part: Part) -> object:
         text = part.content.decode()
     except UnicodeDecodeError:
         raise InvalidField(part.name, f"{part.name} must be text in UTF-8.", "invalid_encoding") from None
-    if part.name == "stream":
+    if part.name in FLAGS:
         return {"true": True, "false": False, "": None}.get(text.lower(), text)
     return None if not text and part.name != "prompt" else cell_value(part.name, text)
 

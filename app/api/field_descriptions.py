@@ -31,7 +31,9 @@ DESCRIPTIONS: Mapping[str, str] = {
     "model": "its id or one of the operator's `aliases`; any other is 404 `model_not_found`",
     "quality": "`auto` and `standard` change nothing; `low`, `medium`, `high` and `hd` ask for the operator's "
     "`qualities`, numbers of steps. `num_inference_steps` goes before it",
-    "response_format": "nothing else: no file is kept that a URL could point to",
+    "response_format": "`b64_json`, or `url` for pictures behind URLs that expire; a job has `url` only",
+    "async": "answers 202 with a job, which goes on when the connection ends",
+    "webhook_url": "with `async`, an https URL at one of the operator's `jobs.webhook_hosts`, told when the job ends",
     **dict.fromkeys(("user", "safety_identifier"), "accepted and not used"),
     "image": "the picture to edit, or up to `limits.input_images` of them: PNG, JPEG or WebP",
     "images": "the same in JSON: an array of objects with an `image_url`, which is a `data:` URL",

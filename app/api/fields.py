@@ -15,6 +15,7 @@ from app.api.settings import Service
 from app.types import InvalidField, Size, parse_size
 
 LARGEST = 16384  # pixels along a side of a picture that a model may have been trained on
+LONGEST_URL = 2000
 
 Schema = Mapping[str, object]  # JSON Schema 2020-12, which OpenAPI 3.1 takes
 Read = Callable[[str, object, Service], Any]
@@ -61,6 +62,32 @@ def share(name: str, value: object, service: Service) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise invalid(name, "a number above 0 and at most 1", value)
     return float(value)
+
+
+def webhook_schema(service: Service) -> Schema:
+    hosts = "|".join(map(re.escape, service.jobs.webhook_hosts))
+    pattern = rf"^https://({hosts})(:443)?([/?#][!-~]*)?$"
+    return {"type": "string", "maxLength": LONGEST_URL, "pattern": pattern} if hosts else {"not": {}}
+
+
+@takes(webhook_schema)
+def webhook(name: str, value: object, service: Service) -> str:
+    """An https URL whose host the config names: no client chooses what this server connects to."""
+    hosts = service.jobs.webhook_hosts
+    if not hosts:
+        raise InvalidField(name, f"{name} is not supported here; leave it out.", "unsupported_parameter")
+    schema = webhook_schema(service)
+    # The authority is compared as it is written, so none has a user's name or a backslash in it.
+    if not isinstance(value, str) or len(value) > LONGEST_URL or not re.fullmatch(str(schema["pattern"]), value):
+        raise invalid(name, f"an https URL at {' or '.join(hosts)}", value)
+    return value
+
+
+@takes(lambda service: {"type": "boolean"} if service.jobs.database else {"const": False})
+def asynchronous(name: str, value: object, service: Service) -> bool:
+    if value is True and service.jobs.database is None:
+        raise InvalidField(name, f"{name} must be false: this service keeps no jobs.", "unsupported_value")
+    return bool(flag(name, value, service))
 
 
 @takes(lambda service: {"type": "boolean"})

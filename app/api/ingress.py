@@ -22,6 +22,11 @@ from app.api.edits import parse_edit
 from app.api.error_responses import HANDLERS
 from app.api.errors import ApiError
 from app.api.fields import model as check_model
+from app.api.jobs.routes import ROUTES as JOB_ROUTES
+from app.api.jobs.routes import JobRoutes
+from app.api.jobs.service import JobService
+from app.api.jobs.share import ConnectedMiddleware
+from app.api.jobs.worker import Serving
 from app.api.journey import Journey, StreamedJourney, Unary
 from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, Progress
 from app.api.openapi import document
@@ -31,7 +36,7 @@ from app.api.replica_calls import Items, Pending, answer_of, broadcast
 from app.api.replica_watch import ReplicaWatch
 from app.api.request_body import check_json, read_body
 from app.api.responses import image_response, images_response, json_response, model_object
-from app.api.retry_after import RetryAfter
+from app.api.retry_after import RetryAfter, work
 from app.api.settings import Service
 from app.api.sse import EventStream
 from app.api.stats import nodes, stats_of_all, total
@@ -52,6 +57,7 @@ ROUTES = {
     "GET /imagine?prompt=...": "one image, as image/png, image/webp or image/jpeg",
     "POST /v1/images/generations": "images as OpenAI's images API returns them",
     "POST /v1/images/edits": "the same, of images in the request",
+    **JOB_ROUTES,
     "GET /v1/models": "the model, its sizes, samplers, fields, limits and defaults",
     "GET /v1/models/{id}": "the same of the model with this id",
     "GET /v1/stats": "statistics of each replica, and their total",
@@ -77,6 +83,10 @@ class APIIngress:
         self.replica_watch = ReplicaWatch(partial(broadcast, replicas, "describe", BROADCAST_TIMEOUT_S))
         self.retry_after = RetryAfter()
         self.uploads = Uploads(service.limits)
+        self.job_service = None
+        if service.jobs.database is not None:
+            self.job_service = JobService(service.jobs, send=self.journey, serving=self.serving)
+        self.jobs = JobRoutes(self.job_service)
         self.logged: set[str] = set()
         self.started = int(time.time())
 
@@ -89,6 +99,7 @@ class APIIngress:
             imagine,
             Route("/v1/images/generations", self.generations, methods=["POST"]),
             Route("/v1/images/edits", self.edits, methods=["POST"]),
+            *self.jobs.routes(),
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),  # an id may have slashes, and they come decoded
             Route("/v1/stats", self.stats),
@@ -100,7 +111,11 @@ class APIIngress:
             Middleware(CorsMiddleware, origins=self.cors_origins),
             Middleware(AuthMiddleware, keys=self.api_keys, cors_origins=self.cors_origins),
         ]
-        app = Starlette(routes=routes, exception_handlers=HANDLERS, middleware=middleware)
+        service = self.job_service
+        if service:
+            middleware.append(Middleware(ConnectedMiddleware, share=service.share))
+        lifespan = (lambda app: service.running()) if service else None
+        app = Starlette(routes=routes, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
         app.router.redirect_slashes = False
         return app
 
@@ -132,10 +147,17 @@ class APIIngress:
         return await self.answer(http_request, *parsed)
 
     async def answer(self, http_request: Request, request: ImageRequest, service: Service) -> Response:
+        """A job, a stream, or the pictures in JSON or behind URLs."""
         count_images(http_request.scope, request.generation.n)
+        if self.jobs.takes(http_request, request):
+            return await self.jobs.accept(http_request, request, service.model)
         if request.stream:
             return await self.stream(request, service.model)
-        return images_response(await self.generate(request), request, service.model)
+        if request.response_format != "url":
+            return images_response(await self.generate(request), request, service.model)
+        await self.jobs.check_room()
+        images = await self.generate(request)
+        return images_response(images, request, service.model, await self.jobs.urls(http_request, request, images))
 
     async def models(self, http_request: Request) -> Response:
         """All models that run: two while a rollout replaces one by another."""
@@ -197,6 +219,16 @@ class APIIngress:
         self.record(request, answer)
         return answer
 
+    def journey(self, request: ImageRequest) -> StreamedJourney:
+        """Of a job, which is not counted as a client that waits."""
+        return StreamedJourney(request, self.send_stream)
+
+    async def serving(self) -> Serving:
+        """What jobs may be sent to. Where no replica runs, the first of them starts one."""
+        await self.replica_watch.descriptions(PATIENCE_S, BROADCAST_TIMEOUT_S)
+        models = {service.model for service in self.services()}
+        return Serving(models, max(1, len(self.replica_watch.current)))
+
     async def stream(self, request: ImageRequest, model: str) -> Response:
         """Begins the answer once the engine has accepted the request; until then an error can set the status."""
         journey = StreamedJourney(request, self.send_stream)
@@ -228,6 +260,8 @@ class APIIngress:
     def record(self, request: ImageRequest, images: Images) -> None:
         if "device_s" in images.timings:
             self.retry_after.finished(request.generation, images.timings["device_s"])
+            if self.job_service:
+                self.job_service.share.spent(work(request.generation), images.timings["device_s"], job=False)
 
     async def running(self) -> list[tuple[Service, Description]]:
         """The replicas that run, by their latest descriptions."""

@@ -37,6 +37,11 @@ class ImageRequest:
     stream: bool = False
     partial_images: int = 0  # previews to stream
     progress: bool = False  # whether to stream Progress
+    # Of what the ingress does with the answer; no replica reads these.
+    response_format: str | None = None  # b64_json or url; None: the client has not said
+    asynchronous: bool = False  # a job answers it
+    webhook_url: str | None = None  # of the job
+    seeded: bool = field(default=False, compare=False)  # whether the client has chosen the seed
     # Only of a request that another replica had before.
     age_s: float = 0.0  # since the ingress got it
     moved: bool = False  # its place is beyond the usual limits

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 from app.api.errors import ApiError
 from app.api.fields import (
     Check,
+    asynchronous,
     choice,
     flag,
     integer,
@@ -25,6 +26,7 @@ from app.api.fields import (
     shown,
     size,
     text,
+    webhook,
 )
 from app.api.messages import ImageRequest
 from app.api.settings import Service
@@ -52,6 +54,11 @@ def longest_prompt(service: Service) -> int:
     return service.limits.prompt_characters
 
 
+def response_formats(service: Service) -> tuple[str, ...]:
+    """A service without a database of jobs keeps no picture that a URL could point to."""
+    return ("b64_json",) if service.jobs.database is None else ("b64_json", "url")
+
+
 FIELDS: Mapping[str, Field] = {
     "prompt": Field(text(longest_prompt, empty=False), None),
     "negative_prompt": Field(text(longest_prompt), lambda service: ""),
@@ -76,8 +83,9 @@ FIELDS: Mapping[str, Field] = {
     "timeout": Field(seconds, lambda service: service.limits.timeout_s, numeric=True),
     "model": Field(model, lambda service: service.model, query=False),
     "n": Field(integer(lambda service: (1, service.limits.images)), lambda service: 1, numeric=True, query=False),
-    # No "url": no image is kept that a link could point to.
-    "response_format": Field(choice(lambda service: ("b64_json",)), lambda service: "b64_json", query=False),
+    "response_format": Field(choice(response_formats), lambda service: None, query=False),
+    "async": Field(asynchronous, lambda service: False, query=False),
+    "webhook_url": Field(webhook, lambda service: None, query=False),
     # The next two identify an end user and have no effect.
     "user": Field(text(longest_prompt), lambda service: "", query=False),
     "safety_identifier": Field(text(longest_prompt), lambda service: "", query=False),
@@ -174,6 +182,7 @@ def resolve(values: Mapping[str, object], service: Service, fields: Sequence[str
     if "quality" in values and "num_inference_steps" not in values:
         resolved["num_inference_steps"] = service.qualities.get(str(values["quality"]), resolved["num_inference_steps"])
     check_together(resolved, values)
+    check_job(resolved)
     width, height = resolved["size"]
     generation = Generation(
         prompt=resolved["prompt"],
@@ -195,6 +204,10 @@ def resolve(values: Mapping[str, object], service: Service, fields: Sequence[str
         stream=resolved["stream"],
         partial_images=resolved["partial_images"],
         progress=resolved["progress"],
+        response_format=resolved["response_format"],
+        asynchronous=resolved["async"],
+        webhook_url=resolved["webhook_url"],
+        seeded="seed" in values,
     )
 
 
@@ -209,6 +222,20 @@ def check_together(resolved: Mapping[str, Any], values: Mapping[str, object]) ->
             raise InvalidField(name, f"{name} needs stream to be true.")
     if resolved["stream"] and resolved["n"] > 1:  # OpenAI's events do not say which of several images they belong to
         raise InvalidField("n", f"n must be 1 where stream is true, got {resolved['n']}.")
+
+
+def check_job(resolved: Mapping[str, Any]) -> None:
+    """The rules about requests that are answered by a job, and about pictures by URL."""
+    if resolved["stream"] and resolved["response_format"] == "url":
+        raise InvalidField("response_format", "response_format must be b64_json where stream is true.")
+    if resolved["webhook_url"] and not resolved["async"]:
+        raise InvalidField("webhook_url", "webhook_url needs async to be true.")
+    if not resolved["async"]:
+        return
+    if resolved["stream"]:
+        raise InvalidField("stream", "stream must be false where async is true.")
+    if resolved["response_format"] == "b64_json":
+        raise InvalidField("response_format", "response_format must be url where async is true.")
 
 
 def check_neutral(name: str, value: object, service: Service) -> None:

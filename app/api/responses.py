@@ -3,6 +3,7 @@
 import base64
 import json
 import time
+from collections.abc import Sequence
 
 from starlette.responses import Response
 
@@ -23,12 +24,12 @@ def image_response(images: Images, request: ImageRequest) -> Response:
     return Response(images.encoded[0], media_type=f"image/{request.encoding.output_format}", headers=headers)
 
 
-def images_response(images: Images, request: ImageRequest, model: str) -> Response:
-    """OpenAI's object, and the facts and timings in it."""
-    data = [
-        {"b64_json": base64.b64encode(encoded).decode(), "seed": seed}
-        for encoded, seed in zip(images.encoded, images.seeds, strict=True)
+def images_response(images: Images, request: ImageRequest, model: str, urls: Sequence[str] = ()) -> Response:
+    """OpenAI's object, and the facts and timings in it. With `urls` of the images, these stand in place of them."""
+    contents = [{"url": url} for url in urls] or [
+        {"b64_json": base64.b64encode(file).decode()} for file in images.encoded
     ]
+    data = [{**content, "seed": seed} for content, seed in zip(contents, images.seeds, strict=True)]
     body = {
         "created": int(time.time()),
         "data": data,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from app.types import Capabilities, RequestDefaults
 
@@ -36,8 +36,32 @@ def origin(text: str) -> str:
     return text
 
 
+def base_url(text: str) -> str:
+    if not re.fullmatch(r"https?://[A-Za-z0-9.\-\[\]:]+(/[A-Za-z0-9._~-]+)*", text):
+        raise ValueError(
+            f"a base URL must be http:// or https://, a host and maybe a path, without a / at its end, got {text}."
+        )
+    return text
+
+
+def webhook_host(text: str) -> str:
+    if not re.fullmatch(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z][a-z0-9-]*(:[0-9]{1,5})?", text):
+        raise ValueError(
+            f"a host must be a name in lower case, such as hooks.example.com or hooks.example.com:8443, got {text}."
+        )
+    return text
+
+
+def no_repeats(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"a value must not stand twice, got {list(values)}.")
+    return values
+
+
 Alias = Annotated[str, Field(min_length=1, max_length=200)]
+BaseUrl = Annotated[str, AfterValidator(base_url)]
 Origin = Annotated[str, AfterValidator(origin)]
+WebhookHost = Annotated[str, AfterValidator(webhook_host)]
 Quality = Literal["low", "medium", "high", "hd"]
 
 
@@ -109,6 +133,54 @@ class Defaults(Settings):
         return RequestDefaults(**values), tuple(remarks)
 
 
+class Jobs(Settings):
+    """Requests that outlive their connection, and pictures behind URLs."""
+
+    database: str | None = Field(
+        default=".state/jobs.sqlite3",
+        description="a file on the head's own disk, relative to the repository; null: neither jobs nor URLs",
+    )
+    files: str = Field(
+        default=".state/files",
+        min_length=1,
+        description="where pictures lie: a folder, relative to the repository, or a URL of fsspec: gs://bucket/prefix",
+    )
+    base_url: BaseUrl | None = Field(
+        default=None, description="what the URLs of pictures begin with; null: the address that the client used"
+    )
+    keep_s: float = Field(
+        default=86400.0,
+        ge=60,
+        le=30 * 86400,
+        description="a job that has not ended this long after its request fails; one that has ended is deleted then",
+    )
+    url_keep_s: float = Field(
+        default=3600.0, ge=60, le=30 * 86400, description="how long a picture of response_format url is kept"
+    )
+    max_jobs: int = Field(default=10000, ge=1, le=1_000_000, description="most jobs that have not ended")
+    max_jobs_per_key: int = Field(default=1000, ge=1, le=1_000_000, description="the same of one API key")
+    max_bytes: int = Field(default=10 << 30, ge=1 << 20, description="most bytes of all files together")
+    attempts: int = Field(
+        default=10, ge=1, le=100, description="runs that may end in a lost replica or an error before a job fails"
+    )
+    at_once: int = Field(default=4, ge=1, le=1024, description="images of jobs that one replica draws at a time")
+    share: float = Field(
+        default=0.2, ge=0, lt=1, description="of the devices' time, for jobs, while somebody waits for an answer"
+    )
+    webhook_hosts: Annotated[tuple[WebhookHost, ...], AfterValidator(no_repeats)] = Field(
+        default=(), description="hosts that a request's webhook_url may name, such as hooks.example.com"
+    )
+    webhook_secret_file: str | None = Field(
+        default=None, description="file with the secret that signs webhooks, whsec_..., relative to the repository"
+    )
+
+    @model_validator(mode="after")
+    def webhooks_are_signed(self) -> "Jobs":
+        if self.webhook_hosts and self.webhook_secret_file is None:
+            raise ValueError("webhook_hosts needs a webhook_secret_file: every webhook is signed.")
+        return self
+
+
 class Encoding(Settings):
     """The file format of the images."""
 
@@ -128,6 +200,7 @@ class Service:
     encoding: Encoding = Encoding()
     aliases: tuple[str, ...] = ()  # other names that a request may give to the model
     qualities: Mapping[str, int] = field(default_factory=dict)  # num_inference_steps by OpenAI's `quality`
+    jobs: Jobs = Jobs(database=None)
     notes: tuple[str, ...] = ()  # sentences on where the defaults are not the checkpoint's own
     capabilities: Capabilities = Capabilities()  # of the replica
 

@@ -450,7 +450,8 @@ def test_the_index_names_every_route(client: TestClient, monkeypatch: pytest.Mon
     named = client.get("/").json()["routes"]
     for route in named:
         method, _, path = route.partition(" ")
-        assert client.request(method, path.replace("...", "a").replace("{id}", "tiny")).status_code in (200, 415)
+        answer = client.request(method, path.replace("...", "a").replace("{id}", "tiny"))
+        assert "There is no such route" not in answer.text
 
 
 async def no_replicas(replicas: Any, timeout_s: float) -> dict[str, Any]:
