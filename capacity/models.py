@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from app.diffusion.families.family import Family
+from app.diffusion.families.family import Family, without_encoder
 from app.diffusion.families.registry import recognise
 from app.diffusion.models.checkpoint_files import (
     INDEX,
@@ -26,13 +26,15 @@ from cluster import ROOT
 PRESETS = Path(__file__).parent / "presets"  # full-size architectures; {part: content of its configuration file}
 
 
-def shapes_of(model: str, dtype: Any) -> Checkpoint:
+def shapes_of(model: str, dtype: Any, *, image_encoder: bool = False) -> Checkpoint:
     """A checkpoint whose networks hold jax.ShapeDtypeStruct for weights.
 
     `model` is a folder in diffusers layout or one .safetensors file, of which only configurations and the header are
     read, or a preset's name with or without an owner: CompVis/stable-diffusion-v1-4. Raises ValueError for any other.
     """
     folder, family, schedule = architecture_of(model)
+    if not image_encoder:
+        family = without_encoder(family)
     networks = {part: nnx.eval_shape(build) for part, build in builders(family, dtype).items()}
     return Checkpoint(folder, family, networks, {}, schedule)
 

@@ -22,7 +22,7 @@ COST_SOURCES = [Path(__file__).parent / f"{name}.py" for name in COST_MODULES]
 
 def pipeline_of(spec: PipelineSpec, host: Host) -> Pipeline:
     """A pipeline whose programs can be compiled but not run. Raises ValueError for an invalid model or size."""
-    return Pipeline(shapes_of(spec.model, DTYPES[spec.dtype]), spec, devices=devices(host))
+    return Pipeline(shapes_of(spec.model, DTYPES[spec.dtype], image_encoder=spec.edits), spec, devices=devices(host))
 
 
 def shards_of(program: Program) -> int:

@@ -28,7 +28,7 @@ import transformers
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
-from tests import golden_flow, published, sampler_cases, tiny, tiny_flow
+from tests import edit_cases, golden_edits, golden_flow, published, sampler_cases, tiny, tiny_flow
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -434,6 +434,7 @@ MAKERS: dict[str, Callable[[], Arrays]] = {
     "tiny-lcm.npz": lcm,
     "flow_tensors.json": lambda: flow_tensors(golden_flow.tensor_tables()),
     **{f"{model}.npz": partial(golden_flow.networks, model) for model in tiny_flow.MODELS},
+    **{f"{model}-edits.npz": partial(golden_edits.edits, model, scheduler_for) for model in edit_cases.RUNS},
 }
 
 if __name__ == "__main__":

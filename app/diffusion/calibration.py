@@ -4,6 +4,7 @@ Runs on the host, by the verbs of a pipeline. Nothing here is part of a compiled
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,11 +12,12 @@ import jax
 import numpy as np
 
 from app.diffusion.timing import Timed, timed
-from app.types import ActiveSlot, DispatchCost, Size
+from app.types import ActiveSlot, Capabilities, DispatchCost, Edit, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 BUDGET_S = 2.0  # for timing, all sizes together, as it delays the start
+ENCODES = 3  # of an image, for timing
 PREVIEW_STEPS, PREVIEW_S = 10, 2.0  # steps of the images that the preview map is fitted to, and for how long at most
 
 
@@ -23,6 +25,7 @@ class Calibration(NamedTuple):
     step_s: dict[tuple[Size, int], float]  # seconds of a step by size and row bucket
     launch_s: dict[tuple[Size, int], float]  # what a dispatch adds to its steps, likewise
     decode_s: dict[tuple[Size, int], float]  # seconds of a decode by size and decode bucket
+    encode_image_s: dict[Size, float]  # seconds of an image's encode by size; empty where the server takes no images
     dispatch_cost: DispatchCost
     preview_maps: dict[Size, np.ndarray]  # float32 [C + 1, 3]
 
@@ -35,6 +38,7 @@ class Verbs(Protocol):
     decode_buckets: tuple[int, ...]
     num_slots: int
     max_steps: int
+    capabilities: Capabilities
 
     def encode(self, texts: Sequence[str]) -> list[Any]: ...
     def empty_state(self, size: Size) -> Any: ...
@@ -43,6 +47,7 @@ class Verbs(Protocol):
         self, state: Any, slot: int, prompt: Any, negative_prompt: Any, table: Any, guidance_scale: float, seed: int
     ) -> Any: ...
     def step(self, state: Any, active: Sequence[ActiveSlot], count: int = 1) -> Any: ...
+    def encode_image(self, edit: Edit, size: Size) -> Any: ...
     def decode(self, state: Any, slots: Sequence[int]) -> Any: ...
     def preview(self, state: Any, slot: int) -> Any: ...
     def export_slot(self, state: Any, slot: int) -> Any: ...
@@ -54,7 +59,7 @@ class Verbs(Protocol):
 def calibrate(pipeline: Verbs) -> Calibration:
     """Runs every program at least once."""
     step_s, launch_s, decode_s, costs = {}, {}, {}, []
-    preview_maps = {}
+    preview_maps, encode_image_s = {}, {}
     (text,) = pipeline.encode(["warm-up"])
     for size in pipeline.sizes:
         times = times_of(pipeline, size, text)
@@ -62,6 +67,8 @@ def calibrate(pipeline: Verbs) -> Calibration:
         launch_s.update({(size, rows): seconds for rows, seconds in times.launch_s.items()})
         decode_s.update({(size, images): seconds for images, seconds in times.decode_s.items()})
         costs.append(times.dispatch_cost)
+        if pipeline.capabilities.edits:
+            encode_image_s[size] = time_of_encode(pipeline, size)
         preview_maps[size] = preview_map(pipeline, size, text, times.step_s)
         logger.info(
             "warm %dx%d ms a launch + a step by rows: %s; a dispatch %s",
@@ -69,7 +76,17 @@ def calibrate(pipeline: Verbs) -> Calibration:
             ", ".join(f"{rows}: {1e3 * times.launch_s[rows]:.1f} + {1e3 * s:.1f}" for rows, s in times.step_s.items()),
             "blocks" if times.dispatch_cost.blocks else f"takes the host {1e3 * times.dispatch_cost.host_s:.2f} ms",
         )
-    return Calibration(step_s, launch_s, decode_s, max(costs), preview_maps)
+    return Calibration(step_s, launch_s, decode_s, encode_image_s, max(costs), preview_maps)
+
+
+def time_of_encode(pipeline: Verbs, size: Size) -> float:
+    """The quickest of a few runs after the first."""
+    edit, seconds = Edit(np.zeros((size[1], size[0], 3), np.uint8)), []
+    for _ in range(ENCODES):
+        began = time.perf_counter()
+        pipeline.wait(pipeline.encode_image(edit, size).mean)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
 
 
 def times_of(pipeline: Verbs, size: Size, text: Any) -> Timed:

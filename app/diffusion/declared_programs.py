@@ -18,11 +18,12 @@ from app.diffusion.device_programs import (
     export_program,
     import_program,
     insert_program,
-    modules_of,
     preview_program,
     step_program,
 )
+from app.diffusion.edit_programs import EditInputs, EditState, encode_image_program
 from app.diffusion.families.family import Family, Role
+from app.diffusion.networks import modules_of
 from app.diffusion.samplers.table import HISTORY, Coefficients
 from app.diffusion.sharding import row_sharding
 from app.types import PipelineSpec, Size
@@ -59,6 +60,7 @@ class Shapes:
         def shape(*shape: int, dtype: Any = jnp.float32) -> Any:
             return jax.ShapeDtypeStruct((self.spec.num_slots, *shape), dtype)
 
+        edit = EditState(shape(*latents), shape(height, width), shape(self.table_rows, 2)) if self.spec.edits else None
         texts = jax.tree.map(lambda x: shape(2, *x.shape, dtype=x.dtype), self.encoded)
         numbers = {name: shape(*x.shape, dtype=x.dtype) for name, x in self.numbers.items()}
         return DenoiseState(
@@ -71,11 +73,22 @@ class Shapes:
             timesteps=shape(self.table_rows),
             preview=shape(self.table_rows, 2),
             table=Coefficients(**{name: shape(self.table_rows) for name in "pqan"}, b=shape(self.table_rows, HISTORY)),
+            edit=edit,
         )
 
     def slot(self, size: Size) -> DenoiseState:
         """Likewise, what one slot holds."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.state(size))
+
+    def edit_inputs(self, size: Size) -> EditInputs:
+        """What `insert` takes of an image of this size."""
+        width, height = (side // self.family.pixels_per_latent for side in size)
+
+        def shape(*shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        mean = deviation = shape(height, width, self.family.latent_channels)
+        return EditInputs(mean, deviation, shape(height, width), shape(), shape(self.table_rows, 2))
 
 
 def loops_on_device(mesh: Mesh) -> bool:
@@ -140,7 +153,13 @@ def declared(
     for size in spec.sizes:
         label = f"{size[0]}x{size[1]}"
         state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.state(size))
-        programs.append(program(f"insert {label}", insert_program, state, *inserted, donate=(0,)))
+        edits = []
+        if spec.edits:
+            edits.append(jax.tree.map(lambda x: shape(*x.shape), shapes.edit_inputs(size)))
+            pixels = shape(*size[::-1], 3, dtype=jnp.uint8)
+            encode_image = partial(encode_image_program, family, decode)
+            programs.append(program(f"encode image {label}", encode_image, decoders, pixels))
+        programs.append(program(f"insert {label}", insert_program, state, *inserted, *edits, donate=(0,)))
         image = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.slot(size))
         programs.append(program(f"export {label}", export_program, state, number))
         programs.append(program(f"import {label}", import_program, state, number, image, donate=(0,)))
@@ -150,9 +169,9 @@ def declared(
             arguments = (denoisers, state, Rows(*indices), *counts)
             programs.append(program(f"step {label} rows {bucket}", step, *arguments, donate=(1,)))
         for bucket in spec.decode_buckets:
-            pixels = partial(decode_program, family, decode, row_sharding(mesh, bucket))
+            images = partial(decode_program, family, decode, row_sharding(mesh, bucket))
             slots = shape(bucket, dtype=jnp.int32)
-            programs.append(program(f"decode {label} images {bucket}", pixels, decoders, state.latents, slots))
+            programs.append(program(f"decode {label} images {bucket}", images, decoders, state.latents, slots))
         preview_map = shape(family.latent_channels + 1, 3)
         read = (preview_map, state.latents, state.history, state.preview, state.step, number)
         programs.append(program(f"preview {label}", partial(preview_program, size), *read))

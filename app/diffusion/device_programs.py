@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from app.diffusion.edit_programs import POSTERIOR, EditInputs, EditState, blended
 from app.diffusion.families.family import Family, Networks
+from app.diffusion.networks import modules_of
 from app.diffusion.samplers.table import Coefficients, update
 from app.diffusion.sharding import divided, passes_of, rows_at, strips_of, together_on
 from app.types import ActiveSlot, Size
@@ -31,6 +32,7 @@ class DenoiseState(NamedTuple):
     timesteps: jax.Array  # float32 [S, N]
     preview: jax.Array  # float32 [S, N, 2]
     table: Coefficients  # p, q, a, n float32 [S, N]; b float32 [S, N, HISTORY]
+    edit: EditState | None = None  # None: the server takes no images
 
 
 class Rows(NamedTuple):
@@ -56,15 +58,6 @@ def rows_of(active: Sequence[ActiveSlot], buckets: Sequence[int], padding: int) 
         rows.conditional[row : row + slot.rows] = [0, 1] if slot.guided else [1]
         row += slot.rows
     return rows
-
-
-def network_of(graph: Any, tree: Any, params: Sequence[jax.Array]) -> Any:
-    return nnx.merge(graph, jax.tree.unflatten(tree, params))
-
-
-def modules_of(networks: Networks, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`networks` makes a module of each component's params."""
-    return {part: networks[part](params[part]) for part in params}
 
 
 def encode_program(
@@ -103,12 +96,18 @@ def insert_program(
     timesteps: jax.Array,
     preview: jax.Array,
     table: Coefficients,
+    edit: EditInputs | None = None,
 ) -> DenoiseState:
-    """Starts an image in a slot, as noise that its seed alone decides."""
+    """Starts an image in a slot, as noise that its seed alone decides, and as a share of the image that it edits."""
     noise = slot_noise(seed, jnp.int32(0), state.latents.shape[1:])
+    latents, kept = initial_scale * noise, None
+    if edit is not None:
+        original = edit.mean + edit.deviation * slot_noise(seed, jnp.int32(POSTERIOR), noise.shape)
+        latents = edit.signal * original + latents
+        kept = EditState(original, edit.kept, edit.levels)
     conditioning = jax.tree.map(lambda *rows: jnp.stack(rows), uncond, cond)
     image = DenoiseState(
-        latents=initial_scale * noise,
+        latents=latents,
         history=jnp.zeros(state.history.shape[1:]),
         conditioning={**conditioning, **numbers} if numbers else conditioning,
         # As in diffusers, a scale of 1 or less means no guidance.
@@ -118,6 +117,7 @@ def insert_program(
         timesteps=timesteps,
         preview=preview,
         table=table,
+        edit=kept,
     )
     return jax.tree.map(lambda slots, value: slots.at[slot].set(value.astype(slots.dtype)), state, image)
 
@@ -149,6 +149,8 @@ def step_program(
     positions = jnp.arange(len(rows.slots))
     conditioning = jax.tree.map(lambda x: x[rows.owner, rows.conditional], active.conditioning)
     predict = divided(partial(predict_noise, family, networks, together_on(sharding)), sharding)
+    draw = jax.vmap(partial(slot_noise, shape=state.latents.shape[1:]))
+    put_back = partial(blended, active.edit, draw(active.seed, jnp.zeros_like(active.step))) if active.edit else None
     replicated = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(sharding.mesh, PartitionSpec()))
 
     def step(
@@ -159,9 +161,10 @@ def step_program(
         noise_pred = replicated(predict(params, latents[rows.owner], timesteps[rows.owner], conditioning))
         uncond, cond = noise_pred[rows.uncond], noise_pred[rows.cond]
         noise_pred = uncond + active.guidance_scale[:, None, None, None] * (cond - uncond)
-        fresh = jax.vmap(partial(slot_noise, shape=latents.shape[1:]))(active.seed, at + 1)
         coefficients = jax.tree.map(lambda x: x[positions, at], active.table)
-        latents, history = update(latents, noise_pred, history, fresh, coefficients)
+        latents, history = update(latents, noise_pred, history, draw(active.seed, at + 1), coefficients)
+        if put_back:
+            latents = put_back(latents, at)
         return latents, history, at + 1
 
     moving = (active.latents, active.history, active.step)

@@ -1,8 +1,24 @@
 """What the images of a request ask of a model, before anything runs on a device. Needs no JAX."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from app.diffusion.samplers import SamplerTable
 from app.types import Capabilities, Edit, Generation, InvalidField, Size
+
+
+@dataclass(frozen=True)
+class EncodedEdit:
+    """What a picture begins from: an image as its VAE knows it, and how much of it each step puts back."""
+
+    mean: Any  # float32 [h, w, C] on the device
+    deviation: Any  # float32 [h, w, C] on the device
+    kept: npt.NDArray[np.float32]  # [h, w]
+    pure_noise: bool  # nothing of the image is in the latents at the beginning
 
 
 def check_edit(generation: Generation, capabilities: Capabilities, sizes: Sequence[Size]) -> None:
@@ -27,6 +43,18 @@ def check_edit(generation: Generation, capabilities: Capabilities, sizes: Sequen
             "references", f"references must be at most {capabilities.references}, got {len(edit.references)}."
         )
     check_sizes_of(edit, (generation.width, generation.height), sizes)
+
+
+def resolved(edit: Edit | None, capabilities: Capabilities) -> Edit | None:
+    """With the model's own strength where the request names none. Reference images alone have none."""
+    if edit is None or edit.image is None or edit.strength is not None:
+        return edit
+    return replace(edit, strength=capabilities.strength if edit.mask is None else capabilities.mask_strength)
+
+
+def levels_after(table: SamplerTable) -> npt.NDArray[np.float32]:
+    """[N, 2]: the shares of image and noise after each row, which are those of the next; the last has no noise."""
+    return np.concatenate([table.levels[1:], np.array([[1, 0]], np.float32)])
 
 
 def check_sizes_of(edit: Edit, size: Size, sizes: Sequence[Size]) -> None:

@@ -1,5 +1,5 @@
-"""A checkpoint on the device and the verbs that the engine sees: `encode`, `insert`, `step`, `decode`, `preview`, and
-`export_slot` and `import_slot`, by which an image in progress goes to another pipeline.
+"""A checkpoint on the device and the verbs that the engine sees. By `export_slot` and `import_slot` an image in progress
+goes to another pipeline.
 
 Knows nothing of queues, requests, Ray or HTTP. Every shape is declared at load; `warmup` loads or compiles all of them,
 runs each and times it. Several chips hold the state and the weights each, and the rows of a step are divided among
@@ -32,14 +32,24 @@ from app.diffusion.declared_programs import (
     loops_on_device,
     part_of,
 )
-from app.diffusion.device_programs import DenoiseState, network_of, rows_of
-from app.diffusion.edits import check_edit
-from app.diffusion.families.family import Component, Role
+from app.diffusion.device_programs import DenoiseState, rows_of
+from app.diffusion.edit_programs import EditInputs
+from app.diffusion.edits import EncodedEdit, check_edit, levels_after, resolved
+from app.diffusion.families.family import Component, Family, Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
+from app.diffusion.networks import network_of
 from app.diffusion.packed_slot import ExportedSlot, unpack
-from app.diffusion.samplers import Coefficients, SamplerTable, default_sampler, departures, make_table, samplers_for
+from app.diffusion.samplers import (
+    Coefficients,
+    SamplerTable,
+    default_sampler,
+    departures,
+    make_table,
+    samplers_for,
+    skipped_steps,
+)
 from app.diffusion.sharding import mesh_of, placed, weight_sharding
-from app.types import ActiveSlot, Capabilities, DispatchCost, Generation, InvalidField, PipelineSpec, Size
+from app.types import ActiveSlot, Capabilities, DispatchCost, Edit, Generation, InvalidField, PipelineSpec, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -79,7 +89,7 @@ class Pipeline:
         self.notes = departures(self.schedule)
         self.request_defaults = family.defaults(self.schedule)
         self.request_fields = tuple(sorted(family.FIELDS))
-        self.capabilities = Capabilities()
+        self.capabilities = capabilities_of(family, spec)
         self.tokenizers = checkpoint.tokenizers
         self.mesh = mesh_of(jax.local_devices() if devices is None else devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -99,12 +109,14 @@ class Pipeline:
         self.shapes = Shapes(spec, family, encoded_shapes(family, networks, self.params))
         self.zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.encoded)
         self.programs = declared(self.shapes, networks, self.params, self.shardings, self.mesh)
+        self.blank: dict[Size, EditInputs] = {}  # on the device, by `warmup`
         self.run: Mapping[str, Callable[..., Any]] = {}
         # `warmup` measures these.
         self.step_s: dict[tuple[Size, int], float] = {}
         self.launch_s: dict[tuple[Size, int], float] = {}
         self.dispatch_cost = DispatchCost()
         self.decode_s: dict[tuple[Size, int], float] = {}
+        self.encode_image_s: dict[Size, float] = {}
         self.preview_maps = dict.fromkeys(self.sizes, np.zeros((family.latent_channels + 1, 3), np.float32))
 
     @classmethod
@@ -126,12 +138,14 @@ class Pipeline:
             variant=spec.variant,
             tokenizer=spec.tokenizer,
             dtype=DTYPES[spec.dtype],
+            image_encoder=spec.edits,
             place=place,
         )
         return cls(checkpoint, spec, devices=devices)
 
     def warmup(self) -> None:
         """Loads or compiles every declared program, runs each, and times those that the engine plans with."""
+        self.blank = {size: self.blank_edit(size) for size in self.sizes if self.spec.edits}
         facts = fingerprint(self.mesh.devices.flat)
         self.run = compiled(self.programs, folder=self.spec.programs, fingerprint=facts)
         try:
@@ -144,7 +158,10 @@ class Pipeline:
             self.calibrate()
 
     def calibrate(self) -> None:
-        self.step_s, self.launch_s, self.decode_s, self.dispatch_cost, self.preview_maps = calibrate(self)
+        measured = calibrate(self)
+        self.step_s, self.launch_s, self.decode_s = measured.step_s, measured.launch_s, measured.decode_s
+        self.encode_image_s, self.dispatch_cost = measured.encode_image_s, measured.dispatch_cost
+        self.preview_maps = measured.preview_maps
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Several texts go into a dispatch, but what a text becomes never depends on its neighbours."""
@@ -163,6 +180,16 @@ class Pipeline:
         empty = (not text for text in texts)
         return [Encoded(*text) for text in zip(encoded, truncated, empty, strict=True)]
 
+    def encode_image(self, edit: Edit, size: Size) -> EncodedEdit:
+        """What an edit of a picture of this size begins from. A dispatch for the image; all else waits for `insert`."""
+        assert edit.image is not None
+        mean, deviation = self.run[f"encode image {size[0]}x{size[1]}"](self.decoders, edit.image)
+        if edit.mask is None:
+            kept = np.zeros(mean.shape[:2], np.float32)
+        else:
+            kept = 1 - self.shapes.family.latent_mask(edit.mask)
+        return EncodedEdit(mean, deviation, kept, pure_noise=edit.mask is not None and edit.strength == 1)
+
     def insert(
         self,
         state: DenoiseState,
@@ -173,12 +200,21 @@ class Pipeline:
         guidance_scale: float,
         seed: int,
         fields: Mapping[str, Any] = MappingProxyType({}),
+        edit: EncodedEdit | None = None,
     ) -> DenoiseState:
-        """Starts an image in a slot, as noise that its seed alone decides. Consumes `state`.
+        """Starts an image in a slot, as noise that its seed alone decides, or from what `encode_image` made of another.
 
-        `fields` are values of the family's own request fields.
+        Consumes `state`. `fields` are values of the family's own request fields.
         """
-        family = self.shapes.family
+        family, edits = self.shapes.family, []
+        initial_scale = table.initial_scale
+        if self.spec.edits:
+            inputs = self.blank[self.size(state)]
+            if edit is not None:
+                signal, initial_scale = (0.0, initial_scale) if edit.pure_noise else table.levels[0]
+                levels = self.padded(levels_after(table))
+                inputs = EditInputs(edit.mean, edit.deviation, edit.kept, np.float32(signal), levels)
+            edits.append(inputs)
         zero = family.zero_negative and negative_prompt.empty
         return self.run[f"insert {self.label(state)}"](
             state,
@@ -188,10 +224,11 @@ class Pipeline:
             family.numbers(self.size(state), guidance_scale, fields),
             np.float32(guidance_scale),
             np.uint32(seed),
-            np.float32(table.initial_scale),
+            np.float32(initial_scale),
             self.padded(table.timesteps),
             self.padded(table.preview),
             Coefficients(*(self.padded(getattr(table, name)) for name in Coefficients._fields)),
+            *edits,
         )
 
     def step(self, state: DenoiseState, active: Sequence[ActiveSlot], count: int = 1) -> tuple[DenoiseState, jax.Array]:
@@ -241,6 +278,11 @@ class Pipeline:
         empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.state(size))
         return jax.device_put(empty, self.everywhere)
 
+    def blank_edit(self, size: Size) -> EditInputs:
+        """What `insert` takes of a picture that begins from noise alone."""
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.edit_inputs(size))
+        return jax.device_put(empty, self.everywhere)
+
     def check(self, generation: Generation) -> Generation:
         """The request as this checkpoint follows it. Raises InvalidField for one that it cannot follow."""
         family = self.shapes.family
@@ -249,10 +291,14 @@ class Pipeline:
         for name, _ in generation.fields:
             if name not in family.FIELDS:
                 raise InvalidField(name, f"{name} is not a field of this model; leave it out.", "unsupported_parameter")
-        return replace(generation, guidance_embedded=family.embeds_guidance)
+        edit = resolved(generation.edit, self.capabilities)
+        return replace(generation, edit=edit, guidance_embedded=family.embeds_guidance)
 
-    def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable:
-        """For images of a declared size, by default the first.
+    def table(
+        self, sampler: str | None, num_inference_steps: int, size: Size | None = None, strength: float | None = None
+    ) -> SamplerTable:
+        """For images of a declared size, by default the first. With a `strength` the steps that an edit leaves out are
+        not in it.
 
         Raises InvalidField where the sampler, or so many steps of it, does not suit this checkpoint.
         """
@@ -260,7 +306,8 @@ class Pipeline:
             message = f"num_inference_steps must be between 1 and {self.max_steps}, got {num_inference_steps}."
             raise InvalidField("num_inference_steps", message)
         image_tokens = self.shapes.family.image_tokens(size or self.sizes[0])
-        return make_table(sampler or self.default_sampler, num_inference_steps, self.schedule, image_tokens)
+        begin = 0 if strength is None else skipped_steps(strength, num_inference_steps, self.schedule)
+        return make_table(sampler or self.default_sampler, num_inference_steps, self.schedule, image_tokens, begin)
 
     def size(self, state: DenoiseState) -> Size:
         height, width = state.latents.shape[1:3]
@@ -277,6 +324,16 @@ class Pipeline:
         padded = np.zeros((self.shapes.table_rows, *rows.shape[1:]), np.float32)
         padded[: len(rows)] = rows
         return padded
+
+
+def capabilities_of(family: Family, spec: PipelineSpec) -> Capabilities:
+    """Raises ValueError where the config turns edits on that the model cannot make, or off where it makes no others."""
+    able = family.capabilities
+    if spec.edits and not able.edits:
+        raise ValueError(f"edits must be false for a {type(family).__name__}, which encodes no images, got true.")
+    if not spec.edits and not able.generations:
+        raise ValueError("edits must be true for this checkpoint, whose UNet only fills in masks, got false.")
+    return able if spec.edits else Capabilities()
 
 
 def check_platform() -> None:

@@ -14,7 +14,8 @@ from app.diffusion.families.registry import recognise
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.pipeline import Pipeline
 from app.types import ActiveSlot, Generation, InvalidField, PipelineSpec
-from tests import tiny_flow
+from tests import edit_cases, tiny_flow
+from tests.diffusion.edits import assert_edits_are_those_of_diffusers, recorded_noise
 from tests.diffusion.test_flow_models import golden
 
 FAMILIES: dict[str, Any] = {"tiny-klein": flux2_klein, "tiny-z-image": z_image}
@@ -35,18 +36,37 @@ def write(folder: Path, model: str, **options: Any) -> Path:
     return tiny_flow.write_checkpoint(folder, model, tiny_flow.tensor_tables()[model], **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", tiny_flow.MODELS)
-def test_whole_pictures_are_within_a_grey_level_of_diffusers(tmp_path: Path, model: str) -> None:
+@pytest.fixture(scope="module", params=tiny_flow.MODELS)
+def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Pipeline]:
+    """A model's name and its pipeline. Only the programs that the tests run are compiled."""
+    model: str = request.param
     height, width = tiny_flow.IMAGE_SIZES[model]
-    size = (width, height)
-    pipeline = Pipeline(
-        load_checkpoint(write(tmp_path, model)), PipelineSpec(model, sizes=(size,), batch_buckets=(1,), max_steps=4)
-    )
+    size, edits = (width, height), model in edit_cases.RUNS
+    spec = PipelineSpec(model, sizes=(size,), batch_buckets=(1,), max_steps=4, edits=edits)
+    pipeline = Pipeline(load_checkpoint(write(tmp_path_factory.mktemp(model), model)), spec)
+    if edits:
+        pipeline.blank = {size: pipeline.blank_edit(size)}
     needed = ("encode", "insert", "rows 2", "decode")
     programs = [program for program in pipeline.programs if any(name in program.name for name in needed)]
-    pipeline.run = compiled(programs, folder=None, fingerprint={})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        recorded_noise(monkeypatch, model)
+        pipeline.run = compiled(programs, folder=None, fingerprint={})
     pipeline.row_buckets = (2,)
+    return model, pipeline
+
+
+@pytest.mark.slow
+def test_edits_are_within_a_grey_level_of_diffusers(drawn: tuple[str, Pipeline]) -> None:
+    model, pipeline = drawn
+    if model in edit_cases.RUNS:
+        prompts, negatives = map(pipeline.encode, (tiny_flow.PROMPTS, tiny_flow.NEGATIVE_PROMPTS[model]))
+        assert_edits_are_those_of_diffusers(pipeline, model, prompts, negatives)
+
+
+@pytest.mark.slow
+def test_whole_pictures_are_within_a_grey_level_of_diffusers(drawn: tuple[str, Pipeline]) -> None:
+    model, pipeline = drawn
+    (size,) = pipeline.sizes
     prompts, negative_prompts = map(pipeline.encode, (tiny_flow.PROMPTS, tiny_flow.NEGATIVE_PROMPTS[model]))
     for steps, guidance_scale in tiny_flow.RUNS[model]:
         table = pipeline.table(None, steps, size)

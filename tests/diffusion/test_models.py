@@ -25,7 +25,8 @@ from app.diffusion.models.vae import VAE
 from app.diffusion.pipeline import Pipeline
 from app.diffusion.samplers import Schedule
 from app.types import ActiveSlot, PipelineSpec
-from tests import tiny
+from tests import edit_cases, tiny
+from tests.diffusion.edits import assert_edits_are_those_of_diffusers, recorded_noise
 from tests.published import CHECKPOINTS
 
 MODELS = ("tiny-sd1", "tiny-sd2")
@@ -122,14 +123,33 @@ def test_prompts_become_the_tokens_that_diffusers_gives_the_text_encoder(load: L
     assert tokens.truncated == (False, True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
-def test_whole_pictures_are_within_a_grey_level_of_diffusers(load: Load, model: str) -> None:
+@pytest.fixture(scope="module", params=MODELS)
+def drawn(request: pytest.FixtureRequest, load: Load) -> tuple[str, Pipeline]:
+    """A model's name and its pipeline."""
+    model: str = request.param
     height, width = tiny.IMAGE_SIZES[model]
-    size = (width, height)
-    checkpoint = load(model)
-    pipeline = Pipeline(checkpoint, PipelineSpec(model, sizes=(size,), batch_buckets=(2,), max_steps=8))
-    pipeline.warmup()
+    edits = model in edit_cases.RUNS
+    spec = PipelineSpec(model, sizes=((width, height),), batch_buckets=(2,), max_steps=8, edits=edits)
+    pipeline = Pipeline(load(model), spec)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if edits:
+            recorded_noise(monkeypatch, model)
+        pipeline.warmup()
+    return model, pipeline
+
+
+@pytest.mark.slow
+def test_edits_are_within_a_grey_level_of_diffusers(drawn: tuple[str, Pipeline]) -> None:
+    model, pipeline = drawn
+    if model in edit_cases.RUNS:
+        prompts, negatives = pipeline.encode(tiny.PROMPTS), pipeline.encode(tiny.NEGATIVE_PROMPTS)
+        assert_edits_are_those_of_diffusers(pipeline, model, prompts, negatives)
+
+
+@pytest.mark.slow
+def test_whole_pictures_are_within_a_grey_level_of_diffusers(drawn: tuple[str, Pipeline]) -> None:
+    model, pipeline = drawn
+    (size,) = pipeline.sizes
     prompts, negative_prompts = pipeline.encode(tiny.PROMPTS), pipeline.encode(tiny.NEGATIVE_PROMPTS)
     for sampler, steps, guidance_scale in tiny.RUNS[model]:
         table = pipeline.table(sampler, steps)

@@ -21,6 +21,7 @@ from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
 from app.types import ActiveSlot, Generation, PipelineSpec
 from tests import tiny
+from tests.diffusion.edits import assert_edits_are_those_of_diffusers, recorded_noise
 from tests.diffusion.test_models import golden, relative_error
 from tests.published import XL_CHECKPOINTS
 
@@ -33,10 +34,15 @@ SIZE = (WIDTH, HEIGHT)
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """Only the programs that the tests run are compiled."""
     folder = tiny.write_checkpoint(tmp_path_factory.mktemp(MODEL), MODEL, tiny.tensor_shapes()[MODEL])
-    spec = PipelineSpec(MODEL, sizes=(SIZE,), batch_buckets=(1,), max_steps=4)
+    spec = PipelineSpec(MODEL, sizes=(SIZE,), batch_buckets=(1,), max_steps=4, edits=True)
     pipeline = Pipeline(load_checkpoint(folder), spec)
-    wanted = ("encode", "insert 16x24", "step 16x24 rows 2", "decode 16x24 images 1")
-    pipeline.run = {program.name: program.lower().compile() for program in pipeline.programs if program.name in wanted}
+    pipeline.blank = {SIZE: pipeline.blank_edit(SIZE)}
+    wanted = ("encode", "encode image 16x24", "insert 16x24", "step 16x24 rows 2", "decode 16x24 images 1")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        recorded_noise(monkeypatch, MODEL)
+        pipeline.run = {
+            program.name: program.lower().compile() for program in pipeline.programs if program.name in wanted
+        }
     return pipeline
 
 
@@ -68,6 +74,14 @@ def test_whole_pictures_are_within_a_grey_level_of_diffusers(pipeline: Pipeline)
         ours = np.concatenate([pipeline.decode(state, [slot]) for slot in (0, 1)]).astype(int)
         apart = np.abs(ours - golden(MODEL)[f"picture {number}"])
         assert (apart <= 1).all(axis=-1).mean() >= 0.999, f"{sampler}: {apart.max()} grey levels apart"
+
+
+@pytest.mark.slow
+def test_edits_are_within_a_grey_level_of_diffusers(pipeline: Pipeline) -> None:
+    prompts, negatives = pipeline.encode(tiny.XL_PROMPTS), pipeline.encode(tiny.NEGATIVE_PROMPTS)
+    # Only a negative prompt that is left out is zeros. diffusers was given an empty one.
+    negatives = [replace(text, empty=False) for text in negatives]
+    assert_edits_are_those_of_diffusers(pipeline, MODEL, prompts, negatives)
 
 
 @pytest.mark.slow

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.diffusion.families.family import Component, FamilyDefaults, Json, TokenizerKind
+from app.diffusion.families.family import Array, Component, FamilyDefaults, Json, Networks, TokenizerKind
 from app.diffusion.models.config import PROJECTED, CLIPTextConfig, UNetConfig, VAEConfig
 from app.diffusion.models.flow_config import Qwen3Config
 from app.diffusion.models.flow_shapes import qwen3_tensors
 from app.diffusion.models.shapes import text_encoder_tensors, unet_tensors, vae_tensors
 from app.diffusion.samplers import FlowSchedule, Schedule
-from app.types import RequestDefaults
+from app.types import Capabilities, RequestDefaults
 
 
 def unet(config: UNetConfig, **options: Any) -> Any:
@@ -73,7 +73,7 @@ CHAT_TOKENIZER = TokenizerKind("Qwen2Tokenizer", chat_tokenizer, fixed_length=Fa
 THINKING_TOKENIZER = TokenizerKind("Qwen2Tokenizer", thinking_tokenizer, fixed_length=False)
 
 UNET = Component("UNet2DConditionModel", "denoise", UNetConfig.from_json, unet_tensors, unet)
-VAE = Component("AutoencoderKL", "decode", VAEConfig.from_json, vae_tensors, vae)
+VAE = Component("AutoencoderKL", "decode", VAEConfig.from_json, vae_tensors, vae, unread=VAEConfig.unread)
 CLIP_TEXT = Component(
     "CLIPTextModel", "encode", CLIPTextConfig.from_json, text_encoder_tensors, clip_text, stem="model"
 )
@@ -144,3 +144,11 @@ class UNetFamily(FamilyDefaults):
     @property
     def embeds_guidance(self) -> bool:
         return self.unet.guidance_features is not None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(edits=True, masks=True)
+
+    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
+        mean, deviation = networks["vae"].posterior(pixels)
+        return mean, deviation

@@ -5,7 +5,7 @@ the denoiser is called, and how latents relate to pixels. CONTRIBUTING.md says h
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from app.diffusion.models.shapes import Shape
 from app.diffusion.samplers import FlowSchedule, Schedule
-from app.types import Generation, RequestDefaults, Size
+from app.types import Capabilities, Generation, Mask, RequestDefaults, Size
 
 Array: TypeAlias = Any  # of JAX
 Networks: TypeAlias = Mapping[str, Any]  # component -> module
@@ -127,6 +127,20 @@ class Family(Protocol):
         """Whether the denoiser takes the guidance scale as a number, so that guidance costs no second row."""
         ...
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What a server of this checkpoint can make where its config turns edits on."""
+        ...
+
+    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
+        """Pixels [B, H, W, 3] in [-1, 1] -> float32 mean and deviation [B, h, w, C] of latents as the denoiser knows
+        them. It gets the networks that decode. Only where `capabilities` has edits."""
+        ...
+
+    def latent_mask(self, mask: Mask) -> npt.NDArray[np.float32]:
+        """[H, W], true where the image is redrawn -> [h, w], the share of the latents that is."""
+        ...
+
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
     ) -> Array:
@@ -136,6 +150,14 @@ class Family(Protocol):
     def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
         """Latents [B, h, w, C], as the denoiser knows them -> pixels [B, H, W, 3] around [-1, 1]."""
         ...
+
+
+def without_encoder(family: Family) -> Family:
+    """The family with a VAE that only decodes, for a server that takes no images."""
+    configs = {part: getattr(family, part) for part in family.COMPONENTS}
+    decoding = {part: replace(config, encoder=False) for part, config in configs.items() if hasattr(config, "encoder")}
+    changed: Family = replace(family, **decoding)  # type: ignore[type-var]
+    return changed
 
 
 class FamilyDefaults:
@@ -156,6 +178,18 @@ class FamilyDefaults:
         self, size: Size, guidance_scale: float, fields: Mapping[str, Any]
     ) -> dict[str, npt.NDArray[np.float32]]:
         return {}
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities()
+
+    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
+        raise NotImplementedError(f"{type(self).__name__} encodes no images.")
+
+    def latent_mask(self, mask: Mask) -> npt.NDArray[np.float32]:
+        """The pixel at the corner of each latent decides, as torch's interpolation to the nearest has it."""
+        side = self.pixels_per_latent  # type: ignore[attr-defined]
+        return mask[::side, ::side].astype(np.float32)
 
     @property
     def strip_rows(self) -> int:

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+
 from app.diffusion.families.components import CHAT_TOKENIZER, qwen3
 from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
 from app.diffusion.models.flow_config import Flux2Config, Flux2VAEConfig, Qwen3Config
 from app.diffusion.models.flow_shapes import flux2_tensors, flux2_vae_tensors
 from app.diffusion.samplers import FlowSchedule, Schedule
-from app.types import Generation, InvalidField, RequestDefaults, Size
+from app.types import Generation, InvalidField, Mask, RequestDefaults, Size
 
 HIDDEN_STATES = (9, 18, 27)
 TEXT_LENGTH = 512
@@ -32,7 +35,14 @@ class Flux2Klein(FamilyDefaults):
     PIPELINES: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
     COMPONENTS: ClassVar[Mapping[str, Component]] = {
         "transformer": Component("Flux2Transformer2DModel", "denoise", Flux2Config.from_json, flux2_tensors, flux2),
-        "vae": Component("AutoencoderKLFlux2", "decode", Flux2VAEConfig.from_json, flux2_vae_tensors, flux2_vae),
+        "vae": Component(
+            "AutoencoderKLFlux2",
+            "decode",
+            Flux2VAEConfig.from_json,
+            flux2_vae_tensors,
+            flux2_vae,
+            unread=Flux2VAEConfig.unread,
+        ),
         "text_encoder": qwen3(lambda: HIDDEN_STATES),
     }
     TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
@@ -105,6 +115,18 @@ class Flux2Klein(FamilyDefaults):
     def encode(self, networks: Networks, input_ids: Mapping[str, Array]) -> Conditioning:
         """Padding counts: the transformer attends to all of its tokens, as it was trained."""
         return {"prompt_embeds": networks["text_encoder"](input_ids["tokenizer"])}
+
+    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
+        mean, deviation = networks["vae"].posterior(pixels)
+        return mean, deviation
+
+    def latent_mask(self, mask: Mask) -> npt.NDArray[np.float32]:
+        """As torch's bilinear interpolation has it: the mean of the four pixels in the middle of each patch."""
+        side = self.pixels_per_latent
+        height, width = (length // side for length in mask.shape)
+        patches = mask.reshape(height, side, width, side)
+        middle = slice(side // 2 - 1, side // 2 + 1)
+        return patches[:, middle, :, middle].mean(axis=(1, 3), dtype=np.float32)
 
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int

@@ -4,7 +4,7 @@ SDXL-Turbo and the other distilled models of its architecture are of this family
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from app.diffusion.families.components import (
 from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig, mismatches
 from app.diffusion.samplers import FlowSchedule, Schedule
-from app.types import RequestDefaults, Size
+from app.types import Capabilities, RequestDefaults, Size
 
 SIZE_NUMBERS = 6  # height and width of the original, top and left of the crop, height and width of the target
 
@@ -97,6 +97,11 @@ class StableDiffusionXL(UNetFamily):
         defaults = {"original_size": whole, "crops_coords_top_left": (0, 0), "target_size": whole}
         time_ids = np.array([fields.get(name) or default for name, default in defaults.items()], np.float32).reshape(-1)
         return {"time_ids": np.stack([time_ids] * 2), **guidance_numbers(self.unet, guidance_scale)}
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """With the strengths of StableDiffusionXLImg2ImgPipeline and StableDiffusionXLInpaintPipeline."""
+        return replace(super().capabilities, strength=0.3, mask_strength=0.9999)
 
     @property
     def zero_negative(self) -> bool:

@@ -10,7 +10,7 @@ from app.diffusion.models.config import VAEConfig
 from app.diffusion.models.flow_config import Qwen3Config, ZImageConfig
 from app.diffusion.models.flow_shapes import z_image_tensors
 from app.diffusion.samplers import FlowSchedule, Schedule
-from app.types import RequestDefaults, Size
+from app.types import Capabilities, RequestDefaults, Size
 
 HIDDEN_STATES = (-2,)
 TEXT_LENGTH = 512  # a multiple of 32
@@ -91,6 +91,15 @@ class ZImage(FamilyDefaults):
     def encode(self, networks: Networks, input_ids: Mapping[str, Array]) -> Conditioning:
         ids = input_ids["tokenizer"]
         return {"prompt_embeds": networks["text_encoder"](ids), "length": (ids >= 0).sum(axis=1)}
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """With the strengths of ZImageImg2ImgPipeline and ZImageInpaintPipeline."""
+        return Capabilities(edits=True, masks=True, strength=0.6)
+
+    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
+        mean, deviation = networks["vae"].posterior(pixels)
+        return mean, deviation
 
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int

@@ -136,6 +136,11 @@ class VAEConfig:
     mid_block_add_attention: bool
     use_quant_conv: bool
     use_post_quant_conv: bool
+    encoder: bool = dataclasses.field(default=True, kw_only=True)  # False: the network only decodes
+
+    def unread(self, tensor: str) -> bool:
+        """Whether a tensor of the checkpoint belongs to the encoder of a network that has none."""
+        return not self.encoder and tensor.startswith(("encoder.", "quant_conv."))
 
     @property
     def scale_factor(self) -> int:

@@ -23,11 +23,28 @@ class Flux2VAE(VAE):
         self.epsilon = config.batch_norm_eps
         self.bn = Statistics(config.patch_channels)
 
+    def posterior(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Pixels [B, 16 * h, 16 * w, 3] in [-1, 1] -> mean [B, h, w, 4 * C] of latents as the denoiser knows them.
+
+        The deviation is zero: FLUX.2's pipelines take the mean of the posterior.
+        """
+        mean, _ = self.encode(pixels)
+        deviation = jnp.sqrt(self.bn.running_var[...] + self.epsilon)[None, None, None]
+        latents = (to_patches(mean).astype(jnp.float32) - self.bn.running_mean[...][None, None, None]) / deviation
+        return latents, jnp.zeros_like(latents)
+
     def decode(self, latents: jax.Array, *, strips: int = 1) -> jax.Array:
         """Latents [B, h, w, 4 * C] as the denoiser knows them -> pixels [B, 16 * h, 16 * w, 3] around [-1, 1]."""
         deviation = jnp.sqrt(self.bn.running_var[...] + self.epsilon)
         latents = latents * deviation[None, None, None] + self.bn.running_mean[...][None, None, None]
         return super().decode(from_patches(latents), strips=strips)
+
+
+def to_patches(x: jax.Array) -> jax.Array:
+    """[B, 2 * h, 2 * w, C] -> [B, h, w, 4 * C], channels outermost."""
+    rows, height, width, channels = x.shape
+    x = x.reshape(rows, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(rows, height // 2, width // 2, 4 * channels)
 
 
 def from_patches(x: jax.Array) -> jax.Array:

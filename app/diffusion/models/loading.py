@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from app.diffusion.families.family import Component, Family
+from app.diffusion.families.family import Component, Family, without_encoder
 from app.diffusion.models import hub_files
 from app.diffusion.models.checkpoint_files import CheckpointFiles, read_file, read_folder
 from app.diffusion.models.tensor_names import squeezed
@@ -49,13 +49,16 @@ def load_checkpoint(
     variant: str | None = None,
     tokenizer: str | Path | None = None,
     dtype: Any = jnp.float32,
+    image_encoder: bool = True,
     place: Callable[[Component, np.ndarray], jax.Array] | None = None,
 ) -> Checkpoint:
     """Loads a folder in diffusers layout, one .safetensors file, or a Hugging Face repo id, with networks in `dtype`.
 
     `tokenizer` is a folder or a repo id, which one file needs. Raises ValueError with every problem: a missing file,
     class, tensor or option, a wrong shape, a surplus tensor, a number that is not finite, or a tokenizer that does not
-    fit. Weights are read tensor by tensor, and `place` puts each on its devices; by default it goes to the first.
+    fit. Without `image_encoder` the VAE only decodes.
+
+    Weights are read tensor by tensor, and `place` puts each on its devices; by default it goes to the first.
     """
     problems: list[str] = []
     files, path, unreachable = find_checkpoint(model, revision, variant, tokenizer, problems)
@@ -68,6 +71,8 @@ def load_checkpoint(
         raise ValueError(refusal(path, problems, unreachable))
     for remark in remarks:
         logger.info(remark)
+    if not image_encoder:
+        family = without_encoder(family)
 
     tokenizers = {name: tokenizer_of(files, name, length) for name, length in family.text_lengths.items()}
     for name, part in files.kind.TOKENIZERS.items():

@@ -158,9 +158,10 @@ class VAE(nnx.Module):
     def __init__(self, config: VAEConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+        if config.encoder:
+            self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
-        if config.use_quant_conv:
+        if config.encoder and config.use_quant_conv:
             self.quant_conv = conv(2 * config.latent_channels, 2 * config.latent_channels, 1, dtype=dtype, rngs=rngs)
         if config.use_post_quant_conv:
             self.post_quant_conv = conv(config.latent_channels, config.latent_channels, 1, dtype=dtype, rngs=rngs)
@@ -172,6 +173,12 @@ class VAE(nnx.Module):
             x = self.quant_conv(x)
         mean, log_variance = jnp.split(x, 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def posterior(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Pixels [B, H, W, 3] in [-1, 1] -> float32 mean and deviation [B, h, w, C] of scaled latents."""
+        mean, log_variance = (x.astype(jnp.float32) for x in self.encode(pixels))
+        scaling_factor = self.config.scaling_factor
+        return (mean - self.config.shift_factor) * scaling_factor, jnp.exp(log_variance / 2) * scaling_factor
 
     def decode(self, latents: jax.Array, *, strips: int = 1) -> jax.Array:
         """Scaled latents [B, h, w, C], as the denoiser knows them -> pixels [B, H, W, 3] around [-1, 1].

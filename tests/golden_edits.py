@@ -1,0 +1,75 @@
+"""What make_golden.py makes of pictures that begin from others: whole runs of diffusers' pipelines, with our noise."""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.models.autoencoders import vae
+from PIL import Image
+
+from tests import edit_cases, tiny, tiny_flow
+from tests.edit_cases import EditRun
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+PIPELINES = {
+    "tiny-sd1": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    "tiny-sdxl": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    "tiny-z-image": ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+}
+
+
+def edits(model: str, scheduler_for: Callable[[str, dict[str, Any]], Any]) -> Arrays:
+    answers = {}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        if model in tiny_flow.MODELS:
+            tiny_flow.write_checkpoint(Path(folder), model, tiny_flow.tensor_tables()[model])
+        else:
+            tiny.write_checkpoint(Path(folder), model, tiny.tensor_shapes()[model])
+        loaded, *editors = (getattr(diffusers, name) for name in PIPELINES[model])
+        components = loaded.from_pretrained(folder).components
+        known = dict(components["scheduler"].config)
+        for run in edit_cases.RUNS[model]:
+            scheduler = components["scheduler"] if run.sampler is None else scheduler_for(run.sampler, known)
+            pipe = editors[run.masked](**components | {"scheduler": scheduler})
+            pipe.set_progress_bar_config(disable=True)
+            pixels = drawn(pipe, model, run)
+            answers[str(run)] = (pixels * 255).round().astype(np.uint8)
+    return answers
+
+
+def drawn(pipe: Any, model: str, run: EditRun) -> Any:
+    height, width = edit_cases.SIZES[model]
+    initial, outside, posterior = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in edit_cases.noises(model))
+    options: dict[str, Any] = {"height": height, "width": width} if run.masked or model in tiny_flow.MODELS else {}
+    if model in tiny_flow.MODELS:
+        options["max_sequence_length"] = tiny_flow.TEXT_LENGTH
+        prompts, negative_prompts = tiny_flow.PROMPTS, tiny_flow.NEGATIVE_PROMPTS[model]
+    else:
+        prompts = tiny.XL_PROMPTS if model == "tiny-sdxl" else tiny.PROMPTS
+        negative_prompts = tiny.NEGATIVE_PROMPTS
+    images = [Image.fromarray(image) for image in edit_cases.images(model)]
+    if run.masked:
+        options["mask_image"] = [Image.fromarray(edit_cases.mask(model).astype(np.uint8) * 255)] * 2
+    posteriors = iter([posterior, outside])
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(vae, "randn_tensor", lambda *_, **__: next(posteriors)))
+        stack.enter_context(patch.object(sys.modules[type(pipe).__module__], "randn_tensor", lambda *_, **__: initial))
+        return pipe(
+            prompt=list(prompts),
+            negative_prompt=list(negative_prompts),
+            image=images,
+            strength=run.strength,
+            num_inference_steps=run.steps,
+            # ZImagePipeline counts guidance from 0.
+            guidance_scale=run.guidance_scale - (model == "tiny-z-image"),
+            output_type="np",
+            **options,
+        ).images
