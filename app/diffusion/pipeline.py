@@ -1,5 +1,4 @@
-"""A checkpoint on the device and the verbs that the engine sees. By `export_slot` and `import_slot` an image in progress
-goes to another pipeline.
+"""A checkpoint on the device and the verbs that the engine sees.
 
 Knows nothing of queues, requests, Ray or HTTP. Every shape is declared at load; `warmup` loads or compiles all of them,
 runs each and times it. Several chips hold the state and the weights each, and the rows of a step are divided among
