@@ -8,7 +8,7 @@ import asyncio
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from app.api.ingress import APIIngress
 from app.api.settings import Defaults, Limits, Service
 from app.engine.virtual import Pixels, RealClock, SlotState, State, VirtualPipeline
 from app.serving.replica import StableDiffusion
-from app.types import PipelineSpec, RequestDefaults, Size
+from app.types import Capabilities, Edit, Generation, PipelineSpec, RequestDefaults, Size
 
 SIZES: tuple[Size, ...] = ((256, 256), (320, 192), (192, 320))
 NAMES = tuple(f"{width}x{height}" for width, height in SIZES)
@@ -53,10 +53,15 @@ def landscape(seed: int, size: Size, progress: float) -> np.ndarray:
 class Painting(Pixels):
     images: tuple[SlotState, ...] = ()
 
+    edits: Mapping[int, Edit] = field(default_factory=dict)  # by seed
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         pixels = super().__array__()
         for place, image in zip(pixels, self.images, strict=False):
             place[:] = landscape(image.seed, self.size, image.taken / image.steps)
+            edit = self.edits.get(image.seed)
+            if edit and edit.image is not None and edit.mask is not None:
+                place[~edit.mask] = edit.image[~edit.mask]
         return pixels
 
 
@@ -67,11 +72,13 @@ class Studio(VirtualPipeline):
     notes = ()
     request_defaults = RequestDefaults()
     request_fields = ()
+    capabilities = Capabilities(edits=True, masks=True)
 
     def __init__(self, step_s: float) -> None:
         steps = {(size, rows): step_s * rows / 2 for size in SIZES for rows in (1, 2, 4)}
         decodes = {(size, images): 0.01 * images for size in SIZES for images in (1, 2)}
         super().__init__(steps, decodes, num_slots=4, clock=RealClock())
+        self.edits: dict[int, Edit] = {}  # by seed
 
     @classmethod
     def load(cls, spec: PipelineSpec) -> "Studio":
@@ -79,6 +86,12 @@ class Studio(VirtualPipeline):
 
     def warmup(self) -> None:
         """Nothing is compiled."""
+
+    def check(self, generation: Generation) -> Generation:
+        """The engine hands an edit's arrays to the device. What this device paints follows them from here."""
+        if generation.edit:
+            self.edits[generation.seed] = generation.edit
+        return generation
 
     def _pixels(
         self,
@@ -90,7 +103,7 @@ class Studio(VirtualPipeline):
         seconds: float,
     ) -> Pixels:
         pixels = super()._pixels(verb, state, slots, images, bucket, seconds)
-        return Painting(**vars(pixels), images=tuple(images))
+        return Painting(**vars(pixels), images=tuple(images), edits=self.edits)
 
 
 class NoCompiles:

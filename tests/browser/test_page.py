@@ -190,6 +190,50 @@ def test_the_code_that_is_shown_draws_the_same_picture(opened: Open, server: Ser
     assert Image.open(BytesIO(file)).text["prompt"] == page.input_value("#prompt")  # type: ignore[attr-defined]
 
 
+def stripes() -> np.ndarray:
+    image = np.zeros((256, 256, 3), np.uint8)
+    image[:, ::8] = [250, 120, 10]
+    return image
+
+
+def test_a_mask_that_is_painted_leaves_the_rest_of_the_image_as_it_is(
+    opened: Open, server: Server, tmp_path: Path
+) -> None:
+    Image.fromarray(stripes()).save(tmp_path / "stripes.png")
+    page = ready(opened(server))
+    page.set_input_files("#image", tmp_path / "stripes.png")
+    expect(page.locator("#strength")).to_have_value("0.8")
+    box = page.locator("#mask-canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 4)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 4, steps=4)
+    page.mouse.up()
+    expect(page.locator("#strength")).to_have_value("1")
+    draw(page, "a sun", seed=31, num_inference_steps=4)
+    expect(page.locator(DONE)).to_have_count(1)
+    (picture,) = page.evaluate(KEPT)
+    edited, painted = pixels(base64.b64decode(picture["file"])), landscape(31, (256, 256), 1.0)
+    redrawn = (edited == painted).all(axis=-1)
+    kept = (edited == stripes()).all(axis=-1)
+    assert (redrawn | kept).all() and not redrawn[128:].any()
+    assert redrawn[64, 64:128].all() and 0.05 < redrawn.mean() < 0.3
+
+
+def test_a_mask_can_be_painted_erased_and_undone_by_keyboard(opened: Open, server: Server, tmp_path: Path) -> None:
+    Image.fromarray(stripes()).save(tmp_path / "stripes.png")
+    page = ready(opened(server))
+    page.set_input_files("#image", tmp_path / "stripes.png")
+    expect(page.locator("#image-set")).to_be_visible()
+    page.focus("#mask-canvas")
+    painted = "document.getElementById('mask-save').hidden === false"
+    for keys, has_paint in [(["Space"], True), (["Control+z"], False), (["Shift+ArrowRight", "ArrowDown"], True)]:
+        for key in keys:
+            page.keyboard.press(key)
+        assert page.evaluate(painted) == has_paint
+    page.get_by_role("button", name="Clear", exact=True).click()
+    assert not page.evaluate(painted)
+
+
 def test_operations_shows_replicas_nodes_and_what_runs(opened: Open, quick: Server) -> None:
     quick.slow_down(20)
     page = ready(opened(quick))

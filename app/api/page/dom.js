@@ -50,6 +50,13 @@ export function announce(text) {
   $("announcer").textContent = text;
 }
 
+/** Hands a file to the browser's downloads. */
+export function save(blob, name) {
+  const url = URL.createObjectURL(blob);
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
 /** Such as "0.8 s", "12 s", "3 min". */
 export function duration(seconds) {
   if (seconds < 0.95) return `${Math.max(0.1, seconds).toFixed(1)} s`;

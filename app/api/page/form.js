@@ -59,7 +59,6 @@ export function offer(offered, models) {
     guidance_scale: model.defaults.guidance_scale,
     sampler: model.defaults.sampler,
     size: model.defaults.size,
-    strength: model.capabilities?.strength ?? 0.8,
     n: 1,
     ...known(before),
     model: model.id,
@@ -86,7 +85,7 @@ export function read() {
     sampler: $("sampler").value || undefined,
     seed: number("seed"),
     model: $("model-field").hidden ? undefined : $("model").value,
-    strength: imageIn.image() ? number("strength") : undefined,
+    strength: imageIn.image() && !$("strength-field").hidden ? number("strength") : undefined,
   };
   return JSON.parse(JSON.stringify(fields)); // without the undefined ones
 }

@@ -1,14 +1,15 @@
 // The image that a request begins from, and the mask that is painted on it, by pointer or by keyboard.
 
-import { $, announce } from "./dom.js";
+import { $, announce, save } from "./dom.js";
 
 const LARGEST = 1536; // pixels along a side: larger images are made smaller before they are sent
 const MOST_UNDO = 20;
 const PAINT = "#7c6cf0";
+const READ = { willReadFrequently: true }; // whether there is paint, and what an undo brings back
 
 let picture = null; // {name, blob} of the image as it is sent
+let offered = {}; // the model's capabilities
 let painted = false;
-let masks = false;
 let erasing = false;
 let undo = [];
 let cursor = null; // of the keyboard, in the mask's pixels
@@ -19,6 +20,7 @@ export function start(whenChanged) {
   $("image").addEventListener("change", () => take($("image").files[0]));
   $("image-remove").addEventListener("click", remove);
   $("mask-clear").addEventListener("click", () => paintOver(() => clearMask()));
+  $("mask-save").addEventListener("click", async () => save(await mask(), "mask.png"));
   $("mask-undo").addEventListener("click", undoLast);
   $("mask-erase").addEventListener("click", () => {
     erasing = !erasing;
@@ -42,10 +44,12 @@ export function start(whenChanged) {
 
 /** Shows the controls where the model can begin from an image, and the mask where it takes one. */
 export function offer(capabilities) {
-  masks = Boolean(capabilities.masks);
-  $("image-in").hidden = !capabilities.edits;
-  if (!capabilities.edits) remove();
-  for (const id of ["mask-tools", "mask-hint", "mask-canvas"]) $(id).hidden = !masks;
+  offered = capabilities;
+  const takesImages = Boolean(offered.edits || offered.references);
+  $("image-in").hidden = !takesImages;
+  if (!takesImages && picture) remove();
+  for (const id of ["mask-tools", "mask-hint", "mask-canvas"]) $(id).hidden = !offered.masks;
+  $("strength-field").hidden = !offered.edits;
 }
 
 export const image = () => picture;
@@ -81,7 +85,9 @@ export async function take(file, name = file?.name ?? "image.png") {
   const blob = await new Promise((resolve) => $("image-canvas").toBlob(resolve, "image/png"));
   picture = { name: `${name.replace(/\.[^.]*$/, "")}.png`, blob };
   [undo, cursor, painted] = [[], null, false];
+  $("mask-save").hidden = true;
   $("image-error").hidden = true;
+  setStrength(offered.strength);
   show();
   changed(width, height);
 }
@@ -111,45 +117,59 @@ function brushSize() {
 }
 
 function stroke(from, to) {
-  const context = $("mask-canvas").getContext("2d");
+  const context = $("mask-canvas").getContext("2d", READ);
   context.globalCompositeOperation = erasing ? "destination-out" : "source-over";
-  Object.assign(context, { strokeStyle: PAINT, lineWidth: brushSize(), lineCap: "round", lineJoin: "round" });
+  Object.assign(context, { strokeStyle: PAINT, fillStyle: PAINT, lineWidth: brushSize(), lineCap: "round" });
   context.beginPath();
   context.moveTo(...from);
   context.lineTo(...to);
   context.stroke();
+  context.beginPath(); // a line without a length draws nothing
+  context.arc(...to, brushSize() / 2, 0, 2 * Math.PI);
+  context.fill();
 }
 
 function clearMask() {
   const canvas = $("mask-canvas");
-  canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+  canvas.getContext("2d", READ).clearRect(0, 0, canvas.width, canvas.height);
 }
 
 /** Changes the mask so that it can be undone. */
 function paintOver(change) {
   remember();
   change();
-  painted = hasPaint();
+  paintChanged();
+}
+
+/** With a mask the model's own strength is another than without. */
+function paintChanged() {
+  const [before, now] = [painted, hasPaint()];
+  painted = now;
+  $("mask-save").hidden = !now;
+  if (before !== now) setStrength(now ? offered.mask_strength : offered.strength);
   changed();
+}
+
+function setStrength(value) {
+  for (const id of ["strength", "strength-range"]) $(id).value = value ?? 0.8;
 }
 
 function remember() {
   const canvas = $("mask-canvas");
-  undo.push(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height));
+  undo.push(canvas.getContext("2d", READ).getImageData(0, 0, canvas.width, canvas.height));
   if (undo.length > MOST_UNDO) undo.shift();
 }
 
 function undoLast() {
   const before = undo.pop();
   if (!before) return;
-  $("mask-canvas").getContext("2d").putImageData(before, 0, 0);
-  painted = hasPaint();
-  changed();
+  $("mask-canvas").getContext("2d", READ).putImageData(before, 0, 0);
+  paintChanged();
 }
 
 function hasPaint() {
   const canvas = $("mask-canvas");
-  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const { data } = canvas.getContext("2d", READ).getImageData(0, 0, canvas.width, canvas.height);
   for (let i = 3; i < data.length; i += 4) if (data[i]) return true;
   return false;
 }
@@ -180,8 +200,7 @@ function paintByPointer(canvas) {
     canvas.addEventListener(name, () => {
       if (!last) return;
       last = null;
-      painted = hasPaint();
-      changed();
+      paintChanged();
     });
   }
 }

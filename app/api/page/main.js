@@ -1,7 +1,7 @@
 // Starts the page: the model and its form, what is sent, both views, the key's dialog, and the colours.
 
 import * as api from "./api.js";
-import { $, el, icon } from "./dom.js";
+import { $, el, icon, save } from "./dom.js";
 import { estimate } from "./estimate.js";
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
@@ -78,11 +78,7 @@ function reuse({ fields }) {
   $("prompt").scrollIntoView({ block: "center" });
 }
 
-function download(picture) {
-  const url = URL.createObjectURL(picture.blob);
-  el("a", { href: url, download: gallery.file(picture) }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10_000);
-}
+const download = (picture) => save(picture.blob, gallery.file(picture));
 
 async function beginFrom(picture) {
   await imageIn.take(picture.blob, gallery.file(picture));
