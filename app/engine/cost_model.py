@@ -3,6 +3,7 @@
 Knows nothing of requests, threads or clocks.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping
 
 WEIGHT = 0.2  # of a new measurement
@@ -24,43 +25,50 @@ class StepCost:
         self._latest: dict[int, int] = {}  # the number of the latest dispatch, by bucket
         self._dispatches = 0
         self._pace = 1.0
+        self._buckets = list(self._step_s)
+        self.largest_bucket = self._buckets[-1]
+        self._correct()
 
-    @property
-    def largest_bucket(self) -> int:
-        return max(self._step_s)
+    def _correct(self) -> None:
+        """Works out once what the scheduler asks for many times in a turn."""
+        self._corrected_s = {rows: self._step_s[rows] * self._correction(rows) for rows in self._buckets}
+        self._row_s = min(seconds / rows for rows, seconds in self._corrected_s.items())
+
+    def _correction(self, bucket: int) -> float:
+        return self._corrections.get(bucket, self._pace)
 
     def bucket(self, rows: int) -> int:
         """The smallest bucket that holds `rows`."""
-        return next(bucket for bucket in self._step_s if bucket >= rows)
+        return self._buckets[bisect_left(self._buckets, rows)]
 
     def step_s(self, rows: int) -> float:
-        bucket = self.bucket(rows)
-        return self._step_s[bucket] * self._corrections.get(bucket, self._pace)
+        return self._corrected_s[self.bucket(rows)]
 
     def launch_s(self, rows: int) -> float:
         """What a dispatch takes beside its steps."""
         bucket = self.bucket(rows)
-        return self._launch_s[bucket] * self._corrections.get(bucket, self._pace)
+        return self._launch_s[bucket] * self._correction(bucket)
 
     def dispatch_s(self, rows: int, count: int) -> float:
         return self.launch_s(rows) + count * self.step_s(rows)
 
     def row_s(self) -> float:
         """Device-seconds of a row where buckets are full."""
-        return min(self.step_s(rows) / rows for rows in self._step_s)
+        return self._row_s
 
     def observe(self, bucket: int, count: int, seconds: float) -> None:
         """Corrects a bucket by a dispatch that took `seconds`."""
         ratio = seconds / self.dispatch_s(bucket, count)
         ratio = min(max(ratio, 0.1), 10.0)  # one hiccup must not turn the order upside down
-        corrections = self._corrections | {bucket: self._corrections.get(bucket, self._pace) * ratio**WEIGHT}
+        corrections = self._corrections | {bucket: self._correction(bucket) * ratio**WEIGHT}
         self._dispatches += 1
         self._latest[bucket] = self._dispatches
         recent = {rows: value for rows, value in corrections.items() if self._latest[rows] > self._dispatches - RECENT}
         self._corrections, self._pace = recent, pace_of(list(recent.values()))
+        self._correct()
 
     def table(self) -> dict[int, float]:
-        return {rows: self.step_s(rows) for rows in self._step_s}
+        return dict(self._corrected_s)
 
 
 def pace_of(corrections: list[float]) -> float:
