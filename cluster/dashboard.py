@@ -28,6 +28,10 @@ class Refused(UserError):
     """The dashboard answers, but refuses our token."""
 
 
+class Late(UserError):
+    """The dashboard took longer than the timeout, as it may on a busy machine."""
+
+
 @dataclass(frozen=True)
 class Dashboard:
     address: str
@@ -56,7 +60,8 @@ class Dashboard:
                 raise self.refused(str(error.code)) from None
             raise UserError(f"The {self.name} answers {error.code}: {error.read().decode()[:500]}") from None
         except (URLError, TimeoutError, ConnectionError, HTTPException) as error:
-            raise UserError(f"The {self.name} does not answer: {error}.") from None
+            late = isinstance(getattr(error, "reason", error), TimeoutError)
+            raise (Late if late else UserError)(f"The {self.name} does not answer: {error}.") from None
 
     def refused(self, words: str) -> Refused:
         return Refused(
@@ -66,7 +71,10 @@ class Dashboard:
 
     def details(self) -> Details:
         with self.open("/api/serve/applications/") as answer:
-            details: Details = json.load(answer)
+            try:
+                details: Details = json.load(answer)
+            except TimeoutError as error:
+                raise Late(f"The {self.name} does not finish its answer: {error}.") from None
             return details
 
     def log(self, place: Details, lines: int, follow: bool = False) -> Iterator[str]:

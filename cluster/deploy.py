@@ -21,7 +21,7 @@ from cluster import processes
 from cluster.cli import Parser, UserError, run_command
 from cluster.config.documents import load_yaml
 from cluster.connection import LOCAL, dashboard_of, isolate, reach
-from cluster.dashboard import Dashboard, Details, log_places, reason, serves
+from cluster.dashboard import Dashboard, Details, Late, log_places, reason, serves
 from cluster.local.state import CLUSTER_FILE, RUN_DIR, Cluster, running
 from cluster.local.verbs import port
 from cluster.serve_status import Failed, counts, name_of, ready, replicas
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ray.serve.schema import ServeDeploySchema
 
 POLL_S = 0.5
+LATE_ANSWERS = 6  # in a row, each after the timeout of 30 s
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
@@ -191,13 +192,23 @@ def wait(dashboard: Dashboard, done: Callable[[Details], bool], timeout_s: float
     """Shows progress until `done` is true of the details. Returns the seconds that it took."""
     news: dict[str, list[str]] = {}  # replica -> last lines of its log
     with Progress() as progress:
-        while not done(details := dashboard.details()):
+        while not done(details := patient(dashboard, progress)):
             if progress.elapsed > timeout_s:
                 see = ", ".join(make_command(verb, dashboard.cluster) for verb in ("status", "logs"))
                 raise UserError(f"Not ready after {format_duration(timeout_s)}. Serve keeps trying; see: {see}")
             progress.show(dict(rows(dashboard, details, news)))
             time.sleep(POLL_S)
         return progress.elapsed
+
+
+def patient(dashboard: Dashboard, progress: Progress) -> Details:
+    """The details, from a dashboard that may be late several times: a head is busy while replicas start."""
+    for _ in range(LATE_ANSWERS):
+        try:
+            return dashboard.details()
+        except Late as late:
+            progress.show({"dashboard": ("late", str(late))})
+    return dashboard.details()
 
 
 def rows(dashboard: Dashboard, details: Details, news: dict[str, list[str]]) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -13,7 +13,7 @@ import pytest
 
 from cluster import deploy, logs, processes, serve_status, status
 from cluster.cli import UserError
-from cluster.dashboard import Dashboard, Details, log_places, reason, serve_address
+from cluster.dashboard import Dashboard, Details, Late, log_places, reason, serve_address
 from cluster.nodes import Nodes
 from cluster.terminal import Progress, format_duration
 
@@ -464,3 +464,33 @@ def test_what_serve_itself_calls_wrong_is_wrong(
     assert wrong == "app is DEPLOY_FAILED." and REASON in shown
     sick = {"n": {"status": "UNHEALTHY", "node_ip": "10.0.0.7"}}
     assert status_output(monkeypatch, capsys, url, proxies=sick)[1] == "The proxy on 10.0.0.7 is UNHEALTHY."
+
+
+class Busy(Dashboard):
+    """A dashboard that is late with its first answers."""
+
+    late = 0
+
+    def details(self) -> Details:
+        type(self).late -= 1
+        if type(self).late >= 0:
+            raise Late("The dashboard does not answer: timed out.")
+        return details(app=app())
+
+
+def test_a_dashboard_that_is_late_is_asked_again_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Busy, "late", deploy.LATE_ANSWERS)
+    deploy.wait(Busy("http://127.0.0.1:1"), lambda seen: serve_status.ready(seen, ["app"]), 1.0)
+    monkeypatch.setattr(Busy, "late", deploy.LATE_ANSWERS + 1)
+    with pytest.raises(Late, match="timed out"):
+        deploy.wait(Busy("http://127.0.0.1:1"), lambda seen: serve_status.ready(seen, ["app"]), 1.0)
+
+
+def test_an_answer_that_takes_too_long_is_late_and_a_closed_port_is_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dashboard = Dashboard(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(Late, match="does not answer: timed out"):
+            dashboard.open("/", timeout_s=0.05)
+    with pytest.raises(UserError, match="does not answer") as closed:
+        dashboard.open("/", timeout_s=0.05)
+    assert not isinstance(closed.value, Late)
