@@ -17,9 +17,11 @@ from ray.serve._private import api
 from app import builders
 from app.api.settings import Defaults, Limits
 from app.builders import Args, locate, text_to_image
+from app.serving.draining import LAST_S
 from app.serving.replica import StableDiffusion
 from app.types import PipelineSpec, RequestDefaults
 from cluster import ROOT
+from cluster.config.rules.serve_limits import NOTICE_S
 
 CONFIGS = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs").glob("sd*.yaml"))]
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -83,10 +85,13 @@ def test_the_yaml_names_the_deployments_that_the_builder_makes(path: Path, repos
 
 
 @each_config
-def test_every_deployment_drains_for_as_long_as_a_request_may_take(path: Path) -> None:
+def test_the_ingress_drains_for_as_long_as_a_request_may_take_and_the_model_within_a_preemptions_notice(
+    path: Path,
+) -> None:
     """A change of args restarts the ingress too, through which the model's answers pass."""
-    for deployment in deployments_of(path).values():
-        assert deployment["graceful_shutdown_timeout_s"] > args_of(path)["limits"]["timeout_s"]
+    drain_s = {name: deployment["graceful_shutdown_timeout_s"] for name, deployment in deployments_of(path).items()}
+    assert drain_s["APIIngress"] > args_of(path)["limits"]["timeout_s"]
+    assert LAST_S < drain_s["StableDiffusion"] < NOTICE_S
 
 
 def test_what_the_yaml_says_reaches_the_replica(repository: Path) -> None:

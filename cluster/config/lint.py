@@ -56,6 +56,7 @@ IMAGE_RULES: list[Callable[[Application, Args], Iterator[Finding]]] = [  # of ap
     serve_limits.check_target,
     serve_limits.check_chips_are_used,
     serve_limits.check_timeouts,
+    serve_limits.check_drain,
     serve_limits.check_health,
     serve_gpus.check_gpu_platform,
     serve_gpus.check_gpu_dtype,

@@ -109,7 +109,7 @@ SERVE = edited(
     put((*INGRESS, "max_ongoing_requests"), 1024),
     put((*MODEL, "max_ongoing_requests"), 64),
     put((*MODEL, "max_queued_requests"), 64),
-    put((*MODEL, "graceful_shutdown_timeout_s"), 150),
+    put((*MODEL, "graceful_shutdown_timeout_s"), 20),
     put((*SCALING, "max_replicas"), 4),
 )
 CLUSTER = (ROOT / "cluster.yaml").read_text()

@@ -248,9 +248,15 @@ FIT: list[tuple[Edit, Key, str]] = [
         "error: {} must be above 48000, what two prompts of prompt_characters can take, got 48000.",
     ),
     (
-        put((*MODEL, "graceful_shutdown_timeout_s"), 120),
+        put((*MODEL, "graceful_shutdown_timeout_s"), 5),
         (*MODEL, "graceful_shutdown_timeout_s"),
-        "error: {} must be above limits.timeout_s, 120, or accepted requests are cut off, got 120.",
+        "error: {} must be above 5, the seconds in which images leave for other replicas, got 5.",
+    ),
+    (
+        put((*MODEL, "graceful_shutdown_timeout_s"), 25),
+        (*MODEL, "graceful_shutdown_timeout_s"),
+        "advice: {} is 25: Serve ends a preempted replica so long before its node goes, and starts another one first "
+        "only if that is below 25.",
     ),
     (
         put((*INGRESS, "graceful_shutdown_timeout_s"), 20),
@@ -258,9 +264,9 @@ FIT: list[tuple[Edit, Key, str]] = [
         "error: {} must be above limits.timeout_s, 120, or accepted requests are cut off, got 20.",
     ),
     (
-        put((*MODEL, "graceful_shutdown_wait_loop_s"), 150),
+        put((*MODEL, "graceful_shutdown_wait_loop_s"), 20),
         (*MODEL, "graceful_shutdown_wait_loop_s"),
-        "error: {} must be below graceful_shutdown_timeout_s, 150, or nothing drains, got 150.",
+        "error: {} must be below graceful_shutdown_timeout_s, 20, or nothing drains, got 20.",
     ),
     (
         before(("http_options", "host"), "request_timeout_s: 60"),
@@ -331,7 +337,7 @@ def test_without_a_host_rays_default_counts_which_is_not_loopback(tmp_path: Path
 
 
 def test_rays_defaults_count_where_the_file_leaves_options_out(tmp_path: Path) -> None:
-    text = edited(SERVE, drop((*MODEL, "max_ongoing_requests")), drop((*MODEL, "graceful_shutdown_timeout_s")))
+    text = edited(SERVE, drop((*MODEL, "max_ongoing_requests")), drop((*INGRESS, "graceful_shutdown_timeout_s")))
     findings = "\n".join(findings_of(tmp_path, text))
     assert "max_ongoing_requests must be above 40" in findings and "got 5." in findings
     assert "graceful_shutdown_timeout_s must be above limits.timeout_s, 120" in findings and "got 20." in findings

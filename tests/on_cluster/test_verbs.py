@@ -278,7 +278,7 @@ def test_undeploy_leaves_the_cluster_and_frees_the_port(verbs: Verbs, greeter: P
         assert f"is taken by process {os.getpid()}" in refuses(verbs.deploy(greeter))
 
 
-def test_a_replica_whose_device_hangs_says_so_at_once_and_is_replaced(verbs: Verbs, tmp_path: Path) -> None:
+def test_a_replica_whose_device_hangs_is_replaced_and_its_request_begins_again_once(verbs: Verbs, tmp_path: Path) -> None:
     config = tmp_path / "hanging.yaml"
     config.write_text(HANGING.replace("PORT", str(verbs.serve_port)))
     succeeds(verbs.deploy(config))
@@ -287,7 +287,7 @@ def test_a_replica_whose_device_hangs_says_so_at_once_and_is_replaced(verbs: Ver
     before = the_replica(api)
     status, error = refusal(imagine(api, prompt="a device that hangs"))
     assert (status, error["code"]) == (503, "replica_lost")
-    assert error["message"] == "The replica's device does not answer; try again."
+    assert error["message"] == "The replica was lost; try again.", "it hung the next one too"
     assert soon(lambda: imagine(api, prompt=PROMPT)[0] == 200)
     assert the_replica(api)["pid"] != before["pid"]
 

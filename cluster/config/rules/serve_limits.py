@@ -13,12 +13,14 @@ from app.api.settings import LONGEST_QUERY
 from app.builders import Args
 from app.ray_internals.core import tpu
 from app.ray_internals.serve import DEFAULT_AUTOSCALING_POLICY_NAME
+from app.serving.draining import LAST_S
 from app.serving.replica import StableDiffusion
 from app.types import SLOTS_PER_IMAGE
 from cluster.config.documents import Finding
 from cluster.config.serve_config import Application, Deployment, ServeConfig
 
 ESCAPED_BYTES = 12  # at most, of one character in a query or in JSON: two surrogates as \uXXXX
+NOTICE_S = 25.0  # of a preemption: 30 s, less what it takes until Serve knows
 FAILURES = 3  # failed health checks in a row, after which Serve replaces a replica
 
 
@@ -152,11 +154,25 @@ def check_timeouts(app: Application, args: Args) -> Iterator[Finding]:
     if app.deployment(StableDiffusion) and request_s is not None and request_s <= timeout_s:
         text = f"must be above limits.timeout_s, {timeout_s:g}, or Serve answers 408 before the API, got {request_s:g}."
         yield app.document.error(("http_options", "request_timeout_s"), text)
-    for deployment in on_the_way(app):
-        drain_s = deployment.option("graceful_shutdown_timeout_s")
-        if drain_s <= timeout_s:
-            text = f"must be above limits.timeout_s, {timeout_s:g}, or accepted requests are cut off, got {drain_s:g}."
-            yield deployment.error(("graceful_shutdown_timeout_s",), text)
+
+
+def check_drain(app: Application, args: Args) -> Iterator[Finding]:
+    """Answers pass through the ingress to their end. Images leave the model's replicas, for other replicas."""
+    key, timeout_s = ("graceful_shutdown_timeout_s",), args.limits.timeout_s
+    if (ingress := app.deployment(APIIngress)) and (drain_s := ingress.option(*key)) <= timeout_s:
+        text = f"must be above limits.timeout_s, {timeout_s:g}, or accepted requests are cut off, got {drain_s:g}."
+        yield ingress.error(key, text)
+    if not (model := app.deployment(StableDiffusion)):
+        return
+    if (drain_s := model.option(*key)) <= LAST_S:
+        text = f"must be above {LAST_S:g}, the seconds in which images leave for other replicas, got {drain_s:g}."
+        yield model.error(key, text)
+    elif drain_s >= NOTICE_S:
+        text = (
+            f"is {drain_s:g}: Serve ends a preempted replica so long before its node goes, and starts another one "
+            f"first only if that is below {NOTICE_S:g}."
+        )
+        yield model.advice(key, text)
 
 
 def check_health(app: Application, args: Args) -> Iterator[Finding]:
