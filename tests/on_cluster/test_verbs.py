@@ -278,7 +278,9 @@ def test_undeploy_leaves_the_cluster_and_frees_the_port(verbs: Verbs, greeter: P
         assert f"is taken by process {os.getpid()}" in refuses(verbs.deploy(greeter))
 
 
-def test_a_replica_whose_device_hangs_is_replaced_and_its_request_begins_again_once(verbs: Verbs, tmp_path: Path) -> None:
+def test_a_replica_whose_device_hangs_is_replaced_and_its_request_begins_again_once(
+    verbs: Verbs, tmp_path: Path
+) -> None:
     config = tmp_path / "hanging.yaml"
     config.write_text(HANGING.replace("PORT", str(verbs.serve_port)))
     succeeds(verbs.deploy(config))
