@@ -153,9 +153,9 @@ test-browser: browser ## Look at the page in a real headless Chromium: draw, pre
 page-pictures: browser ## Make the pictures of the page in assets/ anew, with the demo model (needs chromium)
 	@$(py) -m tests.browser.pictures
 
-fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster
+fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster; KIND=uploads for images alone
 	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy
-	@$(py) -m tests.http_fuzz $(at) --count "$(or $(COUNT),26000)" --seed "$(or $(SEED),0)"
+	@$(py) -m tests.http_fuzz $(at) --count "$(or $(COUNT),26000)" --seed "$(or $(SEED),0)" $(if $(KIND),--kind "$(KIND)")
 
 test-parity: parity ## Run what needs diffusers in PyTorch: golden arrays again, one-file checkpoints (several GB to install)
 	@$(py) tests/make_golden.py --check

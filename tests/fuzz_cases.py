@@ -8,12 +8,14 @@ from urllib.parse import quote
 
 from app.api.ingress import ROUTES
 from app.api.openapi import document
-from app.api.protocol import NEUTRAL
+from app.api.protocol import EDIT_NEUTRAL, NEUTRAL
 from app.api.settings import Service
+from tests.fuzz_uploads import form, links
 
 DOCUMENT = document(Service("demo", ("128x128",)), ROUTES, keys=False)
 # Those that are always refused, too.
 BODY_FIELDS = sorted({*DOCUMENT["components"]["schemas"]["ImageRequest"]["properties"], *NEUTRAL})
+EDIT_FIELDS = sorted({*DOCUMENT["components"]["schemas"]["EditForm"]["properties"], *EDIT_NEUTRAL, "colour"})
 WORDS = [
     "a red boat",
     "",
@@ -164,9 +166,9 @@ def request(
     return b"\r\n".join([*lines, *([b"Connection: close"] if close else []), b"", body])
 
 
-def posted(body: bytes, kind: bytes = b"application/json") -> bytes:
+def posted(body: bytes, kind: bytes = b"application/json", to: bytes = b"/v1/images/generations") -> bytes:
     headers = [b"Content-Type: " + kind, b"Content-Length: " + str(len(body)).encode()]
-    return request("POST", b"/v1/images/generations", headers, body)
+    return request("POST", to, headers, body)
 
 
 def bodies(rng: random.Random) -> bytes:
@@ -347,12 +349,23 @@ def framings(rng: random.Random) -> bytes:
     return mangled(rng, posted(body))
 
 
+def uploads(rng: random.Random) -> bytes:
+    fields: dict[str, object] = {"prompt": "a boat", "num_inference_steps": 1}
+    for _ in range(rng.choice([0, 0, 0, 0, 1, 2])):
+        fields[rng.choice(EDIT_FIELDS)] = rng.choice([*ODD, *WORDS])
+    if rng.random() < 0.3:
+        return posted(links(rng, fields), to=b"/v1/images/edits")
+    texts = [(name, str(value).encode("utf-8", "surrogatepass")) for name, value in fields.items()]
+    return posted(*form(rng, texts), to=b"/v1/images/edits")
+
+
 KINDS: dict[str, Make] = {
     "bodies": bodies,
     "queries": queries,
     "paths": paths,
     "headers": headers,
     "framings": framings,
+    "uploads": uploads,
 }
 
 

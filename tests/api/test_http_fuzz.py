@@ -2,13 +2,20 @@
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
+import psutil
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from app.api.ingress import APIIngress
+from app.types import Capabilities
 from tests import http_fuzz
+from tests.api.test_ingress import DESCRIPTION, SERVICE, Replicas
 from tests.api.test_proxy import Application, guarded, say
+from tests.api.test_sse import serving
 from tests.fuzz_cases import KINDS, Case
 
 ERROR = json.dumps({"error": {"message": "no", "type": "server_error", "param": None, "code": "CODE"}})
@@ -85,3 +92,21 @@ def test_a_hang_and_a_different_image_are_reported(
     application.answer = hang
     report = str(http_fuzz.fuzz(port, 3, 0, {}))
     assert "no end after" in report and "drew another picture" in report
+
+
+def test_no_upload_fails_the_routes_or_stays_in_memory() -> None:
+    """The real routes before fake replicas; `make fuzz KIND=uploads COUNT=10000` is the long run, with a real one."""
+    replicas = Replicas()
+    replicas.running = [replace(DESCRIPTION, capabilities=Capabilities(edits=True, masks=True))]
+    replicas.generate.calls = deque(maxlen=1)  # which would keep all images
+    limits = SERVICE.limits.model_copy(update={"timeout_s": 30.0, "upload_bytes": 8 << 20, "body_bytes": 1 << 17})
+    with serving(APIIngress(replicas, replace(SERVICE, limits=limits))) as address:
+        port = int(address.rpartition(":")[2])
+        http_fuzz.fuzz(port, 40, 1, {}, ["uploads"])  # what is loaded on first use, stays
+        report = http_fuzz.fuzz(port, 160, 0, {"routes": psutil.Process()}, ["uploads"])
+    assert not report.failures, str(report)
+    taken = sum(count for (_, status), count in report.statuses.items() if status == "200")
+    refused = sum(count for (_, status), count in report.statuses.items() if status == "400")
+    assert taken > 15 and refused > 80, str(report)
+    before, _, after = report.memory["routes"]
+    assert after - before < 64, str(report)

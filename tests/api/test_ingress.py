@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -58,7 +59,7 @@ class Answer:
 class Method:
     def __init__(self, outcome: Callable[..., Any]) -> None:
         self.outcome = outcome
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] | deque[tuple[Any, ...]] = []
         self.answers: list[Answer] = []
 
     def remote(self, *args: Any) -> Answer:

@@ -3,9 +3,13 @@
 The body is in memory, and its length bounded, before it comes here. A part's filename is never read.
 """
 
+import logging
 from typing import NamedTuple
 
 from app.api.errors import ApiError
+
+# The parser warns of each malformed form, which would let any client fill the log.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 PARTS = 100
 HEADERS = 8  # of a part
