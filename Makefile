@@ -59,7 +59,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: test-faults rehearse rehearse-calls gke
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
-.PHONY: test-browser page-pictures browser
+.PHONY: test-computing test-waiting test-browser page-pictures browser
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak cuda bench-gpu
 
 help: ## List the verbs
@@ -122,8 +122,8 @@ loadtest: runtime ## Load the local cluster (start it if none is up) or URL=: SC
 	@$(if $(URL),,$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy $(watching))
 	@$(py) -m loadtest run "$(SCENARIO)" $(at) $(if $(URL),--url "$(URL)") $(ARGS)
 
-# First the tests without a cluster, in a process for each core. Then those on clusters, which mostly wait: what shares
-# a cluster is in one process, beside the others (tests/scheduling.py). Those over SSH come last: started beside two other
+# Tests without a cluster compute, and those on clusters mostly wait. So they run beside each other, and the former yield.
+# What shares a cluster is in one process (tests/scheduling.py). Those over SSH come last: started beside two other
 # clusters, Ray's head gives up after a minute. In CI a skip is a failure.
 pytest := $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips-but "$(EXPECTED_SKIPS)")
 beside := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -132,8 +132,14 @@ clusters := -n 2 --dist loadscope --ignore $(over_ssh)
 elsewhere := not jobs and not scaling and not parity and not faults and not browser
 
 test: dev ## Run all tests but those with a target of their own; TESTS="tests/test_x.py -k name" for some
-	@$(if $(TESTS),$(pytest) $(TESTS),$(pytest) $(beside) -m "$(elsewhere) and not cluster" && \
-		$(pytest) $(clusters) -m "$(elsewhere) and cluster" && $(pytest) $(over_ssh))
+	@$(if $(TESTS),$(pytest) $(TESTS),$(MAKE) --no-print-directory -j2 --output-sync=$(if $(CI),target,line) \
+		test-computing test-waiting)
+
+test-computing: dev
+	@nice -n 10 $(pytest) $(beside) -m "$(elsewhere) and not cluster"
+
+test-waiting: dev
+	@$(pytest) $(clusters) -m "$(elsewhere) and cluster" && $(pytest) $(over_ssh)
 
 test-quick: dev ## Run the tests that need neither a cluster nor much computing: under a minute, for the inner loop
 	@$(pytest) -q $(beside) -m "$(elsewhere) and not cluster and not slow"

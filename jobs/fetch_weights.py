@@ -31,8 +31,8 @@ from app.diffusion.models.weight_files import Tensor, find_tensors
 from cluster.cli import Parser, UsageError, UserError
 from cluster.terminal import say
 from jobs import hub
+from jobs.content_hash import content_hash
 from jobs.entry import path, run
-from jobs.replica_config import content_hash
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 INDEX, MANIFEST = "model_index.json", "manifest.json"

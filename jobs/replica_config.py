@@ -1,8 +1,7 @@
 """Reads a serve config for a job: the model, and how replicas run it."""
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,14 @@ from pydantic import ValidationError
 
 from app.api.settings import Service
 from app.builders import Args, locate, locate_tokenizer
-from app.diffusion.families.registry import FAMILIES
 from app.diffusion.models.checkpoint_files import INDEX, read_file, read_folder
 from app.diffusion.models.hub_files import cached_folder
-from app.diffusion.models.tokenizer_files import ALL_FILES
-from app.diffusion.models.weight_files import weight_files
 from app.serving.replica import StableDiffusion
 from app.types import PipelineSpec, RequestDefaults
 from cluster.cli import UsageError, UserError
 from cluster.config import serve_config
 from cluster.terminal import say
-from jobs import hub
+from jobs.content_hash import content_hash, tokenizer_hash
 from jobs.entry import path
 
 DEPLOYMENT = StableDiffusion.__name__
@@ -127,33 +123,6 @@ class ReplicaConfig:
             batch_buckets=(max(batch_buckets),),
             decode_buckets=(max(decode_buckets),) if decode_buckets else (),
         )
-
-
-def content_hash(model: Path, variant: str | None = None) -> str:
-    """The hash of all files that are loaded from a folder in diffusers layout, or of one file, in place of a commit.
-
-    Files that are missing are the loader's concern.
-    """
-    if model.is_file():
-        return f"file {hub.sha256_of(model)}"
-    stems = {part: component.stem for family in FAMILIES for part, component in family.COMPONENTS.items()}
-    weights = [model / part / name for part, stem in stems.items() for name in weights_in(model / part, stem, variant)]
-    return files_hash(model, [*weights, *sorted([*model.glob("*/*.json"), *model.glob("tokenizer*/*.txt")])])
-
-
-def weights_in(folder: Path, stem: str, variant: str | None) -> list[str]:
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    return [name for name in weight_files(folder, names, stem, variant, []) if name in names]
-
-
-def tokenizer_hash(folder: Path) -> str:
-    """The hash of a tokenizer's files, wherever they are in a folder."""
-    return files_hash(folder, sorted(file for file in folder.rglob("*") if file.name in ALL_FILES))
-
-
-def files_hash(folder: Path, files: Iterable[Path]) -> str:
-    hashes = "".join(f"{file.relative_to(folder)} {hub.sha256_of(file)}\n" for file in files)
-    return f"files {hashlib.sha256(hashes.encode()).hexdigest()}"
 
 
 def local(name: str) -> str:

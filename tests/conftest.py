@@ -35,3 +35,11 @@ def fully_optimized() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def compiled_quickly(fully_optimized: None) -> Iterator[None]:
+    """Of a module with claims about single bits, a test that makes none and compiles programs of its own."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -204,6 +204,7 @@ def test_every_declared_program_has_run_and_been_timed(pipeline: Pipeline) -> No
     assert set(pipeline.run) == {program.name for program in pipeline.programs}
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_loaded_program_that_fails_at_its_first_run_is_compiled_instead(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -268,6 +269,7 @@ def test_more_steps_than_declared_or_an_unknown_sampler_is_refused(pipeline: Pip
         pipeline.table("plms", 4)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None:
     pipeline = Pipeline.load(
         PipelineSpec(str(folder), dtype="bfloat16", sizes=(SIZE,), batch_buckets=(1,), max_steps=4)
@@ -281,6 +283,7 @@ def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None
     assert np.isfinite(np.asarray(state.latents)).all()
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_a_decode_bucket_may_be_larger_than_every_batch_bucket(folder: Path) -> None:
     spec = PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), decode_buckets=(2,), max_steps=8)
     pipeline = Pipeline.load(spec)
