@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "app.": set(),
     "app.builders": {"app"},
     "app.api.": {"app.types", "app.ray_internals", "app.diffusion.samplers"},
-    "app.serving.": {"app.types", "app.engine", "app.diffusion", "app.aot"}
+    "app.serving.": {"app.types", "app.engine", "app.diffusion", "app.aot", "app.ray_internals"}
     | {f"app.api.{name}" for name in ("errors", "messages", "settings")},
     "app.engine.": {"app.types", "app.diffusion.samplers"},
     "app.diffusion.": {"app.types", "app.aot"},
