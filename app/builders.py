@@ -77,6 +77,9 @@ class Args(Settings):
     shard_text_encoders: bool = Field(
         default=False, description="whether the chips of a host divide the text encoders' weights among them"
     )
+    edits: bool = Field(
+        default=False, description="whether requests may have images to begin from; loads the VAE's encoder"
+    )
     images_at_once: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         default="auto", description="how many images of a size denoise at once; auto: as many as measured to pay"
     )
@@ -123,6 +126,7 @@ class Args(Settings):
             decode_buckets=tuple(self.decode_buckets or ()),
             max_steps=self.limits.num_inference_steps[1],
             shard_text_encoders=self.shard_text_encoders,
+            edits=self.edits,
             programs=programs,
         )
 

@@ -28,7 +28,7 @@ from app.engine.virtual import (
 from app.types import ActiveSlot, DispatchCost, Generation, InvalidField, Size
 
 SMALL, LARGE = (8, 8), (16, 8)
-VERBS = ("encode", "insert", "step", "decode", "preview", "export", "import", "wait", "read")
+VERBS = ("encode", "encode_image", "insert", "step", "decode", "preview", "export", "import", "wait", "read")
 WAIT_S = 20.0  # no test waits so long unless it fails
 START = 1000.0  # on the clock
 
@@ -81,6 +81,7 @@ class FakePipeline(VirtualPipeline):
         step_time: Seconds = serial,
         decode_time: Seconds = free,
         launch_s: float = 0.0,
+        encode_image_s: float = 0.0,
         dispatch_cost: DispatchCost = FREE_DISPATCH,
         clock: Clock | None = None,
         before_step: Callable[[Call], None] = lambda call: None,
@@ -90,6 +91,7 @@ class FakePipeline(VirtualPipeline):
             {(size, images): decode_time(size, images) for size in sizes for images in decode_buckets},
             num_slots=num_slots,
             launch_s=launch_s,
+            encode_image_s=encode_image_s,
             dispatch_cost=dispatch_cost,
             clock=clock or VirtualClock(START),
         )
@@ -153,11 +155,13 @@ class FakePipeline(VirtualPipeline):
 
     # What differs in a verb
 
-    def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable:
+    def table(
+        self, sampler: str | None, num_inference_steps: int, size: Size | None = None, strength: float | None = None
+    ) -> SamplerTable:
         """Sampler "pndm" evaluates once more than it has steps; "lcm" does not suit."""
         if sampler == "lcm":
             raise InvalidField("sampler", "sampler must be one of ddim, pndm, got lcm.")
-        return super().table(sampler, num_inference_steps + (sampler == "pndm"))
+        return super().table(sampler, num_inference_steps + (sampler == "pndm"), size, strength)
 
     def insert(
         self,
@@ -169,13 +173,15 @@ class FakePipeline(VirtualPipeline):
         guidance_scale: float,
         seed: int,
         fields: Mapping[str, Any] = MappingProxyType({}),
+        edit: Done | None = None,
     ) -> State:
         before = state.slots[slot] if 0 <= slot < self.num_slots else None
         if before and not self.abandoned(before.seed):
             self.refuse(f"insert of {seed} into slot {slot} of {before}")
         others = {image.seed for number, image in enumerate(state.slots) if image and number != slot}
         try:
-            return spoilt(super().insert(state, slot, prompt, negative_prompt, table, guidance_scale, seed, fields))
+            after = super().insert(state, slot, prompt, negative_prompt, table, guidance_scale, seed, fields, edit)
+            return spoilt(after)
         except Fault as fault:
             fault.touched |= others | {seed}
             raise

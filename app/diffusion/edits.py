@@ -20,6 +20,9 @@ class EncodedEdit:
     kept: npt.NDArray[np.float32]  # [h, w]
     pure_noise: bool  # nothing of the image is in the latents at the beginning
 
+    def block_until_ready(self) -> None:
+        self.mean.block_until_ready()
+
 
 def check_edit(generation: Generation, capabilities: Capabilities, sizes: Sequence[Size]) -> None:
     """Raises InvalidField for images that the model does not take, or for none where it needs one."""

@@ -268,8 +268,8 @@ class Pipeline:
         imported: DenoiseState = self.run[f"import {self.label(state)}"](state, np.int32(slot), image)
         return imported
 
-    def wait(self, done: jax.Array) -> None:
-        """Blocks until the step that returned `done` has run. Raises what it failed with."""
+    def wait(self, done: jax.Array | EncodedEdit) -> None:
+        """Blocks until the dispatch that returned `done` has run. Raises what it failed with."""
         done.block_until_ready()
 
     def empty_state(self, size: Size) -> DenoiseState:

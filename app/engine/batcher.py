@@ -64,10 +64,11 @@ class Batcher:
         queue.newcomer_joins = batch.newcomer_joins
         beginning = [image for image in batch.images if image.status is Status.WAITING and not image.moving]
         self._encode([image.request for image in beginning if image.request.encoded is None])
+        self._encode_images(queue, [image.request for image in beginning if image.request.generation.edit])
         admitted = []
         for image in batch.images:
             if image in beginning and image.request.encoded is None:
-                continue  # its prompt could not be encoded, so the request has failed
+                continue  # its prompt or its image could not be encoded, so the request has failed
             if image.status is Status.WAITING:
                 with self.changed:
                     if image.request.status in (Status.FINISHED, Status.MOVED):
@@ -101,6 +102,20 @@ class Batcher:
             prompt, negative_prompt = request.texts
             request.encoded = (encoded[prompt], encoded[negative_prompt])
             request.truncated = (encoded[prompt].truncated, encoded[negative_prompt].truncated)
+
+    def _encode_images(self, queue: SizeQueue, requests: Sequence[Request]) -> None:
+        """Gives each request what its images begin from."""
+        for request in dict.fromkeys(requests):
+            if request.encoded is None or request.encoded_image is not None:
+                continue
+            try:
+                self.dispatcher.encode_image(queue, request)
+                self.failures.succeeded("encode")
+            except Exception as error:
+                log_failure("Encoding an image failed", error)
+                request.encoded = None
+                self._fail(request, error)
+                self.failures.failed("encode")
 
     def advance(self, queue: SizeQueue, images: Sequence[Image]) -> None:
         """Dispatches steps for the images, and the previews that are due after them."""
@@ -192,7 +207,7 @@ class Batcher:
         self.prompt_cache.clear()  # an encoding may have failed on the device
         for request in [request for other in self.queues.values() for request in other.requests]:
             if any(image.status is Status.WAITING for image in request.images):
-                request.encoded = None
+                request.encoded = request.encoded_image = None
         for request in queue.requests[:]:
             if any(image.status is Status.RUNNING for image in request.images):
                 self._fail(request, error)

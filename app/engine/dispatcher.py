@@ -16,7 +16,7 @@ from typing import Any
 
 from app.engine.device_time import DeviceTime, Work
 from app.engine.host_cost import HostCost
-from app.engine.request import Image
+from app.engine.request import Image, Request
 from app.engine.scheduler import Overhead
 from app.engine.size_queue import SizeQueue
 from app.engine.stall import StallWatch
@@ -64,15 +64,29 @@ class Dispatcher:
         with self.call("encode"):
             return self.pipeline.encode(texts)
 
+    def encode_image(self, queue: SizeQueue, request: Request) -> None:
+        """One dispatch for all images of an edit, between two steps."""
+        assert request.generation.edit is not None
+        began, predicted_s = self.clock(), queue.encode_image_s
+        with self.watch.call("encode_image", self._device.pending_s + predicted_s):
+            request.encoded_image = self.pipeline.encode_image(request.generation.edit, queue.size)
+        returned = self.clock()
+        blocked = self.host.waited(returned - began, predicted_s)
+        at = began if blocked else returned
+        work = Work(request.encoded_image, [(request, 1.0)], predicted_s, at, blocked, self._alone)
+        self._begin(work, returned)
+        if blocked:  # it has ended, and nobody will wait for it
+            self._wait(work)
+
     def insert(self, queue: SizeQueue, image: Image) -> None:
         request = image.request
         assert image.slot is not None and request.encoded is not None
         seed, guidance_scale = request.seeds[image.number], request.generation.guidance_scale
         self._alone = False
+        numbers = request.table, guidance_scale, seed, dict(request.generation.fields)
         with self.call("insert"):
-            fields = dict(request.generation.fields)
             queue.state = self.pipeline.insert(
-                queue.state, image.slot, *request.encoded, request.table, guidance_scale, seed, fields
+                queue.state, image.slot, *request.encoded, *numbers, request.encoded_image
             )
 
     def import_slot(self, queue: SizeQueue, image: Image) -> None:

@@ -115,7 +115,8 @@ class Engine:
         if previews and on_preview is None:
             raise ValueError(f"previews must be 0 without on_preview, got {previews}.")
         generation = self.pipeline.check(generation)
-        table = self.pipeline.table(generation.sampler, generation.num_inference_steps, size)
+        strength = generation.edit.strength if generation.edit else None
+        table = self.pipeline.table(generation.sampler, generation.num_inference_steps, size, strength)
         request = Request.of(generation, table, self.clock() - age_s, previews, on_preview)
         if resumed:
             resume(request, resumed, self.pipeline)

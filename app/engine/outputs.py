@@ -93,6 +93,6 @@ class Outputs:
             if request.status is not Status.FINISHED and request.on_preview is not None:
                 with self.dispatcher.call("read"):
                     image = np.asarray(pixels)[0]
-                request.on_preview(number, image)
+                request.on_preview(number, request.shown(image))
         except Exception as error:
             log_failure("A preview failed", error)

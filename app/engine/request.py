@@ -65,6 +65,7 @@ class Request:
     future: "Future[Generated]" = dataclasses.field(default_factory=Future)
     images: list[Image] = dataclasses.field(default_factory=list)  # the waiting and the running ones
     encoded: tuple[Any, Any] | None = None  # prompt and negative prompt
+    encoded_image: Any = None  # what a pipeline made of the images of an edit
     began: float | None = None  # when its first image got a slot
     stepped: float = math.inf  # when the device began the first step
     leaving: bool = False  # it is to leave as soon as all its images are between two steps
@@ -170,9 +171,16 @@ class Request:
     def receive(self, image: Image, pixels: np.ndarray, denoised: float) -> bool:
         """decoding -> finished. Returns whether the request has all its images now."""
         image.status = Status.FINISHED
-        self.pixels[image.number] = pixels
+        self.pixels[image.number] = self.shown(pixels)
         self.denoised = max(self.denoised, denoised)
         return len(self.pixels) == self.generation.n
+
+    def shown(self, pixels: np.ndarray) -> np.ndarray:
+        """What a client gets: outside a mask the pixels of its own image, which a VAE only comes close to."""
+        edit = self.generation.edit
+        if edit is None or edit.mask is None:
+            return pixels
+        return np.where(edit.mask[..., None], pixels, edit.image)
 
     def leave(self) -> list[int]:
         """waiting or running -> finished, for all images. Returns the slots, which are free now."""

@@ -20,6 +20,7 @@ class SizeQueue:
     state: Any  # on the device
     step_cost: StepCost
     decode_cost: DecodeCost
+    encode_image_s: float  # of an image that a request begins from
     free_slots: list[int]
     num_slots: int
     gain: float  # the least gain in rows per second that makes a larger bucket worthwhile
@@ -43,6 +44,7 @@ class SizeQueue:
                 {rows: pipeline.launch_s[size, rows] for rows in pipeline.row_buckets},
             ),
             DecodeCost({images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets}),
+            encode_image_s=pipeline.encode_image_s.get(size, 0.0),
             free_slots=list(range(pipeline.num_slots))[::-1],
             num_slots=pipeline.num_slots,
             gain=gain,

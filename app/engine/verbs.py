@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from app.diffusion.samplers import SamplerTable
-from app.types import ActiveSlot, Capabilities, DispatchCost, Generation, Size
+from app.types import ActiveSlot, Capabilities, DispatchCost, Edit, Generation, Size
 
 
 class Verbs(Protocol):
     """A pipeline, or its stand-in (app/engine/virtual.py).
 
     Verbs dispatch work to the device; on some devices a call returns only when the work is done. `wait` takes what
-    `step` or `decode` returned. `insert`, `import_slot` and `step` consume the state that they are given. An image
-    goes to another pipeline as export_slot -> bytes -> unpacked -> import_slot. All times are measured.
+    `step`, `decode` or `encode_image` returned. `insert`, `import_slot` and `step` consume the state that they are
+    given. An image goes to another pipeline as export_slot -> bytes -> unpacked -> import_slot. All times are measured.
     """
 
     num_slots: int
@@ -29,12 +29,17 @@ class Verbs(Protocol):
     @property
     def decode_s(self) -> Mapping[tuple[Size, int], float]: ...  # seconds of a decode by size and decode bucket
     @property
+    def encode_image_s(self) -> Mapping[Size, float]: ...  # seconds by size; empty where the pipeline takes no images
+    @property
     def dispatch_cost(self) -> DispatchCost: ...
 
     def check(self, generation: Generation) -> Generation: ...
-    def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable: ...
+    def table(
+        self, sampler: str | None, num_inference_steps: int, size: Size | None = None, strength: float | None = None
+    ) -> SamplerTable: ...
     def empty_state(self, size: Size) -> Any: ...
     def encode(self, texts: Sequence[str]) -> list[Any]: ...
+    def encode_image(self, edit: Edit, size: Size) -> Any: ...  # for `insert` and `wait`
     def insert(
         self,
         state: Any,
@@ -45,6 +50,7 @@ class Verbs(Protocol):
         guidance_scale: float,
         seed: int,
         fields: Mapping[str, Any] = ...,  # of the request, that only some models have
+        edit: Any = None,  # what encode_image made
     ) -> Any: ...
     def step(self, state: Any, active: Sequence[ActiveSlot], count: int) -> tuple[Any, Any]: ...
     def decode(self, state: Any, slots: Sequence[int]) -> Any: ...

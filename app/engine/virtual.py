@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.diffusion.samplers import HISTORY, SamplerTable
-from app.types import ActiveSlot, Capabilities, DispatchCost, Generation, Size
+from app.types import ActiveSlot, Capabilities, DispatchCost, Edit, Generation, Size
 
 LONGEST_TEXT = 40  # characters; longer texts are truncated
 NUMBER_BYTES = 8  # of an image, at its beginning
@@ -151,7 +151,7 @@ class VirtualPipeline:
     """The verbs over the timeline of a device. A call that no engine may make raises AssertionError."""
 
     default_sampler = "ddim"
-    capabilities = Capabilities()
+    capabilities = Capabilities(edits=True, masks=True)
 
     def __init__(
         self,
@@ -160,17 +160,20 @@ class VirtualPipeline:
         *,
         num_slots: int,
         encode_s: float = 0.0,
+        encode_image_s: float = 0.0,
         launch_s: float | Mapping[tuple[Size, int], float] = 0.0,
         dispatch_cost: DispatchCost = FREE_DISPATCH,
         clock: Clock,
     ):
-        """Takes the seconds of a step by size and rows, of a decode by size and images, and of encoding a text.
+        """Takes the seconds of a step by size and rows, of a decode by size and images, and of encoding a text or
+        an image.
 
         `launch_s` is what a dispatch adds to its steps. Every verb costs the host `dispatch_cost`.
         """
         self.step_s, self.decode_s, self.encode_s = step_s, decode_s, encode_s
         self.launch_s = dict.fromkeys(step_s, launch_s) if isinstance(launch_s, float) else launch_s
         self.dispatch_cost = self.device_cost = dispatch_cost  # what the engine is told, and what is true
+        self.encode_image_s = dict.fromkeys((size for size, _ in step_s), encode_image_s)
         self.sizes = tuple(dict.fromkeys(size for size, _ in step_s))
         self.row_buckets = tuple(sorted({rows for _, rows in step_s}))
         self.decode_buckets = tuple(sorted({images for _, images in decode_s}))
@@ -199,8 +202,10 @@ class VirtualPipeline:
         """Every request can be followed."""
         return generation
 
-    def table(self, sampler: str | None, num_inference_steps: int, size: Size | None = None) -> SamplerTable:
-        return blank_table(num_inference_steps)
+    def table(
+        self, sampler: str | None, num_inference_steps: int, size: Size | None = None, strength: float | None = None
+    ) -> SamplerTable:
+        return blank_table(num_inference_steps if strength is None else max(1, int(num_inference_steps * strength)))
 
     def empty_state(self, size: Size) -> State:
         return State(size, [None] * self.num_slots)
@@ -212,6 +217,13 @@ class VirtualPipeline:
         self.occupy(len(texts) * self.encode_s)
         return [Encoded(text, len(text) > LONGEST_TEXT, error) for text in texts]
 
+    def encode_image(self, edit: Edit, size: Size) -> Done:
+        if edit.image is not None and edit.image.shape != (size[1], size[0], 3):
+            self.refuse(f"encode of an image {edit.image.shape} at {size}")
+        seconds = self.encode_image_s[size] * self.pace
+        error = self.called(Call("encode_image", size, at=self.clock(), seconds=seconds))
+        return Done(self.occupy(seconds), error)
+
     def insert(
         self,
         state: State,
@@ -222,6 +234,7 @@ class VirtualPipeline:
         guidance_scale: float,
         seed: int,
         fields: Mapping[str, Any] = MappingProxyType({}),
+        edit: Done | None = None,
     ) -> State:
         slots = self._consume(state)
         if not 0 <= slot < self.num_slots:
@@ -229,7 +242,8 @@ class VirtualPipeline:
         slots[slot] = SlotState(seed, len(table), guidance_scale > 1)
         error = self.called(Call("insert", state.size, (seed,), (slot,), (prompt.text, negative_prompt.text)))
         self.occupy(0.0)
-        return State(state.size, slots, state.error or prompt.error or negative_prompt.error or error)
+        encoded = [prompt.error, negative_prompt.error, edit.error if edit else None]
+        return State(state.size, slots, state.error or next(filter(None, encoded), error))
 
     def step(self, state: State, active: Sequence[ActiveSlot], count: int) -> tuple[State, Done]:
         slots = self._consume(state)

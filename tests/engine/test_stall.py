@@ -4,12 +4,14 @@ import logging
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from app.engine.engine import Engine
 from app.engine.errors import EngineStalled, HandedOver
 from app.engine.stall import CHECK_INTERVAL_S, STALL_TIMES, StallWatch
 from app.engine.virtual import VirtualClock
+from app.types import Edit
 from tests.engine.driver import Driver, wide
 from tests.fake_pipeline import START, VERBS, WAIT_S, FakePipeline, flat, numbers, request
 
@@ -123,8 +125,9 @@ def test_a_device_that_hangs_fails_all_who_wait_and_the_health_check(
     verb: str, engine: Engine, fake: FakePipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.gates[verb].clear()
+    edit = Edit(np.zeros((8, 8, 3), np.uint8)) if verb == "encode_image" else None
     futures = [
-        engine.submit(request(steps=8, seed=100 * i), previews=1, on_preview=lambda index, pixels: None)
+        engine.submit(request(steps=8, seed=100 * i, edit=edit), previews=1, on_preview=lambda index, pixels: None)
         for i in range(8)
     ]
     errors = [future.exception(WAIT_S) for future in futures]
