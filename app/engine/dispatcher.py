@@ -83,10 +83,11 @@ class Dispatcher:
         assert image.slot is not None and request.encoded is not None
         seed, guidance_scale = request.seeds[image.number], request.generation.guidance_scale
         self._alone = False
-        numbers = request.table, guidance_scale, seed, dict(request.generation.fields)
+        texts, table, fields = request.encoded, request.table, dict(request.generation.fields)
+        edit = request.encoded_image
         with self.call("insert"):
             queue.state = self.pipeline.insert(
-                queue.state, image.slot, *request.encoded, *numbers, request.encoded_image
+                queue.state, image.slot, *texts, table, guidance_scale, seed, fields, edit
             )
 
     def import_slot(self, queue: SizeQueue, image: Image) -> None:

@@ -178,7 +178,7 @@ class Request:
     def shown(self, pixels: np.ndarray) -> np.ndarray:
         """What a client gets: outside a mask the pixels of its own image, which a VAE only comes close to."""
         edit = self.generation.edit
-        if edit is None or edit.mask is None:
+        if edit is None or edit.mask is None or edit.image is None:
             return pixels
         return np.where(edit.mask[..., None], pixels, edit.image)
 
