@@ -156,8 +156,9 @@ test-faults: dev ## Have parts of a real deployment fail under load, and tell wh
 test-browser: browser ## Look at the page in a real headless Chromium: draw, preview, cancel, mask, lose the server, accessibility
 	@$(pytest) -m browser tests/browser
 
-page-pictures: browser ## Make the pictures of the page in assets/ anew, with the demo model (needs chromium)
-	@$(py) -m tests.browser.pictures
+page-pictures: browser ## Make the pictures of the page in assets/ anew, of the local cluster with the demo model
+	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy
+	@$(py) -m tests.browser.pictures $(at)
 
 fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster; KIND=uploads for images alone
 	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy

@@ -240,11 +240,19 @@ async def nodes() -> list[dict[str, Any]]:
 @contextmanager
 def studio(count: int = 1, api_keys_file: Path | None = None, max_waiting: int = 16) -> Iterator[Server]:
     replicas = {f"replica-{number}": new_replica(max_waiting) for number in range(count)}
-    server = Server(replicas, api_keys_file)
+    with patch("app.serving.replica.device", lambda: "easel x1"), serving(replicas, SERVICE, api_keys_file) as server:
+        yield server
+
+
+@contextmanager
+def serving(
+    replicas: dict[str, StableDiffusion], service: Service, api_keys_file: Path | None = None
+) -> Iterator[Server]:
+    """Serves replicas of this process, and closes them."""
+    server = Server(replicas, api_keys_file, service)
     with (
         patch("app.api.stats.replica_ids", lambda app, deployment: list(replicas)),
         patch("app.api.ingress.nodes", nodes),
-        patch("app.serving.replica.device", lambda: "easel x1"),
     ):
         server.start()
         try:

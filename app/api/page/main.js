@@ -267,7 +267,10 @@ startKeyboard();
 viewer.start();
 form.start(formChanged);
 $("form").addEventListener("submit", send);
-addEventListener("hashchange", showView);
+addEventListener("hashchange", () => {
+  showView();
+  scrollTo(0, 0);
+});
 showView();
 gallery.start(look);
 await loadModels();

@@ -5,7 +5,7 @@ import { ApiError, Away, events, serverBack } from "./api.js";
 import { $, announce, duration, el, icon, plural } from "./dom.js";
 
 const STREAMS = 4; // at once: browsers open six connections to a host
-const MOST_RUNS = 4; // shown; what they drew stays in the gallery
+const MOST_RUNS = 2; // shown; what they drew stays in the gallery
 const MOST_RETRIES = 5; // of what the server asks to try again later
 const SEEDS = 2 ** 32;
 const LATER = ["queue_full", "deadline_unmeetable", "replica_lost", "model_not_ready", "rate_limit_exceeded"];
@@ -191,15 +191,13 @@ class Tile {
     this.image.alt = this.fields.prompt;
     this.element.dataset.state = "done";
     this.overlay.hidden = true;
-    const action = (name, label, call) =>
-      el("button", { type: "button", class: "small", click: () => call(picture) }, icon(name), label);
+    const action = ([name, label, call], index) =>
+      index
+        ? el("button", { type: "button", class: "icon-button", "aria-label": label, title: label, click: () => call(picture) }, icon(name))
+        : el("button", { type: "button", class: "small", click: () => call(picture) }, icon(name), label);
     this.caption.append(
       el("p", { class: "tile-facts" }, `Seed ${fields.seed}${spent(facts.timings)}`),
-      el(
-        "div",
-        { class: "actions" },
-        ...this.handlers.actions.map(([name, label, call]) => action(name, label, call)),
-      ),
+      el("div", { class: "actions" }, ...this.handlers.actions.map(action)),
     );
     this.frame.append(
       el("button", {
