@@ -260,7 +260,7 @@ def test_all_can_be_done_by_keyboard(opened: Open, quick: Server) -> None:
     page.keyboard.press("Enter")
     page.keyboard.type("a boat")
     expect(page.locator("#prompt")).to_have_value("a boat")
-    for name in ("negative_prompt", "size", "n"):
+    for name in ("negative_prompt", "image", "size", "n"):
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id || document.activeElement.name") == name
     page.keyboard.press("ArrowRight")
