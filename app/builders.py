@@ -17,7 +17,7 @@ from app.api.api_keys import ApiKeys
 from app.api.files.storage import storage_at
 from app.api.ingress import APIIngress
 from app.api.jobs.webhooks import read_secret
-from app.api.settings import Alias, Defaults, Encoding, Jobs, Limits, Origin, Quality, Service, Settings
+from app.api.settings import Alias, Defaults, Encoding, HostName, Jobs, Limits, Origin, Quality, Service, Settings
 from app.diffusion.samplers import SAMPLERS
 from app.engine.stall import STALL_S
 from app.serving.replica import StableDiffusion
@@ -104,6 +104,9 @@ class Args(Settings):
     cors_origins: Annotated[list[Origin], AfterValidator(no_repeats)] = Field(
         default=[], description="origins whose pages may ask from a browser, such as https://studio.example.com"
     )
+    image_hosts: Annotated[list[HostName], AfterValidator(no_repeats)] = Field(
+        default=[], description="hosts that an image_url of an edit may name, such as images.example.com"
+    )
     api_keys_file: str | None = Field(
         default=None,
         description="hashes of API keys, relative to the repository; null: only this machine itself may ask",
@@ -161,7 +164,13 @@ def text_to_image(args: Args) -> Application:
     tokenizer = locate_tokenizer(args, location)
     rules = (args.limits, args.defaults, args.encoding)
     service = Service(
-        name, tuple(args.sizes), *rules, tuple(args.aliases), dict[str, int](args.qualities.items()), located(args.jobs)
+        name,
+        tuple(args.sizes),
+        *rules,
+        aliases=tuple(args.aliases),
+        qualities=dict[str, int](args.qualities.items()),
+        jobs=located(args.jobs),
+        image_hosts=tuple(args.image_hosts),
     )
     replicas = serve.deployment()(StableDiffusion).bind(
         args.pipeline_spec(location, ROOT / Path(args.programs).expanduser() if args.programs else None, tokenizer),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from app.api.fields import invalid, model, shown
+from app.api.fields import invalid, model
 from app.api.images_in.decode import mask_of, pixels_of
 from app.api.images_in.form import Part, parse_form
 from app.api.images_in.headers import BadImage, Header, read_header
@@ -164,8 +164,7 @@ def check_able(body: EditBody, service: Service) -> None:
 
 
 def header_of(source: Source, service: Service) -> Header:
-    if isinstance(source.content, str):
-        raise InvalidField(source.field, f"{source.field} must not have the URL {shown(source.content)}.")
+    assert isinstance(source.content, bytes), "URLs have been fetched"
     try:
         header = read_header(source.content)
     except BadImage as error:

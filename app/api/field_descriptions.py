@@ -36,7 +36,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "webhook_url": "with `async`, an https URL at one of the operator's `jobs.webhook_hosts`, told when the job ends",
     **dict.fromkeys(("user", "safety_identifier"), "accepted and not used"),
     "image": "the picture to edit, or up to `limits.input_images` of them: PNG, JPEG or WebP",
-    "images": "the same in JSON: an array of objects with an `image_url`, which is a `data:` URL",
+    "images": "the same in JSON: an array of objects with an `image_url`, which is a `data:` URL or one of the "
+    "operator's `image_hosts`",
     "mask": "a picture of the same size. What is transparent in it is redrawn, and the rest stays",
     "strength": "how much of the picture is redrawn, above 0 and at most 1: the share of the steps that is taken",
     "input_fidelity": "`low`, which changes nothing: `strength` says how much of the picture stays",

@@ -82,7 +82,7 @@ class APIIngress:
             self.api_keys.start_refreshing()
         self.replica_watch = ReplicaWatch(partial(broadcast, replicas, "describe", BROADCAST_TIMEOUT_S))
         self.retry_after = RetryAfter()
-        self.uploads = Uploads(service.limits)
+        self.uploads = Uploads(service.limits, service.image_hosts)
         self.job_service = None
         if service.jobs.database is not None:
             self.job_service = JobService(service.jobs, send=self.journey, serving=self.serving)

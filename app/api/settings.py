@@ -44,7 +44,7 @@ def base_url(text: str) -> str:
     return text
 
 
-def webhook_host(text: str) -> str:
+def host_name(text: str) -> str:
     if not re.fullmatch(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z][a-z0-9-]*(:[0-9]{1,5})?", text):
         raise ValueError(
             f"a host must be a name in lower case, such as hooks.example.com or hooks.example.com:8443, got {text}."
@@ -61,7 +61,7 @@ def no_repeats(values: tuple[str, ...]) -> tuple[str, ...]:
 Alias = Annotated[str, Field(min_length=1, max_length=200)]
 BaseUrl = Annotated[str, AfterValidator(base_url)]
 Origin = Annotated[str, AfterValidator(origin)]
-WebhookHost = Annotated[str, AfterValidator(webhook_host)]
+HostName = Annotated[str, AfterValidator(host_name)]
 Quality = Literal["low", "medium", "high", "hd"]
 
 
@@ -167,7 +167,7 @@ class Jobs(Settings):
     share: float = Field(
         default=0.2, ge=0, lt=1, description="of the devices' time, for jobs, while somebody waits for an answer"
     )
-    webhook_hosts: Annotated[tuple[WebhookHost, ...], AfterValidator(no_repeats)] = Field(
+    webhook_hosts: Annotated[tuple[HostName, ...], AfterValidator(no_repeats)] = Field(
         default=(), description="hosts that a request's webhook_url may name, such as hooks.example.com"
     )
     webhook_secret_file: str | None = Field(
@@ -201,6 +201,7 @@ class Service:
     aliases: tuple[str, ...] = ()  # other names that a request may give to the model
     qualities: Mapping[str, int] = field(default_factory=dict)  # num_inference_steps by OpenAI's `quality`
     jobs: Jobs = Jobs(database=None)
+    image_hosts: tuple[str, ...] = ()  # where images of edits may be fetched
     notes: tuple[str, ...] = ()  # sentences on where the defaults are not the checkpoint's own
     capabilities: Capabilities = Capabilities()  # of the replica
 

@@ -14,13 +14,15 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from app.api import public_addresses
 from app.api.database import Database
 from app.api.files.table import SCHEMA as FILES
 from app.api.jobs import webhooks
 from app.api.jobs.leases import claim, fail
 from app.api.jobs.table import SCHEMA, NewJob, add_job
-from app.api.jobs.webhooks import BACK_OFF_S, Webhooks, checked, post_to_public, read_secret
+from app.api.jobs.webhooks import BACK_OFF_S, Webhooks, post_to_public, read_secret
 from app.api.protocol import parse_body
+from app.api.public_addresses import checked
 from app.api.settings import Jobs, Service
 from app.types import InvalidField
 
@@ -193,7 +195,7 @@ def test_the_address_that_was_checked_is_connected_to_and_redirects_are_not_foll
         await site.start()
         port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", loopback)
-        monkeypatch.setattr(webhooks, "checked", str)
+        monkeypatch.setattr(public_addresses, "checked", str)
         try:
             assert await post_to_public(f"http://hooks.example.com:{port}/", b"{}", {}) == 302
         finally:

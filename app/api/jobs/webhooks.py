@@ -7,25 +7,22 @@ public addresses of hosts that the config allows: the address that was checked i
 import asyncio
 import base64
 import binascii
-import errno
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import random
-import socket
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 
 from app.api.database import Database
 from app.api.errors import ApiError
 from app.api.jobs.table import COLUMNS, Job
+from app.api.public_addresses import PublicAddresses
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -36,7 +33,6 @@ BACK_OFF_S = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0)
 TIMEOUT_S = 15.0
 DUE_AGAIN_S = 60.0  # after the start of a delivery that neither succeeds nor fails: its process has died
 POLL_S = 1.0
-NAT64 = ipaddress.ip_network("64:ff9b::/32")  # RFC 6052 and RFC 8215
 
 Post = Callable[[str, bytes, dict[str, str]], Awaitable[int]]  # URL, body, headers -> status
 
@@ -142,49 +138,6 @@ def read_secret(path: Path) -> bytes:
     if path.stat().st_mode & 0o077:
         raise ValueError(f"{path} must be readable by its owner alone: chmod 600 {path}")
     return secret
-
-
-class PublicAddresses(AbstractResolver):
-    """Resolves names to public addresses alone, so no webhook reaches what is inside of this network."""
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        loop = asyncio.get_running_loop()
-        results = await loop.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
-        return [
-            ResolveResult(
-                hostname=host,
-                host=str(checked(address[0])),
-                port=port,
-                family=family,
-                proto=proto,
-                flags=socket.AI_NUMERICHOST,
-            )
-            for family, _, proto, _, address in results
-        ]
-
-    async def close(self) -> None:
-        pass
-
-
-def checked(text: object) -> str:
-    """Raises OSError for an address that is not public. One among several is enough to refuse a host."""
-    address = ipaddress.ip_address(str(text).partition("%")[0])
-    for inner in (address, *embedded(address)):
-        if not inner.is_global or inner.is_multicast:
-            raise OSError(errno.EACCES, f"{address} is not a public address")
-    return str(text)
-
-
-def embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """The IPv4 addresses that gateways may turn an IPv6 address into."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return []
-    inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    if address in NAT64:
-        inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return [each for each in inner if each is not None]
 
 
 async def post_to_public(url: str, body: bytes, headers: dict[str, str]) -> int:
