@@ -82,7 +82,7 @@ SLICE_RULES: list[Callable[[NodeType, Slice], Iterator[Finding]]] = [  # of TPU 
 ]
 
 # The following hold a Serve config against a cluster file.
-FILE_PLACEMENT_RULES: list[Callable[[Application, ClusterConfig], Iterator[Finding]]] = [placement.check_api_keys_file]
+FILE_PLACEMENT_RULES: list[Callable[[Application, ClusterConfig], Iterator[Finding]]] = [placement.check_named_files]
 PLACEMENT_RULES: list[Callable[[Deployment, ClusterConfig], Iterator[Finding]]] = [
     placement.check_capacity,
     placement.check_model_has_chips,

@@ -86,13 +86,19 @@ def test_a_config_that_its_cluster_cannot_run_is_found(
     assert f"serve.yaml:{line_of(text, key) + 1}: {words.replace('{}', dotted(key), 1)}" in findings
 
 
-def test_an_api_keys_file_must_be_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("key", "content"),
+    [((*ARGS, "api_keys_file"), "[]"), ((*ARGS, "jobs", "webhook_secret_file"), f"whsec_{'a' * 40}")],
+)
+def test_a_file_that_the_ingress_reads_must_be_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: Key, content: str
+) -> None:
     monkeypatch.setattr(builders, "ROOT", tmp_path)
     monkeypatch.setattr(cluster_file, "ROOT", tmp_path)
     for folder in ("app", "assets", "cluster", "jobs", "requirements"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    (tmp_path / "keys.yaml").write_text("[]")
-    key = (*ARGS, "api_keys_file")
+    (tmp_path / "keys.yaml").write_text(content)
+    (tmp_path / "keys.yaml").chmod(0o600)
     serve = put(key, "keys.yaml")(SERVE)
     message = f"serve.yaml:{line_of(serve, key) + 1}: error: {dotted(key)} is keys.yaml, which cluster.yaml's "
     assert findings_of(tmp_path, serve, CLUSTER) == [f"{message}file_mounts bring to no node."]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 
 from app.serving.replica import StableDiffusion
@@ -10,15 +11,16 @@ from cluster.config.documents import Finding
 from cluster.config.serve_config import Application, Deployment
 
 
-def check_api_keys_file(app: Application, cluster: ClusterConfig) -> Iterator[Finding]:
-    """The ingress may be placed on any node, so all nodes get the file with the API keys."""
-    name = getattr(app.args, "api_keys_file", None)
-    if name is None or name.startswith(("~", "/")):
-        return
+def check_named_files(app: Application, cluster: ClusterConfig) -> Iterator[Finding]:
+    """The ingress may be placed on any node, so all nodes get the files with the API keys and the webhooks' secret."""
     mounted = (cluster.document.at(("file_mounts",)) or {}).values()
-    if not any(Path(name).is_relative_to(local) for local in mounted):
-        text = f"is {name}, which {cluster.document.file}'s file_mounts bring to no node."
-        yield app.error(("args", "api_keys_file"), text)
+    for key in (("api_keys_file",), ("jobs", "webhook_secret_file")):
+        name = reduce(lambda settings, part: getattr(settings, part, None), key, app.args)
+        if name is None or name.startswith(("~", "/")):
+            continue
+        if not any(Path(name).is_relative_to(local) for local in mounted):
+            text = f"is {name}, which {cluster.document.file}'s file_mounts bring to no node."
+            yield app.error(("args", *key), text)
 
 
 def check_capacity(deployment: Deployment, cluster: ClusterConfig) -> Iterator[Finding]:
