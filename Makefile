@@ -254,6 +254,7 @@ lock: ## Pin requirements/*.txt again from pyproject.toml
 	@$(lock) -o requirements/runtime.txt
 	@$(lock) -c requirements/runtime.txt --extra tpu -o requirements/tpu.txt
 	@$(lock) -c requirements/runtime.txt --extra gcp -o requirements/gcp.txt
+	@$(lock) -c requirements/runtime.txt --extra gcs -o requirements/gcs.txt
 	@$(lock) -c requirements/runtime.txt --extra dev -o requirements/dev.txt
 	@$(lock) -c requirements/runtime.txt --extra dev --extra parity -o requirements/parity.txt
 	@$(lock) -c requirements/parity.txt --extra cuda -o requirements/cuda.txt # CUDA's libraries as PyTorch pins them
