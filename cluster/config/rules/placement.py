@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import reduce
 from pathlib import Path
 
 from app.serving.replica import StableDiffusion
@@ -15,8 +14,10 @@ def check_named_files(app: Application, cluster: ClusterConfig) -> Iterator[Find
     """The ingress may be placed on any node, so all nodes get the files with the API keys and the webhooks' secret."""
     mounted = (cluster.document.at(("file_mounts",)) or {}).values()
     for key in (("api_keys_file",), ("jobs", "webhook_secret_file")):
-        name = reduce(lambda settings, part: getattr(settings, part, None), key, app.args)
-        if name is None or name.startswith(("~", "/")):
+        name: object = app.args
+        for part in key:
+            name = getattr(name, part, None)
+        if not isinstance(name, str) or name.startswith(("~", "/")):
             continue
         if not any(Path(name).is_relative_to(local) for local in mounted):
             text = f"is {name}, which {cluster.document.file}'s file_mounts bring to no node."
