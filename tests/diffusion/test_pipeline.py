@@ -18,7 +18,7 @@ from app.aot.compile import CompileWatch, compiled
 from app.diffusion.device_programs import rows_of
 from app.diffusion.pipeline import Encoded, Pipeline
 from app.diffusion.sharding import row_sharding
-from app.types import ActiveSlot, PipelineSpec
+from app.types import ActiveSlot, Edit, Generation, InvalidField, PipelineSpec
 from cluster import ROOT
 from tests.tiny import tensor_shapes, write_checkpoint
 
@@ -35,6 +35,7 @@ class Request(NamedTuple):
     steps: int = 4
     guidance_scale: float = 5.0
     seed: int = 7
+    edit: Edit | None = None
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> Pipeline:
-    pipeline = Pipeline.load(PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(4, 1), max_steps=8))
+    pipeline = Pipeline.load(PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(4, 1), max_steps=8, edits=True))
     pipeline.warmup()
     return pipeline
 
@@ -57,8 +58,10 @@ def draw(
     left = {}
     for slot, request in zip(slots, requests, strict=False):
         prompt, negative_prompt = pipeline.encode([request.prompt, request.negative_prompt])
-        table = pipeline.table(request.sampler, request.steps)
-        state = pipeline.insert(state, slot, prompt, negative_prompt, table, request.guidance_scale, request.seed)
+        table = pipeline.table(request.sampler, request.steps, strength=request.edit and request.edit.strength)
+        edit = pipeline.encode_image(request.edit, SIZE) if request.edit else None
+        guidance_scale, seed = request.guidance_scale, request.seed
+        state = pipeline.insert(state, slot, prompt, negative_prompt, table, guidance_scale, seed, edit=edit)
         left[slot] = len(table)
     while running := {slot: steps for slot, steps in left.items() if steps}:
         active = [
@@ -138,6 +141,67 @@ def test_slots_at_different_steps_of_different_samplers_share_a_step(pipeline: P
         assert far(draw(pipeline, [request])[0], picture) <= 1
 
 
+IMAGE = np.random.default_rng(3).integers(0, 256, (SIZE[1], SIZE[0], 3)).astype(np.uint8)
+TOP = np.arange(SIZE[1])[:, None].repeat(SIZE[0], axis=1) < SIZE[1] // 2
+
+
+def edited(mask: Any = None, strength: float = 0.5, **other: Any) -> Request:
+    return Request(edit=Edit(IMAGE, mask, strength), steps=8, **other)
+
+
+def test_an_edit_is_the_same_picture_beside_any_neighbours_and_so_are_they(pipeline: Pipeline) -> None:
+    requests = [edited(sampler="dpmpp_2m_karras"), edited(TOP, 1.0), Request("a sun", steps=3), edited(TOP, 0.25)]
+    alone = [draw(pipeline, [request, Request("the sea", seed=1)], slots=[5, 0])[0] for request in requests]
+    together = draw(pipeline, requests, stride=2)
+    for picture, beside in zip(alone, together, strict=True):
+        assert far(picture, beside) <= 1
+    assert np.array_equal(draw(pipeline, requests[::-1])[::-1], draw(pipeline, requests))
+    assert np.array_equal(draw(pipeline, requests, stride=1), together)
+
+
+def test_a_mask_over_everything_is_no_mask_and_an_image_is_nothing_to_its_neighbours_bit_for_bit(
+    pipeline: Pipeline,
+) -> None:
+    everywhere = np.ones(TOP.shape, bool)
+    assert np.array_equal(draw(pipeline, [edited(everywhere)]), draw(pipeline, [edited()]))
+    # Of pure noise nothing is left to tell that there was an image.
+    assert np.array_equal(draw(pipeline, [edited(everywhere, 1.0)]), draw(pipeline, [Request(steps=8)]))
+    neighbours = [draw(pipeline, [other, Request(seed=2)])[1] for other in (edited(TOP), edited(), Request(steps=4))]
+    assert np.array_equal(neighbours[0], neighbours[1]) and np.array_equal(neighbours[0], neighbours[2])
+
+
+def test_what_the_mask_leaves_out_stays_the_original_in_the_latents(pipeline: Pipeline) -> None:
+    prompt, empty = pipeline.encode(["a house", ""])
+    edit = pipeline.encode_image(Edit(IMAGE, TOP, 0.5), SIZE)
+    table = pipeline.table("euler_ancestral", 8, strength=0.5)
+    state = pipeline.insert(pipeline.empty_state(SIZE), 2, prompt, empty, table, 5.0, 7, edit=edit)
+    state, _ = pipeline.step(state, [ActiveSlot(2, True)], len(table))
+    latents, original = np.asarray(state.latents)[2], np.asarray(state.edit.original)[2]  # type: ignore[union-attr]
+    half = len(latents) // 2
+    assert np.array_equal(latents[half:], original[half:])
+    assert np.abs(latents[:half] - original[:half]).max() > 0.01
+
+
+def test_requests_get_the_same_picture_whether_the_server_takes_images_or_not(pipeline: Pipeline, folder: Path) -> None:
+    plain = Pipeline.load(PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), max_steps=8))
+    assert not plain.capabilities.edits
+    assert len(plain.params["vae"]) < len(pipeline.params["vae"]), "the encoder is not loaded"
+    plain.warmup()
+    assert far(draw(plain, [Request()])[0], draw(pipeline, [Request()])[0]) <= 1
+    with pytest.raises(InvalidField, match="image is not something this server takes"):
+        plain.check(Generation("a", "", *SIZE, 4, 5.0, 7, None, 1, edit=Edit(IMAGE)))
+
+
+def test_an_edit_has_the_strength_of_its_model_where_it_names_none(pipeline: Pipeline) -> None:
+    def strength(mask: Any) -> Any:
+        checked = pipeline.check(Generation("a", "", *SIZE, 4, 5.0, 7, None, 1, edit=Edit(IMAGE, mask)))
+        return checked.edit and checked.edit.strength
+
+    assert (strength(None), strength(TOP)) == (0.8, 1.0)
+    with pytest.raises(InvalidField, match="image must have the size 16x24, got 24x16"):
+        pipeline.check(Generation("a", "", *SIZE, 4, 5.0, 7, None, 1, edit=Edit(np.swapaxes(IMAGE, 0, 1))))
+
+
 def embeds(text: Encoded) -> np.ndarray:
     return np.asarray(text.conditioning["prompt_embeds"])
 
@@ -187,6 +251,7 @@ def test_nothing_is_compiled_after_warmup(pipeline: Pipeline) -> None:
     try:
         for sampler in SAMPLERS:
             draw(pipeline, [Request(sampler=sampler, guidance_scale=1.0), Request(seed=8, steps=8)], stride=2)
+            draw(pipeline, [edited(sampler=sampler), edited(TOP, 1.0)])
         for count in range(1, 9):
             pipeline.encode(["a", "", "b", "c", "d", "e", "f", "g"][:count])
         pipeline.preview(pipeline.empty_state(SIZE), 3)
