@@ -58,7 +58,8 @@ def draw(
     left = {}
     for slot, request in zip(slots, requests, strict=False):
         prompt, negative_prompt = pipeline.encode([request.prompt, request.negative_prompt])
-        table = pipeline.table(request.sampler, request.steps, strength=request.edit and request.edit.strength)
+        strength = request.edit.strength if request.edit else None
+        table = pipeline.table(request.sampler, request.steps, strength=strength)
         edit = pipeline.encode_image(request.edit, SIZE) if request.edit else None
         guidance_scale, seed = request.guidance_scale, request.seed
         state = pipeline.insert(state, slot, prompt, negative_prompt, table, guidance_scale, seed, edit=edit)
