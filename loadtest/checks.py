@@ -19,6 +19,7 @@ Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
 BLANK_LEVELS = 4  # a picture is blank if the levels of each colour span no more than this
 LOSSY_TOLERANCE = 16  # levels; JPEG and WebP can turn a difference of 1 into this
 NOT_IN_THE_PIXELS = {  # fields with which equal requests still get equal pictures
+    "async",
     "output_compression",
     "partial_images",
     "progress",
@@ -27,6 +28,7 @@ NOT_IN_THE_PIXELS = {  # fields with which equal requests still get equal pictur
     "stream",
     "timeout",
     "user",
+    "webhook_url",
 }
 
 

@@ -14,6 +14,7 @@ from cluster.cli import UsageError
 
 FOLDER = Path(__file__).with_name("scenarios")
 POST_ONLY = {  # the fields that GET /imagine does not take
+    *("async", "webhook_url"),
     *("background", "complexity", "frame_count", "frame_duration_ms", "model", "moderation", "n", "partial_images"),
     *("progress", "quality", "response_format", "safety_identifier", "stream", "style", "svg", "user"),
     *("original_size", "crops_coords_top_left", "target_size"),

@@ -59,7 +59,8 @@ async def accept(
     await files.check_room()
     await database.read(check_place, settings, owner)  # before anything is written
     id = new_id()
-    await files.save(uploads, UPLOADS, owner, settings.keep_s, id)
+    if uploads:
+        await files.save(uploads, UPLOADS, owner, settings.keep_s, id)
     new = NewJob(
         owner,
         model,
