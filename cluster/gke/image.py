@@ -59,8 +59,14 @@ def mounts(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
 
 
 def keys_file(serve: ServeConfig) -> str:
-    """The file of API keys. Raises UserError without it, or where applications have several."""
-    names = {application.image_args().api_keys_file for application in serve.image_applications}
+    """The file of API keys. Raises UserError without it, where applications have several, and with another secret."""
+    names = set()
+    for application in serve.image_applications:
+        args = application.image_args()
+        names.add(args.api_keys_file)
+        if args.jobs.webhook_secret_file:  # the app wants a file of its own user's, and mounted ones are root's
+            text = "must be null on Kubernetes, where no file that is mounted is readable by its owner alone."
+            raise UserError(str(application.error(("args", "jobs", "webhook_secret_file"), text)))
     if len(names) != 1 or None in names:
         raise UserError(f"{serve.document.file} must have one args.api_keys_file: docs/opening-the-api.md")
     return str(names.pop())

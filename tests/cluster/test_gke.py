@@ -3,6 +3,7 @@
 The schemas are reduced: tests/make_schemas.py. No Kubernetes has seen the files.
 """
 
+import base64
 import copy
 import json
 import re
@@ -166,6 +167,17 @@ def test_what_the_user_must_set_is_named_with_its_line(tmp_path: Path) -> None:
     assert re.search(r"serve_config.yaml:\d+: error: http_options.host must be 0.0.0.0 on Kubernetes", host)
     assert re.search(r"cluster.yaml:\d+: error: provider.project_id is not set", project)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_secret_that_no_pod_could_read_is_refused(tmp_path: Path) -> None:
+    file, secret = config(tmp_path), tmp_path / "webhooks.txt"
+    secret.write_text(f"whsec_{base64.b64encode(bytes(32)).decode()}")
+    secret.chmod(0o600)
+    file.write_text(file.read_text().replace("webhook_secret_file: null", f"webhook_secret_file: {secret}"))
+    with pytest.raises(
+        UserError, match=r"serve_config.yaml:\d+: error: .*webhook_secret_file must be null on Kubernetes"
+    ):
+        write(file, ROOT / "cluster.yaml", IMAGE, "", tmp_path)
 
 
 def test_the_image_has_the_files_the_packages_and_the_environment_of_the_cluster_file(tmp_path: Path) -> None:
