@@ -35,9 +35,11 @@ class NoHead(UserError):
 def route(path: Path) -> list[str]:
     """The ssh command that logs in to the head of a cluster, without a remote command."""
     from app.ray_internals.autoscaler import ssh_command  # takes half a second to import
+    from app.ray_internals.google import retry_reads_and_deletes
     from app.ray_internals.google import sentence as google_sentence
 
     logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)  # otherwise it logs its bookkeeping
+    retry_reads_and_deletes()
     output = io.StringIO()  # it also prints on stdout
     with redirect_stdout(output), redirect_stderr(output):
         try:

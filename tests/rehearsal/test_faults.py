@@ -156,6 +156,12 @@ def test_down_names_a_machine_whose_end_never_comes(cloud: Rehearsal, file: Path
         leftovers.clear(file)
 
 
+def test_the_way_to_the_head_is_looked_up_again_when_google_is_too_busy(cloud: Rehearsal, file: Path) -> None:
+    cloud.up(file)
+    cloud.books.faults.append(Fault("*.list", 2, answer=503))
+    assert route(file)[-1].startswith("ubuntu@")
+
+
 def test_asking_for_a_cluster_that_is_not_up_changes_nothing_in_the_project(cloud: Rehearsal, file: Path) -> None:
     with pytest.raises(NoHead):
         route(file)
