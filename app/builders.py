@@ -86,7 +86,9 @@ class Args(Settings):
     admission_gain: float = Field(
         default=0.05, ge=0, le=1, description="with auto: another image joins only if images per second rise by this"
     )
-    max_waiting: int = Field(default=32, ge=1, description="queue of a replica; beyond it a request gets 503")
+    max_waiting: int = Field(
+        default=32, ge=1, description="requests that wait for each replica; beyond it a request gets 503"
+    )
     prompt_cache: int = Field(default=256, ge=1, le=65536, description="encoded prompts that a replica keeps")
     encoding_threads: int = Field(default=2, ge=1, le=64, description="threads that make files of pixels")
     stall_s: float = Field(
@@ -184,7 +186,11 @@ def text_to_image(args: Args) -> Application:
     )
     keys = None if args.api_keys_file is None else keys_file(args.api_keys_file)
     return serve.deployment()(serve.ingress()(APIIngress)).bind(
-        replicas, service, api_keys_file=keys, cors_origins=tuple(args.cors_origins)
+        replicas,
+        service,
+        api_keys_file=keys,
+        cors_origins=tuple(args.cors_origins),
+        max_waiting=args.max_waiting,
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 from ray.serve._private.config import DeploymentConfig
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from app.api.field_descriptions import DESCRIPTIONS
@@ -327,6 +327,7 @@ def serve_defaults() -> dict[str, Any]:
         **{name: getattr(deployment, name) for name in DeploymentConfig.model_fields},
         **{f"autoscaling_config.{key}": value for key, value in leaves(AutoscalingConfig).items()},
         **{f"backpressure_config.{key}": value for key, value in leaves(BackpressureConfig).items()},
+        **{f"request_router_config.{key}": value for key, value in leaves(RequestRouterConfig).items()},
         "name": "required",
         "ray_actor_options.num_cpus": 1,  # what Ray takes for an actor of Serve that says nothing
         "ray_actor_options.resources": {},

@@ -26,6 +26,13 @@ MAY_IMPORT = {
     "app.": set(),
     "app.builders": {"app"},
     "app.api.": {"app.types", "app.ray_internals", "app.diffusion.samplers"},
+    "app.api.routing.": {
+        "app.api",
+        "app.types",
+        "app.diffusion.samplers",
+        "app.engine.scheduler",
+        "app.engine.cost_model",
+    },
     "app.serving.": {"app.types", "app.engine", "app.diffusion", "app.aot", "app.ray_internals"}
     | {f"app.api.{name}" for name in ("errors", "messages", "settings")},
     "app.engine.": {"app.types", "app.diffusion.samplers"},
@@ -53,6 +60,7 @@ RULES = [
     Rule("app.types", JAX | HTTP | {"ray"}),
     Rule("app.builders", JAX, lazily=True),
     Rule("app.api.", JAX),
+    Rule("app.api.routing.", HTTP | {"ray"}),
     Rule("app.api.proxy", {"PIL", "app.api.auth", "app.api.ingress"}),
     *(
         Rule(f"app.api.{name}", HTTP | {"ray"})

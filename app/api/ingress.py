@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app.api.api_keys import ApiKeys
+from app.api.api_keys import ApiKey, ApiKeys
 from app.api.auth import AuthMiddleware, count_images
 from app.api.cors import CorsMiddleware
 from app.api.edits import parse_edit
@@ -27,13 +27,13 @@ from app.api.jobs.routes import JobRoutes
 from app.api.jobs.service import JobService
 from app.api.jobs.share import ConnectedMiddleware
 from app.api.jobs.worker import Serving
-from app.api.journey import Journey, StreamedJourney, Unary
+from app.api.journey import Journey, StreamedJourney
 from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, Progress
 from app.api.openapi import document
 from app.api.page_files import PREFIX, page_file, prefers_html
 from app.api.protocol import parse_body, parse_query
-from app.api.replica_calls import Items, Pending, answer_of, broadcast
-from app.api.replica_watch import ReplicaWatch
+from app.api.replica_calls import Pending, answer_of
+from app.api.replicas import BROADCAST_TIMEOUT_S, Replicas
 from app.api.request_body import check_json, read_body
 from app.api.responses import image_response, images_response, json_response, model_object
 from app.api.retry_after import RetryAfter, work
@@ -50,7 +50,7 @@ logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve write
 
 READY_TIMEOUT_S = 5.0  # how long /v1/models and /healthz wait for a replica that may still be warming up
 PATIENCE_S = 0.3  # how long they wait for a new description if there is an older one
-BROADCAST_TIMEOUT_S = 2.0  # for the answers of all replicas
+JOBS_KEY = ":jobs"  # jobs share the replicas with API keys like one of them; no key has such a name
 CROWDED = ("queue_full", "deadline_unmeetable", "replica_lost")  # errors that many clients get at the same time
 ROUTES = {
     "GET /": "the model and these routes; to a browser, a page to draw on",
@@ -70,7 +70,12 @@ class APIIngress:
     """The ingress deployment. `replicas` is the DeploymentHandle of StableDiffusion."""
 
     def __init__(
-        self, replicas: Any, service: Service, api_keys_file: Path | None = None, cors_origins: Sequence[str] = ()
+        self,
+        replicas: Any,
+        service: Service,
+        api_keys_file: Path | None = None,
+        cors_origins: Sequence[str] = (),
+        max_waiting: int = 32,
     ) -> None:
         if RAY_SERVE_ENABLE_HA_PROXY and api_keys_file is None:  # HAProxy listens everywhere and connects over loopback
             raise ValueError("api_keys_file must be set where RAY_SERVE_ENABLE_HA_PROXY is: it hides who connects.")
@@ -80,7 +85,8 @@ class APIIngress:
         self.api_keys = None if api_keys_file is None else ApiKeys(api_keys_file)
         if self.api_keys:
             self.api_keys.start_refreshing()
-        self.replica_watch = ReplicaWatch(partial(broadcast, replicas, "describe", BROADCAST_TIMEOUT_S))
+        self.routed = Replicas(replicas, max_waiting)
+        self.replica_watch = self.routed.watch
         self.retry_after = RetryAfter()
         self.uploads = Uploads(service.limits, service.image_hosts)
         self.job_service = None
@@ -133,7 +139,7 @@ class APIIngress:
 
     async def imagine(self, http_request: Request) -> Response:
         request, _ = parse_for(await self.candidates(), parse_query, http_request.scope["query_string"])
-        return image_response(await self.generate(request), request)
+        return image_response(await self.generate(request, key_of(http_request)), request)
 
     async def generations(self, http_request: Request) -> Response:
         limits = self.service.limits
@@ -149,14 +155,15 @@ class APIIngress:
     async def answer(self, http_request: Request, request: ImageRequest, service: Service) -> Response:
         """A job, a stream, or the pictures in JSON or behind URLs."""
         count_images(http_request.scope, request.generation.n)
+        key = key_of(http_request)
         if self.jobs.takes(http_request, request):
             return await self.jobs.accept(http_request, request, service.model)
         if request.stream:
-            return await self.stream(request, service.model)
+            return await self.stream(request, key, service.model)
         if request.response_format != "url":
-            return images_response(await self.generate(request), request, service.model)
+            return images_response(await self.generate(request, key), request, service.model)
         await self.jobs.check_room()
-        images = await self.generate(request)
+        images = await self.generate(request, key)
         return images_response(images, request, service.model, await self.jobs.urls(http_request, request, images))
 
     async def models(self, http_request: Request) -> Response:
@@ -179,7 +186,7 @@ class APIIngress:
     async def stats(self, http_request: Request) -> Response:
         replicas = await stats_of_all(self.replicas, BROADCAST_TIMEOUT_S)
         body = {"model": self.services()[0].model, "replicas": replicas, "total": total(replicas.values())}
-        return json_response(body | {"nodes": await nodes()})
+        return json_response(body | {"queue": self.routed.dispatch.stats(), "nodes": await nodes()})
 
     async def healthz(self, http_request: Request) -> Response:
         """200 if a replica answers now, or is busy and has answered within the last seconds."""
@@ -205,23 +212,15 @@ class APIIngress:
             services = {service.model: service}
         return [*services.values()]
 
-    async def send(self, request: ImageRequest) -> Unary:
-        response: Unary = self.replicas.generate.remote(request)
-        return response
-
-    async def send_stream(self, request: ImageRequest) -> Items:
-        items: Items = self.replicas.options(stream=True).generate_stream.remote(request)
-        return items
-
-    async def generate(self, request: ImageRequest) -> Images:
+    async def generate(self, request: ImageRequest, key: str | None) -> Images:
         with self.spread_retries(request):
-            answer = await Journey(request).answer(self.send)
+            answer = await Journey(request).answer(partial(self.routed.send, key=key))
         self.record(request, answer)
         return answer
 
     def journey(self, request: ImageRequest) -> StreamedJourney:
         """Of a job, which is not counted as a client that waits."""
-        return StreamedJourney(request, self.send_stream)
+        return StreamedJourney(request, partial(self.routed.send_stream, key=JOBS_KEY))
 
     async def serving(self) -> Serving:
         """What jobs may be sent to. Where no replica runs, the first of them starts one."""
@@ -229,9 +228,9 @@ class APIIngress:
         models = {service.model for service in self.services()}
         return Serving(models, max(1, len(self.replica_watch.current)))
 
-    async def stream(self, request: ImageRequest, model: str) -> Response:
+    async def stream(self, request: ImageRequest, key: str | None, model: str) -> Response:
         """Begins the answer once the engine has accepted the request; until then an error can set the status."""
-        journey = StreamedJourney(request, self.send_stream)
+        journey = StreamedJourney(request, partial(self.routed.send_stream, key=key))
         with self.spread_retries(request):
             accepted = await journey.next_item()
         assert isinstance(accepted, Accepted)
@@ -303,6 +302,12 @@ def parse_for(
                 raise
             unknown_model = error
     raise unknown_model
+
+
+def key_of(http_request: Request) -> str | None:
+    """Whose request it is: keys share the replicas fairly."""
+    key: ApiKey | None = http_request.scope["state"]["api_key"]
+    return key.entry.name if key else None
 
 
 def adapted(service: Service, description: Description) -> Service:

@@ -28,6 +28,38 @@ class Description:
 
 
 @dataclass(frozen=True)
+class SizeCosts:
+    """Seconds of the programs of one size, as a replica has measured them."""
+
+    step_s: Mapping[int, float]  # by rows
+    launch_s: Mapping[int, float]  # what a dispatch of so many rows adds to its steps
+    decode_s: Mapping[int, float]  # by images
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a replica tells of its load: with each answer, and when the ingress polls."""
+
+    replica: str  # its id in Serve
+    sizes: Mapping[str, SizeCosts]
+    unfinished: int  # requests
+    backlog_s: float  # device-seconds that they still need
+    healthy: bool = True
+    start_s: float = 0.0  # from the start of its process until it was warm
+    description: Description | None = None  # only where the ingress polls
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """What the ingress tells replicas of its queue when it polls, for the autoscaling policy."""
+
+    ingress: str  # an id of its own
+    waiting: int = 0  # requests
+    waiting_s: float = 0.0  # their device-seconds
+    arriving: float = 0.0  # device-seconds of the requests that arrive in a second
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     """A request from the ingress to a replica."""
 
@@ -36,6 +68,7 @@ class ImageRequest:
     timeout_s: float
     stream: bool = False
     partial_images: int = 0  # previews to stream
+    ahead_s: float = 0.0  # device-seconds by which it goes ahead of one that comes now: it has waited in the ingress
     progress: bool = False  # whether to stream Progress
     # Of what the ingress does with the answer; no replica reads these.
     response_format: str | None = None  # b64_json or url; None: the client has not said
@@ -91,6 +124,7 @@ class Images:
     facts: Mapping[str, str | int | float | bool]
     timings: Mapping[str, float]  # seconds
     model: str = ""  # empty: an older replica did not send it
+    report: Report | None = None
 
 
 def fact_text(fact: str | int | float | bool) -> str:

@@ -49,14 +49,14 @@ async def answer_of(response: Pending[Answer], timeout_s: float) -> Answer:
             return await response
 
 
-async def broadcast(replicas: Any, method: str, timeout_s: float) -> list[Any]:
+async def broadcast(replicas: Any, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
     """The answers of all replicas that answer in time. Raises DeploymentUnavailableError if no replica runs.
 
     Ray's own `results_async` returns nothing at all when one replica is late, so this uses its parts.
     """
     try:
         async with asyncio.timeout(timeout_s):
-            responses = await replicas.broadcast(method)._fetch_replica_results_async()
+            responses = await replicas.broadcast(method, *arguments)._fetch_replica_results_async()
     except TimeoutError:  # Serve has not sent the list of replicas yet
         return []
     pending = [asyncio.ensure_future(response.get_async()) for response in responses]

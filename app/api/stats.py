@@ -21,8 +21,7 @@ SUMMED = ("waiting", "unfinished", "active_slots", "num_slots", "backlog_s", "de
 
 async def stats_of_all(replicas: Any, timeout_s: float) -> dict[str, Stats]:
     """Statistics by replica id. `replicas` is a DeploymentHandle. One that does not answer is SILENT."""
-    ids = asyncio.to_thread(replica_ids, replicas.app_name, replicas.deployment_name)
-    known, answers = await asyncio.gather(ids, answers_of_all(replicas, timeout_s))
+    known, answers = await asyncio.gather(all_replica_ids(replicas), answers_of_all(replicas, timeout_s))
     stats: dict[str, Stats] = {answer["replica"]: answer for answer in answers if is_stats(answer)}
     return {
         name: {key: value for key, value in stats.get(name, SILENT).items() if key != "replica"}
@@ -40,6 +39,10 @@ async def answers_of_all(replicas: Any, timeout_s: float) -> list[Any]:
 def is_stats(answer: object) -> bool:
     """A replica of another version might answer anything. Without its id it cannot be listed."""
     return isinstance(answer, Mapping) and isinstance(answer.get("replica"), str)
+
+
+async def all_replica_ids(replicas: Any) -> list[str]:
+    return await asyncio.to_thread(replica_ids, replicas.app_name, replicas.deployment_name)
 
 
 def replica_ids(app: str, deployment: str) -> list[str]:

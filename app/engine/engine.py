@@ -100,13 +100,15 @@ class Engine:
         resumed: Resumed | None = None,
         age_s: float = 0.0,
         beyond_limits: bool = False,
+        ahead_s: float = 0.0,
     ) -> "Future[Generated]":
         """Raises QueueFull, DeadlineUnmeetable, EngineStopped, or InvalidField for what this checkpoint cannot do.
 
         Cancelling the future frees its slots at the next step. `on_preview` is called from another thread, up to
         `previews` times; less often if there are fewer steps.
         A request from elsewhere has an `age_s`, and a place `beyond_limits`. With `resumed` it goes on, whatever its
-        deadline; NotResumable for another model's.
+        deadline; NotResumable for another model's. `ahead_s`: device-seconds by
+        which it goes ahead of another one that comes now.
         """
         size = (generation.width, generation.height)
         if size not in self._queues:
@@ -117,7 +119,7 @@ class Engine:
         generation = self.pipeline.check(generation)
         strength = generation.edit.strength if generation.edit else None
         table = self.pipeline.table(generation.sampler, generation.num_inference_steps, size, strength)
-        request = Request.of(generation, table, self.clock() - age_s, previews, on_preview)
+        request = Request.of(generation, table, self.clock() - age_s, previews, on_preview, ahead_s)
         if resumed:
             resume(request, resumed, self.pipeline)
         with self._changed:

@@ -62,6 +62,7 @@ class Request:
     table: SamplerTable
     since: float  # when it was submitted
     on_preview: OnPreview | None = None
+    ahead_s: float = 0.0  # device-seconds by which it goes ahead of another one that came at the same time
     future: "Future[Generated]" = dataclasses.field(default_factory=Future)
     images: list[Image] = dataclasses.field(default_factory=list)  # the waiting and the running ones
     encoded: tuple[Any, Any] | None = None  # prompt and negative prompt
@@ -84,9 +85,10 @@ class Request:
         since: float,
         previews: int = 0,
         on_preview: OnPreview | None = None,
+        ahead_s: float = 0.0,
     ) -> "Request":
         """Makes a waiting request. Its previews are due at even intervals, at most one after each step but the last."""
-        request, steps = cls(generation, table, since, on_preview), len(table)
+        request, steps = cls(generation, table, since, on_preview, ahead_s), len(table)
         due = sorted({steps - round(steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, steps})
         request.images = [Image(request, number, steps, previews_due=due[:]) for number in range(generation.n)]
         return request

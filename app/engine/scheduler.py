@@ -100,8 +100,11 @@ def in_order(queue: SizeQueue) -> list[Image]:
 
 
 def rank(request: Request, cost: StepCost) -> float:
-    """Ranks a request by remaining device-seconds, plus its arrival weighted by ageing. The lowest goes first."""
-    return device_s(map(work_of, request.images), cost) + AGEING * request.since
+    """Ranks a request by remaining device-seconds, plus its arrival weighted by ageing. The lowest goes first.
+
+    Where it has waited before it came to this engine, it goes ahead by so much.
+    """
+    return device_s(map(work_of, request.images), cost) + AGEING * request.since - request.ahead_s
 
 
 def work_of(image: Image) -> Work:

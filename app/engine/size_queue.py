@@ -79,6 +79,8 @@ class SizeQueue:
         """Returns plain numbers, for JSON. `images` are those that are not denoised yet."""
         return {
             "step_s": {str(rows): seconds for rows, seconds in self.step_cost.table().items()},
+            "launch_s": {str(rows): self.step_cost.launch_s(rows) for rows in self.step_cost.table()},
+            "decode_s": {str(images): seconds for images, seconds in self.decode_cost.decode_s.items()},
             "images_at_once": self.batch_size,
             "active": self.active,
             "waiting": sum(image.status is Status.WAITING for image in images),

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from app.api.errors import ApiError, api_error
-from app.api.messages import Accepted, Description, ImageRequest, Images, Moved, Preview, Progress
+from app.api.messages import Accepted, Description, ImageRequest, Images, Moved, Preview, Progress, QueueState, Report
 from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, HandedOver, NotResumable, QueueFull
 from app.engine.request import Generated
 from app.serving.draining import Unanswered, drain_with_serve, end
 from app.serving.image_metadata import encode_image, encode_preview, facts_of, timings_of
+from app.serving.load import Queues, load_of
 from app.serving.metrics import Metrics
 from app.serving.profiling import Profiler, Trace
 from app.serving.refusals import outcome_of, refusal
@@ -84,6 +86,7 @@ class StableDiffusion:
         self.milestones["warm"] = time.time()
         self.profiler = Profiler(replica_id(), self.steps)
         self.logged_unhealthy = False
+        self.queues = Queues()
 
     async def generate(self, request: ImageRequest) -> Images | Moved | ApiError:
         """An expected refusal is returned: raised, Serve would log it with a traceback and count a failure."""
@@ -142,6 +145,7 @@ class StableDiffusion:
                 resumed=request.resumed,
                 age_s=request.age_s,
                 beyond_limits=request.moved,
+                ahead_s=request.ahead_s,
             )
         except (QueueFull, DeadlineUnmeetable, EngineStopped, NotResumable) as error:
             self.metrics.requests.inc(tags={"outcome": outcome_of(error)})
@@ -176,7 +180,7 @@ class StableDiffusion:
             *(generation.n, facts["size"], generation.num_inference_steps, generated.sampler),
             " ".join(f"{name}={seconds:.3f}" for name, seconds in timings.items()),
         )
-        return Images(encoded, generated.seeds, facts, timings, self.name)
+        return Images(encoded, generated.seeds, facts, timings, self.name, self.load())
 
     async def in_encoder(self, function: Callable[..., bytes], *arguments: Any) -> bytes:
         return await asyncio.get_running_loop().run_in_executor(self.encoders, function, *arguments)
@@ -189,6 +193,14 @@ class StableDiffusion:
 
     async def describe(self) -> Description:
         return description_of(self.pipeline, self.name)
+
+    def load(self) -> Report:
+        return load_of(self.engine, replica_id(), self.milestones["warm"] - self.milestones["process"])
+
+    async def report(self, queue: QueueState) -> Report:
+        """The ingress polls it, and says what waits there."""
+        self.queues.note(queue)
+        return replace(self.load(), description=await self.describe())
 
     async def stats(self) -> dict[str, Any]:
         return {
@@ -213,7 +225,9 @@ class StableDiffusion:
         """Serve calls this every metrics_interval_s."""
         stats = await self.stats()
         self.metrics.report(stats)
-        return {"backlog_s": stats["backlog_s"], "unfinished": float(stats["unfinished"])}
+        start_s = self.milestones["warm"] - self.milestones["process"]
+        own = {"backlog_s": stats["backlog_s"], "unfinished": float(stats["unfinished"]), "start_s": start_s}
+        return {**own, **self.queues.totals()}
 
     async def check_health(self) -> None:
         """Three failures in a row make Serve replace this replica."""

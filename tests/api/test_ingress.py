@@ -22,7 +22,7 @@ from starlette.types import Message
 
 from app.api.errors import ApiError
 from app.api.ingress import APIIngress
-from app.api.messages import Accepted, Description, ImageRequest, Images, Preview
+from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, QueueState, Report, SizeCosts
 from app.api.replica_calls import answer_of
 from app.api.request_body import DRAINED_BYTES
 from app.api.retry_after import RetryAfter
@@ -117,22 +117,30 @@ class Replicas:
         self.generate = Method(pictures)
         self.generate_stream = StreamMethod()
         self.describe = Method(lambda: DESCRIPTION)
+        self.report = Method(lambda _: report_of(DESCRIPTION))  # wakes a first replica up
         self.running: list[Description | None] = [DESCRIPTION]
         self.broadcasts = 0
+        self.app_name, self.deployment_name = "text-to-image", "StableDiffusion"
 
-    def broadcast(self, method: str) -> "Replicas":
-        assert method == "describe"
+    def broadcast(self, method: str, queue: QueueState) -> "Replicas":
+        assert method == "report"
         self.broadcasts += 1
         return self
 
     async def _fetch_replica_results_async(self) -> list[Any]:
         if not self.running:
             raise DeploymentUnavailableError(DeploymentID("StableDiffusion"))
-        return [SimpleNamespace(get_async=partial(awaited, Answer(description))) for description in self.running]
+        answers = [description and report_of(description, f"replica-{i}") for i, description in enumerate(self.running)]
+        return [SimpleNamespace(get_async=partial(awaited, Answer(answer))) for answer in answers]
 
-    def options(self, *, stream: bool) -> "Replicas":
-        assert stream
+    def options(self, *, session_id: str, stream: bool = False) -> "Replicas":
+        assert session_id.startswith("replica-")
         return self
+
+
+def report_of(description: Description, replica: str = "replica-0") -> Report:
+    costs = SizeCosts({1: 0.001, 2: 0.001}, {1: 0.0, 2: 0.0}, {1: 0.001})
+    return Report(replica, dict.fromkeys(description.sizes or SERVICE.sizes, costs), 0, 0.0, description=description)
 
 
 async def awaited(answer: Answer) -> Any:
@@ -195,10 +203,11 @@ def test_imagine_answers_a_png_with_the_facts_in_headers(client: TestClient, rep
         "x-size": "256x128",
         "x-prompt-truncated": "false",
         "x-negative-prompt-truncated": "false",
-        "server-timing": "queue;dur=500.0, denoise;dur=1250.0, device;dur=750.0",
         "cache-control": "no-store",
     }
     assert {name: response.headers[name] for name in expected} == expected
+    waited, _, timings = response.headers["server-timing"].partition(", ")
+    assert waited.startswith("ingress;dur=") and timings == "queue;dur=500.0, denoise;dur=1250.0, device;dur=750.0"
     generation = Generation("a red house", "", 256, 128, 12, 3.5, 7, None, 1)
     assert replicas.generate.calls == [(ImageRequest(generation, SERVICE.encoding, 0.2),)]
 
@@ -218,7 +227,7 @@ def test_output_format_sets_the_content_type(client: TestClient, kind: str) -> N
 def test_generations_answers_in_openais_shape_with_the_facts(client: TestClient) -> None:
     response = post(client, prompt="a" * 78, n=2, seed=40, sampler="euler", output_format="webp", guidance_scale=1)
     answer = response.json()
-    assert answer.pop("created") > 1.7e9
+    assert answer.pop("created") > 1.7e9 and 0 <= answer["timings"].pop("ingress_s") < 0.1
     assert answer == {
         "data": [
             {"b64_json": base64.b64encode(b"webp 40").decode(), "seed": 40},

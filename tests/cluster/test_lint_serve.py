@@ -185,16 +185,10 @@ def test_a_wrong_value_is_an_error_on_its_line(tmp_path: Path, edit: Edit, key: 
 
 FIT: list[tuple[Edit, Key, str]] = [
     (
-        put((*MODEL, "max_ongoing_requests"), 40),
+        put((*MODEL, "max_ongoing_requests"), 24),
         (*MODEL, "max_ongoing_requests"),
-        "error: {} must be above 40, the 8 slots of a replica and its max_waiting, so that the engine's queue answers "
-        "before Serve's does and health checks get through, got 40.",
-    ),
-    (
-        put((*ARGS, "sizes"), "[128x128, 64x64, 128x64, 64x128]"),
-        (*MODEL, "max_ongoing_requests"),
-        "error: {} must be above 64, the 32 slots of a replica and its max_waiting, so that the engine's queue answers "
-        "before Serve's does and health checks get through, got 64.",
+        "error: {} must be above 24, the most that the ingress sends a replica whose largest bucket is 4, so that "
+        "Serve never refuses them and health checks get through, got 24.",
     ),
     (
         put((*MODEL, "max_queued_requests"), -1),
@@ -204,13 +198,13 @@ FIT: list[tuple[Edit, Key, str]] = [
     (
         put((*INGRESS, "max_ongoing_requests"), 100),
         (*INGRESS, "max_ongoing_requests"),
-        "advice: {} is 100 over all replicas, and StableDiffusion holds 320: under full load Serve refuses in its own "
-        "words instead of the API's.",
+        "advice: {} is 100 over all replicas, and 224 may wait and run: under full load Serve refuses in its own words "
+        "instead of the API's.",
     ),
     (
-        put((*SCALING, "target_ongoing_requests"), 40),
+        put((*SCALING, "target_ongoing_requests"), 24),
         (*SCALING, "target_ongoing_requests"),
-        "error: {} must be below 40, what a replica holds at most, or no load adds a replica, got 40.",
+        "error: {} must be below 24, what a replica holds at most, or no load adds a replica, got 24.",
     ),
     (
         put((*SCALING, "target_ongoing_requests"), 2),
@@ -339,7 +333,7 @@ def test_without_a_host_rays_default_counts_which_is_not_loopback(tmp_path: Path
 def test_rays_defaults_count_where_the_file_leaves_options_out(tmp_path: Path) -> None:
     text = edited(SERVE, drop((*MODEL, "max_ongoing_requests")), drop((*INGRESS, "graceful_shutdown_timeout_s")))
     findings = "\n".join(findings_of(tmp_path, text))
-    assert "max_ongoing_requests must be above 40" in findings and "got 5." in findings
+    assert "max_ongoing_requests must be above 24" in findings and "got 5." in findings
     assert "graceful_shutdown_timeout_s must be above limits.timeout_s, 120" in findings and "got 20." in findings
 
 

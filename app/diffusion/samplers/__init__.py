@@ -9,7 +9,7 @@ with them.
 CONTRIBUTING.md says how to add a sampler.
 """
 
-from app.diffusion.samplers.catalogue import SAMPLERS, make_table, samplers_for, skipped_steps
+from app.diffusion.samplers.catalogue import SAMPLERS, evaluations, make_table, samplers_for, skipped_steps
 from app.diffusion.samplers.defaults import default_sampler, departures
 from app.diffusion.samplers.flow import FlowSchedule
 from app.diffusion.samplers.noise_levels import alphas_bar_of
@@ -26,6 +26,7 @@ __all__ = [
     "alphas_bar_of",
     "default_sampler",
     "departures",
+    "evaluations",
     "make_table",
     "samplers_for",
     "skipped_steps",

@@ -130,3 +130,14 @@ def skipped_steps(strength: float, num_inference_steps: int, schedule: Schedule 
         least = f"at least {1 / steps:.3g}, which is one of {steps} steps"
         raise InvalidField("strength", f"strength must be {least}, got {strength:g}.")
     return skipped
+
+
+def evaluations(name: str | None, num_inference_steps: int) -> int:
+    """How often a sampler evaluates the denoiser for an image: the rows of its table, without making one.
+
+    Of `None`, the checkpoint's own sampler, it knows nothing better than one evaluation a step.
+    """
+    steps = num_inference_steps
+    if name is not None and name.removesuffix("_karras") in ("heun", "dpmpp_sde"):
+        return 2 * steps - 1
+    return steps + 1 if name == "pndm" and steps > 1 else steps

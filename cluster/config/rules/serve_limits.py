@@ -9,13 +9,13 @@ from ray.serve.config import AutoscalingConfig
 
 from app.api.auth import is_loopback
 from app.api.ingress import APIIngress
+from app.api.routing.book import MOST_HELD
 from app.api.settings import LONGEST_QUERY
 from app.builders import Args
 from app.ray_internals.core import tpu
 from app.ray_internals.serve import DEFAULT_AUTOSCALING_POLICY_NAME
 from app.serving.draining import LAST_S
 from app.serving.replica import StableDiffusion
-from app.types import SLOTS_PER_IMAGE
 from cluster.config.documents import Finding
 from cluster.config.serve_config import Application, Deployment, ServeConfig
 
@@ -88,25 +88,25 @@ def check_images_at_once(app: Application, args: Args) -> Iterator[Finding]:
 
 
 def check_queues(app: Application, args: Args) -> Iterator[Finding]:
-    """The engine's queue is full before Serve's, so that the API refuses in its own words."""
+    """A replica takes all that the ingress sends it, and the API refuses in its own words before Serve does."""
     if not (model := app.deployment(StableDiffusion)):
         return
-    slots, held, ongoing = slots_of(args), held_by_replica(args), model.option("max_ongoing_requests")
+    held, ongoing = held_by_replica(args), model.option("max_ongoing_requests")
     if ongoing <= held:
         text = (
-            f"must be above {held}, the {slots} slots of a replica and its max_waiting, so that the engine's queue "
-            f"answers before Serve's does and health checks get through, got {ongoing}."
+            f"must be above {held}, the most that the ingress sends a replica whose largest bucket is "
+            f"{max(args.batch_buckets)}, so that Serve never refuses them and health checks get through, got {ongoing}."
         )
         yield model.error(("max_ongoing_requests",), text)
     if model.option("max_queued_requests") < 0:
         text = "is unlimited: while no replica is ready, requests pile up until they time out."
         yield model.advice(("max_queued_requests",), text)
     elif ingress := app.deployment(APIIngress):
-        most = model.max_replicas * model.option("max_ongoing_requests") + model.option("max_queued_requests")
+        most = model.max_replicas * (held + args.max_waiting)
         passed = ingress.max_replicas * ingress.option("max_ongoing_requests")
         if passed <= most:
             text = (
-                f"is {passed} over all replicas, and {model.name} holds {most}: under full load Serve refuses in its "
+                f"is {passed} over all replicas, and {most} may wait and run: under full load Serve refuses in its "
                 "own words instead of the API's."
             )
             yield ingress.advice(("max_ongoing_requests",), text)
@@ -195,10 +195,6 @@ def on_the_way(app: Application) -> Iterator[Deployment]:
     yield from filter(None, (app.deployment(APIIngress), app.deployment(StableDiffusion)))
 
 
-def slots_of(args: Args) -> int:
-    return SLOTS_PER_IMAGE * max(args.batch_buckets) * len(args.sizes)
-
-
 def held_by_replica(args: Args) -> int:
-    """The most requests that a replica holds."""
-    return slots_of(args) + args.max_waiting
+    """The most requests that the ingress sends to a replica. A bucket has two rows for each image."""
+    return MOST_HELD * 2 * max(args.batch_buckets)

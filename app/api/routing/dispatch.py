@@ -1,0 +1,212 @@
+"""The router of the ingress: requests wait here for their places, on the event loop of the routes.
+
+While requests wait or run, it polls the replicas. It counts on what they report, and on which of them Serve says run.
+Knows nothing of HTTP, and of Ray nothing but the functions that it gets.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable
+from contextvars import Context
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from app.api.errors import ApiError
+from app.api.messages import QueueState, Report
+from app.api.routing.book import Sent
+from app.api.routing.costs import Work
+from app.api.routing.queue import Ticket
+from app.api.routing.router import Router
+from app.types import Generation
+
+logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
+
+POLL_S, WAITING_POLL_S = 1.0, 0.25  # between two polls: while requests run, and while some wait for a place
+ARRIVALS_S = 20.0  # the load that arrives is a mean over so long
+START_S = 60.0  # of a replica, until a first one has measured it
+OVERDUE = 0.25  # a replica that should be ready by now takes so much of its start longer
+
+Poll = Callable[[], Coroutine[None, None, object]]
+
+
+@dataclass(eq=False)
+class Place:
+    """A request's place in a replica. Leave it when the answer has come or never will."""
+
+    dispatch: "Dispatch"
+    ticket: Ticket
+    replica: str
+    sent: Sent
+    ahead_s: float  # device-seconds by which it goes ahead there
+    waited_s: float  # in the ingress
+    left: bool = False
+
+    def leave(self) -> None:
+        if not self.left:
+            self.left = True
+            self.dispatch.answered(self)
+
+    def __enter__(self) -> "Place":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.leave()
+
+
+class Dispatch:
+    """`poll` asks the replicas for reports, which come in through `reported`. `wake` waits for some replica to answer,
+    as a request does, so that Serve starts the first one; it raises ApiError if none will start. `list_replicas` names
+    all replicas that are up, starting ones too."""
+
+    def __init__(
+        self,
+        max_waiting: int,
+        poll: Poll,
+        wake: Poll,
+        list_replicas: Callable[[], Coroutine[None, None, Iterable[str]]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.router = Router(max_waiting, self._send)
+        self.poll, self.wake, self.list_replicas = poll, wake, list_replicas
+        self.clock = clock
+        self.id = uuid.uuid4().hex[:8]
+        self.waiting: dict[Ticket, asyncio.Future[Place]] = {}
+        self.places: set[Place] = set()
+        self.arrivals: deque[tuple[float, float]] = deque()  # when, and how many device-seconds
+        self.start_s = START_S
+        self.first_seen: dict[str, float] = {}
+        self.have_run: set[str] = set()
+        self.polling: asyncio.Task[None] | None = None
+        self.waking: asyncio.Task[None] | None = None
+
+    async def enter(
+        self, generation: Generation, timeout_s: float, key: str | None = None, again: bool = False
+    ) -> Place:
+        """Waits for a place. Raises ApiError if the queue is full or the time does not suffice.
+
+        A request that comes `again` has been admitted before. It goes first, and to a full replica too.
+        """
+        now = self.clock()
+        ticket = self.router.ticket(Work.of(generation), now, key, again)
+        if not again:
+            self.note_arrival(now, ticket.device_s)
+            self.router.admit(ticket, timeout_s, now)
+        future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        self.waiting[ticket] = future
+        self.router.queue.add(ticket)
+        self.router.pump(now)
+        self.keep_polling()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and not future.exception():
+                future.result().leave()
+            raise
+        finally:
+            self.waiting.pop(ticket, None)
+            self.router.queue.remove(ticket)
+
+    def _send(self, ticket: Ticket, replica: str, sent: Sent, ahead_s: float) -> None:
+        place = Place(self, ticket, replica, sent, ahead_s, self.clock() - ticket.since)
+        self.places.add(place)
+        future = self.waiting[ticket]
+        if future.done():  # the client has just gone
+            place.leave()
+        else:
+            future.set_result(place)
+
+    def answered(self, place: Place) -> None:
+        self.places.discard(place)
+        self.router.answered(place.replica, place.sent)
+        self.pump()
+
+    def pump(self) -> None:
+        self.router.pump(self.clock())
+
+    def avoid(self, replica: str) -> None:
+        """The replica has just failed a request."""
+        self.router.book.avoid(replica, self.clock())
+
+    def gone(self, replica: str) -> None:
+        """The replica does not run any more."""
+        self.router.book.list(self.router.book.replicas.keys() - {replica}, self.clock())
+
+    def reported(self, reports: Iterable[Report], running: Iterable[str] | None = None, polled: bool = False) -> None:
+        """Takes reports in. `running` are the replicas that get requests, where that is known."""
+        now, book = self.clock(), self.router.book
+        reports = [report for report in reports if running is None or report.replica in running]
+        if running is not None:
+            self.have_run |= {*running}
+            book.list(running, now)
+        for report in reports:
+            self.router.report(report, now)
+            if report.start_s:
+                self.start_s = report.start_s
+        if polled:
+            for name in book.replicas.keys() - {report.replica for report in reports}:
+                book.replicas[name].missed += 1
+        self.pump()
+
+    # Polls.
+
+    def keep_polling(self) -> None:
+        if self.polling is None or self.polling.done():
+            self.polling = asyncio.get_running_loop().create_task(self._keep_polling(), context=Context())
+
+    # In a context of its own: a handle call in the context of a request would count as that request's.
+    async def _keep_polling(self) -> None:
+        while self.waiting or self.places:
+            for part in (self.look_for_replicas, self.poll, self.see_starting):
+                try:
+                    await part()
+                except Exception:  # such as a cluster whose head does not answer for a while
+                    logger.exception("The replicas could not be polled.")
+            await asyncio.sleep(WAITING_POLL_S if self.waiting else POLL_S)
+
+    async def look_for_replicas(self) -> None:
+        """A request that waits in the ingress wakes nobody up, so something must wait where Serve sees it."""
+        if not self.router.book.usable(self.clock()) and (self.waking is None or self.waking.done()):
+            self.waking = asyncio.get_running_loop().create_task(self._wake(), context=Context())
+
+    async def _wake(self) -> None:
+        try:
+            await self.wake()
+        except ApiError as error:
+            if error.status == 504:
+                return
+            for future in self.waiting.values():
+                if not future.done():
+                    future.set_exception(ApiError(*error.args))
+
+    async def see_starting(self) -> None:
+        """Notes the replicas that are on their way, and when they should be ready."""
+        if not self.waiting:
+            return
+        names, now = {*await self.list_replicas()}, self.clock()
+        starting = names - self.have_run - self.router.book.replicas.keys()
+        self.first_seen = {name: self.first_seen.get(name, now) for name in starting}
+        self.router.starting = {
+            name: max(seen + self.start_s, now + OVERDUE * self.start_s) for name, seen in self.first_seen.items()
+        }
+        self.have_run &= names | self.router.book.replicas.keys()
+
+    # What others want to know.
+
+    def note_arrival(self, now: float, device_s: float) -> None:
+        self.arrivals.append((now, device_s))
+        while self.arrivals[0][0] < now - ARRIVALS_S:
+            self.arrivals.popleft()
+
+    def state(self) -> QueueState:
+        now, queue = self.clock(), self.router.queue
+        arrived_s = sum(device_s for at, device_s in self.arrivals if at >= now - ARRIVALS_S)
+        return QueueState(self.id, len(queue), queue.total_s(), arrived_s / ARRIVALS_S)
+
+    def stats(self) -> dict[str, Any]:
+        return {**self.router.stats(self.clock()), "arriving": self.state().arriving}

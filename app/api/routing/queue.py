@@ -1,0 +1,92 @@
+"""Requests that no replica has yet: in which order they go, fair between API keys. Plain code.
+
+Within a key the request with the least remaining work goes first, with ageing. Between keys, the one that has had the
+least device time goes first; a key that was idle has no claim to time that it did not use.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from app.api.routing.costs import Work, rank
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that waits. `device_s` is what it costs, by the cost model of a typical replica."""
+
+    work: Work
+    device_s: float
+    since: float
+    key: str | None = None
+    again: bool = False  # a replica had it, or was meant to: it goes first
+
+    @property
+    def rank(self) -> float:
+        return rank(self.device_s, self.since)
+
+
+class Queue:
+    def __init__(self) -> None:
+        self.waiting: dict[str | None, list[Ticket]] = {}
+        self.used_s: dict[str | None, float] = {}  # device-seconds of each active key, from a common start
+        self.held: Counter[str | None] = Counter()  # requests that replicas have
+
+    def __len__(self) -> int:
+        return sum(map(len, self.waiting.values()))
+
+    def __iter__(self) -> Iterator[Ticket]:
+        for tickets in self.waiting.values():
+            yield from tickets
+
+    @property
+    def active(self) -> set[str | None]:
+        """Keys with requests that wait or that replicas have."""
+        return self.waiting.keys() | {key for key, count in self.held.items() if count}
+
+    def add(self, ticket: Ticket) -> None:
+        active = self.active
+        if ticket.key not in active:
+            least_s = min((self.used_s.get(key, 0.0) for key in active), default=0.0)
+            self.used_s = {key: used_s for key, used_s in self.used_s.items() if key in active}
+            self.used_s[ticket.key] = least_s
+        self.waiting.setdefault(ticket.key, []).append(ticket)
+
+    def remove(self, ticket: Ticket) -> bool:
+        tickets = self.waiting.get(ticket.key, [])
+        if ticket not in tickets:
+            return False
+        tickets.remove(ticket)
+        if not tickets:
+            del self.waiting[ticket.key]
+        return True
+
+    def take(self, ticket: Ticket) -> None:
+        """The ticket goes to a replica; its key has used so much more."""
+        self.remove(ticket)
+        self.held[ticket.key] += 1
+        self.used_s[ticket.key] = self.used_s.get(ticket.key, 0.0) + ticket.device_s
+
+    def answered(self, key: str | None) -> None:
+        self.held[key] -= 1
+        if self.held[key] <= 0:
+            del self.held[key]
+
+    def in_order(self) -> Iterator[Ticket]:
+        """Those that come again, then the first ticket of each key, the key with the least used time first."""
+        yield from (ticket for ticket in self if ticket.again)
+        for key in sorted(self.waiting, key=lambda key: self.used_s.get(key, 0.0)):
+            yield min(self.waiting[key], key=lambda ticket: ticket.rank)
+
+    def ahead_s(self, ticket: Ticket) -> float:
+        """Device-seconds of the waiting requests that go before this one, if no others arrive."""
+        own_s = sum(other.device_s for other in self.waiting.get(ticket.key, ()) if other.rank <= ticket.rank)
+        others_s = (
+            min(sum(other.device_s for other in tickets), own_s + ticket.device_s)
+            for key, tickets in self.waiting.items()
+            if key != ticket.key
+        )
+        return own_s + sum(others_s)
+
+    def total_s(self) -> float:
+        return sum(ticket.device_s for ticket in self)
