@@ -1,5 +1,6 @@
 """Jobs over HTTP: the routes, with fake replicas and a real database."""
 
+import json
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from starlette.testclient import TestClient
 from app.api.api_keys import digest_of
 from app.api.errors import ApiError
 from app.api.ingress import APIIngress
-from app.api.messages import Accepted, Progress
+from app.api.messages import Accepted, ImageRequest, Progress
 from tests.api.test_files import with_jobs
-from tests.api.test_ingress import SERVICE, Items, Replicas, local_client, post
+from tests.api.test_ingress import SERVICE, Items, Replicas, local_client, pictures, post
 from tests.clusters import soon
 
 
@@ -228,6 +229,46 @@ def test_jobs_outlive_the_ingress_and_a_cleanly_stopped_one_leaves_them_to_the_n
         done = [ended(client, id) for id in ids]
         assert [client.get(job["result"]["data"][0]["url"]).content for job in done] == [b"png 0", b"png 1", b"png 2"]
         assert {job["attempts"] for job in done} == {1}
+
+
+def test_a_webhook_is_told_when_its_job_has_ended(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(f"whsec_{'a' * 40}")
+    secret.chmod(0o600)
+    ingress = with_jobs(tmp_path, webhook_hosts=["hooks.example.com"], webhook_secret_file=str(secret))
+    delivered: list[tuple[str, Any]] = []
+
+    async def post_to(url: str, body: bytes, headers: dict[str, str]) -> int:
+        delivered.append((url, json.loads(body)))
+        return 204
+
+    assert ingress.job_service and ingress.job_service.webhooks
+    ingress.job_service.webhooks.post = post_to
+    with local_client(ingress) as client:
+        id = accepted(client, webhook_url="https://hooks.example.com/a")["id"]
+        assert soon(lambda: len(delivered) == 1, 20)
+        assert state(client, id)["status"] == "completed"
+    url, event = delivered[0]
+    assert (url, event["type"], event["data"]["id"]) == ("https://hooks.example.com/a", "job.completed", id)
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"response_format": "url"}])
+def test_a_client_counts_as_waiting_until_its_answer_has_ended(
+    ingress: APIIngress, client: TestClient, fields: dict[str, Any]
+) -> None:
+    assert ingress.job_service
+    share, counted = ingress.job_service.share, []
+
+    def drawn(request: ImageRequest) -> Any:
+        counted.append(share.connected)
+        return pictures(request)
+
+    ingress.replicas.generate.outcome = drawn
+    ingress.replicas.generate_stream.outcome = lambda request: [Accepted(), drawn(request)]
+    assert post(client, prompt="a", **fields).status_code == 200
+    assert counted == [1] and share.connected == 0 and share.connected_s == 0.75
+    ended(client, accepted(client)["id"])
+    assert counted == [1, 0] and share.jobs_s == 0.75
 
 
 def test_an_ingress_that_keeps_nothing_writes_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from loadtest.scenario import POST_ONLY, parse
 
 PIXEL_FIELDS = {
     *("prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "seed", "sampler", "model", "n"),
+    "strength",
     *("original_size", "crops_coords_top_left", "target_size"),
     "output_format",  # a lossy format changes them
 }
