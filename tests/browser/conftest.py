@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,24 @@ def draw(page: Any, prompt: str, **fields: object) -> None:
         else:
             page.fill(f"#{name}", str(value))
     page.keyboard.press("Control+Enter")
+
+
+@pytest.fixture
+def other() -> Iterator[str]:
+    """The address of a page of another origin on this machine."""
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><title>Another page</title><body></body>")
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Empty) as elsewhere:
+        thread = threading.Thread(target=elsewhere.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{elsewhere.server_port}"
+        elsewhere.shutdown()
+        thread.join(10)

@@ -82,7 +82,7 @@ def test_a_request_that_waits_tells_its_place_and_cancelling_it_frees_it(opened:
     last = page.locator(".run", has_text="the last")
     first = page.locator(".run", has_text="the first")
     first.get_by_role("button", name="Cancel", exact=True).first.click()  # four streams at once is what a page has
-    expect(last.locator(".tile-status")).to_contain_text("ahead of it, about")
+    expect(last.locator(".tile-status")).to_contain_text("ahead in line")
     last.get_by_role("button", name="Cancel", exact=True).first.click()
     expect(last.locator(".tile-status")).to_have_text("Cancelled")
     first.get_by_role("button", name="Cancel all").click()

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -208,6 +209,20 @@ def test_of_200_clients_those_who_stay_get_what_a_lone_one_gets_and_the_others_l
 
 def test_streams_that_nobody_reads_end_all_the_same_and_hold_up_nobody(api: str) -> None:
     many_clients.unread_streams_end_and_delay_nobody(api)
+
+
+def test_a_browser_gets_the_page_and_the_page_sees_where_replicas_run(api: str) -> None:
+    with urlopen(Request(f"{api}/", headers={"Accept": "text/html", "Sec-Fetch-Site": "none"})) as answer:
+        index = answer.read().decode()
+    names = re.findall(r'"page/([^"]+)"', index)
+    assert {"main.js", "page.css"} <= {*names}
+    for name in names:
+        status, _, headers = fetch(f"{api}/page/{name}")
+        assert status == 200 and headers["content-security-policy"].startswith("default-src 'none'")
+    answered = stats(api)
+    (replica,) = [own for own in answered["replicas"].values() if "error" not in own]
+    (node,) = [node for node in answered["nodes"] if node["id"] == replica["node"]]
+    assert node["resources"]["TPU"] > 0 and not node["head"]
 
 
 def test_openais_client_retrieves_the_model_by_its_id(api: str) -> None:

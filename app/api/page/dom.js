@@ -57,11 +57,11 @@ export function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-/** Such as "0.8 s", "12 s", "3 min". */
+/** Such as "0.8 s", "12 s", "3 min", never broken over two lines. */
 export function duration(seconds) {
-  if (seconds < 0.95) return `${Math.max(0.1, seconds).toFixed(1)} s`;
-  if (seconds < 99.5) return `${Math.round(seconds)} s`;
-  return `${Math.round(seconds / 60)} min`;
+  if (seconds < 0.95) return `${Math.max(0.1, seconds).toFixed(1)}\u00a0s`;
+  if (seconds < 99.5) return `${Math.round(seconds)}\u00a0s`;
+  return `${Math.round(seconds / 60)}\u00a0min`;
 }
 
 export const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;

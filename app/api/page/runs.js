@@ -20,7 +20,7 @@ export function draw(fields, edit, previews, handlers) {
   const list = el("div", { class: "tiles-of-run", "data-count": fields.n });
   const dismiss = el(
     "button",
-    { type: "button", class: "icon-button", "aria-label": "Put away", click: () => section.remove() },
+    { type: "button", class: "icon-button", "aria-label": "Put away", click: () => putAway(section) },
     icon("close"),
   );
   const cancelAll = el(
@@ -44,7 +44,7 @@ export function draw(fields, edit, previews, handlers) {
   let refused = false;
   const refuse = (error) => {
     tiles.forEach((tile) => tile.cancel());
-    section.remove();
+    putAway(section);
     if (!refused) handlers.refused(error); // once, though every picture of the run is refused
     refused = true;
   };
@@ -55,12 +55,18 @@ export function draw(fields, edit, previews, handlers) {
     list.append(tile.element);
   }
   $("runs").prepend(section);
-  for (const old of [...$("runs").querySelectorAll(".ended")].slice(MOST_RUNS - 1)) old.remove();
+  [...$("runs").querySelectorAll(".ended")].slice(MOST_RUNS - 1).forEach(putAway);
   for (const tile of tiles) {
     queued.push(tile);
     next();
   }
   announce(`Drawing ${plural(fields.n, "picture")}`);
+}
+
+/** What it drew stays in the gallery. */
+function putAway(section) {
+  for (const image of section.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  section.remove();
 }
 
 /** Cancels what was sent last. Returns whether there was anything. */
@@ -165,10 +171,10 @@ class Tile {
 
   progress({ status, ahead, steps, total_steps: total, left_s: left }) {
     if (status === "waiting") {
-      const place = ahead ? `${ahead} ahead of it` : "Next in line";
-      this.set("waiting", `${place}, about ${duration(left)}`);
+      const place = ahead ? `${ahead} ahead in line` : "Next in line";
+      this.set("waiting", `${place} · ${duration(left)}`);
     } else if (status === "running") {
-      this.set("drawing", `Step ${steps} of ${total}, about ${duration(left)} left`, steps / total);
+      this.set("drawing", `Step ${steps} of ${total} · ${duration(left)} left`, steps / total);
     } else {
       this.set("drawing", "Finishing", 1);
     }
