@@ -49,7 +49,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         spec = PipelineSpec(**{name: frozen(value) for name, value in request["spec"].items()})
         host = host_of(request["tpu"])
         program = next(program for program in pipeline(spec, host).programs if program.name == request["program"])
-        return {"cost": asdict(cost_of(program.trace(), host.chip, shards_of(program)))}
+        cost = cost_of(program.trace(), host.chip, shards_of(program), program.compiler_options)
+        return {"cost": asdict(cost)}
     except OutOfMemory as reason:
         return {"too_large": str(reason)}
     except (JaxRuntimeError, NotImplementedError) as error:

@@ -23,6 +23,7 @@ SHARES = {
     "attention-kernel-64": {"v4": 0.65, "v5e": 0.92, "v6e": 0.66},
     "attention-kernel-128": {"v5e": 0.76},
     "attention-kernel-512": {"v5e": 0.95, "v6e": 0.56},
+    "rotary-attention-kernel": {"v4": 0.69, "v5e": 0.84, "v6e": 0.68},
 }
 ASSUMED_SHARE = 0.7
 ROWS = 64  # so many that XLA leaves them in HBM

@@ -2,7 +2,7 @@
 
     python -m capacity.program_cost --model stable-diffusion-v1-4 --size 512x512 --rows 32 --tpu v5litepod-1
 
-shows the cost of a UNet alone, on one chip. No time is measured: all are sums of libtpu's own estimates of the
+shows the cost of a denoiser alone, on one chip. No time is measured: all are sums of libtpu's own estimates of the
 operations that it compiled (capacity/cycles.py).
 """
 
@@ -11,8 +11,10 @@ import json
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from capacity.chips import CHIPS, Chip, Host, host_of
@@ -77,14 +79,16 @@ class ProgramCost:
         return self.parts.get(part, 0) / self.cycles if self.cycles else 0.0
 
 
-def cost_of(traced: "Traced", chip: Chip, shards: int = 1) -> ProgramCost:
+def cost_of(
+    traced: "Traced", chip: Chip, shards: int = 1, compiler_options: Mapping[str, str] = MappingProxyType({})
+) -> ProgramCost:
     """Compiles a program. Raises OutOfMemory if it does not fit."""
     from jax.errors import JaxRuntimeError
 
     total = count_flops(traced.jaxpr, chip.tile)
     began = time.perf_counter()
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=dict(compiler_options) or None)
     except JaxRuntimeError as error:
         text = str(error)
         if text.startswith("RESOURCE_EXHAUSTED") and re.search("hbm", text[:500], re.I):  # and not VMEM
@@ -150,14 +154,17 @@ def part_of(op_name: str) -> str:
     return next((scope for scope in reversed(op_name.split("/")) if scope in PARTS), OTHER)
 
 
-def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -> "Traced":
-    """Traces an evaluation of the UNet for so many rows, as a replica runs it, for one chip of the host."""
+def denoiser(
+    model: str, size: tuple[int, int], rows: int, dtype: str, host: Host
+) -> tuple["Traced", Mapping[str, str]]:
+    """Traces an evaluation of the denoiser for so many rows, as a replica runs it, for one chip of the host; and the
+    compiler options of its programs."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
     from jax.sharding import SingleDeviceSharding
 
-    from app.diffusion.declared_programs import encoded_shapes, part_of
+    from app.diffusion.declared_programs import encoded_shapes, part_of, step_options
     from app.diffusion.device_programs import predict_noise
     from app.diffusion.sharding import ROWS_TOGETHER
     from capacity.models import shapes_of
@@ -175,12 +182,13 @@ def unet(model: str, size: tuple[int, int], rows: int, dtype: str, host: Host) -
         networks[part] = partial(nnx.merge, graph)
     width, height = (side // family.pixels_per_latent for side in size)
     evaluate = partial(predict_noise, family, networks, ROWS_TOGETHER["tpu"])
-    return jax.jit(evaluate, out_shardings=sharding).trace(
+    traced = jax.jit(evaluate, out_shardings=sharding).trace(
         jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), part_of(family, params, "denoise")),
         shape(rows, height, width, family.latent_channels, dtype=jnp.float32),
         shape(rows, dtype=jnp.float32),
         jax.tree.map(lambda x: shape(rows, *x.shape, dtype=x.dtype), encoded_shapes(family, networks, params)),
     )
+    return traced, step_options(family, devices(host)[0])
 
 
 def main() -> None:
@@ -200,7 +208,8 @@ def main() -> None:
             raise ValueError(f"--rows must be at least 1, got {min(arguments.rows)}.")
         compile_only()
         for rows in arguments.rows:
-            show(cost_of(unet(arguments.model, size, rows, arguments.dtype, host), host.chip), rows, arguments)
+            traced, options = denoiser(arguments.model, size, rows, arguments.dtype, host)
+            show(cost_of(traced, host.chip, compiler_options=options), rows, arguments)
     except ValueError as error:
         raise UsageError(str(error)) from None
     except OutOfMemory as error:
@@ -219,7 +228,9 @@ def show(cost: ProgramCost, rows: int, arguments: argparse.Namespace) -> None:
         print(json.dumps({"model": arguments.model, "rows": rows, **asdict(cost)}), flush=True)
         return
     chip = CHIPS[cost.chip]
-    print(f"{arguments.model} UNet, {arguments.size}, {rows} rows, {arguments.dtype}, one {cost.chip} chip (modelled)")
+    print(
+        f"{arguments.model} denoiser, {arguments.size}, {rows} rows, {arguments.dtype}, one {cost.chip} chip (modelled)"
+    )
     print(
         f"  {cost.cycles / 1e6:.1f} M cycles, {1e3 * cost.seconds:.1f} ms, "
         f"{cost.cycles / max(1, cost.padded_cycles):.2f} of the padded bound of {cost.padded_cycles / 1e6:.1f} M"

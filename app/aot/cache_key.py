@@ -88,6 +88,7 @@ def key_of(program: Program, fingerprint: Mapping[str, str], seen: dict[int, str
         "function": describe_function(program.function, seen),
         "arguments": [describe_argument(argument) for argument in program.arguments],
         "donate": list(program.donate),
+        "compiler_options": dict(program.compiler_options),
         "out_shardings": [describe_sharding(x) for x in jax.tree.leaves(program.out_shardings)],
         "fingerprint": dict(fingerprint),
     }

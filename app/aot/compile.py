@@ -108,7 +108,7 @@ def compile_and_save(
 ) -> Compiled:
     began, thread = time.perf_counter(), threading.get_ident()
     before = hits.count(thread)
-    executable = lowered.compile()
+    executable = program.compile(lowered)
     seconds = spent + time.perf_counter() - began
     logger.info("compiled %s in %.1f s%s", program.name, seconds, f": {why}" if why else "")
     if place is None:

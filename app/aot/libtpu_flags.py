@@ -20,6 +20,15 @@ FLAGS = {
     "fibers_default_thread_stack_size": "1048576",
 }
 
+# Chips with 128 MiB of VMEM, by JAX's name of their kind.
+LARGE_VMEM = {"TPU v5 lite", "TPU v6 lite"}
+
+
+def transformer_options(device_kind: str) -> dict[str, str]:
+    """Compiler options for the step of a transformer: an operation may use 64 MiB of VMEM, so that wide products have
+    larger tiles. UNets lose by it."""
+    return {"xla_tpu_scoped_vmem_limit_kib": "65536"} if device_kind in LARGE_VMEM else {}
+
 
 def set_flags(environment: MutableMapping[str, str] = os.environ) -> None:
     """Adds the flags, except those that the user has set."""

@@ -1,16 +1,16 @@
 """A program: a function with the shapes that it is compiled for. Knows nothing of what it computes."""
 
-import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
-from jax.stages import Lowered, Traced
+from jax.stages import Compiled, Lowered, Traced
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Program:
     """Once compiled it takes arrays of exactly the declared shapes and types, from JAX or numpy.
 
@@ -24,6 +24,7 @@ class Program:
     arguments: tuple[Any, ...]  # pytrees of jax.ShapeDtypeStruct
     donate: tuple[int, ...] = ()
     out_shardings: Any = None
+    compiler_options: Mapping[str, str] = field(default_factory=dict)  # of XLA, for this program alone
 
     def __post_init__(self) -> None:
         inner = self.function
@@ -39,3 +40,6 @@ class Program:
     def lower(self) -> Lowered:
         lowered: Lowered = self.trace().lower()
         return lowered
+
+    def compile(self, lowered: Lowered) -> Compiled:
+        return lowered.compile(compiler_options=dict(self.compiler_options) or None)

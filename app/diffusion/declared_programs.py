@@ -1,7 +1,7 @@
 """Every program that a pipeline will ever run, with the shapes that it takes. Compiles and runs nothing."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from app.aot.libtpu_flags import transformer_options
 from app.aot.program import Program
 from app.diffusion.device_programs import (
     DenoiseState,
@@ -96,6 +97,11 @@ def loops_on_device(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform not in HOST_LOOPS
 
 
+def step_options(family: Family, device: jax.Device) -> dict[str, str]:
+    """Of XLA, for the programs that run the denoiser."""
+    return transformer_options(device.device_kind) if family.TRANSFORMER else {}
+
+
 def part_of(family: Family, components: Mapping[str, Any], role: Role) -> dict[str, Any]:
     """Of what is kept by component: the components with this role."""
     return {part: components[part] for part, component in family.COMPONENTS.items() if component.role == role}
@@ -150,6 +156,7 @@ def declared(
     encode, denoise, decode = (part_of(family, networks, role) for role in get_args(Role))
     input_ids = {name: shape(texts, length, dtype=jnp.int32) for name, length in family.text_lengths.items()}
     programs = [program("encode", partial(encode_program, family, encode), encoders, input_ids, *counts)]
+    options = step_options(family, mesh.devices.flat[0])
     for size in spec.sizes:
         label = f"{size[0]}x{size[1]}"
         state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.state(size))
@@ -167,7 +174,8 @@ def declared(
             step = partial(step_program, family, denoise, row_sharding(mesh, bucket))
             indices: Any = [shape(bucket, dtype=jnp.int32)] * len(Rows._fields)
             arguments = (denoisers, state, Rows(*indices), *counts)
-            programs.append(program(f"step {label} rows {bucket}", step, *arguments, donate=(1,)))
+            named = program(f"step {label} rows {bucket}", step, *arguments, donate=(1,))
+            programs.append(replace(named, compiler_options=options))
         for bucket in spec.decode_buckets:
             images = partial(decode_program, family, decode, row_sharding(mesh, bucket))
             slots = shape(bucket, dtype=jnp.int32)

@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,6 +308,11 @@ def test_values_that_a_function_holds_are_part_of_its_key() -> None:
 
 
 # Whom to trust
+
+
+def test_compiler_options_are_part_of_a_key() -> None:
+    options = replace(add(), compiler_options={"xla_cpu_enable_fast_math": "false"})
+    assert cache_key.key_of(options, FACTS, {}) != cache_key.key_of(add(), FACTS, {})
 
 
 def test_a_folder_that_others_may_write_to_is_not_used(folder: Path, log_lines: LogLines) -> None:

@@ -60,6 +60,7 @@ class Family(Protocol):
     TOKENIZERS: ClassVar[Mapping[str, str]]  # folder -> the text encoder that reads its ids
     TOKENIZER: ClassVar[TokenizerKind]  # of each of them
     FIELDS: ClassVar[frozenset[str]]  # of a request, that only some families have
+    TRANSFORMER: ClassVar[bool]  # whether the denoiser is all wide matrix products, without convolutions
 
     @classmethod
     def of(cls, configs: Mapping[str, Any], index: Json) -> "Family":
@@ -164,6 +165,7 @@ class FamilyDefaults:
     """What holds for a family that does not say otherwise."""
 
     FIELDS: ClassVar[frozenset[str]] = frozenset()
+    TRANSFORMER: ClassVar[bool] = False
 
     def check(self, generation: Generation) -> None:
         """Every request can be followed."""

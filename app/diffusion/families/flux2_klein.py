@@ -47,6 +47,7 @@ class Flux2Klein(FamilyDefaults):
     }
     TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
     TOKENIZER: ClassVar[TokenizerKind] = CHAT_TOKENIZER
+    TRANSFORMER: ClassVar[bool] = True
 
     transformer: Flux2Config
     vae: Flux2VAEConfig

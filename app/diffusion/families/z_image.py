@@ -34,6 +34,7 @@ class ZImage(FamilyDefaults):
     }
     TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
     TOKENIZER: ClassVar[TokenizerKind] = THINKING_TOKENIZER
+    TRANSFORMER: ClassVar[bool] = True
 
     transformer: ZImageConfig
     vae: VAEConfig

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from app.diffusion.models.attention import attend
 from app.diffusion.models.flow_config import Flux2Config
 from app.diffusion.models.layers import Dtype, TimestepEmbedding, linear, timestep_embedding
-from app.diffusion.models.transformer_layers import normed, rms_norm, rotary_angles, turned
+from app.diffusion.models.rotary_attention import Stream, attend_streams
+from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rotation
 
 Modulation = Sequence[jax.Array]  # shift, scale and gate, each float32 [B, 1, D]
 
 
 def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """Layer norm, scaled and shifted."""
-    return (normed(x, epsilon) * (1 + scale) + shift).astype(x.dtype)
+    return apart((normed(x, epsilon) * (1 + scale) + shift).astype(x.dtype))
 
 
 def joined(streams: list[jax.Array]) -> jax.Array:
@@ -24,14 +24,21 @@ def joined(streams: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(streams, axis=1)
 
 
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Summed and left in float32."""
+    return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+
+
 def gated(x: jax.Array, gate: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * gate).astype(x.dtype)
 
 
-def swiglu(x: jax.Array) -> jax.Array:
-    """The second half of the features, gated by SiLU of the first (Shazeer 2020)."""
-    gate, x = jnp.split(x, 2, axis=-1)
-    return jax.nn.silu(gate) * x
+def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """x @ up, gated by SiLU of x @ gate (Shazeer 2020).
+
+    As two products, so that XLA for TPU gates within the second; and not within the product that reads the result.
+    """
+    return apart(jax.nn.silu(x @ gate) * (x @ up))
 
 
 class SharedModulation(nnx.Module):
@@ -58,7 +65,7 @@ class JointAttention(nnx.Module):
     """Flux2Attention: text and image have their own projections and attend to both."""
 
     def __init__(self, config: Flux2Config, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.heads = config.num_attention_heads
+        self.heads, self.epsilon = config.num_attention_heads, config.eps
 
         def project() -> nnx.Linear:
             return linear(config.width, config.width, bias=False, dtype=dtype, rngs=rngs)
@@ -73,21 +80,22 @@ class JointAttention(nnx.Module):
         self.norm_added_q, self.norm_added_k = norm(), norm()
         self.to_add_out = project()
 
-    @jax.named_scope("joint-attention")
-    def __call__(self, text: jax.Array, image: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens = text.shape[1]
-        text_angles, image_angles = angles[:, :tokens], angles[:, tokens:]
-        q = [
-            turned(self.add_q_proj(text), self.norm_added_q, text_angles),
-            turned(self.to_q(image), self.norm_q, image_angles),
+    @jax.named_scope("self-attention")
+    def __call__(self, text: jax.Array, image: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+        streams = [
+            Stream(
+                *(project(text) for project in (self.add_q_proj, self.add_k_proj, self.add_v_proj)),
+                *(norm.scale[...] for norm in (self.norm_added_q, self.norm_added_k)),
+                rotation.part(0, text.shape[1]),
+            ),
+            Stream(
+                *(project(image) for project in (self.to_q, self.to_k, self.to_v)),
+                *(norm.scale[...] for norm in (self.norm_q, self.norm_k)),
+                rotation.part(text.shape[1], text.shape[1] + image.shape[1]),
+            ),
         ]
-        k = [
-            turned(self.add_k_proj(text), self.norm_added_k, text_angles),
-            turned(self.to_k(image), self.norm_k, image_angles),
-        ]
-        v = [self.add_v_proj(text), self.to_v(image)]
-        x = attend(joined(q), joined(k), joined(v), self.heads)
-        return self.to_add_out(x[:, :tokens]), self.to_out[0](x[:, tokens:])
+        text, image = attend_streams(streams, self.heads, self.epsilon)
+        return self.to_add_out(text), self.to_out[0](image)
 
 
 class FeedForward(nnx.Module):
@@ -97,7 +105,7 @@ class FeedForward(nnx.Module):
 
     @jax.named_scope("feed-forward")
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear_out(swiglu(self.linear_in(x)))
+        return self.linear_out(swiglu(x, *jnp.split(self.linear_in.kernel[...], 2, axis=-1)))
 
 
 class DoubleBlock(nnx.Module):
@@ -116,15 +124,17 @@ class DoubleBlock(nnx.Module):
         image: jax.Array,
         text_modulation: list[Modulation],
         image_modulation: list[Modulation],
-        angles: jax.Array,
+        rotation: Rotation,
     ) -> tuple[jax.Array, jax.Array]:
         (shift, scale, gate), (mlp_shift, mlp_scale, mlp_gate) = image_modulation
         (text_shift, text_scale, text_gate), (text_mlp_shift, text_mlp_scale, text_mlp_gate) = text_modulation
         of_text, of_image = self.attn(
-            modulated(text, text_shift, text_scale, self.epsilon), modulated(image, shift, scale, self.epsilon), angles
+            modulated(text, text_shift, text_scale, self.epsilon),
+            modulated(image, shift, scale, self.epsilon),
+            rotation,
         )
-        image = image + gated(of_image, gate)
-        image = image + gated(self.ff(modulated(image, mlp_shift, mlp_scale, self.epsilon)), mlp_gate)
+        image = apart(image + gated(of_image, gate))
+        image = apart(image + gated(self.ff(modulated(image, mlp_shift, mlp_scale, self.epsilon)), mlp_gate))
         text = text + gated(of_text, text_gate)
         text = text + gated(
             self.ff_context(modulated(text, text_mlp_shift, text_mlp_scale, self.epsilon)), text_mlp_gate
@@ -137,17 +147,27 @@ class ParallelAttention(nnx.Module):
 
     def __init__(self, config: Flux2Config, *, dtype: Dtype, rngs: nnx.Rngs):
         width, mlp_width = config.width, config.mlp_width
-        self.heads = config.num_attention_heads
+        self.mlp_width = mlp_width
+        self.heads, self.epsilon = config.num_attention_heads, config.eps
         self.to_qkv_mlp_proj = linear(width, 3 * width + 2 * mlp_width, bias=False, dtype=dtype, rngs=rngs)
         self.norm_q = rms_norm(config.attention_head_dim, config.eps, dtype=dtype, rngs=rngs)
         self.norm_k = rms_norm(config.attention_head_dim, config.eps, dtype=dtype, rngs=rngs)
         self.to_out = linear(width + mlp_width, width, bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        q, k, v, mlp = jnp.split(self.to_qkv_mlp_proj(x), [width, 2 * width, 3 * width], axis=-1)
-        x = attend(turned(q, self.norm_q, angles), turned(k, self.norm_k, angles), v, self.heads)
-        return self.to_out(jnp.concatenate([x, swiglu(mlp)], axis=-1))
+    def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        """float32 [B, T, D], of x [B, T, D]. Both projections are products of their own for each of their parts: so
+        nothing is split or joined, and XLA for TPU gates within a product and adds within the last."""
+        width, heads = x.shape[-1], self.heads
+        qkv, gate, up = jnp.split(self.to_qkv_mlp_proj.kernel[...], [3 * width, 3 * width + self.mlp_width], axis=-1)
+        attention_out, mlp_out = jnp.split(self.to_out.kernel[...], [width], axis=0)
+        with jax.named_scope("feed-forward"):
+            out = product(swiglu(x, gate, up), mlp_out)
+        with jax.named_scope("self-attention"):
+            qkv = x @ qkv
+            norms = self.norm_q.scale[...], self.norm_k.scale[...]
+            stream = Stream(qkv, qkv, qkv, *norms, rotation)
+            [x] = attend_streams([stream], heads, self.epsilon, first=(0, heads, 2 * heads))
+            return out + product(x, attention_out)
 
 
 class SingleBlock(nnx.Module):
@@ -158,9 +178,10 @@ class SingleBlock(nnx.Module):
         self.attn = ParallelAttention(config, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("single-block")
-    def __call__(self, x: jax.Array, modulation: Modulation, angles: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, modulation: Modulation, rotation: Rotation) -> jax.Array:
         shift, scale, gate = modulation
-        return x + gated(self.attn(modulated(x, shift, scale, self.epsilon), angles), gate)
+        out = self.attn(modulated(x, shift, scale, self.epsilon), rotation)
+        return x + (out * gate).astype(x.dtype)
 
 
 class ModulatedNorm(nnx.Module):
@@ -203,7 +224,7 @@ class Flux2(nnx.Module):
         tokens = prompt_embeds.shape[1]
         time = timestep_embedding(timesteps, self.config.timestep_guidance_channels).astype(self.dtype)
         time = self.time_guidance_embed.timestep_embedder(time)
-        angles = rotary_angles(positions(tokens, height, width), self.config.axes_dims_rope, self.config.rope_theta)
+        turning = rotation(positions(tokens, height, width), self.config.axes_dims_rope, self.config.rope_theta)
 
         image = self.x_embedder(x.astype(self.dtype).reshape(rows, height * width, -1))
         text = self.context_embedder(prompt_embeds.astype(self.dtype))
@@ -212,12 +233,12 @@ class Flux2(nnx.Module):
             self.double_stream_modulation_img(time),
         )
         for block in self.transformer_blocks:
-            text, image = block(text, image, text_modulation, image_modulation, angles)
+            text, image = block(text, image, text_modulation, image_modulation, turning)
 
         stream = joined([text, image])
         [modulation] = self.single_stream_modulation(time)
         for single in self.single_transformer_blocks:
-            stream = single(stream, modulation, angles)
+            stream = single(stream, modulation, turning)
 
         out = self.proj_out(self.norm_out(stream[:, tokens:], time))
         return out.reshape(rows, height, width, -1)

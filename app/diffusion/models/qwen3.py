@@ -7,14 +7,14 @@ from flax import nnx
 from app.diffusion.models.attention import attend
 from app.diffusion.models.flow_config import Qwen3Config
 from app.diffusion.models.layers import Dtype, linear
-from app.diffusion.models.transformer_layers import rms_norm, rotary_angles, turned
+from app.diffusion.models.transformer_layers import Rotation, rms_norm, rotation, turned
 
 
 class SelfAttention(nnx.Module):
     """Causal, with fewer heads of keys and values than of queries (Ainslie et al. 2023)."""
 
     def __init__(self, config: Qwen3Config, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.heads = config.num_attention_heads
+        self.heads, self.epsilon = config.num_attention_heads, config.rms_norm_eps
         width, head = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
         self.q_proj = linear(width, queries, bias=False, dtype=dtype, rngs=rngs)
@@ -25,9 +25,9 @@ class SelfAttention(nnx.Module):
         self.k_norm = rms_norm(head, config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("self-attention")
-    def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array) -> jax.Array:
-        q = turned(self.q_proj(x), self.q_norm, angles, halves=True)
-        k = turned(self.k_proj(x), self.k_norm, angles, halves=True)
+    def __call__(self, x: jax.Array, rotation: Rotation, lengths: jax.Array) -> jax.Array:
+        q = turned(self.q_proj(x), self.q_norm.scale[...], rotation, self.epsilon, halves=True)
+        k = turned(self.k_proj(x), self.k_norm.scale[...], rotation, self.epsilon, halves=True)
         return self.o_proj(attend(q, k, self.v_proj(x), self.heads, causal=True, lengths=lengths))
 
 
@@ -52,8 +52,8 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array) -> jax.Array:
-        x = x + self.self_attn(self.input_layernorm(x), angles, lengths)
+    def __call__(self, x: jax.Array, rotation: Rotation, lengths: jax.Array) -> jax.Array:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, lengths)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -77,9 +77,9 @@ class Qwen3(nnx.Module):
         lengths = (input_ids >= 0).sum(axis=1)
         x = self.embed_tokens(jnp.where(input_ids < 0, ~input_ids, input_ids))
         positions = jnp.arange(x.shape[1])[None, :, None]
-        angles = rotary_angles(positions, [self.config.head_dim], self.config.rope_theta)
+        turning = rotation(positions, [self.config.head_dim], self.config.rope_theta, halves=True)
         states = [x]
         for layer in self.layers:
-            x = layer(x, angles, lengths)
+            x = layer(x, turning, lengths)
             states.append(x)
         return jnp.concatenate([states[i] for i in self.config.hidden_states], axis=-1)

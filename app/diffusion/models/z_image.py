@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from app.diffusion.models.attention import attend
 from app.diffusion.models.flow_config import ZImageConfig
 from app.diffusion.models.layers import Dtype, linear, timestep_embedding
-from app.diffusion.models.transformer_layers import normed, rms_norm, rotary_angles, turned
+from app.diffusion.models.rotary_attention import Stream, attend_streams
+from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rotation
 
 TIME_CHANNELS = 256  # of the timestep's sinusoids, and at most of its embedding
 TIME_WIDTH = 1024
@@ -30,9 +30,11 @@ class SelfAttention(nnx.Module):
         self.to_out = nnx.List([project()])
 
     @jax.named_scope("self-attention")
-    def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array | None) -> jax.Array:
-        q, k = turned(self.to_q(x), self.norm_q, angles), turned(self.to_k(x), self.norm_k, angles)
-        return self.to_out[0](attend(q, k, self.to_v(x), self.heads, lengths=lengths))
+    def __call__(self, x: jax.Array, rotation: Rotation, lengths: jax.Array | None) -> jax.Array:
+        norms = self.norm_q.scale[...], self.norm_k.scale[...]
+        stream = Stream(self.to_q(x), self.to_k(x), self.to_v(x), *norms, rotation)
+        [x] = attend_streams([stream], self.heads, QK_EPSILON, lengths=lengths)
+        return self.to_out[0](x)
 
 
 class FeedForward(nnx.Module):
@@ -45,7 +47,7 @@ class FeedForward(nnx.Module):
 
     @jax.named_scope("feed-forward")
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
+        return self.w2(apart(jax.nn.silu(self.w1(x)) * self.w3(x)))
 
 
 class Block(nnx.Module):
@@ -64,7 +66,7 @@ class Block(nnx.Module):
 
     @jax.named_scope("block")
     def __call__(
-        self, x: jax.Array, angles: jax.Array, lengths: jax.Array | None = None, time: jax.Array | None = None
+        self, x: jax.Array, rotation: Rotation, lengths: jax.Array | None = None, time: jax.Array | None = None
     ) -> jax.Array:
         """x [B, T, D]; only the first lengths [B] tokens are attended to. `time` is the timestep's embedding [B, E]."""
         scale = gate = mlp_scale = mlp_gate = jnp.ones((1, 1, 1))
@@ -73,10 +75,10 @@ class Block(nnx.Module):
             scale, gate, mlp_scale, mlp_gate = jnp.split(modulation, 4, axis=-1)
             scale, mlp_scale = 1 + scale, 1 + mlp_scale
             gate, mlp_gate = jnp.tanh(gate), jnp.tanh(mlp_gate)
-        out = self.attention(times(self.attention_norm1(x), scale), angles, lengths)
-        x = x + times(self.attention_norm2(out), gate)
-        out = self.feed_forward(times(self.ffn_norm1(x), mlp_scale))
-        return x + times(self.ffn_norm2(out), mlp_gate)
+        out = self.attention(apart(times(self.attention_norm1(x), scale)), rotation, lengths)
+        x = apart(x + times(self.attention_norm2(apart(out)), gate))
+        out = self.feed_forward(apart(times(self.ffn_norm1(x), mlp_scale)))
+        return apart(x + times(self.ffn_norm2(apart(out)), mlp_gate))
 
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -141,31 +143,33 @@ class ZImage(nnx.Module):
         text_length = -(-lengths // MULTIPLE) * MULTIPLE
         time = timestep_embedding(clock * self.config.t_scale, TIME_CHANNELS).astype(self.dtype)
         time = self.t_embedder(time)
-        image_angles, text_angles = self.angles(height // 2, width // 2, prompt_embeds.shape[1], text_length)
+        image_rotation, text_rotation = self.rotations(height // 2, width // 2, prompt_embeds.shape[1], text_length)
 
         image = self.all_x_embedder[PATCH](patches(x.astype(self.dtype)))
         tokens = image.shape[1]
         padding = jnp.broadcast_to(self.x_pad_token[...][None], (rows, -tokens % MULTIPLE, self.config.dim))
         image = jnp.concatenate([image, padding], axis=1)
         for block in self.noise_refiner:
-            image = block(image, image_angles, time=time)
+            image = block(image, image_rotation, time=time)
 
         norm, embed = self.cap_embedder
         text = embed(norm(prompt_embeds.astype(self.dtype)))
         is_text = jnp.arange(text.shape[1])[None, :, None] < lengths[:, None, None]
         text = jnp.where(is_text, text, self.cap_pad_token[...][None])
         for block in self.context_refiner:
-            text = block(text, text_angles, text_length)
+            text = block(text, text_rotation, text_length)
 
         joined = jnp.concatenate([image, text], axis=1)
-        angles = jnp.concatenate([image_angles, text_angles], axis=1)
+        both = Rotation(
+            *(jnp.concatenate(tables, axis=1) for tables in zip(image_rotation, text_rotation, strict=True))
+        )
         for block in self.layers:
-            joined = block(joined, angles, image.shape[1] + text_length, time)
+            joined = block(joined, both, image.shape[1] + text_length, time)
 
         out = self.all_final_layer[PATCH](joined[:, :tokens], time)
         return from_patches(out, height, width)
 
-    def angles(self, height: int, width: int, tokens: int, text_length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def rotations(self, height: int, width: int, tokens: int, text_length: jax.Array) -> tuple[Rotation, Rotation]:
         """Of image patches, padded, and of text. Axes: place in the text, row, column. Text has places from 1, and
         the image stands at the place behind its text and padding."""
         rows, columns = (grid.reshape(-1) for grid in jnp.mgrid[:height, :width])
@@ -173,10 +177,8 @@ class ZImage(nnx.Module):
         grid = [jnp.broadcast_to(axis[None], place.shape) for axis in (rows, columns)]
         image = jnp.pad(jnp.stack([place, *grid], axis=-1), ((0, 0), (0, -len(rows) % MULTIPLE), (0, 0)))
         text = jnp.zeros((len(text_length), tokens, 3), jnp.int32).at[:, :, 0].set(jnp.arange(1, tokens + 1)[None])
-        image_angles, text_angles = (
-            rotary_angles(positions, self.config.axes_dims, self.config.rope_theta) for positions in (image, text)
-        )
-        return image_angles, text_angles
+        theta = self.config.rope_theta
+        return rotation(image, self.config.axes_dims, theta), rotation(text, self.config.axes_dims, theta)
 
 
 def patches(x: jax.Array) -> jax.Array:
