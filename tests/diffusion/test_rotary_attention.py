@@ -18,9 +18,9 @@ def stream(seed: int, rows: int, tokens: int, *, columns: int = HEADS, scale: fl
     """Random projections, norms and places, the same array for q, k and v."""
     key = jax.random.key(seed)
     x = jax.random.normal(key, (rows, tokens, columns * SIZE), jnp.bfloat16)
-    norms = scale * (1 + 0.3 * jax.random.normal(key, (2, SIZE)))
+    norm_q, norm_k = (scale * (1 + 0.3 * jax.random.normal(key, (2, SIZE)))).astype(jnp.bfloat16)
     places = jnp.arange(tokens)[None, :, None] + 7 * seed
-    return Stream(x, x, x, *norms.astype(jnp.bfloat16), rotation(places, [SIZE], 100.0))
+    return Stream(x, x, x, norm_q, norm_k, rotation(places, [SIZE], 100.0))
 
 
 def both(streams: list[Stream], **options: Any) -> list[tuple[np.ndarray, np.ndarray]]:

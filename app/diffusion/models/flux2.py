@@ -9,7 +9,7 @@ from flax import nnx
 from app.diffusion.models.flow_config import Flux2Config
 from app.diffusion.models.layers import Dtype, TimestepEmbedding, linear, timestep_embedding
 from app.diffusion.models.rotary_attention import Stream, attend_streams
-from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rotation
+from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rotation, scales
 
 Modulation = Sequence[jax.Array]  # shift, scale and gate, each float32 [B, 1, D]
 
@@ -82,17 +82,13 @@ class JointAttention(nnx.Module):
 
     @jax.named_scope("self-attention")
     def __call__(self, text: jax.Array, image: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+        tokens = text.shape[1]
+        text_projected = (self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text))
+        image_projected = (self.to_q(image), self.to_k(image), self.to_v(image))
+        text_norms = (scales(self.norm_added_q), scales(self.norm_added_k))
         streams = [
-            Stream(
-                *(project(text) for project in (self.add_q_proj, self.add_k_proj, self.add_v_proj)),
-                *(norm.scale[...] for norm in (self.norm_added_q, self.norm_added_k)),
-                rotation.part(0, text.shape[1]),
-            ),
-            Stream(
-                *(project(image) for project in (self.to_q, self.to_k, self.to_v)),
-                *(norm.scale[...] for norm in (self.norm_q, self.norm_k)),
-                rotation.part(text.shape[1], text.shape[1] + image.shape[1]),
-            ),
+            Stream(*text_projected, *text_norms, rotation.part(0, tokens)),
+            Stream(*image_projected, scales(self.norm_q), scales(self.norm_k), rotation.part(tokens, None)),
         ]
         text, image = attend_streams(streams, self.heads, self.epsilon)
         return self.to_add_out(text), self.to_out[0](image)
@@ -164,8 +160,7 @@ class ParallelAttention(nnx.Module):
             out = product(swiglu(x, gate, up), mlp_out)
         with jax.named_scope("self-attention"):
             qkv = x @ qkv
-            norms = self.norm_q.scale[...], self.norm_k.scale[...]
-            stream = Stream(qkv, qkv, qkv, *norms, rotation)
+            stream = Stream(qkv, qkv, qkv, scales(self.norm_q), scales(self.norm_k), rotation)
             [x] = attend_streams([stream], heads, self.epsilon, first=(0, heads, 2 * heads))
             return out + product(x, attention_out)
 

@@ -7,7 +7,7 @@ from flax import nnx
 from app.diffusion.models.attention import attend
 from app.diffusion.models.flow_config import Qwen3Config
 from app.diffusion.models.layers import Dtype, linear
-from app.diffusion.models.transformer_layers import Rotation, rms_norm, rotation, turned
+from app.diffusion.models.transformer_layers import Rotation, rms_norm, rotation, scales, turned
 
 
 class SelfAttention(nnx.Module):
@@ -26,8 +26,8 @@ class SelfAttention(nnx.Module):
 
     @jax.named_scope("self-attention")
     def __call__(self, x: jax.Array, rotation: Rotation, lengths: jax.Array) -> jax.Array:
-        q = turned(self.q_proj(x), self.q_norm.scale[...], rotation, self.epsilon, halves=True)
-        k = turned(self.k_proj(x), self.k_norm.scale[...], rotation, self.epsilon, halves=True)
+        q = turned(self.q_proj(x), scales(self.q_norm), rotation, self.epsilon, halves=True)
+        k = turned(self.k_proj(x), scales(self.k_norm), rotation, self.epsilon, halves=True)
         return self.o_proj(attend(q, k, self.v_proj(x), self.heads, causal=True, lengths=lengths))
 
 

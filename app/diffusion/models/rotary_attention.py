@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from app.diffusion.models.attention import attend
 from app.diffusion.models.tpu_rotary_attention import attend_rotated, takes
@@ -61,14 +62,12 @@ def attend_joined(
     def projected(x: jax.Array, head: int) -> jax.Array:
         return x[..., head * size : (head + heads) * size]
 
+    joined = partial(jnp.concatenate, axis=1)
     q, k, v = [], [], []
     for stream in streams:
         q.append(turned(projected(stream.q, first[0]), stream.norm_q, stream.rotation, epsilon))
         k.append(turned(projected(stream.k, first[1]), stream.norm_k, stream.rotation, epsilon))
         v.append(projected(stream.v, first[2]))
-    x = attend(*(jnp.concatenate(parts, axis=1) for parts in (q, k, v)), heads, lengths=lengths)
-    at, parts = 0, []
-    for part in q:
-        parts.append(x[:, at : at + part.shape[1]])
-        at += part.shape[1]
-    return parts
+    x = attend(joined(q), joined(k), joined(v), heads, lengths=lengths)
+    ends = np.cumsum([part.shape[1] for part in q])
+    return [x[:, end - part.shape[1] : end] for part, end in zip(q, ends, strict=True)]

@@ -20,6 +20,11 @@ def rms_norm(features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> 
     return nnx.RMSNorm(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
+def scales(norm: nnx.RMSNorm) -> jax.Array:
+    assert norm.scale is not None
+    return norm.scale[...]
+
+
 def rms_normed(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """The same over the last axis of x, with the scales given; in float32, rounded to x's dtype."""
     wide = x.astype(jnp.float32)
@@ -54,7 +59,7 @@ class Rotation(NamedTuple):
     cos: jax.Array
     sin: jax.Array
 
-    def part(self, first: int, end: int) -> "Rotation":
+    def part(self, first: int, end: int | None) -> "Rotation":
         """Of these tokens."""
         return Rotation(self.cos[:, first:end], self.sin[:, first:end])
 

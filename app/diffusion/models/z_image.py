@@ -7,7 +7,7 @@ from flax import nnx
 from app.diffusion.models.flow_config import ZImageConfig
 from app.diffusion.models.layers import Dtype, linear, timestep_embedding
 from app.diffusion.models.rotary_attention import Stream, attend_streams
-from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rotation
+from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rotation, scales
 
 TIME_CHANNELS = 256  # of the timestep's sinusoids, and at most of its embedding
 TIME_WIDTH = 1024
@@ -31,8 +31,8 @@ class SelfAttention(nnx.Module):
 
     @jax.named_scope("self-attention")
     def __call__(self, x: jax.Array, rotation: Rotation, lengths: jax.Array | None) -> jax.Array:
-        norms = self.norm_q.scale[...], self.norm_k.scale[...]
-        stream = Stream(self.to_q(x), self.to_k(x), self.to_v(x), *norms, rotation)
+        projected = (self.to_q(x), self.to_k(x), self.to_v(x))
+        stream = Stream(*projected, scales(self.norm_q), scales(self.norm_k), rotation)
         [x] = attend_streams([stream], self.heads, QK_EPSILON, lengths=lengths)
         return self.to_out[0](x)
 
