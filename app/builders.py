@@ -7,7 +7,7 @@ without an accelerator, so nothing here imports JAX or reads weights.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from ray import serve
@@ -17,7 +17,19 @@ from app.api.api_keys import ApiKeys
 from app.api.files.storage import storage_at
 from app.api.ingress import APIIngress
 from app.api.jobs.webhooks import read_secret
-from app.api.settings import Alias, Defaults, Encoding, HostName, Jobs, Limits, Origin, Quality, Service, Settings
+from app.api.settings import (
+    Alias,
+    Defaults,
+    Encoding,
+    HostName,
+    Jobs,
+    Limits,
+    Origin,
+    Quality,
+    Service,
+    Settings,
+    no_repeats,
+)
 from app.diffusion.samplers import SAMPLERS
 from app.engine.stall import STALL_S
 from app.serving.replica import StableDiffusion
@@ -25,7 +37,6 @@ from app.types import Dtype, InvalidField, PipelineSpec, parse_size
 
 ROOT = Path(__file__).resolve().parents[1]
 SINGLE_FILE = ".safetensors"
-Values = TypeVar("Values", list[str], list[int])
 
 
 def sizes_written_well(sizes: list[str]) -> list[str]:
@@ -33,12 +44,6 @@ def sizes_written_well(sizes: list[str]) -> list[str]:
         if not re.fullmatch(r"[1-9][0-9]{1,3}x[1-9][0-9]{1,3}", size) or any(side % 8 for side in parse_size(size)):
             raise ValueError(f"sizes must be WIDTHxHEIGHT in multiples of 8, such as 512x512, got {size}.")
     return no_repeats(sizes)
-
-
-def no_repeats(values: Values) -> Values:
-    if len(set(values)) < len(values):
-        raise ValueError(f"a value must not stand twice, got {values}.")
-    return values
 
 
 Buckets = Annotated[list[Annotated[int, Field(ge=1, le=1024)]], AfterValidator(no_repeats)]

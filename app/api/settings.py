@@ -22,6 +22,7 @@ LARGEST_BODY = 4 << 20
 LARGEST_UPLOAD = 64 << 20  # of POST /v1/images/edits
 
 Bounds = TypeVar("Bounds", tuple[int, int], tuple[float, float])
+Values = TypeVar("Values", list[str], list[int], tuple[str, ...])
 
 
 def in_order(bounds: Bounds, lowest: int = 1) -> Bounds:
@@ -52,7 +53,7 @@ def host_name(text: str) -> str:
     return text
 
 
-def no_repeats(values: tuple[str, ...]) -> tuple[str, ...]:
+def no_repeats(values: Values) -> Values:
     if len(set(values)) < len(values):
         raise ValueError(f"a value must not stand twice, got {list(values)}.")
     return values
