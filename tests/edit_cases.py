@@ -41,6 +41,8 @@ RUNS = {
         EditRun(None, 3, 4.0, 1.0, True),
     ],
 }
+# Of tiny-sd2 with a UNet that fills masks.
+INPAINTING = [EditRun("ddim", 4, 5.0, 1.0, True), EditRun("euler", 4, 1.0, 0.6, True)]
 SIZES = tiny.IMAGE_SIZES | tiny_flow.IMAGE_SIZES  # height, width
 
 

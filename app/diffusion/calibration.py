@@ -81,7 +81,7 @@ def calibrate(pipeline: Verbs) -> Calibration:
 
 def time_of_encode(pipeline: Verbs, size: Size) -> float:
     """The quickest of a few runs after the first."""
-    edit, seconds = Edit(np.zeros((size[1], size[0], 3), np.uint8)), []
+    edit, seconds = Edit(np.zeros((size[1], size[0], 3), np.uint8), np.ones(size[::-1], np.bool_), 1.0), []
     for _ in range(ENCODES):
         began = time.perf_counter()
         pipeline.wait(pipeline.encode_image(edit, size))

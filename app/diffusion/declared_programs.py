@@ -22,7 +22,7 @@ from app.diffusion.device_programs import (
     preview_program,
     step_program,
 )
-from app.diffusion.edit_programs import EditInputs, EditState, encode_image_program
+from app.diffusion.edit_programs import EditInputs, EditState, Outside, encode_image_program
 from app.diffusion.families.family import Family, Role
 from app.diffusion.networks import modules_of
 from app.diffusion.samplers.table import HISTORY, Coefficients
@@ -61,7 +61,10 @@ class Shapes:
         def shape(*shape: int, dtype: Any = jnp.float32) -> Any:
             return jax.ShapeDtypeStruct((self.spec.num_slots, *shape), dtype)
 
-        edit = EditState(shape(*latents), shape(height, width), shape(self.table_rows, 2)) if self.spec.edits else None
+        edit = None
+        if self.spec.edits:
+            outside = shape(height, width, 1 + self.family.latent_channels) if self.family.fills_masks else None
+            edit = EditState(shape(*latents), shape(height, width), shape(self.table_rows, 2), outside)
         texts = jax.tree.map(lambda x: shape(2, *x.shape, dtype=x.dtype), self.encoded)
         numbers = {name: shape(*x.shape, dtype=x.dtype) for name, x in self.numbers.items()}
         return DenoiseState(
@@ -88,8 +91,9 @@ class Shapes:
         def shape(*shape: int) -> Any:
             return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-        mean = deviation = shape(height, width, self.family.latent_channels)
-        return EditInputs(mean, deviation, shape(height, width), shape(), shape(self.table_rows, 2))
+        latents, mask = shape(height, width, self.family.latent_channels), shape(height, width)
+        outside = Outside(latents, latents, mask) if self.family.fills_masks else None
+        return EditInputs(latents, latents, mask, shape(), shape(self.table_rows, 2), outside)
 
 
 def loops_on_device(mesh: Mesh) -> bool:
@@ -163,9 +167,11 @@ def declared(
         edits = []
         if spec.edits:
             edits.append(jax.tree.map(lambda x: shape(*x.shape), shapes.edit_inputs(size)))
-            pixels = shape(*size[::-1], 3, dtype=jnp.uint8)
+            pixels = [shape(*size[::-1], 3, dtype=jnp.uint8)]
+            if family.fills_masks:
+                pixels.append(shape(*size[::-1], dtype=jnp.bool_))
             encode_image = partial(encode_image_program, family, decode)
-            programs.append(program(f"encode image {label}", encode_image, decoders, pixels))
+            programs.append(program(f"encode image {label}", encode_image, decoders, *pixels))
         programs.append(program(f"insert {label}", insert_program, state, *inserted, *edits, donate=(0,)))
         image = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.slot(size))
         programs.append(program(f"export {label}", export_program, state, number))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from app.diffusion.edit_programs import POSTERIOR, EditInputs, EditState, blended
-from app.diffusion.families.family import Family, Networks
+from app.diffusion.edit_programs import OUTSIDE_POSTERIOR, POSTERIOR, EditInputs, EditState, blended, started
+from app.diffusion.families.family import OUTSIDE, Family, Networks
 from app.diffusion.networks import modules_of
 from app.diffusion.samplers.table import Coefficients, update
 from app.diffusion.sharding import divided, passes_of, rows_at, strips_of, together_on
@@ -102,9 +102,9 @@ def insert_program(
     noise = slot_noise(seed, jnp.int32(0), state.latents.shape[1:])
     latents, kept = initial_scale * noise, None
     if edit is not None:
-        original = edit.mean + edit.deviation * slot_noise(seed, jnp.int32(POSTERIOR), noise.shape)
-        latents = edit.signal * original + latents
-        kept = EditState(original, edit.kept, edit.levels)
+        drawn = (slot_noise(seed, jnp.int32(number), noise.shape) for number in (POSTERIOR, OUTSIDE_POSTERIOR))
+        kept = started(edit, *drawn)
+        latents = edit.signal * kept.original + latents
     conditioning = jax.tree.map(lambda *rows: jnp.stack(rows), uncond, cond)
     image = DenoiseState(
         latents=latents,
@@ -148,6 +148,8 @@ def step_program(
     active: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
     positions = jnp.arange(len(rows.slots))
     conditioning = jax.tree.map(lambda x: x[rows.owner, rows.conditional], active.conditioning)
+    if active.edit and active.edit.outside is not None:
+        conditioning = {**conditioning, OUTSIDE: active.edit.outside[rows.owner]}
     predict = divided(partial(predict_noise, family, networks, together_on(sharding)), sharding)
     draw = jax.vmap(partial(slot_noise, shape=state.latents.shape[1:]))
     put_back = partial(blended, active.edit, draw(active.seed, jnp.zeros_like(active.step))) if active.edit else None

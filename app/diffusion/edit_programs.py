@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from app.diffusion.families.family import Family, Networks
 from app.diffusion.networks import modules_of
 
-POSTERIOR = -1  # the number of the noise that samples an image's posterior: no step has it
+# The numbers of the noises that sample the posteriors of an image, and of what is outside its mask. No step has them.
+POSTERIOR, OUTSIDE_POSTERIOR = -1, -2
 
 
 class EditState(NamedTuple):
@@ -22,6 +23,15 @@ class EditState(NamedTuple):
     original: jax.Array  # float32 [S, h, w, C], the image's latents
     kept: jax.Array  # float32 [S, h, w], the share of the original that each step puts back
     levels: jax.Array  # float32 [S, N, 2], shares of image and noise in the original after each step
+    outside: jax.Array | None = None  # float32 [S, h, w, 1 + C], the mask and latents; of denoisers that fill masks
+
+
+class Outside(NamedTuple):
+    """What `insert` takes for a denoiser that fills masks."""
+
+    mean: Any  # float32 [h, w, C], of the posterior of the image with zeros in the mask
+    deviation: Any  # float32 [h, w, C]
+    redrawn: Any  # float32 [h, w]
 
 
 class EditInputs(NamedTuple):
@@ -32,15 +42,28 @@ class EditInputs(NamedTuple):
     kept: Any  # float32 [h, w]
     signal: Any  # float32 [], the share of the image in the latents at the beginning
     levels: Any  # float32 [N, 2]
+    outside: Outside | None = None
 
 
 def encode_image_program(
-    family: Family, networks: Networks, params: Any, pixels: jax.Array
+    family: Family, networks: Networks, params: Any, pixels: jax.Array, blank: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """uint8 [H, W, 3] -> mean and deviation of the latents, float32 [h, w, C]."""
+    """uint8 [H, W, 3] -> mean and deviation of the latents, float32 [h, w, C]. Where `blank` [H, W] is true the image
+    is zero, which is mid-grey."""
     colours = pixels.astype(jnp.float32) / 127.5 - 1
+    if blank is not None:
+        colours = jnp.where(blank[..., None], 0.0, colours)
     mean, deviation = family.encode_image(modules_of(networks, params), colours[None])
     return mean[0], deviation[0]
+
+
+def started(edit: EditInputs, noise: jax.Array, outside_noise: jax.Array) -> EditState:
+    """An image in its slot; the noises [h, w, C] sample the posteriors."""
+    outside = None
+    if edit.outside is not None:
+        latents = edit.outside.mean + edit.outside.deviation * outside_noise
+        outside = jnp.concatenate([edit.outside.redrawn[..., None], latents], axis=-1)
+    return EditState(edit.mean + edit.deviation * noise, edit.kept, edit.levels, outside)
 
 
 def blended(edit: EditState, noise: jax.Array, latents: jax.Array, step: jax.Array) -> jax.Array:

@@ -13,15 +13,18 @@ from app.types import Capabilities, Edit, Generation, InvalidField, Size
 
 @dataclass(frozen=True)
 class EncodedEdit:
-    """What a picture begins from: an image as its VAE knows it, and how much of it each step puts back."""
+    """What a picture begins from: an image as its VAE knows it, and how much of it each step puts back.
 
-    mean: Any  # float32 [h, w, C] on the device
-    deviation: Any  # float32 [h, w, C] on the device
-    kept: npt.NDArray[np.float32]  # [h, w]
+    The means and deviations of posteriors, float32 [h, w, C], are on the device.
+    """
+
+    posterior: tuple[Any, Any]
+    redrawn: npt.NDArray[np.float32]  # [h, w], the mask
     pure_noise: bool  # nothing of the image is in the latents at the beginning
+    outside: tuple[Any, Any] | None = None  # of the image without what is in the mask, for a denoiser that fills masks
 
     def block_until_ready(self) -> None:
-        self.mean.block_until_ready()
+        (self.outside or self.posterior)[0].block_until_ready()
 
 
 def check_edit(generation: Generation, capabilities: Capabilities, sizes: Sequence[Size]) -> None:
@@ -29,8 +32,10 @@ def check_edit(generation: Generation, capabilities: Capabilities, sizes: Sequen
     edit = generation.edit
     if edit is None:
         if not capabilities.generations:
-            raise InvalidField("image", "image must be there: this model only fills in what a mask leaves out.")
+            raise InvalidField("image", "image must be there, with a mask: this model only fills masks.")
         return
+    if not capabilities.generations and edit.mask is None:
+        raise InvalidField("mask", "mask must be there: this model only fills masks.")
     refused = [
         ("image", edit.image is not None and not capabilities.edits),
         ("mask", edit.mask is not None and not capabilities.masks),

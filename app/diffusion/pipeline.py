@@ -32,7 +32,7 @@ from app.diffusion.declared_programs import (
     part_of,
 )
 from app.diffusion.device_programs import DenoiseState, rows_of
-from app.diffusion.edit_programs import EditInputs
+from app.diffusion.edit_programs import EditInputs, Outside
 from app.diffusion.edits import EncodedEdit, check_edit, levels_after, resolved
 from app.diffusion.families.family import Component, Family, Role
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
@@ -180,14 +180,18 @@ class Pipeline:
         return [Encoded(*text) for text in zip(encoded, truncated, empty, strict=True)]
 
     def encode_image(self, edit: Edit, size: Size) -> EncodedEdit:
-        """What an edit of a picture of this size begins from. A dispatch for the image; all else waits for `insert`."""
+        """What an edit of a picture of this size begins from. A dispatch for the image, and one more for what is
+        outside its mask where the denoiser fills masks."""
         assert edit.image is not None
-        mean, deviation = self.run[f"encode image {size[0]}x{size[1]}"](self.decoders, edit.image)
-        if edit.mask is None:
-            kept = np.zeros(mean.shape[:2], np.float32)
-        else:
-            kept = 1 - self.shapes.family.latent_mask(edit.mask)
-        return EncodedEdit(mean, deviation, kept, pure_noise=edit.mask is not None and edit.strength == 1)
+        family, nothing = self.shapes.family, np.zeros(edit.image.shape[:2], np.bool_)
+        mask = ~nothing if edit.mask is None else edit.mask
+        encode = partial(self.run[f"encode image {size[0]}x{size[1]}"], self.decoders, edit.image)
+        pure_noise = edit.mask is not None and edit.strength == 1
+        if not family.fills_masks:
+            return EncodedEdit(encode(), family.latent_mask(mask), pure_noise)
+        blank = self.blank[size]
+        posterior = (blank.mean, blank.deviation) if pure_noise else encode(nothing)
+        return EncodedEdit(posterior, family.latent_mask(mask), pure_noise, encode(mask))
 
     def insert(
         self,
@@ -212,7 +216,10 @@ class Pipeline:
             if edit is not None:
                 signal, initial_scale = (0.0, initial_scale) if edit.pure_noise else table.levels[0]
                 levels = self.padded(levels_after(table))
-                inputs = EditInputs(edit.mean, edit.deviation, edit.kept, np.float32(signal), levels)
+                outside = Outside(*edit.outside, edit.redrawn) if edit.outside else None
+                # What fills masks has learned where to draw: nothing is put back.
+                kept = np.zeros_like(edit.redrawn) if edit.outside else 1 - edit.redrawn
+                inputs = EditInputs(*edit.posterior, kept, np.float32(signal), levels, outside)
             edits.append(inputs)
         zero = family.zero_negative and negative_prompt.empty
         return self.run[f"insert {self.label(state)}"](
@@ -331,7 +338,7 @@ def capabilities_of(family: Family, spec: PipelineSpec) -> Capabilities:
     if spec.edits and not able.edits:
         raise ValueError(f"edits must be false for a {type(family).__name__}, which encodes no images, got true.")
     if not spec.edits and not able.generations:
-        raise ValueError("edits must be true for this checkpoint, whose UNet only fills in masks, got false.")
+        raise ValueError("edits must be true for this checkpoint, whose UNet only fills masks, got false.")
     return able if spec.edits else Capabilities()
 
 

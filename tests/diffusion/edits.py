@@ -40,10 +40,16 @@ def edited(pipeline: Pipeline, model: str, run: EditRun, prompts: Sequence[Any],
 
 
 def assert_edits_are_those_of_diffusers(
-    pipeline: Pipeline, model: str, prompts: Sequence[Any], negatives: Sequence[Any]
+    pipeline: Pipeline,
+    model: str,
+    prompts: Sequence[Any],
+    negatives: Sequence[Any],
+    recorded: tuple[str, Sequence[EditRun]] | None = None,
 ) -> None:
-    with np.load(GOLDEN / f"{model}-edits.npz") as golden:
-        for run in edit_cases.RUNS[model]:
+    """`recorded` is a golden file with its runs, by default those of the model's edits."""
+    name, runs = recorded or (f"{model}-edits", edit_cases.RUNS[model])
+    with np.load(GOLDEN / f"{name}.npz") as golden:
+        for run in runs:
             ours = edited(pipeline, model, run, prompts, negatives).astype(int)
             apart = np.abs(ours - golden[str(run)])
             assert (apart <= 1).all(axis=-1).mean() >= 0.999, f"{run}: {apart.max()} grey levels apart"

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.diffusion.families.family import Array, Component, FamilyDefaults, Json, Networks, TokenizerKind
+from app.diffusion.families.family import (
+    OUTSIDE,
+    Array,
+    Component,
+    Conditioning,
+    FamilyDefaults,
+    Json,
+    Networks,
+    TokenizerKind,
+)
 from app.diffusion.models.config import PROJECTED, CLIPTextConfig, UNetConfig, VAEConfig
 from app.diffusion.models.flow_config import Qwen3Config
 from app.diffusion.models.flow_shapes import qwen3_tensors
@@ -146,9 +155,25 @@ class UNetFamily(FamilyDefaults):
         return self.unet.guidance_features is not None
 
     @property
+    def fills_masks(self) -> bool:
+        return self.unet.in_channels != self.vae.latent_channels
+
+    @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(edits=True, masks=True)
+        return Capabilities(generations=not self.fills_masks, edits=True, masks=True)
 
     def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
         mean, deviation = networks["vae"].posterior(pixels)
         return mean, deviation
+
+    def denoise(
+        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
+    ) -> Array:
+        """An inpainting UNet has the mask and the latents of what is outside of it as further channels."""
+        others = {name: value for name, value in conditioning.items() if name != OUTSIDE}
+        if self.fills_masks:
+            latents = latents.__array_namespace__().concat([latents, conditioning[OUTSIDE]], axis=-1)
+        return networks["unet"](latents, timesteps, **others, strips=strips)
+
+    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
+        return networks["vae"].decode(latents, strips=strips)

@@ -21,6 +21,7 @@ Networks: TypeAlias = Mapping[str, Any]  # component -> module
 Conditioning: TypeAlias = Any  # a pytree of arrays
 Json: TypeAlias = Mapping[str, Any]
 Role = Literal["encode", "denoise", "decode"]
+OUTSIDE = "outside_mask"  # in the conditioning of a denoiser that fills masks: [B, h, w, 1 + C], the mask and latents
 
 
 def read_all(config: Any, tensor: str) -> bool:
@@ -133,6 +134,11 @@ class Family(Protocol):
         """What a server of this checkpoint can make where its config turns edits on."""
         ...
 
+    @property
+    def fills_masks(self) -> bool:
+        """Whether the denoiser was trained to fill masks: it gets OUTSIDE, and draws nothing without a mask."""
+        ...
+
     def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
         """Pixels [B, H, W, 3] in [-1, 1] -> float32 mean and deviation [B, h, w, C] of latents as the denoiser knows
         them. It gets the networks that decode. Only where `capabilities` has edits."""
@@ -184,6 +190,10 @@ class FamilyDefaults:
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities()
+
+    @property
+    def fills_masks(self) -> bool:
+        return False
 
     def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
         raise NotImplementedError(f"{type(self).__name__} encodes no images.")

@@ -63,11 +63,3 @@ class StableDiffusion(UNetFamily):
         self, size: Size, guidance_scale: float, fields: Mapping[str, Any]
     ) -> dict[str, npt.NDArray[np.float32]]:
         return guidance_numbers(self.unet, guidance_scale)
-
-    def denoise(
-        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
-    ) -> Array:
-        return networks["unet"](latents, timesteps, **conditioning, strips=strips)
-
-    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
-        return networks["vae"].decode(latents, strips=strips)

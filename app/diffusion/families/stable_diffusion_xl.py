@@ -106,11 +106,3 @@ class StableDiffusionXL(UNetFamily):
     @property
     def zero_negative(self) -> bool:
         return self.force_zeros_for_empty_prompt
-
-    def denoise(
-        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
-    ) -> Array:
-        return networks["unet"](latents, timesteps, **conditioning, strips=strips)
-
-    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
-        return networks["vae"].decode(latents, strips=strips)

@@ -251,12 +251,16 @@ def mismatches(unet: UNetConfig, vae: VAEConfig, *texts: CLIPTextConfig) -> list
         problems.append(
             f"unet/config.json: cross_attention_dim must be {whose} {features}, got {unet.cross_attention_dim}."
         )
-    for name in ("in_channels", "out_channels"):
-        if getattr(unet, name) != vae.latent_channels:
-            problems.append(
-                f"unet/config.json: {name} must be the VAE's latent_channels {vae.latent_channels} "
-                f"(text to image), got {getattr(unet, name)}."
-            )
+    channels = vae.latent_channels
+    if unet.in_channels not in (channels, 2 * channels + 1):
+        problems.append(
+            f"unet/config.json: in_channels must be the VAE's latent_channels {channels} (text to image) or "
+            f"{2 * channels + 1} (inpainting), got {unet.in_channels}."
+        )
+    if unet.out_channels != channels:
+        problems.append(
+            f"unet/config.json: out_channels must be the VAE's latent_channels {channels}, got {unet.out_channels}."
+        )
     return problems
 
 
