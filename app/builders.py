@@ -79,8 +79,10 @@ class Args(Settings):
         description="how many images are decoded together, at most twice the largest of batch_buckets; "
         "null: those of batch_buckets up to 4",
     )
-    shard_text_encoders: bool = Field(
-        default=False, description="whether the chips of a host divide the text encoders' weights among them"
+    shard_text_encoders: bool | Literal["auto"] = Field(
+        default="auto",
+        description="whether the chips of a host divide the text encoders' weights among them; "
+        "auto: where all weights do not fit on each",
     )
     edits: bool = Field(
         default=False, description="whether requests may have images to begin from; loads the VAE's encoder"

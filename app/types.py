@@ -29,7 +29,7 @@ class PipelineSpec:
     variant: str | None = None  # of the files with weights, such as fp16
     tokenizer: str | None = None  # of one file, which has none: a folder, or a repo id
     dtype: Dtype = "float32"
-    shard_text_encoders: bool = False  # whether their weights are divided over the chips of a host
+    shard_text_encoders: bool | Literal["auto"] = "auto"  # whether the chips of a host divide their weights
     edits: bool = False  # whether requests may have images; this loads the VAE's encoder and compiles its programs
     programs: Path | None = None  # folder of compiled programs; None: each start compiles
 

@@ -34,7 +34,7 @@ from app.diffusion.declared_programs import (
 from app.diffusion.device_programs import DenoiseState, rows_of
 from app.diffusion.edit_programs import EditInputs, Outside
 from app.diffusion.edits import EncodedEdit, check_edit, levels_after, resolved
-from app.diffusion.families.family import Component, Family, Role
+from app.diffusion.families.family import Component, Family, Role, weight_count
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
 from app.diffusion.networks import network_of
 from app.diffusion.packed_slot import ExportedSlot, unpack
@@ -47,7 +47,7 @@ from app.diffusion.samplers import (
     samplers_for,
     skipped_steps,
 )
-from app.diffusion.sharding import mesh_of, placed, weight_sharding
+from app.diffusion.sharding import crowded, mesh_of, placed, weight_sharding
 from app.types import ActiveSlot, Capabilities, DispatchCost, Edit, Generation, InvalidField, PipelineSpec, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
@@ -100,7 +100,9 @@ class Pipeline:
             params[name], tree = jax.tree.flatten(variables)
             networks[name] = partial(network_of, graph, tree)
         self.shardings = {
-            part: jax.tree.map(partial(sharding_of, spec, self.mesh, component), params[part])
+            part: jax.tree.map(
+                partial(weight_sharding, self.mesh, divided=divides(spec, family, component, self.mesh)), params[part]
+            )
             for part, component in family.COMPONENTS.items()
         }
         self.params = placed(params, self.shardings)
@@ -128,8 +130,9 @@ class Pipeline:
         check_platform()
         mesh = mesh_of(jax.local_devices() if devices is None else devices)
 
-        def place(component: Component, weight: np.ndarray) -> jax.Array:
-            return jax.device_put(weight, sharding_of(spec, mesh, component, weight))
+        def place(family: Family, component: Component, weight: np.ndarray) -> jax.Array:
+            divided = divides(spec, family, component, mesh)
+            return jax.device_put(weight, weight_sharding(mesh, weight, divided=divided))
 
         checkpoint = load_checkpoint(
             spec.model,
@@ -349,8 +352,13 @@ def check_platform() -> None:
         raise RuntimeError(f"JAX_PLATFORMS is {platforms}, and JAX sees no NVIDIA GPU here; see docs/nvidia.md.")
 
 
-def sharding_of(spec: PipelineSpec, mesh: Mesh, component: Component, weight: Any) -> NamedSharding:
-    return weight_sharding(mesh, weight, divided=spec.shard_text_encoders and component.role == "encode")
+def divides(spec: PipelineSpec, family: Family, component: Component, mesh: Mesh) -> bool:
+    """Whether the chips divide the weights of a component: only of text encoders, which run once an image."""
+    if component.role != "encode" or mesh.size == 1:
+        return False
+    if spec.shard_text_encoders != "auto":
+        return spec.shard_text_encoders
+    return crowded(mesh, weight_count(family) * jnp.dtype(DTYPES[spec.dtype]).itemsize)
 
 
 def check_sizes(sizes: Sequence[Size], multiple: int) -> None:

@@ -4,6 +4,7 @@ The state and the weights are on every chip, but for the weights of text encoder
 nothing of samplers or of the networks' layers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,10 @@ ROWS_TOGETHER = {"tpu": 8}
 # Of larger latents fewer rows go through together, but two, so that their arrays fit in VMEM: eight rows of SDXL at
 # 1024x1024 take 7 % less in four passes of two than in one. So many pixels are eight rows of 512x512.
 PIXELS_TOGETHER = 8 * 64 * 64
+
+# Memory of a chip that programs may use, in GiB, by JAX's name of its kind; other devices tell theirs.
+HBM_GIB = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
+ROOM = 0.2  # of a chip's memory, beside the weights, for the states of images, temporary arrays and code
 
 
 def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
@@ -34,6 +39,19 @@ def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Divides rows over as many devices as divide their number."""
     halvings = next(n for n in range(len(mesh.axis_names), -1, -1) if rows % 2**n == 0)
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names[:halvings] or None))
+
+
+def memory_of(device: jax.Device) -> float:
+    """Bytes that programs may use; without a limit where the device tells none, as a CPU."""
+    if device.device_kind in HBM_GIB:
+        return HBM_GIB[device.device_kind] * 2**30
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return float((stats or {}).get("bytes_limit", math.inf))
+
+
+def crowded(mesh: Mesh, nbytes: int) -> bool:
+    """Whether so many bytes of weights on each chip leave too little room beside them."""
+    return nbytes > (1 - ROOM) * memory_of(mesh.devices.flat[0])
 
 
 def weight_sharding(mesh: Mesh, weight: Any, *, divided: bool) -> NamedSharding:

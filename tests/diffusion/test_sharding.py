@@ -4,11 +4,19 @@ virtual devices, in a process of their own, as JAX counts them once."""
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from app.diffusion.sharding import rows_at
+from app.diffusion.pipeline import divides
+from app.diffusion.sharding import HBM_GIB, rows_at
+from app.types import PipelineSpec
+from capacity.chips import CHIPS
+from capacity.models import architecture_of
 from cluster import ROOT
 from tests.tiny import tensor_shapes, write_checkpoint
 
@@ -102,3 +110,34 @@ def test_one_four_and_eight_devices_draw_the_same(tmp_path: Path) -> None:
     if child.returncode:
         pytest.fail(child.stdout + child.stderr[-3000:])
     assert len(child.stdout.splitlines()) == 9
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "divided"),
+    [
+        ("FLUX.2-klein-4B", "TPU v5 lite", True),
+        ("FLUX.2-klein-4B", "TPU v6 lite", False),
+        ("Z-Image-Turbo", "TPU v5 lite", True),
+        ("Z-Image-Turbo", "TPU v6 lite", False),
+        ("Z-Image-Turbo", "TPU v4", False),
+        ("stable-diffusion-xl-base-1.0", "TPU v5 lite", False),
+        ("Z-Image-Turbo", "cpu", False),
+    ],
+)
+def test_text_encoders_are_divided_where_the_weights_do_not_fit_a_chip(model: str, kind: str, divided: bool) -> None:
+    device = SimpleNamespace(device_kind=kind, platform="cpu" if kind == "cpu" else "tpu")
+    mesh: Any = SimpleNamespace(size=4, devices=np.array([device] * 4))
+    family = architecture_of(model)[1]
+    spec = PipelineSpec(model, ((1024, 1024),), (1,), 50, dtype="bfloat16")
+    assert {component.role: divides(spec, family, component, mesh) for component in family.COMPONENTS.values()} == {
+        "encode": divided,
+        "denoise": False,
+        "decode": False,
+    }
+    chosen = replace(spec, shard_text_encoders=not divided)
+    encoders = [component for component in family.COMPONENTS.values() if component.role == "encode"]
+    assert all(divides(chosen, family, component, mesh) is not divided for component in encoders)
+
+
+def test_the_memory_of_chips_is_that_of_the_compile_check() -> None:
+    assert sorted(HBM_GIB.values()) == sorted(chip.hbm_gib for chip in CHIPS.values())

@@ -4,6 +4,7 @@ A family is one file. Everything else takes from it which networks a checkpoint 
 the denoiser is called, and how latents relate to pixels. CONTRIBUTING.md says how to add a family.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,6 +166,16 @@ def without_encoder(family: Family) -> Family:
     decoding = {part: replace(config, encoder=False) for part, config in configs.items() if hasattr(config, "encoder")}
     changed: Family = replace(family, **decoding)  # type: ignore[type-var]
     return changed
+
+
+def weight_count(family: Family) -> int:
+    """How many numbers the networks have."""
+    total = 0
+    for part, component in family.COMPONENTS.items():
+        config = getattr(family, part)
+        tensors = component.tensors(config).items()
+        total += sum(math.prod(shape) for name, shape in tensors if not component.unread(config, name))
+    return total
 
 
 class FamilyDefaults:

@@ -50,7 +50,7 @@ def load_checkpoint(
     tokenizer: str | Path | None = None,
     dtype: Any = jnp.float32,
     image_encoder: bool = True,
-    place: Callable[[Component, np.ndarray], jax.Array] | None = None,
+    place: Callable[[Family, Component, np.ndarray], jax.Array] | None = None,
 ) -> Checkpoint:
     """Loads a folder in diffusers layout, one .safetensors file, or a Hugging Face repo id, with networks in `dtype`.
 
@@ -85,7 +85,7 @@ def load_checkpoint(
             part,
             problems,
             broken,
-            jnp.asarray if place is None else partial(place, family.COMPONENTS[part]),
+            jnp.asarray if place is None else partial(place, family, family.COMPONENTS[part]),
         )
         for part, build in builders(family, dtype).items()
     }
