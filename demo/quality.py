@@ -120,18 +120,24 @@ def generate(
     """Generates one picture for each prompt."""
     engine.start()
     (width, height) = SIZE
-    futures = [
-        engine.submit(Generation(prompt, "", width, height, steps, guidance_scale, seed + number, sampler, n=1))
+    generations = [
+        Generation(prompt, "", width, height, steps, guidance_scale, seed + number, sampler, n=1)
         for number, prompt in enumerate(prompts)
     ]
-    pictures = []
     try:
-        with Progress() as progress:
-            for number, future in enumerate(futures, start=1):
-                pictures.append(future.result().pixels[0])
-                progress.show({"pictures": ("drawing", f"{number} of {len(futures)}")})
+        return pictures_of(engine, generations)
     finally:
         engine.close()
+
+
+def pictures_of(engine: Engine, generations: Sequence[Generation]) -> list[np.ndarray]:
+    """The first picture of each."""
+    futures = [engine.submit(generation) for generation in generations]
+    pictures = []
+    with Progress() as progress:
+        for number, future in enumerate(futures, start=1):
+            pictures.append(future.result().pixels[0])
+            progress.show({"pictures": ("drawing", f"{number} of {len(futures)}")})
     return pictures
 
 

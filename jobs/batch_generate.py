@@ -4,7 +4,8 @@
 
 The file is text (a prompt a line), CSV, JSON lines or Parquet. A row may hold the fields of an API request: prompt,
 negative_prompt, size, num_inference_steps, guidance_scale, seed, sampler, n, output_format, output_compression, and
-those of the model. The pictures appear in images/ of --out. At the end come manifest.jsonl and manifest.parquet. They
+those of the model. It may begin from an image: columns image and mask, each the path of a file or its bytes, and
+strength. The pictures appear in images/ of --out. At the end come manifest.jsonl and manifest.parquet. They
 have a record for each row: its pictures, or its error. The same job, submitted again, draws only what is not finished.
 """
 
@@ -44,6 +45,7 @@ SCHEMA = {
     **{"prompt_truncated": "bool", "negative_prompt_truncated": "bool", "n": "int64", "files": "list<string>"},
     **{name: "float64" for name in ("queue_s", "denoise_s", "decode_s", "encode_s", "device_s", "ended")},
     **dict.fromkeys(SIZE_FIELDS, "string"),
+    "strength": "float64",
     "host": "string",
     "error": "string",
 }

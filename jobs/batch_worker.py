@@ -22,6 +22,7 @@ from app.engine.request import Generated
 from app.serving.image_metadata import encode_image, facts_of, timings_of
 from app.types import Generation, InvalidField, PipelineSpec
 from jobs.prompts import Row
+from jobs.row_images import RowImages
 from jobs.unfinished import write
 
 
@@ -42,15 +43,19 @@ class BatchWorker:
         rows = [row_of(text) for text in block["row"]]
         # A block is handed out again when its worker was killed, and some of its rows may be finished.
         unfinished = [row for row in rows if not all((self.out / name).exists() for name in row.made)]
-        pending = [(row, self.submit(row.generation)) for row in unfinished]
+        pending = [(row, self.submit(row)) for row in unfinished]
         outcomes = {row.key: ("", time.time()) for row in rows}
         for row, future in pending:
             outcomes[row.key] = self.finish(row, future), time.time()
         errors, ended = zip(*outcomes.values(), strict=True)
         return {"key": [*outcomes], "error": [*errors], "ended": [*ended], "host": [self.host] * len(outcomes)}
 
-    def submit(self, generation: Generation) -> "Future[Generated] | str":
+    def submit(self, row: Row) -> "Future[Generated] | str":
+        generation = row.generation
         try:
+            if row.images:
+                edit = row.images.edit((generation.width, generation.height))
+                generation = dataclasses.replace(generation, edit=edit)
             return self.engine.submit(generation)
         except InvalidField as error:  # only the checkpoint can refuse it, such as a sampler that does not suit it
             return str(error)
@@ -71,6 +76,7 @@ class BatchWorker:
                 "negative_prompt": row.generation.negative_prompt,
                 **facts_of(row.generation, generated),
                 "n": row.generation.n,
+                "strength": row.images and row.images.strength,
                 "files": row.files,
                 **timings_of(generated, encode_s=time.perf_counter() - began),
                 "host": self.host,
@@ -90,11 +96,14 @@ def folders(out: Path) -> None:
 
 
 def text_of(row: Row) -> str:
-    return json.dumps({**dataclasses.asdict(row), "encoding": row.encoding.model_dump()})
+    images = row.images and row.images.plain()
+    fields = dataclasses.asdict(dataclasses.replace(row, images=None))
+    return json.dumps({**fields, "encoding": row.encoding.model_dump(), "images": images})
 
 
 def row_of(text: str) -> Row:
     fields = json.loads(text)
     pairs = tuple((name, (first, second)) for name, (first, second) in fields["generation"].pop("fields"))
     generation, encoding = Generation(**fields["generation"], fields=pairs), Encoding.model_validate(fields["encoding"])
-    return Row(fields["number"], fields["key"], generation, encoding)
+    images = fields["images"] and RowImages.of_plain(fields["images"])
+    return Row(fields["number"], fields["key"], generation, encoding, images)

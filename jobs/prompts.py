@@ -1,7 +1,7 @@
 """Reads the rows of a prompts file as requests to the model of a config.
 
 A row's key is a hash of all that its pictures depend on: the resolved request and the model. A row without a seed gets
-one that depends on the row alone, so the same file always gives the same pictures.
+one that depends on the row alone, so the same file always gives the same pictures. A row may begin from an image.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from app.api.settings import Encoding
 from app.types import SEEDS, Generation, InvalidField
 from cluster.cli import UsageError
 from jobs.replica_config import ReplicaConfig
+from jobs.row_images import RowImages
 
 ROW_FIELDS = (*(name for name in QUERY_FIELDS if name != "timeout"), *SIZE_FIELDS, "model", "n")
 
@@ -26,17 +27,25 @@ ROW_FIELDS = (*(name for name in QUERY_FIELDS if name != "timeout"), *SIZE_FIELD
 class Row:
     number: int  # in the file, from 1
     key: str
-    generation: Generation
+    generation: Generation  # without the image that it begins from
     encoding: Encoding
+    images: RowImages | None = None
 
     @classmethod
     def of(
-        cls, config: ReplicaConfig, number: int, generation: Generation, encoding: Encoding, occurrence: int
+        cls,
+        config: ReplicaConfig,
+        number: int,
+        generation: Generation,
+        encoding: Encoding,
+        occurrence: int,
+        images: RowImages | None = None,
     ) -> "Row":
         """The key covers values that defaults filled in, so a changed default makes another picture."""
         facts = [config.identity, dataclasses.asdict(generation), encoding.model_dump(), occurrence]
+        facts += [images.digest] if images else []
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-        return cls(number, key, generation, encoding)
+        return cls(number, key, generation, encoding, images)
 
     @property
     def record(self) -> str:
@@ -63,7 +72,7 @@ class InvalidRow:
 def read(file: Path, config: ReplicaConfig) -> Iterator[Row | InvalidRow]:
     """Yields each row, or what is wrong with it. Raises UsageError if the file as a whole cannot be read."""
     texts: Counter[str] = Counter()
-    requests: Counter[tuple[Generation, Encoding]] = Counter()
+    requests: Counter[str] = Counter()
     for number, entry in enumerate(entries(file), start=1):
         if isinstance(entry, str):
             yield InvalidRow(number, "", entry)
@@ -71,8 +80,9 @@ def read(file: Path, config: ReplicaConfig) -> Iterator[Row | InvalidRow]:
         fields = {name: value for name, value in entry.items() if value is not None}
         prompt = str(fields.get("prompt", ""))
         try:
+            images, fields = RowImages.of(fields, file.parent, config.service)
             # The seed of a row without one depends on its text, not on defaults. A second copy gets another seed.
-            text = json.dumps(fields, sort_keys=True)
+            text = json.dumps([fields, images.digest] if images else fields, sort_keys=True)
             texts[text] += 1
             digest = hashlib.sha256(f"{text} {texts[text]}".encode())
             request = resolve(
@@ -84,9 +94,9 @@ def read(file: Path, config: ReplicaConfig) -> Iterator[Row | InvalidRow]:
             )
             continue
         # Two rows of different text can resolve to the same request. Each has files of its own.
-        resolved = request.generation, request.encoding
+        resolved = repr((request.generation, request.encoding, images and images.digest))
         requests[resolved] += 1
-        yield Row.of(config, number, *resolved, requests[resolved])
+        yield Row.of(config, number, request.generation, request.encoding, requests[resolved], images)
 
 
 def entries(file: Path) -> Iterator[Fields | str]:

@@ -13,7 +13,7 @@ from app.builders import Args, locate, locate_tokenizer
 from app.diffusion.models.checkpoint_files import INDEX, read_file, read_folder
 from app.diffusion.models.hub_files import cached_folder
 from app.serving.replica import StableDiffusion
-from app.types import PipelineSpec, RequestDefaults
+from app.types import Capabilities, PipelineSpec, RequestDefaults
 from cluster.cli import UsageError, UserError
 from cluster.config import serve_config
 from cluster.terminal import say
@@ -80,7 +80,9 @@ class ReplicaConfig:
     def service(self) -> Service:
         """Raises UsageError where the config leaves defaults to a checkpoint that this machine does not have."""
         args = self.args
-        service = Service(self.name, tuple(args.sizes), args.limits, args.defaults, args.encoding)
+        able = Capabilities(edits=args.edits, masks=args.edits)  # a checkpoint that is not may refuse rows later
+        rules = (args.limits, args.defaults, args.encoding)
+        service = Service(self.name, tuple(args.sizes), *rules, capabilities=able)
         if args.defaults.numbers is None:
             service = service.completed(self.checkpoint_defaults())
             for note in service.notes:

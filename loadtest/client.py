@@ -1,12 +1,15 @@
 """Sends a request and records its outcome and times. It swallows no error and retries nothing."""
 
 import asyncio
+import base64
 import errno
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -110,9 +113,8 @@ class Client:
             query = {name: str(value) for name, value in planned.request.items()}
             pending = self.session.get(f"{self.url}/imagine", params=query, allow_redirects=False)
         else:
-            pending = self.session.post(
-                f"{self.url}/v1/images/generations", json=dict(planned.request), allow_redirects=False
-            )
+            body = dict(planned.request) if planned.endpoint == "generations" else edit_body(planned.request)
+            pending = self.session.post(f"{self.url}/v1/images/{planned.endpoint}", json=body, allow_redirects=False)
         async with pending as response:
             answer.first_byte = self.clock()
             answer.status, answer.headers = response.status, response.headers
@@ -151,11 +153,24 @@ class Client:
                     (self.pictures / f"{planned.id:06}-{i}{suffix(file)}").write_bytes(file)
             compared = False
             if self.check:
-                size = size_of(planned.request, self.default_size)
+                # That of an edit follows from its image.
+                size = size_of(planned.request, None if planned.endpoint == "edits" else self.default_size)
                 compared = self.equal_seeds.compare(planned.request, [examine(file, size) for file in files])
             return "ok", None, files, compared
         except BadPicture as problem:
             return "bad_image", str(problem), files, False
+
+
+def edit_body(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request in JSON, with the content of its files in place of their paths."""
+    links = {name: {"image_url": data_url(request[name])} for name in ("image", "mask") if name in request}
+    fields = {name: value for name, value in request.items() if name not in links}
+    return {**fields, "images": [links["image"]], **({"mask": links["mask"]} if "mask" in links else {})}
+
+
+@cache
+def data_url(path: str) -> str:
+    return f"data:application/octet-stream;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
 
 
 def judged(answer: Answer) -> tuple[Outcome, str | None]:

@@ -3,13 +3,13 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from cluster.cli import Parser, UsageError, integer, nonempty, number, path
 from loadtest.contact import SHEET
-from loadtest.scenario import FOLDER, Closed, Open, Scenario, load, names, parse
+from loadtest.scenario import FOLDER, Closed, Endpoint, Open, Scenario, load, names, parse
 
 VERBS = ("run", "sweep", "compare", "report", "ready")
 PREDECESSORS: Mapping[str, int] = {"requests": 8, "concurrency": 8}
@@ -120,7 +120,7 @@ def add_scenario_flags(parser: SwitchParser) -> None:
     requests.add_argument(
         "--field", type=field, action="append", default=[], help="NAME=VALUE, a field of every request"
     )
-    requests.add_argument("--endpoint", choices=("generations", "imagine"), help="endpoint of every request")
+    requests.add_argument("--endpoint", choices=get_args(Endpoint), help="endpoint of every request")
     parser.switch("--stream", help="stream with a preview, whose latency is reported", group=requests)
     requests.add_argument("--repeat", type=number, help="share of requests that repeat an earlier one, seed and all")
     parser.switch("--no-checks", help="do not check the pictures", group=requests)

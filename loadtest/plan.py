@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -112,8 +112,8 @@ def replayed(replay: Replay, most: int) -> list[Planned]:
         if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
             raise UsageError(f'{where} must have a "request", fields of the API with a prompt, got {request!r}.')
         endpoint = entry.get("endpoint", "generations")
-        if endpoint not in ("generations", "imagine"):
-            raise UsageError(f'{where}: "endpoint" must be generations or imagine, got {endpoint!r}.')
+        if endpoint not in get_args(Endpoint):
+            raise UsageError(f'{where}: "endpoint" must be one of {", ".join(get_args(Endpoint))}, got {endpoint!r}.')
         entries.append((float(at), endpoint, request, str(entry.get("kind", "replay"))))
     if not entries:
         raise UsageError(f"{replay.trace} holds no request.")

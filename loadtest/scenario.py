@@ -19,7 +19,8 @@ POST_ONLY = {  # the fields that GET /imagine does not take
     *("progress", "quality", "response_format", "safety_identifier", "stream", "style", "svg", "user"),
     *("original_size", "crops_coords_top_left", "target_size"),
 }
-Endpoint = Literal["generations", "imagine"]
+EDITS_ONLY = ("image", "mask", "strength")  # image and mask are files of this machine, whose content is sent
+Endpoint = Literal["generations", "edits", "imagine"]
 Rate = Annotated[float, Field(ge=0, le=100_000)]
 Span = Annotated[float, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -105,13 +106,21 @@ class Kind(BaseModel):
     def label(self) -> str:
         fields = " ".join(f"{name}={value}" for name, value in self.fields.items())
         return (
-            self.kind or " ".join(filter(None, [self.endpoint if self.endpoint == "imagine" else "", fields])) or "all"
+            self.kind
+            or " ".join(filter(None, [self.endpoint if self.endpoint != "generations" else "", fields]))
+            or "all"
         )
 
     @model_validator(mode="after")
     def the_endpoint_takes_the_fields(self) -> "Kind":
         if self.endpoint == "imagine" and (refused := [name for name in self.fields if name in POST_ONLY]):
             raise ValueError(f"GET /imagine does not take {', '.join(refused)}: such fields need endpoint generations")
+        if self.endpoint != "edits" and (refused := [name for name in self.fields if name in EDITS_ONLY]):
+            raise ValueError(f"{', '.join(refused)} needs endpoint edits")
+        if self.endpoint == "edits":
+            files = [self.fields.get("image"), *([self.fields["mask"]] if "mask" in self.fields else [])]
+            if absent := [file for file in files if not isinstance(file, str) or not Path(file).is_file()]:
+                raise ValueError(f"endpoint edits needs an image, and maybe a mask, that are files, not {absent[0]!r}")
         return self
 
 

@@ -107,7 +107,7 @@ def picture_server() -> Iterator[Server]:
 
     async def serve() -> web.AppRunner:
         app = web.Application()
-        app.add_routes([web.post("/v1/images/generations", handle), web.get("/imagine", handle)])
+        app.add_routes([web.post("/v1/images/{kind}", handle), web.get("/imagine", handle)])
         app.add_routes([web.get("/v1/models", models)])
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()

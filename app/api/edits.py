@@ -122,10 +122,12 @@ def parse_edit(body: EditBody, service: Service) -> ImageRequest:
 
 def edit_of(body: EditBody, headers: Sequence[Header], mask: Header | None, size: Size, service: Service) -> Edit:
     """`resolve` has checked the strength."""
-    strength = body.values.get("strength")
+    able, begins, strength = service.capabilities, body.begins(service), body.values.get("strength")
+    if strength is None and begins:
+        strength = able.strength if mask is None else able.mask_strength
     assert strength is None or isinstance(strength, int | float)
     sources = [*zip(body.images, headers, strict=True)]
-    first, references = (sources[:1], sources[1:]) if body.begins(service) else ([], sources)
+    first, references = (sources[:1], sources[1:]) if begins else ([], sources)
     images = [decoded(source, header, size) for source, header in first]
     try:
         redrawn = None if mask is None else mask_of(mask, size)

@@ -27,6 +27,7 @@ def facts_of(generation: Generation, generated: Generated) -> Facts:
         "prompt_truncated": generated.prompt_truncated,
         "negative_prompt_truncated": generated.negative_prompt_truncated,
         **{name: f"{height},{width}" for name, (height, width) in generation.fields},
+        **({"strength": edit.strength} if (edit := generation.edit) and edit.strength is not None else {}),
     }
 
 

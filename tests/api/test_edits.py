@@ -101,6 +101,7 @@ def test_openais_client_edits_within_a_mask(openai_client: OpenAI, replicas: Rep
     expected = np.zeros((128, 128), bool)
     expected[16:80, 32:96] = True
     assert mask is not None and np.array_equal(mask, expected)
+    assert edit(replicas)[1].strength == Capabilities().mask_strength == 1.0
 
 
 def test_openais_client_sends_several_images_to_a_model_that_looks_at_them(

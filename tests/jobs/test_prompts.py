@@ -10,8 +10,10 @@ import pytest
 
 from cluster import ROOT
 from cluster.cli import UsageError
+from jobs.batch_worker import row_of, text_of
 from jobs.prompts import InvalidRow, Row, read
 from jobs.replica_config import ReplicaConfig
+from tests.api.image_files import file_of, gradient, mask_file
 
 CONFIG = ReplicaConfig.of({"model": "assets/demo-model", "sizes": ["128x128", "64x64"]}, "here")
 
@@ -178,3 +180,54 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
     file.write_bytes("ein Schloß".encode("latin-1"))
     with pytest.raises(UsageError, match="must be in UTF-8"):
         list(read(file, CONFIG))
+
+
+EDITING = ReplicaConfig.of({"model": "assets/demo-model", "sizes": ["128x128", "64x64"], "edits": True}, "here")
+
+
+def test_a_row_begins_from_the_image_whose_path_or_bytes_it_has(tmp_path: Path) -> None:
+    image, mask = file_of(gradient(60, 60)), mask_file(60, 60, (0, 0, 30, 60))
+    (tmp_path / "in.png").write_bytes(image)
+    (tmp_path / "mask.png").write_bytes(mask)
+    line = {"prompt": "a boat", "image": "in.png", "mask": "mask.png", "strength": 0.5}
+    (jsonl,) = rows(written(tmp_path, "a.jsonl", json.dumps(line)), EDITING)
+    (csv,) = rows(written(tmp_path, "a.csv", "prompt,image,mask,strength\na boat,in.png,mask.png,0.5\n"), EDITING)
+    parquet = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([line | {"image": image, "mask": mask}]), parquet)
+    (content,) = rows(parquet, EDITING)
+    assert jsonl == csv and jsonl.key == content.key and jsonl.generation == content.generation
+    assert (jsonl.generation.width, jsonl.generation.height) == (64, 64), "the nearest size"
+    for row in (jsonl, content):
+        images = row_of(text_of(row)).images
+        assert images is not None and images == row.images
+        edit = images.edit((64, 64))
+        assert edit.image is not None and edit.image.shape == (64, 64, 3) and edit.strength == 0.5
+        assert edit.mask is not None and edit.mask[:, :32].all() and not edit.mask[:, 32:].any()
+    (tmp_path / "in.png").write_bytes(file_of(gradient(60, 60)[::-1]))
+    (changed,) = rows(written(tmp_path, "a.jsonl", json.dumps(line)), EDITING)
+    assert changed.key != jsonl.key and changed.generation.seed != jsonl.generation.seed
+
+
+def test_what_is_wrong_with_the_images_of_a_row_is_told(tmp_path: Path) -> None:
+    (tmp_path / "in.png").write_bytes(file_of(gradient(60, 60)))
+    (tmp_path / "mask.png").write_bytes(mask_file(30, 60, (0, 0, 9, 9)))
+    (tmp_path / "text.png").write_text("a boat")
+    lines: list[dict[str, object]] = [
+        {"image": "absent.png"},
+        {"image": "text.png"},
+        {"image": 7},
+        {"mask": "mask.png"},
+        {"image": "in.png", "mask": "mask.png"},
+        {"image": "in.png", "strength": 2},
+    ]
+    file = written(tmp_path, "a.jsonl", "".join(json.dumps({"prompt": "a"} | line) + "\n" for line in lines))
+    problems = [row.error for row in read(file, EDITING) if isinstance(row, InvalidRow)]
+    assert [problem.replace(f"{tmp_path}/", "") for problem in problems] == [
+        "image absent.png cannot be read: No such file or directory.",
+        "image must be a PNG, JPEG or WebP file.",
+        "image must be the path of a file, or its bytes, got int.",
+        "mask needs an image in the same row.",
+        "mask must have the size of the image, 60x60.",
+        "strength must be a number above 0 and at most 1, got 2.",
+    ]
+    assert errors_in(file)[5] == "image needs edits: true in the config."

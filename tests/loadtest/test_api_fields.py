@@ -1,5 +1,7 @@
 """The load test imports no request parser. What it knows of the API's fields is held to the API."""
 
+from pathlib import Path
+
 import pytest
 
 from app.api.protocol import BODY_FIELDS, FIELDS, NEUTRAL, QUERY_FIELDS
@@ -11,6 +13,7 @@ PIXEL_FIELDS = {
     *("prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "seed", "sampler", "model", "n"),
     "strength",
     *("original_size", "crops_coords_top_left", "target_size"),
+    "strength",
     "output_format",  # a lossy format changes them
 }
 
@@ -37,3 +40,18 @@ def test_a_scenario_cannot_send_them_to_get_imagine(name: str) -> None:
     parse(content | {"mix": [{"endpoint": "generations", name: 1}]}, "test", {})
     with pytest.raises(UsageError, match=f"GET /imagine does not take {name}: such fields need endpoint generations"):
         parse(content | {"mix": [{"endpoint": "imagine", name: 1}]}, "test", {})
+
+
+def test_a_scenario_of_edits_has_files_that_exist(tmp_path: Path) -> None:
+    content = {"arrivals": {"process": "closed", "concurrency": 1, "requests": 1}}
+    file = tmp_path / "boat.png"
+    file.write_bytes(b"a")
+    parse(content | {"mix": [{"endpoint": "edits", "image": str(file), "strength": 0.5}]}, "test", {})
+    wrong = {
+        "needs endpoint edits": {"image": str(file)},
+        "not None": {"endpoint": "edits"},
+        "absent.png": {"endpoint": "edits", "image": str(file), "mask": str(tmp_path / "absent.png")},
+    }
+    for problem, kind in wrong.items():
+        with pytest.raises(UsageError, match=problem):
+            parse(content | {"mix": [kind]}, "test", {})

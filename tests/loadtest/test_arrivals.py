@@ -140,7 +140,10 @@ def test_a_trace_is_replayed_from_its_first_time(tmp_path: Path) -> None:
     [
         ('{"request": {"prompt": "a"}}', ':1 must have a time, "at", in seconds, got None.'),
         ('{"at": 1, "request": {}}', ':1 must have a "request", fields of the API with a prompt, got {}.'),
-        ('{"at": 1, "request": {"prompt": "a"}, "endpoint": "x"}', "must be generations or imagine, got 'x'."),
+        (
+            '{"at": 1, "request": {"prompt": "a"}, "endpoint": "x"}',
+            "must be one of generations, edits, imagine, got 'x'.",
+        ),
         ("", "holds no request."),
     ],
 )

@@ -1,6 +1,7 @@
 """The outcome of single requests to a server that misbehaves on request, each of which must be sent once."""
 
 import asyncio
+import base64
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,19 @@ def test_a_good_answer_is_timed_counted_and_kept(server: Server, tmp_path: Path)
 def test_get_imagine_reports_its_timings_in_a_header(server: Server) -> None:
     (record,) = send(server, fields_of("a", size=SIZE), endpoint="imagine")
     assert record.outcome == "ok" and record.server == {"denoise": 0.0125} and server.seen[-1]["method"] == "GET"
+
+
+def test_an_edit_sends_the_content_of_its_files(server: Server, tmp_path: Path) -> None:
+    for name in ("boat.png", "mask.png"):
+        (tmp_path / name).write_bytes(picture(len(name)))
+    paths = {name: str(tmp_path / f"{file}.png") for name, file in (("image", "boat"), ("mask", "mask"))}
+    (record,) = send(server, fields_of("a", strength=0.5, **paths), endpoint="edits")
+    seen = server.seen[-1]
+    assert record.outcome == "ok" and record.request["image"] == paths["image"] and seen["strength"] == 0.5
+    sent = {"image": seen["images"][0], "mask": seen["mask"]}
+    for name, link in sent.items():
+        content = base64.b64decode(link["image_url"].partition(";base64,")[2])
+        assert content == Path(paths[name]).read_bytes()
 
 
 def test_the_first_preview_of_a_stream_is_timed(server: Server) -> None:
