@@ -67,7 +67,7 @@ help: ## List the verbs
 
 cuda: ## Install JAX for NVIDIA GPUs too (several GB, Linux): then deploy CONFIG=configs/sd14-gpu.yaml
 
-demo: runtime ## Install, start, deploy and draw eight pictures into outputs/
+demo: runtime ## Install, start, deploy and draw eight pictures and edit one, into outputs/
 	@$(MAKE) CLUSTER=local up deploy
 	@$(verb)sample_images $(at)
 

@@ -1,12 +1,15 @@
-"""Generates eight sample images through the running API, as any client would, and a contact sheet of them."""
+"""Generates eight sample images through the running API, as any client would, edits one of them, and makes a contact
+sheet of all, the edit beside what it was made of."""
 
 import base64
 import json
 import os
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -29,6 +32,7 @@ PROMPTS = (  # of words that the bundled model knows, see demo/scenes
     "a teal balloon over an orange car by day",
     "a purple umbrella on a grey background",
 )
+EDITED, EDIT = PROMPTS[1], "a red boat by day"
 SEED = 1
 CONCURRENCY = 4  # requests share steps, and the first images still come soon
 TIMEOUT_S = 300.0
@@ -48,24 +52,53 @@ def draw(api: str, folder: Path) -> None:
                 progress.show({"pictures": (f"{len(pictures)} of {len(PROMPTS)}", prompt)})
         finally:
             pool.shutdown(cancel_futures=True)
+        before_and_after = []
+        if takes_edits(api):
+            progress.show({"pictures": (f"{len(pictures)} of {len(PROMPTS)}", f"now edited: {EDIT}")})
+            after = edit(api, pictures[EDITED], EDIT, SEED)
+            (folder / f"{len(PROMPTS) + 1}-edited-{re.sub('[^a-z0-9]+', '-', EDIT)}.png").write_bytes(after)
+            before_and_after = [(pictures[EDITED], f"before: {EDITED}"), (after, f"edited: {EDIT}")]
+    cells = [*((pictures[prompt], prompt) for prompt in PROMPTS), *before_and_after]
     sheet = folder / "contact_sheet.png"
-    contact_sheet([Image.open(BytesIO(pictures[prompt])) for prompt in PROMPTS], PROMPTS, columns=4).save(sheet)
+    contact_sheet([Image.open(BytesIO(file)) for file, _ in cells], [text for _, text in cells], columns=4).save(sheet)
     took = format_duration(progress.elapsed)
-    say(f"Generated {len(pictures)} images in {took}: {shown(sheet)}. The single images are beside it")
+    edits = " and edited one" if before_and_after else ""
+    say(f"Generated {len(pictures)} images{edits} in {took}: {shown(sheet)}. The single images are beside it")
 
 
 def generate(api: str, prompt: str, seed: int) -> bytes:
-    body = json.dumps({"prompt": prompt, "seed": seed, "output_format": "png", "response_format": "b64_json"})
-    headers = {"Content-Type": "application/json"} | processes.credentials()
-    request = Request(f"{api}/v1/images/generations", body.encode(), headers)
+    return picture(api, "generations", {"prompt": prompt, "seed": seed, "output_format": "png"})
+
+
+def edit(api: str, image: bytes, prompt: str, seed: int) -> bytes:
+    link = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    fields = {"prompt": prompt, "seed": seed, "output_format": "png", "images": [{"image_url": link}]}
+    return picture(api, "edits", fields)
+
+
+def takes_edits(api: str) -> bool:
+    """Whether the model that is served begins from images."""
+    (model, *_) = ask(f"{api}/v1/models", None, "GET /v1/models")["data"]
+    return bool(model.get("capabilities", {}).get("edits"))
+
+
+def picture(api: str, route: str, fields: Mapping[str, Any]) -> bytes:
+    answer = ask(f"{api}/v1/images/{route}", json.dumps(fields).encode(), f"'{fields['prompt']}'")
+    return base64.b64decode(answer["data"][0]["b64_json"])
+
+
+def ask(url: str, body: bytes | None, what: str) -> Any:
+    """The answer to a GET, or to a POST of a body of JSON."""
+    request = Request(url, body, {"Content-Type": "application/json"} | processes.credentials())
     try:
         with urlopen(request, timeout=TIMEOUT_S) as answer:
-            return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
+            return json.load(answer)
     except HTTPError as error:
         if error.code == 401:
             raise UserError(f"The API needs a key. Set the environment variable {processes.API_KEY}.") from None
-        raise UserError(f"The API answers {error.code} to '{prompt}': {error.read().decode()[:500]}") from None
+        raise UserError(f"The API answers {error.code} to {what}: {error.read().decode()[:500]}") from None
     except (URLError, TimeoutError, ConnectionError) as error:
+        api = url.partition("/v1/")[0]
         raise UserError(f"The API at {api} does not answer: {error}. See: make status") from None
 
 

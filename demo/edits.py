@@ -81,7 +81,7 @@ def main() -> str:
     spec = PipelineSpec(str(args.model), sizes=(SIZE,), batch_buckets=(8,), max_steps=STEPS, edits=True)
     pipeline = Pipeline.load(spec)
     pipeline.warmup()
-    engine = Engine(pipeline, max_waiting=4 * args.count)
+    engine = Engine(pipeline, max_waiting=4 * args.count, stall_s=600)  # the machine may be busy
     engine.start()
     table = Table(title=f"Edits of the demo model: {STEPS} steps, guidance {GUIDANCE:g}, seed {args.seed}")
     for heading in ("edit", "colour changed", "thing kept", "rest kept", "all three", "bar", ""):

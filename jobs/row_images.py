@@ -90,10 +90,11 @@ class RowImages:
 
     @classmethod
     def of_plain(cls, fields: Mapping[str, Any]) -> "RowImages":
-        decoded = {
-            name: base64.b64decode(value[0]) if isinstance(value, list) else value for name, value in fields.items()
-        }
-        return cls(**decoded)
+        image, mask = (
+            base64.b64decode(value[0]) if isinstance(value, list) else value
+            for value in (fields["image"], fields["mask"])
+        )
+        return cls(image, mask, fields["strength"])
 
 
 def located(name: str, value: object, folder: Path) -> str | bytes:

@@ -164,7 +164,7 @@ def test_a_run_has_a_cap_on_its_requests(tmp_path: Path) -> None:
 
 
 def test_the_shipped_scenarios_can_be_planned_and_have_descriptions() -> None:
-    assert names() == ["burst", "scale-up", "smoke", "soak", "steady"]
+    assert names() == ["burst", "edits", "scale-up", "smoke", "soak", "steady"]
     for name in names():
         scenario = load(name, {})
         assert scenario.description and 0 < len(plan(scenario)) <= scenario.max_requests

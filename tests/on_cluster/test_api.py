@@ -31,9 +31,10 @@ from ray.util.metrics import Metric
 from app.serving.metrics import Metrics
 from cluster import ROOT, sample_images
 from cluster.local.state import Cluster
+from demo import scenes
 from tests import many_clients
 from tests.clusters import Verbs, fetch, refuses, soon, succeeds
-from tests.docs_commands import API, commands
+from tests.docs_commands import API, blocks, commands
 
 pytestmark = pytest.mark.cluster
 
@@ -258,6 +259,25 @@ def test_the_curls_of_the_documentation_work(api: str, tmp_path: Path, page: str
     assert (tmp_path / "boat.png").exists()
 
 
+def test_the_commands_of_the_page_of_edits_work(api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs" / "edits.md"
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    for command in commands(API, page):
+        curl = command.replace("http://127.0.0.1:8000", api).replace("curl ", "curl --fail ", 1)
+        done = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, (command, done.stdout[-500:], done.stderr)
+    (program,) = (block.text for block in blocks(page) if block.language == "python")
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace("http://127.0.0.1:8000", api), {})  # as a reader would run it
+    before, after = (
+        np.asarray(Image.open(file)).astype(int) for file in ("assets/edits/red-boat.png", "blue-boat.png")
+    )
+    outside = np.asarray(Image.open("assets/edits/mask.png"))[..., 3] == 255
+    assert np.abs(before - after)[outside].max() <= 2
+    (thing,) = scenes.look(after.astype(np.uint8)).things
+    assert (thing.colour, thing.kind) == ("blue", "boat")
+
+
 def test_openais_own_client_works_against_it(api: str) -> None:
     with OpenAI(base_url=f"{api}/v1", api_key="none") as client:
         model = client.models.list().data[0].id
@@ -356,6 +376,9 @@ def test_a_replica_that_is_killed_fails_its_requests_cleanly_and_is_replaced(api
 def test_the_demonstration_draws_a_sheet_and_says_how_to_go_on(api: str, verbs: Verbs, tmp_path: Path) -> None:
     output = succeeds(verbs("sample_images", "--out", str(tmp_path)))
     assert len(list(tmp_path.glob("[1-8]-*.png"))) == 8
+    (edited,) = tmp_path.glob("9-edited-*.png")
+    seen = scenes.look(np.asarray(Image.open(edited)))
+    assert (seen.things[0].colour, seen.things[0].kind) == ("red", "boat"), seen
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 512
     assert output.count("curl ") == 3 and "make down" in output and api in output
