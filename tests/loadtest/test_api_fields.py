@@ -13,7 +13,6 @@ PIXEL_FIELDS = {
     *("prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "seed", "sampler", "model", "n"),
     "strength",
     *("original_size", "crops_coords_top_left", "target_size"),
-    "strength",
     "output_format",  # a lossy format changes them
 }
 
