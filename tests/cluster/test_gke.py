@@ -114,7 +114,7 @@ def test_a_spot_node_type_asks_for_spot_nodes(tmp_path: Path) -> None:
 
 def test_nothing_outside_of_the_cluster_reaches_it_and_no_file_has_a_secret(service: Json) -> None:
     assert service["spec"]["rayClusterConfig"]["headGroupSpec"]["serviceType"] == "ClusterIP"
-    assert not re.search(r"LoadBalancer|NodePort|ingress", json.dumps(service))
+    assert not re.search(r"LoadBalancer|NodePort|[iI]ngress", json.dumps(service["spec"]["rayClusterConfig"]))
     assert service["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token", "secretName": "imagine-token"}
 
 
