@@ -10,7 +10,7 @@ import pytest
 
 from app.engine.virtual import number_of
 from app.types import DispatchCost, Edit, Generation
-from tests.engine.driver import Driver
+from tests.engine.driver import Driver, wide
 from tests.fake_pipeline import LARGE, SMALL, FakePipeline, numbers, request
 
 PIXELS = np.full((8, 8, 3), 77, np.uint8)
@@ -95,3 +95,22 @@ def test_a_cancelled_edit_leaves_nothing_behind() -> None:
     future.cancel()
     driver.idle()
     assert driver.engine.stats()["active_slots"] == 0
+
+
+def test_under_mixed_load_steps_are_as_full_as_under_generations_alone() -> None:
+    """Edits at half strength have half the rows, so twice as many are as much work. What they add is their encodes."""
+    encode_s = 0.03
+
+    def rows_per_second(*generations: Generation) -> float:
+        driver = Driver(wide(encode_image_s=encode_s, dispatch_cost=DispatchCost(host_s=1e-4)))
+        began = driver.clock()
+        driver.finish(*[driver.submit(generation) for generation in generations])
+        rows = sum(2 * call.count * len(call.seeds) for call in driver.fake.of("step"))
+        encodes = len(driver.fake.of("encode_image"))
+        assert encodes == sum(generation.edit is not None for generation in generations)
+        return rows / (driver.clock() - began - encodes * encode_s)
+
+    plain = [request(steps=20, seed=100 * i) for i in range(24)]
+    edits = [edit(0.5, steps=20, seed=100 * i) for i in range(100, 124)]
+    alone, mixed = rows_per_second(*plain), rows_per_second(*plain[:12], *edits)
+    assert mixed == pytest.approx(alone, rel=0.03)
