@@ -56,7 +56,7 @@ unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
-.PHONY: test-faults rehearse rehearse-calls gke
+.PHONY: test-faults test-http-jobs-faults rehearse rehearse-calls gke
 .PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: test-computing test-waiting test-browser page-pictures browser
@@ -159,6 +159,9 @@ test-browser: browser ## Look at the page in a real headless Chromium: draw, pre
 page-pictures: browser ## Make the pictures of the page in assets/ anew, of the local cluster with the demo model
 	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy
 	@$(py) -m tests.browser.pictures $(at)
+
+test-http-jobs-faults: dev ## Kill what draws 200 jobs over HTTP ten times, and find 200 pictures, each that of its seed (10 minutes)
+	@$(py) -m pytest -m faults tests/on_cluster/test_http_jobs_faults.py -rP
 
 fuzz: dev ## Send COUNT=26000 malformed requests, made from SEED=0, to the local cluster; KIND=uploads for images alone
 	@$(py) -m loadtest ready $(at) || $(MAKE) CLUSTER=local up deploy
