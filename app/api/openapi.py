@@ -8,6 +8,7 @@ from typing import Any
 
 from app.api.field_descriptions import DESCRIPTIONS
 from app.api.fields import Schema
+from app.api.jobs.states import MOST_LISTED, STATUSES
 from app.api.protocol import (
     BODY_FIELDS,
     EDIT_FIELDS,
@@ -32,7 +33,7 @@ SCHEMAS: Mapping[str, Schema] = {
             "created": INTEGER,
             "data": {
                 "type": "array",
-                "items": {"type": "object", "properties": {"b64_json": STRING, "seed": INTEGER}},
+                "items": {"type": "object", "properties": {"b64_json": STRING, "url": STRING, "seed": INTEGER}},
             },
             "timings": {"type": "object", "additionalProperties": NUMBER},
         },
@@ -42,6 +43,19 @@ SCHEMAS: Mapping[str, Schema] = {
         "type": "object",
         "properties": {"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING},
         "required": ["id", "object", "created", "owned_by"],
+    },
+    "Job": {
+        "type": "object",
+        "properties": {
+            "id": STRING,
+            "object": {"const": "job"},
+            "status": {"enum": [*STATUSES]},
+            "position": {"type": ["integer", "null"], "description": "of a queued job: how many go before it"},
+            "estimated_s": {"type": ["number", "null"], "description": "until it has ended"},
+            "progress": {"type": "integer", "minimum": 0, "maximum": 100},
+            "result": {"anyOf": [{"$ref": "#/components/schemas/Images"}, {"type": "null"}]},
+        },
+        "required": ["id", "object", "status", "position", "estimated_s", "progress", "result"],
     },
     "Error": {
         "type": "object",
@@ -65,7 +79,16 @@ ANSWERS: Mapping[str, Mapping[str, Schema]] = {
     "GET /imagine": {f"image/{form}": {} for form in FORMATS},
     "POST /v1/images/generations": {JSON: {"$ref": "#/components/schemas/Images"}, EVENTS: STRING},
     "POST /v1/images/edits": {JSON: {"$ref": "#/components/schemas/Images"}, EVENTS: STRING},
+    "GET /v1/jobs/{id}": {JSON: {"$ref": "#/components/schemas/Job"}},
+    "GET /v1/files/{id}": {f"image/{form}": {} for form in FORMATS},
     "GET /v1/models/{id}": {JSON: {"$ref": "#/components/schemas/Model"}},
+}
+JOB = {
+    "description": "a job, where `async` is true",
+    "content": {JSON: {"schema": {"$ref": "#/components/schemas/Job"}}},
+}
+LIST_PARAMETERS: Mapping[str, Mapping[str, Schema]] = {
+    "GET /v1/jobs": {"limit": {"type": "integer", "minimum": 1, "maximum": MOST_LISTED}, "after": STRING},
 }
 
 
@@ -92,6 +115,8 @@ def operation(route: str, summary: str, service: Service) -> dict[str, Any]:
         "200": {"description": "OK", "content": {kind: {"schema": schema} for kind, schema in answers.items()}},
         "default": {"description": "refused or failed", "content": {JSON: {"schema": ERROR}}},
     }
+    if route.startswith("POST /v1/images/"):
+        responses["202"] = JOB
     described: dict[str, Any] = {"summary": summary, "responses": responses}
     if route == "GET /imagine":
         described["parameters"] = [
@@ -103,6 +128,9 @@ def operation(route: str, summary: str, service: Service) -> dict[str, Any]:
             }
             for name in QUERY_FIELDS
         ]
+    elif route in LIST_PARAMETERS:
+        parameters = LIST_PARAMETERS[route].items()
+        described["parameters"] = [{"name": name, "in": "query", "schema": schema} for name, schema in parameters]
     elif "{id}" in route:
         described["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": STRING}]
     elif route == "POST /v1/images/generations":

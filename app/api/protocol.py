@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qsl
 
 from app.api.errors import ApiError
+from app.api.field_rules import LOSSLESS, check_job, check_together
 from app.api.fields import (
     Check,
     asynchronous,
@@ -34,7 +35,6 @@ from app.diffusion.samplers import SAMPLERS
 from app.types import SEEDS, Generation, InvalidField, parse_size
 
 FORMATS = ("png", "webp", "jpeg")
-LOSSLESS = 100  # the output_compression that a png has anyway
 
 
 # What SDXL knows of a picture's size, under diffusers' names, each with the lowest number allowed. Other models refuse
@@ -209,33 +209,6 @@ def resolve(values: Mapping[str, object], service: Service, fields: Sequence[str
         webhook_url=resolved["webhook_url"],
         seeded="seed" in values,
     )
-
-
-def check_together(resolved: Mapping[str, Any], values: Mapping[str, object]) -> None:
-    """The rules about more than one field. `values` are those that the request has."""
-    compression = values.get("output_compression", LOSSLESS)
-    if compression != LOSSLESS and resolved["output_format"] == "png":
-        message = f"output_compression below {LOSSLESS} needs output_format webp or jpeg: png loses nothing."
-        raise InvalidField("output_compression", message)
-    for name in ("partial_images", "progress"):
-        if resolved[name] and not resolved["stream"]:
-            raise InvalidField(name, f"{name} needs stream to be true.")
-    if resolved["stream"] and resolved["n"] > 1:  # OpenAI's events do not say which of several images they belong to
-        raise InvalidField("n", f"n must be 1 where stream is true, got {resolved['n']}.")
-
-
-def check_job(resolved: Mapping[str, Any]) -> None:
-    """The rules about requests that are answered by a job, and about pictures by URL."""
-    if resolved["stream"] and resolved["response_format"] == "url":
-        raise InvalidField("response_format", "response_format must be b64_json where stream is true.")
-    if resolved["webhook_url"] and not resolved["async"]:
-        raise InvalidField("webhook_url", "webhook_url needs async to be true.")
-    if not resolved["async"]:
-        return
-    if resolved["stream"]:
-        raise InvalidField("stream", "stream must be false where async is true.")
-    if resolved["response_format"] == "b64_json":
-        raise InvalidField("response_format", "response_format must be url where async is true.")
 
 
 def check_neutral(name: str, value: object, service: Service) -> None:

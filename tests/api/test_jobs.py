@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from starlette.testclient import TestClient
 
 from app.api.api_keys import digest_of
@@ -66,6 +67,9 @@ def test_a_job_is_drawn_and_its_pictures_are_those_of_its_seeds(client: TestClie
     assert [picture["seed"] for picture in done["result"]["data"]] == [7, 8]
     assert done["result"]["num_inference_steps"] == 12 and done["result"]["timings"]["device_s"] == 0.75
     assert done["progress"] == 100 and done["attempts"] == 1 and done["position"] is None
+    described = client.get("/openapi.json").json()
+    schema = Draft202012Validator({"$ref": "#/components/schemas/Job", "components": described["components"]})
+    assert schema.is_valid(job) and schema.is_valid(done) and not schema.is_valid(done | {"status": "done"})
     assert done["created_at"] <= done["started_at"] <= done["completed_at"] < done["expires_at"]
 
 

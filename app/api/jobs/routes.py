@@ -13,6 +13,7 @@ from app.api.fields import invalid
 from app.api.jobs.accept import idempotency_key, prefers_async
 from app.api.jobs.job_object import job_object
 from app.api.jobs.service import JobService
+from app.api.jobs.states import LISTED, MOST_LISTED
 from app.api.jobs.table import Job
 from app.api.messages import ImageRequest, Images
 from app.api.responses import json_response
@@ -24,7 +25,6 @@ ROUTES = {
     "DELETE /v1/jobs/{id}": "cancels a job, or deletes one that has ended, with its pictures",
     "GET /v1/files/{id}": "a picture, until it expires",
 }
-LISTED, MOST_LISTED = 20, 100  # jobs in an answer of GET /v1/jobs: by default, and at most
 POLL_S = 1.0  # what Retry-After tells clients that wait for a job
 
 
