@@ -57,7 +57,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
 .PHONY: test-faults test-http-jobs-faults rehearse rehearse-calls gke
-.PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine
+.PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine bench-cluster
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: test-computing test-waiting test-browser page-pictures browser
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak cuda bench-gpu
@@ -221,6 +221,9 @@ bench-overhead: runtime ## Measure what HTTP and mixed requests cost over the pi
 
 bench-plan: runtime ## Hold the planner's simulation against the engine with the demo model, under three loads
 	@$(py) -m benchmarks.planner
+
+bench-cluster: runtime ## Measure the cluster's queue and router against Serve's own, with four paced replicas (about 10 minutes)
+	@$(py) -m benchmarks.cluster
 
 bench-coldstart: dev ## Measure a start with compiled programs at hand against one without
 	@$(py) -m benchmarks.coldstart

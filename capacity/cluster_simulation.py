@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from app.api.errors import ApiError
 from app.api.messages import Report, SizeCosts
 from app.api.routing.book import Sent
 from app.api.routing.costs import Work
@@ -30,6 +31,7 @@ from app.types import Generation
 from capacity.simulate import Fetcher
 
 Routing = Literal["book", "serve"]
+MOST_WAITING = 1_000_000
 ARRIVED = 10_000  # arrivals that a policy may look back on
 
 
@@ -77,15 +79,17 @@ class Cluster:
         replicas: int,
         *,
         routing: Routing = "book",
-        max_waiting: int = 1_000_000,
+        max_waiting: int = MOST_WAITING,
         gain: float = 0.05,
+        images_at_once: int | None = None,
         start_s: float = 0.0,
         way_s: float = 0.002,
         seed: int = 0,
     ) -> None:
         self.make_pipeline = make_pipeline
         self.routing = routing
-        self.gain, self.start_s, self.way_s = gain, start_s, way_s
+        self.gain, self.images_at_once = gain, images_at_once
+        self.start_s, self.way_s = start_s, way_s
         self.random = random.Random(seed)
         self.router = Router(max_waiting, self.place)
         self.now = 0.0
@@ -110,7 +114,14 @@ class Cluster:
         ready = self.now + (self.start_s if start_s is None else start_s)
         clock = VirtualClock(ready)
         pipeline, fetcher = self.make_pipeline(clock), Fetcher(clock)
-        engine = Engine(pipeline, max_waiting=1_000_000, gain=self.gain, clock=clock, fetcher=fetcher)
+        engine = Engine(
+            pipeline,
+            max_waiting=MOST_WAITING,
+            images_at_once=self.images_at_once,
+            gain=self.gain,
+            clock=clock,
+            fetcher=fetcher,
+        )
         self.replicas[name] = SimulatedReplica(name, pipeline, engine, fetcher, self.now, ready)
         self.router.starting[name] = ready
         self.at(ready, partial(self.ready, name))
@@ -163,6 +174,11 @@ class Cluster:
             self.send_as_serve(number, arrival)
             return
         ticket = self.router.ticket(work, self.now, arrival.key)
+        try:
+            self.router.admit(ticket, math.inf, self.now)
+        except ApiError:
+            self.unfinished -= 1
+            return
         self.requests[ticket] = number, arrival
         self.router.queue.add(ticket)
         self.router.pump(self.now)

@@ -3,8 +3,9 @@
 
     python -m capacity.plan --config configs/sd14.yaml --rate 5 --slo 10
 
-Requests come at random, at RATE pictures a second in all, divided at random among hosts of one replica each; 95 % of
-them are to be answered within SLO seconds, and none refused. All is modelled, and the host's own work is not in it.
+Requests come at random, at RATE pictures a second in all. Where there are several hosts, of one replica each, the
+ingress's queue and router share the requests out. 95 % of them are to be answered within SLO seconds, and none refused.
+All is modelled, and the host's own work is not in it.
 """
 
 import json

@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from capacity.chips import Host
+from capacity.cluster_simulation import Arrival, Cluster
 from capacity.configs import Workload
 from capacity.host_costs import HostCosts
-from capacity.simulate import Load, Simulated, Timings, simulate
+from capacity.simulate import Load, Simulated, Timings, pipeline_of, request, simulate
 from loadtest.arrivals import Seconds, poisson
 
 MOST_HOSTS = 64
@@ -59,8 +61,9 @@ def plan_hosts(costs: HostCosts, workload: Workload, evaluations: int, rate: flo
     args = workload.args
     images_at_once = None if args.images_at_once == "auto" else args.images_at_once
     for hosts in range(max(1, math.floor(rate * best.image_s)), MOST_HOSTS + 1):
-        load = Load(arrivals_at(rate / hosts), evaluations, guided)
-        simulated = simulate(
+        load = Load(arrivals_at(rate), evaluations, guided)
+        run = simulate if hosts == 1 else partial(together, hosts=hosts)
+        simulated = run(
             timings, load, gain=args.admission_gain, max_waiting=args.max_waiting, images_at_once=images_at_once
         )
         if not simulated.refused and simulated.percentile(95) <= slo_s:
@@ -68,7 +71,20 @@ def plan_hosts(costs: HostCosts, workload: Workload, evaluations: int, rate: flo
     return replace(plan, why_not=f"{MOST_HOSTS} hosts are not enough")
 
 
+def together(
+    timings: Timings, load: Load, *, gain: float, max_waiting: int, images_at_once: int | None, hosts: int
+) -> Simulated:
+    """Hosts behind the ingress's queue and router (app/api/routing/)."""
+    cluster = Cluster(
+        partial(pipeline_of, timings), hosts, max_waiting=max_waiting, gain=gain, images_at_once=images_at_once
+    )
+    arrivals = [Arrival(float(at), request(number, load)) for number, at in enumerate(load.arrivals)]
+    outcome = cluster.run(arrivals)
+    refused = np.isnan(outcome.latencies)
+    return Simulated(outcome.latencies[~refused], int(refused.sum()), outcome.ended)
+
+
 def arrivals_at(rate: float) -> Seconds:
-    """Random arrivals at one host, `rate` a second. They are the same in each call."""
+    """Random arrivals, `rate` a second. They are the same in each call."""
     count = min(MOST_REQUESTS, max(FEWEST_REQUESTS, round(rate * LOAD_S)))
     return poisson(count, np.random.default_rng(0)) / rate

@@ -193,7 +193,7 @@ def main() -> int:
     parser.add_argument("--start", type=float, default=90.0, help="seconds of a node and a replica (%(default)s)")
     parser.add_argument("--objective", type=float, default=10.0, help="seconds that a request may wait (%(default)s)")
     parser.add_argument("--most", type=int, default=8, help="replicas (%(default)s)")
-    parser.add_argument("--hold", type=float, default=120.0, help="hold_s of our policy (%(default)s)")
+    parser.add_argument("--hold", type=float, default=180.0, help="hold_s of our policy (%(default)s)")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
     pace = Pace(chips=args.chips, step_s=args.step_ms / 1000)

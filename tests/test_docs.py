@@ -24,6 +24,8 @@ from app.api.field_descriptions import DESCRIPTIONS
 from app.api.protocol import BODY_FIELDS, EDIT_NEUTRAL, FIELDS, NEUTRAL, QUERY_FIELDS
 from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
+from app.ray_internals.serve import DEFAULT_AUTOSCALING_POLICY_NAME
+from app.serving.autoscaling import Rule
 from cluster import install
 from tests.docs_commands import API, MARKERS, NOT_RUN, PAGES, ROOT, RUN, blocks, commands
 
@@ -328,6 +330,8 @@ def serve_defaults() -> dict[str, Any]:
         **{f"autoscaling_config.{key}": value for key, value in leaves(AutoscalingConfig).items()},
         **{f"backpressure_config.{key}": value for key, value in leaves(BackpressureConfig).items()},
         **{f"request_router_config.{key}": value for key, value in leaves(RequestRouterConfig).items()},
+        "autoscaling_config.policy.policy_function": DEFAULT_AUTOSCALING_POLICY_NAME,
+        **{f"autoscaling_config.policy.policy_kwargs.{key}": value for key, value in vars(Rule()).items()},
         "name": "required",
         "ray_actor_options.num_cpus": 1,  # what Ray takes for an actor of Serve that says nothing
         "ray_actor_options.resources": {},

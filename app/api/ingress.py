@@ -1,5 +1,6 @@
 """The routes: parses a request, sends it to a replica, and answers. Knows nothing of models, engines or devices."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,7 @@ from app.api.settings import Service
 from app.api.sse import EventStream
 from app.api.stats import nodes, stats_of_all, total
 from app.api.uploads import Uploads
+from app.ray_internals.key_value import AUTOSCALING, read
 from app.ray_internals.serve import RAY_SERVE_ENABLE_HA_PROXY
 from app.types import InvalidField, RequestDefaults
 
@@ -185,8 +187,14 @@ class APIIngress:
 
     async def stats(self, http_request: Request) -> Response:
         replicas = await stats_of_all(self.replicas, BROADCAST_TIMEOUT_S)
-        body = {"model": self.services()[0].model, "replicas": replicas, "total": total(replicas.values())}
-        return json_response(body | {"queue": self.routed.dispatch.stats(), "nodes": await nodes()})
+        body: dict[str, Any] = {
+            "model": self.services()[0].model,
+            "replicas": replicas,
+            "total": total(replicas.values()),
+        }
+        decision = await asyncio.to_thread(read, AUTOSCALING)
+        body |= {"queue": self.routed.dispatch.stats(), "autoscaling": decision}
+        return json_response(body | {"nodes": await nodes()})
 
     async def healthz(self, http_request: Request) -> Response:
         """200 if a replica answers now, or is busy and has answered within the last seconds."""

@@ -2,7 +2,9 @@
 
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized, _internal_kv_put
 
-__all__ = ["read", "write"]
+__all__ = ["AUTOSCALING", "read", "write"]
+
+AUTOSCALING = "imagine:autoscaling"  # the latest decision, as a sentence
 
 
 def write(key: str, text: str) -> None:

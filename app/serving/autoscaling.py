@@ -15,15 +15,18 @@ the updates of all applications; `__call__` raises none.
 
 import logging
 import math
+import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 logger = logging.getLogger("ray.serve")  # of the controller, which calls the policy ten times a second
 
-MOST_LOAD = 0.95  # of replicas in the long run, however long requests may wait
+MOST_LOAD = 0.85  # of replicas in the long run, however long requests may wait
+# What piles up while a replica starts is over the objective anyway. It is done within so much of the start's time more.
+DRAIN = 0.5
 ARRIVALS_S = 60.0  # the trend of what arrives is that of so long
 SAMPLE_S = 1.0  # between two samples of it
 STARTS = 8  # starts that are remembered
@@ -59,7 +62,7 @@ class Rule:
     """The arguments of the policy in the YAML file."""
 
     objective_s: float = 10.0
-    hold_s: float = 120.0
+    hold_s: float = 180.0
     start_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -72,12 +75,13 @@ class Rule:
 def decide(rule: Rule, load: Load, memory: Memory, now: float, least: int, most: int) -> tuple[int, str]:
     """The number of replicas, and why."""
     observe(rule, load, memory, now)
-    lead_s = max([load.start_s, *memory.starts]) if memory.starts else max(rule.start_s, load.start_s)
-    ahead = expected(memory.arrivals, load.arriving, lead_s)
-    running = max(load.running, 1)
-    left_s = max(0.0, load.backlog_s + (ahead - running) * lead_s)
+    lead_s = usual_start_s(rule, load, memory)
+    ahead = expected(memory.arrivals, lead_s)
+    coming = max(0, memory.wanted - load.running)
+    spent_s = min(lead_s, now - memory.since) if coming else 0.0  # of the time until then, in which those work too
+    left_s = max(0.0, load.backlog_s + (ahead - load.running) * lead_s - coming * spent_s)
     steady = max(ahead / MOST_LOAD, replicas_for(ahead, rule.objective_s))
-    needed = math.ceil(steady + left_s / rule.objective_s - 1e-6)
+    needed = math.ceil(steady + left_s / (rule.objective_s + DRAIN * lead_s) - 1e-6)
     if load.backlog_s > 0 or ahead > 0:
         needed = max(needed, 1)
     memory.wishes.append((now, needed))
@@ -108,7 +112,7 @@ def observe(rule: Rule, load: Load, memory: Memory, now: float) -> None:
         memory.arrivals.append((now, load.arriving))
     while memory.arrivals[0][0] < now - ARRIVALS_S:
         memory.arrivals.popleft()
-    usual_s = max(memory.starts, default=max(rule.start_s, load.start_s))
+    usual_s = usual_start_s(rule, load, memory)
     if load.running > memory.running and memory.wanted > memory.running:
         memory.starts.append(now - memory.since)
         memory.since = now
@@ -119,15 +123,21 @@ def observe(rule: Rule, load: Load, memory: Memory, now: float) -> None:
     memory.running = load.running
 
 
-def expected(arrivals: deque[tuple[float, float]], arriving: float, lead_s: float) -> float:
-    """Device-seconds that will arrive in a second: the latest, or more where they have been rising."""
-    if len(arrivals) < 2:
-        return arriving
-    (began, first), (ended, last) = arrivals[0], arrivals[-1]
-    if ended - began < ARRIVALS_S / 2:
-        return arriving
-    slope = (last - first) / (ended - began)
-    return max(arriving, min(arriving + slope * min(lead_s, ARRIVALS_S), 2 * arriving))
+def usual_start_s(rule: Rule, load: Load, memory: Memory) -> float:
+    """Seconds from a wish to a replica: the longest of the latest starts, or the config's guess."""
+    return max(load.start_s, max(memory.starts) if memory.starts else rule.start_s)
+
+
+def expected(arrivals: Iterable[tuple[float, float]], lead_s: float) -> float:
+    """Device-seconds that will arrive in a second: a mean of late, or more where it has been rising beyond chance."""
+    rates = [rate for _, rate in arrivals]
+    half = len(rates) // 2
+    earlier, recent = rates[:half], rates[half:]
+    mean = statistics.fmean(recent)
+    if len(rates) < ARRIVALS_S / SAMPLE_S / 2:
+        return mean
+    rise = mean - statistics.fmean(earlier) - statistics.pstdev(recent)
+    return mean + min(max(0.0, rise) * 2 * lead_s / ARRIVALS_S, mean)
 
 
 def replicas_for(load: float, objective_s: float, service_s: float = 1.0) -> float:
@@ -150,7 +160,7 @@ class PredictedWait:
     def __init__(
         self,
         objective_s: float = 10.0,
-        hold_s: float = 120.0,
+        hold_s: float = 180.0,
         start_s: float = 120.0,
         publish: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -192,11 +202,8 @@ def load_of(ctx: Any) -> Load:
     return Load(backlog_s, arriving, ctx.current_num_replicas, start_s)
 
 
-DECISION_KEY = "imagine:autoscaling"
-
-
 def publish_decision(why: str) -> None:
     """For GET /v1/stats: the ingress reads it there."""
-    from app.ray_internals.key_value import write
+    from app.ray_internals.key_value import AUTOSCALING, write
 
-    write(DECISION_KEY, why)
+    write(AUTOSCALING, why)

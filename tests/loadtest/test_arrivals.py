@@ -180,10 +180,16 @@ def test_the_quick_config_is_the_shipped_one_with_shorter_delays() -> None:
     shipped, quick = (yaml.safe_load((ROOT / name).read_text()) for name in ("serve_config.yaml", QUICK))
     different: dict[str, tuple[float, float]] = {}
     for ours, quicker in zip(*(config["applications"][0]["deployments"] for config in (shipped, quick)), strict=True):
-        before, after = (scaled.get("autoscaling_config", {}) for scaled in (ours, quicker))
+        before, after = (scaled_by(deployment) for deployment in (ours, quicker))
         different |= {name: (before[name], after[name]) for name in before if before[name] != after[name]}
         quicker["autoscaling_config"] = ours.get("autoscaling_config")
         ours.setdefault("autoscaling_config", None)
     assert shipped == quick
-    delays = {"metrics_interval_s", "look_back_period_s", "upscale_delay_s", "downscale_delay_s"}
+    delays = {"metrics_interval_s", "look_back_period_s", "objective_s", "hold_s", "start_s"}
     assert set(different) == delays and all(after < before for before, after in different.values())
+
+
+def scaled_by(deployment: dict[str, Any]) -> dict[str, Any]:
+    """The autoscaling_config with the arguments of its policy beside the rest."""
+    scaling = dict(deployment.get("autoscaling_config", {}))
+    return {**scaling, **scaling.pop("policy", {}).get("policy_kwargs", {}), "policy": None}

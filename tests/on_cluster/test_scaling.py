@@ -31,8 +31,8 @@ RUN_DIR = ROOT / ".run" / "test-scaling"
 PATIENCE_S = 180.0
 PROMPT = "a red house under a yellow sun at dusk"
 LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "seed": 7}  # long enough for things to happen to it
-QUICK = {"target_ongoing_requests": 3, "upscale_delay_s": 1, "downscale_delay_s": 5}
-QUICK |= {"metrics_interval_s": 1, "look_back_period_s": 2, "max_replicas": 3}
+QUICK = {"metrics_interval_s": 1, "look_back_period_s": 2, "max_replicas": 3}
+POLICY = {"objective_s": 0.5, "hold_s": 5, "start_s": 5}
 # max_queued_requests: more than the clients of `load`, who all wait in the router while it probes a busy replica.
 WAITING = 12
 Answer = tuple[int, bytes, dict[str, str]]
@@ -54,6 +54,7 @@ def config(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     deployments = content["applications"][0]["deployments"]
     (model,) = [deployment for deployment in deployments if "autoscaling_config" in deployment]
     model["autoscaling_config"] |= QUICK
+    model["autoscaling_config"]["policy"]["policy_kwargs"] = POLICY
     model["max_queued_requests"] = WAITING
     path = tmp_path_factory.mktemp("config") / "serve_config.yaml"
     path.write_text(yaml.safe_dump(content))

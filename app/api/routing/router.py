@@ -47,7 +47,7 @@ class Router:
         replicas = max(1, len(self.book.replicas) + len(self.starting))
         if len(self.queue) >= self.max_waiting * replicas:
             raise queue_full(self.next_place_s(now))
-        if (estimate_s := self.answer_s(ticket, now)) > timeout_s:
+        if timeout_s < math.inf and (estimate_s := self.answer_s(ticket, now)) > timeout_s:
             last_s = self.answer_s(ticket, now, last=True)
             raise deadline_unmeetable(estimate_s, timeout_s, max(last_s - timeout_s, LEAST_RETRY_S))
 

@@ -1,0 +1,246 @@
+"""Measures the cluster's queue and router against Serve's own, in one run: `make bench-cluster`.
+
+Four replicas keep the time of a TPU host of four chips instead of computing, behind the real replica, engine, router,
+Serve and HTTP (benchmarks/paced_cluster.py). The baseline is the same with Serve's default router, where requests wait
+in the replicas. Both get the same requests at the same times and take turns. The slowdown of a request is its latency
+over what it takes alone.
+
+One key floods: another one's 95th percentile, over what it is without the flood. Router: the processor time of a
+request's way through queue and book with 64 requests in flight, in this process.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import aiohttp
+import numpy as np
+import ray
+from ray import serve
+
+from app.api.api_keys import digest_of
+from app.api.routing.costs import Work
+from app.api.routing.router import Router
+from app.engine.virtual import VirtualClock
+from app.types import Generation
+from benchmarks.figures import Figure, conclude
+from benchmarks.load import equal_requests, mixed_requests, request
+from benchmarks.paced import Pace, PacedPipeline
+from benchmarks.paced_cluster import BUCKETS, SIZE, application
+from benchmarks.report import log, machine
+from capacity.cluster_simulation import Arrival, Cluster, report_of
+from cluster import ROOT, processes
+from cluster.cli import Parser, run_command
+from loadtest.arrivals import Seconds, poisson
+
+REPLICAS = 4
+PORTS = range(19000, 20000)
+KEYS = ("flood", "rare")
+IN_FLIGHT = 64
+TIMEOUT_S = 300.0
+DEVICE = "four paced hosts of four chips"
+
+
+@contextmanager
+def deployed(pace: Pace) -> Iterator[dict[str, str]]:
+    """Both applications in a Ray of their own; the URL of each."""
+    port = next(port for port in PORTS if processes.free(port))
+    with TemporaryDirectory(prefix="bench-cluster-") as folder:
+        keys = Path(folder) / "keys.yaml"
+        entries = [f"- name: {key}\n  sha256: {digest_of(key.encode())}\n" for key in KEYS]
+        keys.write_text("".join(entries) + "...\n")
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=150_000_000,
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+        )
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            for name in ("ours", "serve"):
+                routed = name == "ours"
+                app = application(pace, REPLICAS, routed=routed, api_keys_file=keys if routed else None)
+                serve.run(app, name=name, route_prefix=f"/{name}")
+            yield {name: f"http://127.0.0.1:{port}/{name}/v1/images/generations" for name in ("ours", "serve")}
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+async def ask(session: aiohttp.ClientSession, url: str, generation: Generation, key: str) -> None:
+    body = {
+        "prompt": generation.prompt,
+        "seed": generation.seed,
+        "num_inference_steps": generation.num_inference_steps,
+        "guidance_scale": generation.guidance_scale,
+        "n": generation.n,
+    }
+    async with session.post(url, json=body, headers={"Authorization": f"Bearer {key}"}) as response:
+        content = await response.read()
+        if response.status != 200:
+            raise RuntimeError(f"The server answers {response.status}: {content[:300]!r}")
+
+
+async def offer(url: str, requests: Sequence[Generation], arrivals: Seconds, key: str = KEYS[0]) -> Seconds:
+    """Sends each request at its time, whether or not earlier ones are done. Latencies count from that time."""
+    latencies = np.zeros(len(requests))
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        began = time.monotonic() + 0.1
+
+        async def send(index: int) -> None:
+            await asyncio.sleep(began + arrivals[index] - time.monotonic())
+            await ask(session, url, requests[index], key)
+            latencies[index] = time.monotonic() - began - arrivals[index]
+
+        await asyncio.gather(*map(send, range(len(requests))))
+    return latencies
+
+
+def alone_s(generation: Generation, pace: Pace) -> float:
+    return generation.num_inference_steps * pace.step(generation.rows * generation.n) + pace.decode(generation.n)
+
+
+def capacity(requests: Sequence[Generation], pace: Pace) -> float:
+    """Requests a second of all replicas when every row of a chip is used."""
+    rows = np.mean([g.rows * g.n * g.num_inference_steps for g in requests])
+    return REPLICAS * pace.chips / pace.step_s / float(rows)
+
+
+def measure(urls: dict[str, str], pace: Pace, kind: str, load: float, count: int, runs: int) -> list[Figure]:
+    bars = {("mixed", 0.8): (0.75, 0.85), ("mixed", 0.6): (0.88, 0.88), ("equal", 0.8): (1.03, 1.03)}[kind, load]
+    names = "mean slowdown", "p95 latency s"
+    figures = [Figure(DEVICE, f"{kind}, {load:.0%}", name, bar) for name, bar in zip(names, bars, strict=True)]
+    for run in range(runs):
+        rng = np.random.default_rng([run, 2])
+        requests = (
+            mixed_requests(count, SIZE, rng)
+            if kind == "mixed"
+            else equal_requests(count, SIZE, steps=20, guidance_scale=1.0)
+        )
+        arrivals = poisson(count, np.random.default_rng([run, 3])) / (load * capacity(requests, pace))
+        alone = np.array([alone_s(generation, pace) for generation in requests])
+        latencies = {}
+        for system in ("serve", "ours") if run % 2 else ("ours", "serve"):
+            latencies[system] = asyncio.run(offer(urls[system], requests, arrivals))
+        ours, baseline = latencies["ours"], latencies["serve"]
+        figures[0].add(np.mean(ours / alone), np.mean(baseline / alone))
+        figures[1].add(np.quantile(ours, 0.95), np.quantile(baseline, 0.95))
+        log(f"{kind} at {load:.0%}, run {run + 1} of {runs}: {count} requests")
+    return figures
+
+
+def flood(url: str, count: int) -> Figure:
+    """A key with 100 requests at any time, beside one with a request now and then."""
+    figure = Figure(DEVICE, "one key floods", "p95 latency s of another", 1.5, against="the same key without the flood")
+    rare = equal_requests(count, SIZE, steps=20, guidance_scale=1.0)
+    arrivals = poisson(count, np.random.default_rng(7)) * 0.4
+
+    async def alone() -> Seconds:
+        return await offer(url, rare, arrivals, KEYS[1])
+
+    async def beside_the_flood() -> Seconds:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def client(number: int) -> None:
+                for seed in range(number, 1_000_000, 100):
+                    await ask(session, url, request(SIZE, seed, steps=20, guidance_scale=1.0), KEYS[0])
+
+            clients = [asyncio.ensure_future(client(number)) for number in range(100)]
+            await asyncio.sleep(1.0)
+            try:
+                return await alone()
+            finally:
+                for task in clients:
+                    task.cancel()
+                await asyncio.gather(*clients, return_exceptions=True)
+
+    without, beside = asyncio.run(alone()), asyncio.run(beside_the_flood())
+    figure.add(np.quantile(beside, 0.95), np.quantile(without, 0.95))
+    log(f"one key floods: {count} requests of another")
+    return figure
+
+
+def overhead(pace: Pace) -> Figure:
+    """Milliseconds of the processor from a request's arrival to its place, and from its answer to the next one."""
+    figure = Figure(DEVICE, f"router, {IN_FLIGHT} in flight", "ms a request", 1.0, against="1 ms")
+    sent: list[tuple[str, object]] = []
+    router = Router(10_000, lambda ticket, name, entry, ahead_s: sent.append((name, entry)))
+    cluster = Cluster(lambda clock: PacedPipeline(pace, batch_buckets=BUCKETS, size=SIZE, clock=clock), REPLICAS)
+    router.book.list(cluster.replicas, 0.0)
+    reports = {name: report_of(replica) for name, replica in cluster.replicas.items()}
+    for report in reports.values():
+        router.report(report, 0.0)
+    requests = mixed_requests(1000, SIZE, np.random.default_rng(0))
+    now, began = 0.0, time.process_time()
+    for number, generation in enumerate(requests):
+        now += 1 / capacity(requests, pace)
+        ticket = router.ticket(Work.of(generation), now)
+        router.admit(ticket, 1e6, now)
+        router.queue.add(ticket)
+        router.pump(now)
+        if number >= IN_FLIGHT:
+            name, entry = sent.pop(0)
+            router.answered(name, entry)  # type: ignore[arg-type]
+            router.report(reports[name], now)
+            router.pump(now)
+    figure.add(1e3 * (time.process_time() - began) / len(requests), 1.0)
+    return figure
+
+
+def simulated(pace: Pace, count: int, runs: int) -> list[Figure]:
+    """The same two policies on a virtual clock, for machines that are too busy to keep the time."""
+    figures = [Figure("simulated", "mixed, 80%", name, None) for name in ("mean slowdown", "p95 latency s")]
+    for run in range(runs):
+        requests = mixed_requests(count, SIZE, np.random.default_rng([run, 2]))
+        at = poisson(count, np.random.default_rng([run, 3])) / (0.8 * capacity(requests, pace))
+        alone = np.array([alone_s(generation, pace) for generation in requests])
+        arrivals = [Arrival(float(moment), generation) for moment, generation in zip(at, requests, strict=True)]
+
+        def device(clock: VirtualClock) -> PacedPipeline:
+            return PacedPipeline(pace, batch_buckets=BUCKETS, size=SIZE, clock=clock)
+
+        ours, baseline = (
+            Cluster(device, REPLICAS, routing=routing, seed=run).run(arrivals).latencies
+            for routing in ("book", "serve")
+        )
+        figures[0].add(np.mean(ours / alone), np.mean(baseline / alone))
+        figures[1].add(np.quantile(ours, 0.95), np.quantile(baseline, 0.95))
+    return figures
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parts = ("mixed80", "mixed60", "equal", "flood", "router", "simulated")
+    parser.add_argument("--part", choices=(*parts, "all"), default="all", help="(%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="of each side (%(default)s)")
+    parser.add_argument("--requests", type=int, default=160, help="in each run (%(default)s)")
+    parser.add_argument("--pace-ms", type=float, default=20.0, help="of a step of up to four rows (%(default)s)")
+    args = parser.parse_args()
+    before = machine()
+    pace = Pace(chips=4, step_s=args.pace_ms / 1000)
+    wanted = set(parts) if args.part == "all" else {args.part}
+    figures: list[Figure] = []
+    if wanted & {"mixed80", "mixed60", "equal", "flood"}:
+        with deployed(pace) as urls:
+            for url in urls.values():  # both are warm then
+                asyncio.run(offer(url, equal_requests(8, SIZE, steps=4, guidance_scale=1.0), np.zeros(8)))
+            for part, kind, load in (("mixed80", "mixed", 0.8), ("mixed60", "mixed", 0.6), ("equal", "equal", 0.8)):
+                if part in wanted:
+                    figures += measure(urls, pace, kind, load, args.requests, args.runs)
+            if "flood" in wanted:
+                figures.append(flood(urls["ours"], 40))
+    if "router" in wanted:
+        figures.append(overhead(pace))
+    if "simulated" in wanted:
+        figures += simulated(pace, args.requests, args.runs)
+    title = "The cluster's queue and router: ours over Serve's own"
+    return conclude("cluster", title, figures, before, vars(args), args.part == "all")
+
+
+if __name__ == "__main__":
+    run_command(main)
