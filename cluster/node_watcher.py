@@ -1,6 +1,6 @@
 """Drains a TPU node on Google Cloud before its machine is preempted or stopped for maintenance.
 
-Serve then starts replicas on other nodes, and the node's replicas finish their requests. cluster.yaml starts this
+Serve then starts replicas on other nodes, and the node's replicas hand their requests over. cluster.yaml starts this
 watcher after Ray on each TPU node; it ends when Ray ends. It waits for changes at Google's metadata server, and drains
 with `ray drain-node`. Knows nothing of Serve and imports no Ray.
 """
@@ -118,7 +118,7 @@ def drain(node: Node, notice: Notice, ray: Sequence[str]) -> None:
         except subprocess.TimeoutExpired:
             break
         if done.returncode == 0:
-            logger.info("drained: its replicas finish their requests, and Serve starts others on other nodes")
+            logger.info("drained: Serve starts replicas on other nodes, and this one's hand their requests over")
             return
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         logger.error("ray drain-node failed. Trying again: %s", lines[-1] if lines else f"exit {done.returncode}")

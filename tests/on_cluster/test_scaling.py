@@ -151,7 +151,7 @@ def test_a_node_that_is_taken_away_loses_nothing(api: str, verbs: Verbs) -> None
         assert long.result()[0] == 200
     assert set(statuses(answers)) == {200}, [body for status, body, _ in answers if status != 200][:3]
     log = verbs.cluster.temp_dir / "ray" / "session_latest" / "logs" / "watcher.log"
-    assert "draining node" in log.read_text() and "drained: its replicas finish" in log.read_text()
+    assert "draining node" in log.read_text() and "drained: Serve starts replicas" in log.read_text()
 
 
 def test_a_node_that_dies_costs_its_requests_a_clear_error_and_comes_back(api: str) -> None:
