@@ -248,8 +248,8 @@ uv := .cache/uv-$(UV_VERSION)/bin/uv
 lock := $(uv) pip compile pyproject.toml --universal --generate-hashes --no-emit-index-url --no-header \
 	--quiet --python-version 3.11
 
-rehearse: gcp ## Rehearse CLUSTER=cluster.yaml against a simulated Google Cloud with hosts, as root on Linux (about 5 minutes)
-	@$(py) -m rehearsal --hosts $(or $(filter-out local,$(CLUSTER)),cluster.yaml)
+rehearse: gcp ## Rehearse cluster.yaml whole and its variants in half (or CLUSTER=) against a simulated Google Cloud with hosts, as root
+	@$(py) -m rehearsal --hosts $(filter-out local,$(CLUSTER))
 
 rehearse-calls: gcp ## Rehearse FILES= (all cluster files) against a simulated Google Cloud, without hosts: 4 to 60 s each
 	@$(py) -m rehearsal $(FILES)

@@ -87,12 +87,14 @@ def rehearse(source: Path) -> None:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="cluster files (default: all of this repository)")
-    parser.add_argument("--hosts", action="store_true", help="with hosts, which needs root; the first file alone")
+    parser.add_argument(
+        "--hosts", action="store_true", help="with hosts, which needs root: the first file whole, half of the others"
+    )
     parser.add_argument("--transcript", type=Path, default=ROOT / ".run/rehearsal.txt", help="with hosts: of commands")
     arguments = parser.parse_args()
     files = arguments.files or [ROOT / "cluster.yaml", *sorted((ROOT / "configs").glob("cluster-*.yaml"))]
     if arguments.hosts:
-        full.rehearse(files[0], arguments.transcript)
+        full.rehearse(files, arguments.transcript)
         return
     logging.disable(logging.WARNING)
     for source in files:

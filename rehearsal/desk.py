@@ -41,13 +41,13 @@ class Desk:
             program.write_text(PROGRAM.format(log=shlex.quote(str(self.log)), head=shlex.quote(str(self.head))))
             program.chmod(0o755)
 
-    def cluster_file(self, source: Path) -> Path:
-        """A copy of a cluster file with the project filled in. Its paths are absolute, as the folder is another."""
+    def cluster_file(self, source: Path, mounted: Path = ROOT) -> Path:
+        """A copy of a cluster file with the project filled in, which mounts folders of `mounted`."""
         text = source.read_text().replace("project_id: null", f"project_id: {PROJECT}")
         mounts = yaml.safe_load(text)["file_mounts"]
         for target, origin in mounts.items():
             if not origin.startswith("~"):
-                text = text.replace(f"\n  {target}: {origin}\n", f"\n  {target}: {ROOT / origin}\n")
+                text = text.replace(f"\n  {target}: {origin}\n", f"\n  {target}: {mounted / origin}\n")
         file = self.folder / source.name
         file.write_text(text)
         return file

@@ -68,6 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # connections that wait; beyond them a client on a busy machine waits for minutes
 
     def __init__(
         self, cloud: Cloud, folder: Path, files: Path = Path("/nowhere"), address: tuple[str, int] = ("127.0.0.1", 0)
