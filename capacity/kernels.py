@@ -1,16 +1,21 @@
 """Prices of our own Pallas kernels: the share of a chip's peak that they reach on their padded products.
 
     python -m capacity.kernels --tpu v5litepod-1 --keys 4096 --heads 10 --size 64
+    python -m capacity.kernels --tpu v5litepod-1 --keys 4608 --heads 24 --rotary
 
-compiles the attention kernel alone and counts the instruction bundles that libtpu scheduled for it, one a cycle. Copies
-between HBM and VMEM are taken to be hidden. libtpu writes no estimate for a kernel, so a whole program takes SHARES.
+compiles an attention kernel alone and counts the instruction bundles that libtpu scheduled for it, one a cycle, and at
+least the cycles of its products. Copies between HBM and VMEM are taken to be hidden. libtpu writes no estimate for a
+kernel, so a whole program takes SHARES.
 """
 
 import os
 import re
 import tempfile
 from collections import Counter
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from app.aot.libtpu_flags import VARIABLE
 from capacity.chips import Host, host_of
@@ -23,7 +28,7 @@ SHARES = {
     "attention-kernel-64": {"v4": 0.65, "v5e": 0.92, "v6e": 0.66},
     "attention-kernel-128": {"v5e": 0.76},
     "attention-kernel-512": {"v5e": 0.95, "v6e": 0.56},
-    "rotary-attention-kernel": {"v4": 0.69, "v5e": 0.84, "v6e": 0.68},
+    "rotary-attention-kernel": {"v4": 0.72, "v5e": 0.84, "v6e": 0.67},
 }
 ASSUMED_SHARE = 0.7
 ROWS = 64  # so many that XLA leaves them in HBM
@@ -62,12 +67,58 @@ def attention_share(host: Host, keys: int, heads: int, size: int, folder: Path) 
     return flops / (chip.flops_a_cycle / chip.cores) / cycles  # a cell runs on one core
 
 
+def rotary_share(host: Host, tokens: int, heads: int, folder: Path) -> float:
+    """The same for the kernel of rotated heads, over one stream of so many tokens."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    from app.diffusion.models import tpu_rotary_attention as rotary
+    from app.diffusion.models.rotary_attention import Stream
+    from app.diffusion.models.transformer_layers import Rotation
+
+    sharding = SingleDeviceSharding(devices(host)[0])
+
+    def shape(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    x, norm, table = shape(1, tokens, heads * rotary.LANES), shape(rotary.LANES), shape(1, tokens, rotary.LANES)
+    table = shape(*table.shape, dtype=jnp.float32)
+    streams = [Stream(x, x, x, norm, norm, Rotation(table, table))]
+    kernel = partial(rotary.attend_rotated, lengths=None, heads=heads, epsilon=1e-6, first=(0, 0, 0))
+    jax.jit(kernel, out_shardings=sharding).lower(streams).compile()
+    (path,) = [
+        path for path in folder.glob("*rotary-attention-kernel*-final_bundles.txt") if "analysis" not in path.name
+    ]
+    regions = loop_regions(path.read_text("utf-8"))
+    # The loop over keys is the first with exponents. The next, and what is behind it, only runs for extreme scales.
+    with_exponents = [i for i, (depth, lines) in enumerate(regions) if depth == 2 and any("vpow2" in x for x in lines)]
+    usual = regions[: with_exponents[1]]
+    preparing = sum(len(lines) for depth, lines in usual[: with_exponents[0]] if depth == 2)
+    queries, keys = rotary.queries_of([tokens]), rotary.keys_of(tokens)
+    chip = host.chip
+    products = (matrix(1, queries, rotary.LANES, keys, chip.tile), matrix(1, queries, keys, rotary.LANES, chip.tile))
+    least = sum(product.padded_flops for product in products) / (chip.flops_a_cycle / chip.cores)
+    rows = rotary.block_of(tokens, rotary.MOST_ROWS, rotary.TILE)
+    cycles = sum(len(lines) for depth, lines in usual if depth == 1)
+    cycles += preparing * (tokens // rows) / (tokens // queries)  # once a head
+    cycles += tokens // keys * max(least, len(regions[with_exponents[0]][1]))
+    return tokens // keys * least / cycles
+
+
+def loop_regions(text: str) -> list[tuple[int, list[str]]]:
+    """Bundles that follow each other with as many loops around them, in the order of the program."""
+    matched = ((len(match[1]), line) for line in text.splitlines() if (match := BUNDLE.match(line)))
+    return [(depth, [line for _, line in group]) for depth, group in groupby(matched, key=lambda bundle: bundle[0])]
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--tpu", default="v5litepod-1")
     parser.add_argument("--keys", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--size", type=int, default=64, help="features of a head")
+    parser.add_argument("--rotary", action="store_true", help="the kernel with norms and rotations, heads of 128")
     arguments = parser.parse_args()
     if reason := missing():
         raise UserError(reason)
@@ -78,7 +129,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         compile_only()
         os.environ[VARIABLE] += f" --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        share = attention_share(host, arguments.keys, arguments.heads, arguments.size, Path(folder))
+        if arguments.rotary:
+            share = rotary_share(host, arguments.keys, arguments.heads, Path(folder))
+        else:
+            share = attention_share(host, arguments.keys, arguments.heads, arguments.size, Path(folder))
     print(f"{100 * share:.1f} % of a {host.chip.name}'s peak on padded products (modelled)")
 
 

@@ -8,7 +8,7 @@ from capacity.chips import CHIPS, Host, host_of
 from capacity.configs import hosts_of, workload_of
 from capacity.cycles import CycleCount
 from capacity.flops import FlopCount
-from capacity.kernels import ASSUMED_SHARE, SHARES, bundles
+from capacity.kernels import ASSUMED_SHARE, SHARES, bundles, loop_regions
 from capacity.libtpu import pinned, version
 from capacity.models import architecture_of, configurations, presets, shapes_of
 from capacity.program_cost import cycles_by_part, part_of
@@ -89,6 +89,7 @@ LB: loop body
    0x9   : > { %v2 = vst [vmem:[#allocation3]] }
 """
     assert bundles(text) == {0: 1, 1: 2, 2: 2}
+    assert [(depth, len(lines)) for depth, lines in loop_regions(text)] == [(0, 1), (1, 1), (2, 2), (1, 1)]
 
 
 def test_what_the_sum_leaves_out_is_noted() -> None:
