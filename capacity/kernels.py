@@ -100,7 +100,7 @@ def rotary_share(host: Host, tokens: int, heads: int, folder: Path) -> float:
     products = (matrix(1, queries, rotary.LANES, keys, chip.tile), matrix(1, queries, keys, rotary.LANES, chip.tile))
     least = sum(product.padded_flops for product in products) / (chip.flops_a_cycle / chip.cores)
     rows = rotary.block_of(tokens, rotary.MOST_ROWS, rotary.TILE)
-    cycles = sum(len(lines) for depth, lines in usual if depth == 1)
+    cycles = float(sum(len(lines) for depth, lines in usual if depth == 1))
     cycles += preparing * (tokens // rows) / (tokens // queries)  # once a head
     cycles += tokens // keys * max(least, len(regions[with_exponents[0]][1]))
     return tokens // keys * least / cycles
