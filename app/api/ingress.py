@@ -23,13 +23,14 @@ from app.api.edits import parse_edit
 from app.api.error_responses import HANDLERS
 from app.api.errors import ApiError
 from app.api.fields import model as check_model
+from app.api.followed import FollowedJourney
 from app.api.jobs.routes import ROUTES as JOB_ROUTES
 from app.api.jobs.routes import JobRoutes
 from app.api.jobs.service import JobService
 from app.api.jobs.share import ConnectedMiddleware
 from app.api.jobs.worker import Serving
 from app.api.journey import Journey, StreamedJourney
-from app.api.messages import Accepted, Description, ImageRequest, Images, Preview, Progress
+from app.api.messages import Description, ImageRequest, Images, Preview, Progress
 from app.api.openapi import document
 from app.api.page_files import PREFIX, page_file, prefers_html
 from app.api.protocol import parse_body, parse_query
@@ -237,15 +238,16 @@ class APIIngress:
         return Serving(models, max(1, len(self.replica_watch.current)))
 
     async def stream(self, request: ImageRequest, key: str | None, model: str) -> Response:
-        """Begins the answer once the engine has accepted the request; until then an error can set the status."""
-        journey = StreamedJourney(request, partial(self.routed.send_stream, key=key))
+        """Begins the answer once a replica's engine has accepted the request, or where its client wants to know its
+        place, once it waits for that. Until then an error can set the status."""
+        sent = StreamedJourney(request, partial(self.routed.send_stream, key=key))
+        place = partial(self.routed.dispatch.progress, request.generation) if request.progress else lambda: None
+        journey = FollowedJourney(sent, place)
         with self.spread_retries(request):
-            accepted = await journey.next_item()
-        assert isinstance(accepted, Accepted)
+            await journey.admitted()
 
         async def next_image() -> Progress | Preview | Images:
             item = await journey.next_item()
-            assert not isinstance(item, Accepted)
             if isinstance(item, Images):
                 self.record(request, item)
             return item

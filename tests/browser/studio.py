@@ -10,7 +10,8 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import uvicorn
 
 from app.api.ingress import APIIngress
+from app.api.messages import Report
 from app.api.settings import Defaults, Limits, Service
 from app.engine.virtual import Pixels, RealClock, SlotState, State, VirtualPipeline
 from app.serving.replica import StableDiffusion
@@ -113,13 +115,25 @@ class NoCompiles:
     def close(self) -> None: ...
 
 
-def new_replica(max_waiting: int = 16) -> StableDiffusion:
+class NamedReplica(StableDiffusion):
+    """Says its name where one in Ray would say its id."""
+
+    replica = ""
+
+    def load(self) -> Report:
+        return replace(super().load(), replica=self.replica)
+
+    async def stats(self) -> dict[str, Any]:
+        return await super().stats() | {"replica": self.replica, "node": NODES[-1]["id"]}
+
+
+def new_replica(name: str, max_waiting: int = 16) -> StableDiffusion:
     modules = {
         "app.diffusion.pipeline": SimpleNamespace(Pipeline=Studio),
         "app.aot.compile": SimpleNamespace(CompileWatch=NoCompiles),
     }
     with patch.dict(sys.modules, modules):  # the real ones import JAX
-        return StableDiffusion(
+        replica = NamedReplica(
             PipelineSpec("studio", SIZES, (1, 2), 100),
             name="studio",
             max_waiting=max_waiting,
@@ -129,6 +143,8 @@ def new_replica(max_waiting: int = 16) -> StableDiffusion:
             encoding_threads=2,
             stall_s=60.0,
         )
+        replica.replica = name
+        return replica
 
 
 class Stream:
@@ -160,7 +176,7 @@ class Stream:
 
 @dataclass
 class Handle:
-    """A DeploymentHandle. The replica with the fewest unfinished requests gets the next."""
+    """A DeploymentHandle. The ingress names the replica, as it does to Serve's router."""
 
     replicas: dict[str, StableDiffusion]
     app_name: str = "text-to-image"
@@ -168,25 +184,26 @@ class Handle:
     method: str = ""
 
     def replica(self) -> StableDiffusion:
-        return min(self.replicas.values(), key=lambda replica: replica.engine.stats()["unfinished"])
+        return self.replicas.get(self.chosen) or next(iter(self.replicas.values()))
+
+    chosen: str = ""
 
     def __getattr__(self, method: str) -> "Handle":
-        return Handle(self.replicas, method=method)
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return Handle(self.replicas, method=method, chosen=self.chosen)
 
-    def options(self, **options: Any) -> "Handle":
-        return self
+    def options(self, session_id: str = "", stream: bool = False) -> "Handle":
+        return Handle(self.replicas, chosen=session_id)
 
     def remote(self, *arguments: Any) -> Any:
         answer = getattr(self.replica(), self.method)(*arguments)
         return Stream(answer) if hasattr(answer, "__anext__") else asyncio.ensure_future(answer)
 
-    def broadcast(self, method: str) -> SimpleNamespace:
+    def broadcast(self, method: str, *arguments: Any) -> SimpleNamespace:
         async def results() -> list[Any]:
-            return [SimpleNamespace(get_async=lambda each=each: answer(*each)) for each in self.replicas.items()]
-
-        async def answer(name: str, replica: StableDiffusion) -> Any:
-            value = await getattr(replica, method)()
-            return value | {"replica": name, "node": NODES[-1]["id"]} if method == "stats" else value
+            calls = [partial(getattr(replica, method), *arguments) for replica in self.replicas.values()]
+            return [SimpleNamespace(get_async=call) for call in calls]
 
         return SimpleNamespace(_fetch_replica_results_async=results)
 
@@ -199,6 +216,7 @@ class Server:
     api_keys_file: Path | None = None
     service: Service = SERVICE
     port: int = 0
+    ingress: Any = None
     running: list[tuple[uvicorn.Server, threading.Thread]] = field(default_factory=list)
 
     @property
@@ -206,7 +224,8 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        app = APIIngress(Handle(self.replicas), self.service, self.api_keys_file).__serve_build_asgi_app__()
+        self.ingress = APIIngress(Handle(self.replicas), self.service, self.api_keys_file)
+        app = self.ingress.__serve_build_asgi_app__()
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="error", ws="none", lifespan="off", timeout_graceful_shutdown=0)
         )
@@ -230,7 +249,9 @@ class Server:
             replica.pipeline.pace = times  # type: ignore[attr-defined]
 
     def unfinished(self) -> int:
-        return sum(replica.engine.stats()["unfinished"] for replica in self.replicas.values())
+        """Requests that wait in the ingress, and those that replicas have."""
+        waiting = len(self.ingress.routed.dispatch.waiting)
+        return waiting + sum(replica.engine.stats()["unfinished"] for replica in self.replicas.values())
 
 
 async def nodes() -> list[dict[str, Any]]:
@@ -239,7 +260,8 @@ async def nodes() -> list[dict[str, Any]]:
 
 @contextmanager
 def studio(count: int = 1, api_keys_file: Path | None = None, max_waiting: int = 16) -> Iterator[Server]:
-    replicas = {f"replica-{number}": new_replica(max_waiting) for number in range(count)}
+    names = [f"replica-{number}" for number in range(count)]
+    replicas = {name: new_replica(name, max_waiting) for name in names}
     with patch("app.serving.replica.device", lambda: "easel x1"), serving(replicas, SERVICE, api_keys_file) as server:
         yield server
 
@@ -261,5 +283,6 @@ def serving(
             if server.running:
                 server.stop()
             for replica in replicas.values():
+                replica.ended = True  # what Serve would have it do at its end is done here
                 replica.engine.close()
                 replica.encoders.shutdown()

@@ -4,7 +4,7 @@ import { el, svg } from "./dom.js";
 
 const [WIDTH, HEIGHT] = [600, 120];
 
-/** Bars of stacked shares. `parts` are {name, label}; each bar is {from, to, ...share by name} with times from 0 to 1. */
+/** Bars of stacked shares. `parts` are {name, label}; a bar is {from, to, ...share by name}, with times from 0 to 1. */
 export function stacked(place, parts, bars, label) {
   const drawn = bars.flatMap((bar) => {
     let top = HEIGHT;
@@ -12,7 +12,13 @@ export function stacked(place, parts, bars, label) {
       const height = HEIGHT * Math.min(1, bar[name]);
       top -= height;
       const width = Math.max(1, (bar.to - bar.from) * WIDTH - 1);
-      return svg("rect", { x: bar.from * WIDTH, y: top, width, height: Math.max(0, height), class: `part-${name}` });
+      return svg("rect", {
+        x: bar.from * WIDTH,
+        y: top,
+        width,
+        height: Math.max(0, height),
+        class: `part-${name}`,
+      });
     });
   });
   show(place, drawn, parts, label, ["100 %", "0"]);
@@ -26,7 +32,11 @@ export function lines(place, parts, points, label) {
       const [x, y] = [point.at * WIDTH, HEIGHT - 2 - (point[name] / most) * (HEIGHT - 8)];
       return index ? `H${x.toFixed(1)}V${y.toFixed(1)}` : `M${x.toFixed(1)} ${y.toFixed(1)}`;
     });
-    return svg("path", { d: path.join("") || "M0 0", class: `line-${name}`, "vector-effect": "non-scaling-stroke" });
+    return svg("path", {
+      d: path.join("") || "M0 0",
+      class: `line-${name}`,
+      "vector-effect": "non-scaling-stroke",
+    });
   });
   show(place, drawn, parts, label, [String(most), "0"]);
 }
@@ -39,7 +49,13 @@ function show(place, drawn, parts, label, [top, bottom]) {
     ...drawn,
   );
   place.replaceChildren(
-    el("div", { class: "chart" }, el("span", { class: "axis axis-top" }, top), chart, el("span", { class: "axis axis-bottom" }, bottom)),
+    el(
+      "div",
+      { class: "chart" },
+      el("span", { class: "axis axis-top" }, top),
+      chart,
+      el("span", { class: "axis axis-bottom" }, bottom),
+    ),
     el("div", { class: "time-axis" }, el("span", {}, "1 min ago"), el("span", {}, "now")),
     el("ul", { class: "legend" }, ...parts.map((part) => el("li", { class: `key-${part.name}` }, part.label))),
   );

@@ -10,8 +10,8 @@ export function estimate(stats, fields) {
   const images = replicas.map((replica) => imageSeconds(replica, fields));
   if (images.some((seconds) => !(seconds > 0))) return "";
   const drawing = Math.max(...images) * Math.ceil(fields.n / replicas.length);
-  const wait = Math.min(...waits);
-  const waiting = stats.total?.waiting ?? 0;
+  const wait = Math.min(...waits) + (stats.queue?.waiting_s ?? 0) / replicas.length;
+  const waiting = (stats.total?.waiting ?? 0) + (stats.queue?.waiting ?? 0);
   const total = `About ${duration(wait + drawing)}`;
   if (wait < 0.2) return `${total}. Nothing else waits.`;
   return `${total}: ${duration(wait)} for what is under way${waiting ? `, ${plural(waiting, "request")} waiting` : ""}.`;

@@ -84,7 +84,12 @@ function show() {
 function itemOf(picture) {
   const image = el("img", { src: URL.createObjectURL(picture.blob), alt: picture.fields.prompt, loading: "lazy" });
   const button = el("button", { type: "button", title: picture.fields.prompt, click: () => look(picture) }, image);
-  const item = el("li", {}, button, picture.edited ? el("span", { class: "badge", title: "An edit" }, icon("image")) : null);
+  const item = el(
+    "li",
+    {},
+    button,
+    picture.edited ? el("span", { class: "badge", title: "An edit" }, icon("image")) : null,
+  );
   item.picture = picture;
   return item;
 }

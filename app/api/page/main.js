@@ -1,6 +1,7 @@
 // Starts the page: the model and its form, what is sent, both views, the key's dialog, and the colours.
 
 import * as api from "./api.js";
+import * as code from "./code.js";
 import { $, el, icon, save } from "./dom.js";
 import { estimate } from "./estimate.js";
 import * as form from "./form.js";
@@ -8,7 +9,6 @@ import * as gallery from "./gallery.js";
 import * as imageIn from "./image_in.js";
 import * as operations from "./operations.js";
 import * as runs from "./runs.js";
-import { snippet } from "./snippets.js";
 import * as viewer from "./viewer.js";
 
 const IDEAS = [
@@ -24,7 +24,6 @@ const POLL_KEYED_MS = { draw: 20_000, operations: 5000 };
 
 let models = [];
 let stats = null;
-let codeKind = "curl";
 
 const view = () => (location.hash === "#operations" ? "operations" : "draw");
 const model = () => models.find((candidate) => candidate.id === $("model").value) ?? models[0];
@@ -53,7 +52,7 @@ async function loadModels() {
 function formChanged() {
   const fields = form.read();
   $("estimate").textContent = models.length ? estimate(stats, fields) : "";
-  if ($("code").open) showCode();
+  code.show();
 }
 
 async function send(event) {
@@ -100,49 +99,6 @@ function look(picture) {
     ...tileActions().slice(1),
     ["remove", "Remove", gallery.remove],
   ]);
-}
-
-// As code
-
-function showCode() {
-  const fields = form.read();
-  if (fields.n === 1) delete fields.n;
-  const edit = imageIn.image() && { image: imageIn.image().name, mask: imageIn.hasMask() ? "mask.png" : null };
-  $("code-panel").textContent = snippet(codeKind, fields, edit);
-}
-
-function startCode() {
-  const tabs = [...document.querySelectorAll(".code-tabs [role=tab]")];
-  const select = (tab) => {
-    codeKind = tab.id.replace("code-", "");
-    for (const other of tabs) {
-      other.setAttribute("aria-selected", String(other === tab));
-      other.tabIndex = other === tab ? 0 : -1;
-    }
-    $("code-panel").setAttribute("aria-labelledby", tab.id);
-    showCode();
-  };
-  tabs.forEach((tab, index) => {
-    tab.addEventListener("click", () => select(tab));
-    tab.addEventListener("keydown", (event) => {
-      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (!step) return;
-      const other = tabs[(index + step + tabs.length) % tabs.length];
-      other.focus();
-      select(other);
-    });
-  });
-  $("code").addEventListener("toggle", () => $("code").open && showCode());
-  $("code-copy").addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText($("code-panel").textContent);
-      $("code-copy").textContent = "Copied";
-    } catch {
-      getSelection().selectAllChildren($("code-panel")); // without permission: ready for Ctrl-C
-      $("code-copy").textContent = "Selected";
-    }
-    setTimeout(() => ($("code-copy").textContent = "Copy"), 1500);
-  });
 }
 
 // Statistics, for the estimate and the operations view
@@ -255,13 +211,15 @@ function startIdeas() {
     form.write({ prompt: idea });
     $("form").requestSubmit();
   };
-  $("ideas").append(...IDEAS.map((idea) => el("button", { type: "button", class: "idea", click: () => take(idea) }, idea)));
+  $("ideas").append(
+    ...IDEAS.map((idea) => el("button", { type: "button", class: "idea", click: () => take(idea) }, idea)),
+  );
 }
 
 startTheme();
 startKey();
 startConnection();
-startCode();
+code.start();
 startIdeas();
 startKeyboard();
 viewer.start();

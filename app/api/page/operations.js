@@ -1,4 +1,4 @@
-// The operations view: replicas, nodes, what runs and waits, and the device time of the last minute, from GET /v1/stats.
+// The operations view, from GET /v1/stats: replicas, nodes, what runs and waits, and the device time of the last minute.
 
 import { lines, stacked } from "./charts.js";
 import { $, duration, el, plural } from "./dom.js";
@@ -20,13 +20,14 @@ export function show() {
   const all = Object.entries(stats.replicas);
   const answering = all.filter(([, replica]) => !replica.error);
   const { total, nodes = [] } = stats;
+  const backlog = total.backlog_s + (stats.queue?.waiting_s ?? 0);
   $("operations-note").textContent = `${stats.model}, as of ${new Date().toLocaleTimeString()}`;
   const silent = all.length - answering.length;
   $("tiles").replaceChildren(
     tile("Replicas", answering.length, silent ? `${plural(silent, "other")} starting or lost` : "all answer"),
     tile("Running", total.active_slots, `of ${plural(total.num_slots, "slot")}`),
-    tile("Waiting", total.waiting, plural(total.unfinished, "unfinished request")),
-    tile("Backlog", total.backlog_s ? duration(total.backlog_s) : "0 s", "of device time"),
+    tile("Waiting", waitingIn(stats), `${plural(total.unfinished, "request")} in replicas`),
+    tile("Backlog", backlog ? duration(backlog) : "0 s", "of device time"),
     tile("Answered", completedInMinute(), "in the last minute"),
     tile("Nodes", nodes.length || "–", nodes.length ? resources(nodes) : "unknown"),
   );
@@ -37,8 +38,17 @@ export function show() {
 }
 
 function tile(label, value, note) {
-  return el("div", { class: "stat" }, el("p", { class: "stat-label" }, label), el("p", { class: "stat-value" }, String(value)), el("p", { class: "stat-note" }, note));
+  return el(
+    "div",
+    { class: "stat" },
+    el("p", { class: "stat-label" }, label),
+    el("p", { class: "stat-value" }, String(value)),
+    el("p", { class: "stat-note" }, note),
+  );
 }
+
+/** Requests without a slot: in the ingress, and in the replicas. */
+const waitingIn = ({ total, queue }) => total.waiting + (queue?.waiting ?? 0);
 
 function completedInMinute() {
   const [first, last] = [samples[0], samples.at(-1)];
@@ -86,7 +96,7 @@ function showQueue() {
   const points = samples.map(({ now, stats }) => ({
     at: Math.max(0, 1 - (end - now) / MINUTE),
     running: stats.total.active_slots,
-    waiting: stats.total.waiting,
+    waiting: waitingIn(stats),
   }));
   const { running, waiting } = points.at(-1);
   const parts = [
@@ -112,26 +122,55 @@ function showReplicas(all, nodes) {
       name,
       el("td", {}, node ? node.type || short(node.id) : "–"),
       el("td", {}, replica.device ?? "–", warning),
-      el("td", {}, el("meter", { min: 0, max: replica.num_slots, value: replica.active_slots, "aria-label": "slots in use" }), ` ${replica.active_slots} of ${replica.num_slots}`),
+      el(
+        "td",
+        {},
+        el("meter", {
+          min: 0,
+          max: replica.num_slots,
+          value: replica.active_slots,
+          "aria-label": "slots in use",
+        }),
+        ` ${replica.active_slots} of ${replica.num_slots}`,
+      ),
       el("td", {}, String(replica.waiting)),
       el("td", {}, replica.backlog_s ? duration(replica.backlog_s) : "–"),
-      el("td", {}, perSize(sizes, (size) => String(size.images_at_once || "–"))),
-      el("td", {}, perSize(sizes, (size) => milliseconds(size.step_s))),
+      el(
+        "td",
+        {},
+        perSize(sizes, (size) => String(size.images_at_once || "–")),
+      ),
+      el(
+        "td",
+        {},
+        perSize(sizes, (size) => milliseconds(size.step_s)),
+      ),
       el("td", {}, duration(replica.uptime_s ?? 0)),
     );
   });
   $("replicas").replaceChildren(
     el("thead", {}, el("tr", {}, ...head.map((title) => el("th", { scope: "col" }, title)))),
-    el("tbody", {}, ...(rows.length ? rows : [el("tr", {}, el("td", { colspan: head.length, class: "muted" }, "No replica runs."))])),
+    el(
+      "tbody",
+      {},
+      ...(rows.length ? rows : [el("tr", {}, el("td", { colspan: head.length, class: "muted" }, "No replica runs."))]),
+    ),
   );
 }
 
 function perSize(sizes, text) {
-  return el("ul", { class: "per-size" }, ...sizes.map(([size, facts]) => el("li", {}, el("span", { class: "muted" }, size), ` ${text(facts)}`)));
+  return el(
+    "ul",
+    { class: "per-size" },
+    ...sizes.map(([size, facts]) => el("li", {}, el("span", { class: "muted" }, size), ` ${text(facts)}`)),
+  );
 }
 
 function milliseconds(steps = {}) {
-  const bucket = Object.keys(steps).map(Number).sort((a, b) => a - b).find((rows) => rows >= 2);
+  const bucket = Object.keys(steps)
+    .map(Number)
+    .sort((a, b) => a - b)
+    .find((rows) => rows >= 2);
   return bucket ? `${(1000 * steps[bucket]).toPrecision(3)} ms` : "–";
 }
 
@@ -142,7 +181,12 @@ function showNodes(nodes, answering) {
       return el(
         "li",
         { class: "node" },
-        el("p", { class: "node-name" }, node.type || "node", node.head ? el("span", { class: "badge-text" }, "head") : null),
+        el(
+          "p",
+          { class: "node-name" },
+          node.type || "node",
+          node.head ? el("span", { class: "badge-text" }, "head") : null,
+        ),
         el("p", { class: "muted" }, resources([node]) || "no resources"),
         el("p", { class: "muted" }, count ? plural(count, "replica") : "no replica"),
       );
@@ -152,7 +196,8 @@ function showNodes(nodes, answering) {
 
 function resources(nodes) {
   const sums = {};
-  for (const node of nodes) for (const [name, count] of Object.entries(node.resources)) sums[name] = (sums[name] ?? 0) + count;
+  for (const node of nodes)
+    for (const [name, count] of Object.entries(node.resources)) sums[name] = (sums[name] ?? 0) + count;
   return Object.entries(sums)
     .filter(([, count]) => count)
     .map(([name, count]) => `${count} ${name}`)

@@ -26,7 +26,11 @@ export function look(picture, actions) {
   $("viewer-image").src = URL.createObjectURL(blob);
   $("viewer-image").alt = fields.prompt;
   $("viewer-prompt").textContent = fields.prompt;
-  const values = { ...fields, ...facts, ...(fields.negative_prompt ? { negative_prompt: fields.negative_prompt } : {}) };
+  const values = {
+    ...fields,
+    ...facts,
+    ...(fields.negative_prompt ? { negative_prompt: fields.negative_prompt } : {}),
+  };
   const rows = FACTS.filter(([name]) => values[name] !== undefined && values[name] !== "");
   $("viewer-facts").replaceChildren(
     ...rows.flatMap(([name, label]) => [el("dt", {}, label), el("dd", {}, String(values[name]))]),

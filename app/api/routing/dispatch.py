@@ -10,13 +10,14 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from app.api.errors import ApiError
-from app.api.messages import QueueState, Report
+from app.api.messages import Progress, QueueState, Report
 from app.api.routing.book import Sent
 from app.api.routing.costs import Work
 from app.api.routing.queue import Ticket
@@ -77,11 +78,13 @@ class Dispatch:
         self.clock = clock
         self.id = uuid.uuid4().hex[:8]
         self.waiting: dict[Ticket, asyncio.Future[Place]] = {}
+        self.generations: dict[Ticket, Generation] = {}  # of those
         self.places: set[Place] = set()
         self.arrivals: deque[tuple[float, float]] = deque()  # when, and how many device-seconds
         self.start_s = START_S
         self.first_seen: dict[str, float] = {}
         self.have_run: set[str] = set()
+        self.hurry = asyncio.Event()  # a request waits, so the next poll comes sooner
         self.polling: asyncio.Task[None] | None = None
         self.waking: asyncio.Task[None] | None = None
 
@@ -98,9 +101,11 @@ class Dispatch:
             self.note_arrival(now, ticket.device_s)
             self.router.admit(ticket, timeout_s, now)
         future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        self.waiting[ticket] = future
+        self.waiting[ticket], self.generations[ticket] = future, generation
         self.router.queue.add(ticket)
         self.router.pump(now)
+        if not future.done():
+            self.hurry.set()
         self.keep_polling()
         try:
             return await future
@@ -110,6 +115,7 @@ class Dispatch:
             raise
         finally:
             self.waiting.pop(ticket, None)
+            self.generations.pop(ticket, None)
             self.router.queue.remove(ticket)
 
     def _send(self, ticket: Ticket, replica: str, sent: Sent, ahead_s: float) -> None:
@@ -167,7 +173,12 @@ class Dispatch:
                     await part()
                 except Exception:  # such as a cluster whose head does not answer for a while
                     logger.exception("The replicas could not be polled.")
-            await asyncio.sleep(WAITING_POLL_S if self.waiting else POLL_S)
+            await asyncio.sleep(WAITING_POLL_S)
+            self.hurry.clear()
+            if not self.waiting:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S - WAITING_POLL_S):
+                        await self.hurry.wait()
 
     async def look_for_replicas(self) -> None:
         """A request that waits in the ingress wakes nobody up, so something must wait where Serve sees it."""
@@ -202,6 +213,14 @@ class Dispatch:
         self.arrivals.append((now, device_s))
         while self.arrivals[0][0] < now - ARRIVALS_S:
             self.arrivals.popleft()
+
+    def progress(self, generation: Generation) -> Progress | None:
+        """How far a request is that waits; None for any other."""
+        ticket = next((ticket for ticket, waiting in self.generations.items() if waiting is generation), None)
+        if ticket is None or self.waiting[ticket].done():
+            return None
+        left_s, steps = self.router.answer_s(ticket, self.clock()), ticket.work.images * ticket.work.steps
+        return Progress("waiting", self.router.queue.ahead(ticket), 0, steps, left_s)
 
     def state(self) -> QueueState:
         now, queue = self.clock(), self.router.queue

@@ -80,13 +80,24 @@ class Queue:
 
     def ahead_s(self, ticket: Ticket) -> float:
         """Device-seconds of the waiting requests that go before this one, if no others arrive."""
-        own_s = sum(other.device_s for other in self.waiting.get(ticket.key, ()) if other.rank <= ticket.rank)
+        own_s = sum(other.device_s for other in self.before(ticket))
         others_s = (
             min(sum(other.device_s for other in tickets), own_s + ticket.device_s)
             for key, tickets in self.waiting.items()
             if key != ticket.key
         )
         return own_s + sum(others_s)
+
+    def ahead(self, ticket: Ticket) -> int:
+        """How many requests go before this one: of another key at most one more than of its own."""
+        own = len(self.before(ticket))
+        others = (min(len(tickets), own + 1) for key, tickets in self.waiting.items() if key != ticket.key)
+        return own + sum(others)
+
+    def before(self, ticket: Ticket) -> list[Ticket]:
+        """Those of the same key."""
+        tickets = self.waiting.get(ticket.key, ())
+        return [other for other in tickets if other is not ticket and other.rank <= ticket.rank]
 
     def total_s(self) -> float:
         return sum(ticket.device_s for ticket in self)
