@@ -32,6 +32,8 @@ LATENCIES = (
     ("latency_from_sent", "from the sent time"),
     ("first_byte", "to the first byte"),
     ("first_preview", "to the first preview"),
+    ("ingress_wait", "waited in the ingress"),
+    ("replica_wait", "waited in the replica"),
     ("send_lag", "send lag"),
 )
 

@@ -68,6 +68,8 @@ def summarize(run: Run) -> Summary:
         "first_preview": distribution(
             histogram_of(record.preview - record.intended for record in answered if record.preview is not None)
         ),
+        "ingress_wait": distribution(histogram_of(waits(answered, "ingress"))),
+        "replica_wait": distribution(histogram_of(waits(answered, "queue"))),
         "send_lag": distribution(lag),
         "invalid": invalid(lag, latency, outcomes["client_overload"]),
         "kinds": kinds(within_window, scenario),
@@ -148,6 +150,11 @@ def server_parts(records: Sequence[Record]) -> dict[str, float]:
         name: float(np.mean([record.server[name] for record in records if record.server and name in record.server]))
         for name in names
     }
+
+
+def waits(records: Sequence[Record], place: str) -> list[float]:
+    """Seconds that answered requests waited there, as the server reports them."""
+    return [record.server[place] for record in records if record.server and place in record.server]
 
 
 def errors(records: Sequence[Record]) -> list[Summary]:

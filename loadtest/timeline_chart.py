@@ -111,12 +111,12 @@ def cloud(figure: go.Figure, records: Sequence[Record], scenario: Scenario) -> N
 
 
 def queue(figure: go.Figure, records: Sequence[Record], samples: Samples) -> None:
-    """Requests in flight as this client counts them; waiting requests and batch fill as the replicas report them."""
+    """Requests in flight as this client counts them; waiting requests and batch fill as the server reports them."""
     moments = [float(t) for t in np.linspace(0, max((record.done for record in records), default=0.0), MOMENTS)]
     flying = [*zip(moments, in_flight(records, moments), strict=True)]
     waiting = [(sample["t"], sample["waiting"]) for sample in samples if "waiting" in sample]
     fill = [(sample["t"], sample["bucket_fill"]) for sample in samples if sample.get("bucket_fill") is not None]
-    for name, points, colour in (("in flight", flying, BLUE), ("waiting in replicas", waiting, AMBER)):
+    for name, points, colour in (("in flight", flying, BLUE), ("waiting", waiting, AMBER)):
         line = {"color": colour, "width": 2}
         x, y = zip(*points, strict=True) if points else ((), ())
         figure.add_trace(go.Scatter(x=x, y=y, name=name, line=line, mode="lines"), row=3, col=1)

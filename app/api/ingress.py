@@ -41,7 +41,7 @@ from app.api.responses import image_response, images_response, json_response, mo
 from app.api.retry_after import RetryAfter, work
 from app.api.settings import Service
 from app.api.sse import EventStream
-from app.api.stats import nodes, stats_of_all, total
+from app.api.stats import nodes, stats_of_all, total, with_queue
 from app.api.uploads import Uploads
 from app.ray_internals.key_value import AUTOSCALING, read
 from app.ray_internals.serve import RAY_SERVE_ENABLE_HA_PROXY
@@ -188,13 +188,10 @@ class APIIngress:
 
     async def stats(self, http_request: Request) -> Response:
         replicas = await stats_of_all(self.replicas, BROADCAST_TIMEOUT_S)
-        body: dict[str, Any] = {
-            "model": self.services()[0].model,
-            "replicas": replicas,
-            "total": total(replicas.values()),
-        }
-        decision = await asyncio.to_thread(read, AUTOSCALING)
-        body |= {"queue": self.routed.dispatch.stats(), "autoscaling": decision}
+        queue = self.routed.dispatch.stats()
+        body: dict[str, Any] = {"model": self.services()[0].model, "replicas": replicas}
+        body["total"] = with_queue(total(replicas.values()), queue)
+        body |= {"queue": queue, "autoscaling": await asyncio.to_thread(read, AUTOSCALING)}
         return json_response(body | {"nodes": await nodes()})
 
     async def healthz(self, http_request: Request) -> Response:

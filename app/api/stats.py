@@ -84,6 +84,13 @@ def total(replicas: Iterable[Stats]) -> dict[str, Any]:
     }
 
 
+def with_queue(totals: Mapping[str, Any], queue: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the requests that wait in the ingress to those of the replicas."""
+    waiting, waiting_s = queue["waiting"], queue["waiting_s"]
+    more = {"waiting": waiting, "unfinished": waiting, "backlog_s": waiting_s}
+    return {name: value + more[name] if name in more else value for name, value in totals.items()}
+
+
 def number(value: object) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if is_number else 0  # type: ignore[return-value]

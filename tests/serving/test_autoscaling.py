@@ -5,11 +5,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve.config import AutoscalingConfig
+import yaml
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve.autoscaling_policy import _apply_autoscaling_config as apply_autoscaling_config
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from app.api.messages import QueueState
 from app.serving.autoscaling import PATIENCE, Load, Memory, PredictedWait, Rule, decide
 from app.serving.load import FORGET_S, Queues
+from cluster import ROOT
 
 RULE = Rule(objective_s=10.0, hold_s=60.0, start_s=30.0)
 
@@ -102,6 +106,36 @@ def test_serve_takes_the_policy_by_its_name_and_arguments() -> None:
     policy: Any = {"policy_function": "app.serving.autoscaling:PredictedWait", "policy_kwargs": {"objective_s": 5}}
     config: Any = AutoscalingConfig(min_replicas=1, max_replicas=4, policy=policy)
     assert config.policy.get_policy()(objective_s=5).rule.objective_s == 5
+
+
+@pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field")
+def test_serves_own_wrapper_passes_the_wish_on_at_once_within_the_bounds() -> None:
+    scaling: list[dict[str, Any]] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]["deployments"]
+    config = AutoscalingConfig(**scaling[1]["autoscaling_config"])
+    deployment = DeploymentID("StableDiffusion", "text-to-image")
+    replicas = [ReplicaID(name, deployment) for name in "ab"]
+    policy = PredictedWait(start_s=30.0, publish=lambda why: None, clock=lambda: 0.0)
+    metrics = {"backlog_s": dict.fromkeys(replicas, 300.0), "waiting_s": dict.fromkeys(replicas, 500.0)}
+    context = AutoscalingContext(
+        deployment_id=deployment,
+        deployment_name=deployment.name,
+        app_name=deployment.app_name,
+        current_num_replicas=2,
+        target_num_replicas=2,
+        running_replicas=replicas,
+        total_num_requests=4.0,
+        total_queued_requests=0.0,
+        aggregated_metrics=metrics,
+        raw_metrics={},
+        capacity_adjusted_min_replicas=config.min_replicas,
+        capacity_adjusted_max_replicas=config.max_replicas,
+        policy_state={},
+        last_scale_up_time=None,
+        last_scale_down_time=None,
+        current_time=0.0,
+        config=config,
+    )
+    assert apply_autoscaling_config(policy)(context)[0] == config.max_replicas
 
 
 def test_a_replica_passes_on_what_waits_in_every_ingress_until_it_is_silent() -> None:
