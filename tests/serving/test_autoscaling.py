@@ -110,7 +110,9 @@ def test_serve_takes_the_policy_by_its_name_and_arguments() -> None:
 
 @pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field")
 def test_serves_own_wrapper_passes_the_wish_on_at_once_within_the_bounds() -> None:
-    scaling: list[dict[str, Any]] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]["deployments"]
+    scaling: list[dict[str, Any]] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0][
+        "deployments"
+    ]
     config = AutoscalingConfig(**scaling[1]["autoscaling_config"])
     deployment = DeploymentID("StableDiffusion", "text-to-image")
     replicas = [ReplicaID(name, deployment) for name in "ab"]
