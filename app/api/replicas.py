@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from app.api.errors import ApiError, ReplicaGone
 from app.api.journey import Unary
@@ -35,7 +35,11 @@ class Replicas:
     async def poll(self) -> list[Description]:
         """Asks all replicas for reports, and tells them of the queue."""
         state = self.dispatch.state()
-        answers = await broadcast(self.handle, "report", BROADCAST_TIMEOUT_S, state)
+        try:
+            answers = await broadcast(self.handle, "report", BROADCAST_TIMEOUT_S, state)
+        except DeploymentUnavailableError:  # no replica runs
+            self.dispatch.reported([], running=())
+            raise
         reports = [answer for answer in answers if isinstance(answer, Report)]
         self.dispatch.reported(reports, running_replicas(self.handle), polled=True)
         return [report.description for report in reports if report.description]
@@ -47,7 +51,7 @@ class Replicas:
         """Waits where Serve sees it until some replica answers. Raises ApiError if none will start."""
         response: Pending[Report] = self.handle.report.remote(self.dispatch.state())
         report = await answer_of(response, WAKE_S)
-        self.dispatch.reported([report])
+        self.dispatch.reported([report], new=True)
 
     async def send(self, request: ImageRequest, key: str | None = None) -> Unary:
         place = await self.place(request, key)

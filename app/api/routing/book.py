@@ -24,7 +24,7 @@ MOST_HELD = 3  # requests for each row that it runs, with those that are about t
 LEAST_STEPS = 0.25  # an image keeps so many until it is answered
 MOST_CORRECTION = 2.0  # of the predicted remaining work, by one report
 SILENT = 4  # polls without an answer
-AVOID_S = 5.0  # a replica that refused as lost gets nothing for so long, unless it reports that it is well
+AVOID_S = 5.0  # a replica that could not take or keep a request gets nothing for so long
 
 
 @dataclass(eq=False)
@@ -203,8 +203,6 @@ class Book:
         if previous is None or previous.sizes != report.sizes:
             replica.models = self._typical = {size: SizeModel(costs) for size, costs in report.sizes.items()}
         replica.report, replica.healthy, replica.missed = report, report.healthy, 0
-        if report.healthy:
-            replica.avoided_until = -math.inf
         replica.move_on(now)
         own_s = sum(map(replica.left_s, replica.sent))
         if report.unfinished > len(replica.sent):  # other ingress replicas send to it, too
@@ -217,7 +215,7 @@ class Book:
                 sent.left = [max(LEAST_STEPS, left * ratio) for left in sent.left]
 
     def avoid(self, name: str, now: float) -> None:
-        """A replica that has just failed gets nothing until it reports that it is well, or some seconds have passed."""
+        """A replica that has just failed, or that ends, gets nothing for some seconds."""
         if name in self.replicas:
             self.replicas[name].avoided_until = now + AVOID_S
 

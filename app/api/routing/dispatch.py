@@ -143,13 +143,23 @@ class Dispatch:
         """The replica does not run any more."""
         self.router.book.list(self.router.book.replicas.keys() - {replica}, self.clock())
 
-    def reported(self, reports: Iterable[Report], running: Iterable[str] | None = None, polled: bool = False) -> None:
-        """Takes reports in. `running` are the replicas that get requests, where that is known."""
+    def reported(
+        self,
+        reports: Iterable[Report],
+        running: Iterable[str] | None = None,
+        *,
+        polled: bool = False,
+        new: bool = False,
+    ) -> None:
+        """Takes reports in. `running` are the replicas that get requests, where that is known. Else only a replica that
+        is known counts, unless it may be `new`: one that ends still answers."""
         now, book = self.clock(), self.router.book
-        reports = [report for report in reports if running is None or report.replica in running]
         if running is not None:
-            self.have_run |= {*running}
+            running = {*running}
+            self.have_run |= running
             book.list(running, now)
+        new = new or (polled and running is None)
+        reports = [report for report in reports if new or report.replica in book.replicas]
         for report in reports:
             self.router.report(report, now)
             if report.start_s:

@@ -1,0 +1,97 @@
+"""Requests wait for their places on an event loop, with replicas that are only reports."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from app.api.errors import ApiError
+from app.api.messages import Report
+from app.api.routing.dispatch import Dispatch, Place
+from app.types import Generation
+from tests.api.routing.test_router import report
+
+
+class Ingress:
+    def __init__(self) -> None:
+        self.reports: list[Report] = [report("a")]
+        self.error: ApiError | None = None
+        self.dispatch = Dispatch(100, self.poll, self.wake, self.names)
+
+    async def poll(self) -> None:
+        names = [report.replica for report in self.reports]
+        self.dispatch.reported(self.reports, names, polled=True)
+
+    async def wake(self) -> None:
+        if self.error:
+            raise self.error
+        await asyncio.Event().wait()
+
+    async def names(self) -> list[str]:
+        return [report.replica for report in self.reports]
+
+    async def enter(self, seed: int = 0) -> Place:
+        return await self.dispatch.enter(Generation("a", "", 64, 64, 10, 1.0, seed, None, 1), 600.0)
+
+
+def run(test: Callable[[Ingress], Awaitable[None]]) -> None:
+    async def within_time() -> None:
+        async with asyncio.timeout(20):
+            await test(Ingress())
+
+    asyncio.run(within_time())
+
+
+def test_a_request_gets_its_place_at_once_and_leaves_nothing_behind() -> None:
+    async def test(ingress: Ingress) -> None:
+        await ingress.poll()
+        with await ingress.enter() as place:
+            assert place.replica == "a" and ingress.dispatch.stats()["replicas"]["a"]["requests"] == 1
+        assert ingress.dispatch.stats()["replicas"]["a"]["requests"] == 0
+        assert not ingress.dispatch.waiting and not ingress.dispatch.places
+
+    run(test)
+
+
+def test_a_request_waits_until_a_replica_reports() -> None:
+    async def test(ingress: Ingress) -> None:
+        reports, ingress.reports = ingress.reports, []
+        entering = asyncio.ensure_future(ingress.enter())
+        await asyncio.sleep(0)
+        assert not entering.done() and ingress.dispatch.stats()["waiting"] == 1
+        ingress.reports = reports
+        (await entering).leave()
+
+    run(test)
+
+
+def test_a_client_that_goes_takes_its_request_out_of_the_queue() -> None:
+    async def test(ingress: Ingress) -> None:
+        ingress.reports = []
+        entering = asyncio.ensure_future(ingress.enter())
+        await asyncio.sleep(0)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert ingress.dispatch.stats()["waiting"] == 0
+
+    run(test)
+
+
+def test_requests_fail_where_no_replica_will_start() -> None:
+    async def test(ingress: Ingress) -> None:
+        ingress.reports, ingress.error = [], ApiError(503, "It has failed.", None, "deployment_failed", 30.0)
+        with pytest.raises(ApiError, match="It has failed"):
+            await ingress.enter()
+
+    run(test)
+
+
+def test_the_last_answers_of_a_replica_that_ends_do_not_list_it_again() -> None:
+    async def test(ingress: Ingress) -> None:
+        await ingress.poll()
+        ingress.dispatch.gone("a")
+        ingress.dispatch.reported([report("a")])
+        assert not ingress.dispatch.stats()["replicas"]
+
+    run(test)
