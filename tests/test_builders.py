@@ -120,6 +120,24 @@ def test_a_keys_file_is_read_before_anything_is_loaded_and_named_to_the_ingress(
         text_to_image(args.model_copy(update={"api_keys_file": ""}))  # a slip, not a wish for no keys
 
 
+def test_what_jobs_need_is_read_before_anything_is_loaded_and_their_paths_are_the_repositorys(
+    repository: Path,
+) -> None:
+    def jobs_made(**jobs: object) -> Any:
+        args = Args.model_validate({"model": "a/b", "sizes": ["64x64"], "jobs": jobs})
+        return deployments_made(args)[2].jobs
+
+    with pytest.raises(ValueError, match=r"^jobs.webhook_secret_file .*/secret cannot be read: No such file"):
+        jobs_made(webhook_hosts=["hooks.example.com"], webhook_secret_file="secret")
+    with pytest.raises(
+        ValueError, match=r"^jobs.files must be a folder or a URL that fsspec can open, got nowhere://a"
+    ):
+        jobs_made(files="nowhere://a")
+    assert jobs_made(database="kept/jobs.sqlite3").database == str(repository / "kept/jobs.sqlite3")
+    assert jobs_made(files="memory://bucket/prefix").files == "memory://bucket/prefix"
+    assert jobs_made(database=None).database is None and not [*repository.glob("**/*.sqlite3")]
+
+
 def test_the_replica_takes_exactly_what_the_builder_gives() -> None:
     replicas = deployments_made(Args(model="a/b", sizes=["64x64"]))[1]
     inspect.signature(StableDiffusion.__init__).bind(None, *replicas.init_args, **replicas.init_kwargs)
