@@ -57,7 +57,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
 .PHONY: test-faults test-http-jobs-faults rehearse rehearse-calls gke
-.PHONY: format golden demo-quality train-demo lock clean runtime dev parity gcp check-config api-key bench-engine bench-cluster
+.PHONY: format golden demo-quality demo-edits train-demo lock clean runtime dev parity gcp check-config api-key bench-engine bench-cluster
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: test-computing test-waiting test-browser page-pictures browser
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak cuda bench-gpu
@@ -206,6 +206,9 @@ golden: parity ## Make the golden arrays again with diffusers in PyTorch (severa
 
 demo-quality: runtime ## Measure how often the demo model draws what was asked for
 	@$(py) -m demo.quality
+
+demo-edits: runtime ## Measure how often an edit by the demo model changes a thing's colour and keeps the rest
+	@$(py) -m demo.edits
 
 train-demo: dev ## Train the demo model (hours; goes on where it was interrupted)
 	@$(py) -m demo.train
