@@ -152,7 +152,7 @@ class APIIngress:
 
     async def edits(self, http_request: Request) -> Response:
         async with self.uploads.read(http_request) as body:
-            parsed = await self.uploads.in_thread(parse_for, await self.candidates(), parse_edit, body)
+            parsed = await self.uploads.in_thread(parse_for, await self.candidates(edits=True), parse_edit, body)
         return await self.answer(http_request, *parsed)
 
     async def answer(self, http_request: Request, request: ImageRequest, service: Service) -> Response:
@@ -209,11 +209,12 @@ class APIIngress:
             known = self.replica_watch.latest
         return [self.adapted(description) for description in known] or [self.service]
 
-    async def candidates(self) -> list[Service]:
-        """The rules of each model that runs: a request may name any of them."""
+    async def candidates(self, edits: bool = False) -> list[Service]:
+        """The rules of each model that runs: a request may name any of them. Only a replica knows what it can make."""
         await self.replica_watch.descriptions(0, BROADCAST_TIMEOUT_S)
         services = {service.model: service for service in self.services()}
-        if any(service.defaults.numbers is None for service in services.values()):  # no replica has answered yet
+        unknown = any(service.defaults.numbers is None for service in services.values())
+        if unknown or edits and not self.replica_watch.current:  # no replica has answered yet
             service = self.adapted(await self.describe(self.service.limits.timeout_s))
             services = {service.model: service}
         return [*services.values()]

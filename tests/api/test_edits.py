@@ -313,3 +313,10 @@ def test_an_image_is_upright_and_flattened_where_the_model_sees_it(client: TestC
     pixels = edit(replicas)[1].image
     assert pixels is not None and (pixels[64:] == 255).all()
     assert np.array_equal(pixels[:64], np.rot90(gradient(128, 128), 2)[:64])
+
+
+def test_an_edit_waits_for_a_replica_that_says_what_it_can(client: TestClient, replicas: Replicas) -> None:
+    description = replicas.running[0]
+    replicas.running = []
+    replicas.describe.outcome = lambda: description
+    assert form(client, ("image", SQUARE)).status_code == 200 and len(replicas.describe.calls) == 1
