@@ -128,6 +128,17 @@ def test_an_interruption_ends_the_workers_at_once(tmp_path: Path, started: Start
     assert len(started) == 1
 
 
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, started: Started) -> None:
+    def interrupt() -> None:
+        if list(tmp_path.iterdir()):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_all(tasks("quick", "slow"), tmp_path, quiet, interrupt)
+    (outcome,) = compile_all(tasks("quick"), tmp_path, quiet).values()
+    assert outcome.cached and len(started) == 1
+
+
 def test_a_worker_whose_parent_is_gone_ends_in_the_middle_of_its_work() -> None:
     command = "import os, queue, sys, time, threading; from capacity.compile_worker import listen; "
     command += "threading.Thread(target=listen, args=(queue.SimpleQueue(),)).start(); time.sleep(600)"
