@@ -85,6 +85,7 @@ class Dispatch:
         self.first_seen: dict[str, float] = {}
         self.have_run: set[str] = set()
         self.hurry = asyncio.Event()  # a request waits, so the next poll comes sooner
+        self.lacking = asyncio.Event()  # a request has come, and no replica is known: the next poll does not wait
         self.polling: asyncio.Task[None] | None = None
         self.waking: asyncio.Task[None] | None = None
 
@@ -106,6 +107,8 @@ class Dispatch:
         self.router.pump(now)
         if not future.done():
             self.hurry.set()
+            if not self.router.book.usable(now):
+                self.lacking.set()
         self.keep_polling()
         try:
             return await future
@@ -178,12 +181,15 @@ class Dispatch:
     # In a context of its own: a handle call in the context of a request would count as that request's.
     async def _keep_polling(self) -> None:
         while self.waiting or self.places:
+            self.lacking.clear()
             for part in (self.look_for_replicas, self.poll, self.see_starting):
                 try:
                     await part()
                 except Exception:  # such as a cluster whose head does not answer for a while
                     logger.exception("The replicas could not be polled.")
-            await asyncio.sleep(WAITING_POLL_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WAITING_POLL_S):
+                    await self.lacking.wait()
             self.hurry.clear()
             if not self.waiting:
                 with suppress(TimeoutError):
