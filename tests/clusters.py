@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -106,6 +107,14 @@ def ports(count: int) -> list[int]:
 def succeeds(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def put_config(verbs: Verbs, config: dict[str, Any]) -> None:
+    """Gives Serve a config as `serve deploy` does, but neither checks it nor waits."""
+    dashboard = verbs.cluster.dashboard
+    headers = {**dashboard.headers, "Content-Type": "application/json"}
+    url = f"{dashboard.address}/api/serve/applications/"
+    urlopen(Request(url, json.dumps(config).encode(), headers, method="PUT"), timeout=30).close()
 
 
 def refuses(done: subprocess.CompletedProcess[str]) -> str:

@@ -6,7 +6,6 @@ Serve tells user code nothing before all requests have ended, so it is Serve's o
 import asyncio
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
@@ -57,11 +56,11 @@ def drain_with_serve(engine: Engine) -> Drain:
     def others_run() -> bool:
         try:
             deployment = serve.status().applications[context.app_name].deployments[context.deployment]
+            # This one is STOPPING. Ray declares an enum of strings, and gives plain strings.
+            return any(state == "RUNNING" for state in deployment.replica_states)
         except Exception:  # the controller may be lost, or another one has just begun
             logger.exception("Serve's controller does not say whether another replica runs.")
             return False
-        states = Counter({state.value: count for state, count in deployment.replica_states.items()})
-        return states["RUNNING"] > 0  # this one is STOPPING
 
     drain = Drain(engine, others_run)
     on_shutdown(drain.begin)

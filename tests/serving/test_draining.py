@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+from ray import serve
+from ray.serve.schema import ServeStatus
 
 from app.engine.engine import Engine
 from app.engine.errors import HandedOver
-from app.serving.draining import LAST_S, Drain
+from app.serving.draining import LAST_S, Drain, drain_with_serve
 from tests.engine.driver import wide
 from tests.fake_pipeline import WAIT_S, FakePipeline, flat, numbers, request
 
@@ -74,3 +77,21 @@ def test_a_drain_ends_with_its_replica(engine: Engine, fake: FakePipeline) -> No
     drain.ended.set()
     drain.run(1e6)
     assert not future.done()
+
+
+@pytest.mark.parametrize(
+    ("states", "leaves"), [({"STOPPING": 1, "RUNNING": 2}, True), ({"STOPPING": 1}, False), ({}, False)]
+)
+def test_whether_another_replica_runs_is_what_serves_status_says(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, states: dict[str, int], leaves: bool
+) -> None:
+    """Serve's own status, whose states are plain strings where they are declared as an enum."""
+    deployment = SimpleNamespace(replica_states=states)
+    application = SimpleNamespace(deployments={"StableDiffusion": deployment})
+    context = SimpleNamespace(app_name="app", deployment="StableDiffusion")
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"app": application}))
+    monkeypatch.setattr("app.serving.draining.on_shutdown", lambda callback: None)
+    assert drain_with_serve(engine).others_run() is leaves
+    monkeypatch.setattr(serve, "status", ServeStatus)  # which has no applications
+    assert drain_with_serve(engine).others_run() is False
