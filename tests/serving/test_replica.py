@@ -30,7 +30,7 @@ from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
 from app.engine.virtual import number_of
 from app.serving.refusals import refusal
 from app.serving.replica import StableDiffusion
-from app.types import Generation, PipelineSpec, RequestDefaults
+from app.types import Capabilities, Generation, PipelineSpec, RequestDefaults
 from tests.clusters import soon as soon_true
 from tests.fake_pipeline import SMALL, FakePipeline
 from tests.serving.test_metrics import Recorded, recorded
@@ -395,7 +395,8 @@ def test_a_finished_request_is_measured_from_its_arrival_to_its_files(replica: A
 
 def test_a_replica_names_its_model_its_sizes_and_what_stands_in_its_checkpoint(replica: Any) -> None:
     expected = Description(
-        ("ddim", "pndm"), "ddim", "tiny", ("8x8",), ("The checkpoint names another.",), 4, 1.0, ("target_size",)
+        *(("ddim", "pndm"), "ddim", "tiny", ("8x8",), ("The checkpoint names another.",), 4, 1.0, ("target_size",)),
+        Capabilities(edits=True, masks=True),
     )
     assert asyncio.run(replica.describe()) == expected
     assert generate(replica).model == "tiny"
