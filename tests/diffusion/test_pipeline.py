@@ -183,16 +183,6 @@ def test_what_the_mask_leaves_out_stays_the_original_in_the_latents(pipeline: Pi
     assert np.abs(latents[:half] - original[:half]).max() > 0.01
 
 
-def test_requests_get_the_same_picture_whether_the_server_takes_images_or_not(pipeline: Pipeline, folder: Path) -> None:
-    plain = Pipeline.load(PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), max_steps=8))
-    assert not plain.capabilities.edits
-    assert len(plain.params["vae"]) < len(pipeline.params["vae"]), "the encoder is not loaded"
-    plain.warmup()
-    assert far(draw(plain, [Request()])[0], draw(pipeline, [Request()])[0]) <= 1
-    with pytest.raises(InvalidField, match="image is not something this server takes"):
-        plain.check(Generation("a", "", *SIZE, 4, 5.0, 7, None, 1, edit=Edit(IMAGE)))
-
-
 def test_an_edit_has_the_strength_of_its_model_where_it_names_none(pipeline: Pipeline) -> None:
     def strength(mask: Any) -> Any:
         checked = pipeline.check(Generation("a", "", *SIZE, 4, 5.0, 7, None, 1, edit=Edit(IMAGE, mask)))
@@ -350,11 +340,18 @@ def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None
 
 
 @pytest.mark.usefixtures("compiled_quickly")
-def test_a_decode_bucket_may_be_larger_than_every_batch_bucket(folder: Path) -> None:
+def test_a_server_without_edits_loads_no_encoder_and_draws_the_same(pipeline: Pipeline, folder: Path) -> None:
+    """Its decode bucket is larger than every batch bucket."""
     spec = PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), decode_buckets=(2,), max_steps=8)
-    pipeline = Pipeline.load(spec)
-    pipeline.warmup()
-    assert draw(pipeline, [Request()]).shape == (1, SIZE[1], SIZE[0], 3)
+    plain = Pipeline.load(spec)
+    plain.warmup()
+    picture = draw(plain, [Request()])
+    assert picture.shape == (1, SIZE[1], SIZE[0], 3)
+    assert far(picture, draw(pipeline, [Request()])) <= 1
+    assert len(plain.params["vae"]) < len(pipeline.params["vae"])
+    assert not plain.capabilities.edits
+    with pytest.raises(InvalidField, match="image is not something this server takes"):
+        plain.check(Generation("a", "", *SIZE, 4, 5.0, 7, None, 1, edit=Edit(IMAGE)))
 
 
 def test_without_loops_on_the_device_the_pictures_are_the_same_and_no_gpu_program_has_a_loop(
