@@ -26,7 +26,7 @@ from demo.quality import SIZE, pictures_of
 from demo.scenes.recognition import Sighting
 from jobs.entry import path, run
 
-STRENGTH = 0.85  # which keeps most and changes the colour: `--strengths 0.6 0.7 0.8 0.9` compares
+STRENGTHS = (0.6, 0.7, 0.8)  # of which the best counts
 BAR = 0.9  # of the edits
 MARGIN = 0.06  # of the picture, around the thing in a mask
 SHIFT = 0.08  # of the picture: as far as a thing may move, or grow, and still be the same
@@ -73,7 +73,7 @@ def main() -> str:
     parser = Parser(__doc__)
     parser.add_argument("--model", type=path, default="assets/demo-model", help="folder (%(default)s)")
     parser.add_argument("--count", type=integer_between(1, 1000), default=100, help="edits of each kind (%(default)s)")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[STRENGTH], help="of edits of a whole picture")
+    parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, help="of edits of a whole picture")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--out", type=path, default="outputs/demo-edits", help="sheets (%(default)s)")
     args = parser.parse_args()
