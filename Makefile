@@ -56,7 +56,7 @@ unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
-.PHONY: test-faults test-http-jobs-faults rehearse rehearse-calls gke
+.PHONY: test-faults test-chaos test-http-jobs-faults rehearse rehearse-calls gke
 .PHONY: format golden demo-quality demo-edits train-demo lock clean runtime dev parity gcp check-config api-key bench-engine bench-cluster
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: test-computing test-waiting test-browser page-pictures browser
@@ -129,7 +129,7 @@ pytest := $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips
 beside := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 over_ssh := tests/cluster/test_remote_ssh.py
 clusters := -n 2 --dist loadscope --ignore $(over_ssh)
-elsewhere := not jobs and not scaling and not parity and not faults and not browser
+elsewhere := not jobs and not scaling and not parity and not faults and not chaos and not browser
 
 test: dev ## Run all tests but those with a target of their own; TESTS="tests/test_x.py -k name" for some
 	@$(if $(TESTS),$(pytest) $(TESTS),$(MAKE) --no-print-directory -j2 --output-sync=$(if $(CI),target,line) \
@@ -152,6 +152,9 @@ test-cluster: dev ## Run the tests in which nodes of a local cluster come, go an
 
 test-faults: dev ## Have parts of a real deployment fail under load, and tell what clients saw and for how long (4 minutes)
 	@$(py) -m pytest -m faults tests/on_cluster/test_faults.py -rP
+
+test-chaos: dev ## Kill replicas, nodes, controller and proxy at random under load, for five minutes; SEED=7 draws them again
+	@SEED="$(SEED)" $(py) -m pytest -m chaos tests/on_cluster/test_chaos.py -rP
 
 test-browser: browser ## Look at the page in a real headless Chromium: draw, preview, cancel, mask, lose the server, accessibility
 	@$(pytest) -m browser tests/browser
