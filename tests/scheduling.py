@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-SHARE_A_CLUSTER = ("tests/on_cluster/test_api.py", "tests/on_cluster/test_front.py")
+SHARE_A_CLUSTER = ("tests/on_cluster/test_api.py", "tests/on_cluster/test_front.py", "tests/on_cluster/test_moves.py")
 
 
 @pytest.hookimpl(optionalhook=True)
