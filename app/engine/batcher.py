@@ -74,10 +74,8 @@ class Batcher:
                     if image.request.status in (Status.FINISHED, Status.MOVED):
                         continue
                     image.request.begin(image, queue.free_slots.pop(), self.intake.clock())
-                if image.moving:
-                    self.dispatcher.import_slot(queue, image)
-                else:
-                    self.dispatcher.insert(queue, image)
+                enter = self.dispatcher.import_slot if image.moving else self.dispatcher.insert
+                enter(queue, image)
             admitted.append(image)
         return admitted
 

@@ -70,12 +70,8 @@ class Dispatcher:
         began, predicted_s = self.clock(), queue.encode_image_s
         with self.watch.call("encode_image", self._device.pending_s + predicted_s):
             request.encoded_image = self.pipeline.encode_image(request.generation.edit, queue.size)
-        returned = self.clock()
-        blocked = self.host.waited(returned - began, predicted_s)
-        at = began if blocked else returned
-        work = Work(request.encoded_image, [(request, 1.0)], predicted_s, at, blocked, self._alone)
-        self._begin(work, returned)
-        if blocked:  # it has ended, and nobody will wait for it
+        work = self._called(request.encoded_image, [(request, 1.0)], predicted_s, began)
+        if work.blocked:  # it has ended, and nobody will wait for it
             self._wait(work)
 
     def insert(self, queue: SizeQueue, image: Image) -> None:
@@ -148,12 +144,15 @@ class Dispatcher:
         began = self.clock()
         with self.watch.call("decode", self._device.pending_s + decode_s):
             pixels = self.pipeline.decode(queue.state, slots)
+        return self._called(pixels, [(image.request, 1 / len(images)) for image in images], decode_s, began)
+
+    def _called(self, done: Any, shares: list[tuple[Request, float]], predicted_s: float, began: float) -> Work:
+        """Notes the work of a verb other than `step`, whose call has just returned."""
         returned = self.clock()
-        blocked = self.host.waited(returned - began, decode_s)
-        shares = [(image.request, 1 / len(images)) for image in images]
-        decode = Work(pixels, shares, decode_s, began if blocked else returned, blocked, self._alone)
-        self._begin(decode, returned)
-        return decode
+        blocked = self.host.waited(returned - began, predicted_s)
+        work = Work(done, shares, predicted_s, began if blocked else returned, blocked, self._alone)
+        self._begin(work, returned)
+        return work
 
     def _begin(self, work: Work, returned: float) -> None:
         with self._lock:
@@ -178,12 +177,8 @@ class Dispatcher:
                 self._wait(decode.previous)
             self._wait(decode)
 
-    def fetched(self, decode: Work) -> None:
-        """Notes that the pixels of a decode are on the host, or never will be. The fetching thread calls it."""
-        self._drop(decode)
-
-    def _drop(self, work: Work) -> None:
-        """Forgets a piece of work that has failed."""
+    def drop(self, work: Work) -> None:
+        """Forgets work that will not be waited for: it has failed, or its pixels are on the host."""
         with self._lock:
             self._device.drop(work, self.clock())
 
@@ -193,7 +188,7 @@ class Dispatcher:
             with self.call("wait"):
                 self._wait(dispatch)
         except BaseException:
-            self._drop(dispatch)
+            self.drop(dispatch)
             raise
         finally:
             self._free_at = self.clock()

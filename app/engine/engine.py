@@ -30,7 +30,7 @@ from app.engine.size_queue import SizeQueue
 from app.engine.stall import STALL_S, StallWatch
 from app.engine.verbs import Verbs
 from app.engine.worker import Worker
-from app.types import Generation, InvalidField, Resumed
+from app.types import Generation, Resumed
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
@@ -107,13 +107,9 @@ class Engine:
         Cancelling the future frees its slots at the next step. `on_preview` is called from another thread, up to
         `previews` times; less often if there are fewer steps.
         A request from elsewhere has an `age_s`, and a place `beyond_limits`. With `resumed` it goes on, whatever its
-        deadline; NotResumable for another model's. `ahead_s`: device-seconds by
-        which it goes ahead of another one that comes now.
+        deadline; NotResumable for another model's. By `ahead_s` device-seconds it goes ahead of another that comes now.
         """
-        size = (generation.width, generation.height)
-        if size not in self._queues:
-            declared = ", ".join(f"{width}x{height}" for width, height in self._queues)
-            raise InvalidField("size", f"size must be one of {declared}, got {size[0]}x{size[1]}.")
+        size = self._intake.declared_size(generation)
         if previews and on_preview is None:
             raise ValueError(f"previews must be 0 without on_preview, got {previews}.")
         generation = self.pipeline.check(generation)

@@ -17,7 +17,7 @@ from app.engine.progress import Progress, progress_of
 from app.engine.request import Generated, Request, Status
 from app.engine.scheduler import answer_s, backlog_s, in_order, place_s, virtual_time_after_idling
 from app.engine.size_queue import Queued, SizeQueue
-from app.types import Size
+from app.types import Generation, InvalidField, Size
 
 LEAST_RETRY_S = 0.1
 MOST_LISTED = 100  # requests in a line of the log
@@ -37,6 +37,14 @@ class Intake:
 
     def waiting(self) -> list[Request]:
         return [request for request in self.unfinished if request.status is Status.WAITING]
+
+    def declared_size(self, generation: Generation) -> Size:
+        """Raises InvalidField for a size that is not compiled."""
+        size = (generation.width, generation.height)
+        if size not in self.queues:
+            declared = ", ".join(f"{width}x{height}" for width, height in self.queues)
+            raise InvalidField("size", f"size must be one of {declared}, got {size[0]}x{size[1]}.")
+        return size
 
     def accept(self, request: Request, timeout_s: float, beyond_limits: bool) -> None:
         """Takes the request for the engine's next turn, or raises QueueFull or DeadlineUnmeetable."""

@@ -65,7 +65,7 @@ class Outputs:
             log_failure("Decoded pixels could not be fetched", error)
             return
         finally:
-            self.dispatcher.fetched(decode)
+            self.dispatcher.drop(decode)
         self.failures.read()
         for image, at, decoded in zip(batch, denoised, images, strict=True):
             request = image.request
