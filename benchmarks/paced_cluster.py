@@ -17,6 +17,7 @@ from app.api.journey import Unary
 from app.api.messages import ImageRequest
 from app.api.replica_calls import Items
 from app.api.replicas import Replicas
+from app.api.running_models import RunningModels
 from app.api.settings import Defaults, Encoding, Limits, Service
 from app.serving.replica import StableDiffusion
 from app.types import Capabilities, Generation, RequestDefaults
@@ -97,7 +98,7 @@ class ServeRoutedIngress(APIIngress):
     def __init__(self, replicas: Any, service: Service, **settings: Any) -> None:
         super().__init__(replicas, service, **settings)
         self.routed = ServeRouted(replicas, MOST_WAITING)
-        self.replica_watch = self.routed.watch
+        self.running_models = RunningModels(service, self.routed)
 
 
 def application(pace: Pace, replicas: int, *, routed: bool, api_keys_file: Any = None) -> Application:

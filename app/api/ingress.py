@@ -1,14 +1,12 @@
 """The routes: parses a request, sends it to a replica, and answers. Knows nothing of models, engines or devices."""
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -28,31 +26,23 @@ from app.api.jobs.routes import ROUTES as JOB_ROUTES
 from app.api.jobs.routes import JobRoutes
 from app.api.jobs.service import JobService
 from app.api.jobs.share import ConnectedMiddleware
-from app.api.jobs.worker import Serving
 from app.api.journey import Journey, StreamedJourney
-from app.api.messages import Description, ImageRequest, Images, Preview, Progress
+from app.api.messages import ImageRequest, Images, Preview, Progress
 from app.api.openapi import document
 from app.api.page_files import PREFIX, page_file, prefers_html
 from app.api.protocol import parse_body, parse_query
-from app.api.replica_calls import Pending, answer_of
 from app.api.replicas import BROADCAST_TIMEOUT_S, Replicas
 from app.api.request_body import check_json, read_body
 from app.api.responses import image_response, images_response, json_response, model_object
 from app.api.retry_after import RetryAfter, work
+from app.api.running_models import RunningModels, parse_for
 from app.api.settings import Service
 from app.api.sse import EventStream
 from app.api.stats import nodes, stats_of_all, total, with_queue
 from app.api.uploads import Uploads
 from app.ray_internals.key_value import AUTOSCALING, read
 from app.ray_internals.serve import RAY_SERVE_ENABLE_HA_PROXY
-from app.types import InvalidField, RequestDefaults
 
-Content = TypeVar("Content")
-
-logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
-
-READY_TIMEOUT_S = 5.0  # how long /v1/models and /healthz wait for a replica that may still be warming up
-PATIENCE_S = 0.3  # how long they wait for a new description if there is an older one
 JOBS_KEY = ":jobs"  # jobs share the replicas with API keys like one of them; no key has such a name
 CROWDED = ("queue_full", "deadline_unmeetable", "replica_lost")  # errors that many clients get at the same time
 ROUTES = {
@@ -89,14 +79,13 @@ class APIIngress:
         if self.api_keys:
             self.api_keys.start_refreshing()
         self.routed = Replicas(replicas, max_waiting)
-        self.replica_watch = self.routed.watch
+        self.running_models = RunningModels(service, self.routed)
         self.retry_after = RetryAfter()
         self.uploads = Uploads(service.limits, service.image_hosts)
         self.job_service = None
         if service.jobs.database is not None:
-            self.job_service = JobService(service.jobs, send=self.journey, serving=self.serving)
+            self.job_service = JobService(service.jobs, send=self.journey, serving=self.running_models.serving)
         self.jobs = JobRoutes(self.job_service)
-        self.logged: set[str] = set()
         self.started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -135,24 +124,28 @@ class APIIngress:
     async def index(self, http_request: Request) -> Response:
         if prefers_html(http_request.headers.get("accept", "")):
             return page_file("index.html", http_request)
-        return json_response({"model": self.services()[0].model, "routes": ROUTES}, headers={"Vary": "Accept"})
+        return json_response(
+            {"model": self.running_models.services()[0].model, "routes": ROUTES}, headers={"Vary": "Accept"}
+        )
 
     async def page(self, http_request: Request) -> Response:
         return page_file(http_request.path_params["name"], http_request)
 
     async def imagine(self, http_request: Request) -> Response:
-        request, _ = parse_for(await self.candidates(), parse_query, http_request.scope["query_string"])
+        request, _ = parse_for(await self.running_models.candidates(), parse_query, http_request.scope["query_string"])
         return image_response(await self.generate(request, key_of(http_request)), request)
 
     async def generations(self, http_request: Request) -> Response:
         limits = self.service.limits
         check_json(http_request)
         body = await read_body(http_request, limits.body_bytes, limits.timeout_s)
-        return await self.answer(http_request, *parse_for(await self.candidates(), parse_body, body))
+        return await self.answer(http_request, *parse_for(await self.running_models.candidates(), parse_body, body))
 
     async def edits(self, http_request: Request) -> Response:
         async with self.uploads.read(http_request) as body:
-            parsed = await self.uploads.in_thread(parse_for, await self.candidates(edits=True), parse_edit, body)
+            parsed = await self.uploads.in_thread(
+                parse_for, await self.running_models.candidates(edits=True), parse_edit, body
+            )
         return await self.answer(http_request, *parsed)
 
     async def answer(self, http_request: Request, request: ImageRequest, service: Service) -> Response:
@@ -173,13 +166,13 @@ class APIIngress:
         """All models that run: two while a rollout replaces one by another."""
         objects = {
             service.model: model_object(service, description, self.started)
-            for service, description in await self.running()
+            for service, description in await self.running_models.latest()
         }
         return json_response({"object": "list", "data": [*objects.values()]})
 
     async def model(self, http_request: Request) -> Response:
         name = http_request.path_params["id"]
-        running = await self.running()
+        running = await self.running_models.latest()
         for service, description in running:
             if name in service.names:
                 return json_response(model_object(service, description, self.started))
@@ -189,35 +182,18 @@ class APIIngress:
     async def stats(self, http_request: Request) -> Response:
         replicas = await stats_of_all(self.replicas, BROADCAST_TIMEOUT_S)
         queue = self.routed.dispatch.stats()
-        body: dict[str, Any] = {"model": self.services()[0].model, "replicas": replicas}
+        body: dict[str, Any] = {"model": self.running_models.services()[0].model, "replicas": replicas}
         body["total"] = with_queue(total(replicas.values()), queue)
         body |= {"queue": queue, "autoscaling": await asyncio.to_thread(read, AUTOSCALING)}
         return json_response(body | {"nodes": await nodes()})
 
     async def healthz(self, http_request: Request) -> Response:
         """200 if a replica answers now, or is busy and has answered within the last seconds."""
-        (service, _), *_ = await self.running()
+        (service, _), *_ = await self.running_models.latest()
         return json_response({"status": "ok", "model": service.model})
 
     async def openapi(self, http_request: Request) -> Response:
-        return json_response(document(self.services()[0], ROUTES, keys=self.api_keys is not None))
-
-    def services(self) -> list[Service]:
-        """The rules for requests, one for each running replica; the config's while none has answered."""
-        known = self.replica_watch.current
-        if not known and self.service.defaults.numbers is None:  # which a busy replica need not say again
-            known = self.replica_watch.latest
-        return [self.adapted(description) for description in known] or [self.service]
-
-    async def candidates(self, edits: bool = False) -> list[Service]:
-        """The rules of each model that runs: a request may name any of them. Only a replica knows what it can make."""
-        await self.replica_watch.descriptions(0, BROADCAST_TIMEOUT_S)
-        services = {service.model: service for service in self.services()}
-        unknown = any(service.defaults.numbers is None for service in services.values())
-        if unknown or edits and not self.replica_watch.current:  # no replica has answered yet
-            service = self.adapted(await self.describe(self.service.limits.timeout_s))
-            services = {service.model: service}
-        return [*services.values()]
+        return json_response(document(self.running_models.services()[0], ROUTES, keys=self.api_keys is not None))
 
     async def generate(self, request: ImageRequest, key: str | None) -> Images:
         with self.spread_retries(request):
@@ -228,12 +204,6 @@ class APIIngress:
     def journey(self, request: ImageRequest) -> StreamedJourney:
         """Of a job, which is not counted as a client that waits."""
         return StreamedJourney(request, partial(self.routed.send_stream, key=JOBS_KEY))
-
-    async def serving(self) -> Serving:
-        """What jobs may be sent to. Where no replica runs, the first of them starts one."""
-        await self.replica_watch.descriptions(PATIENCE_S, BROADCAST_TIMEOUT_S)
-        models = {service.model for service in self.services()}
-        return Serving(models, max(1, len(self.replica_watch.current)))
 
     async def stream(self, request: ImageRequest, key: str | None, model: str) -> Response:
         """Begins the answer once a replica's engine has accepted the request, or where its client wants to know its
@@ -260,7 +230,7 @@ class APIIngress:
         except ApiError as error:
             if error.code not in CROWDED or error.retry_after_s is None:
                 raise
-            replicas = len(self.replica_watch.current)
+            replicas = len(self.routed.watch.current)
             retry_after_s = self.retry_after.seconds(request.generation, error.retry_after_s, replicas)
             raise ApiError(error.status, error.message, error.param, error.code, retry_after_s) from None
 
@@ -270,57 +240,8 @@ class APIIngress:
             if self.job_service:
                 self.job_service.share.spent(work(request.generation), images.timings["device_s"], job=False)
 
-    async def running(self) -> list[tuple[Service, Description]]:
-        """The replicas that run, by their latest descriptions."""
-        if not (descriptions := await self.replica_watch.descriptions(PATIENCE_S, BROADCAST_TIMEOUT_S)):
-            descriptions = (await self.describe(),)
-        return [(self.adapted(description), description) for description in descriptions]
-
-    def adapted(self, description: Description) -> Service:
-        """The config's rules for a replica. Logs once what its limits change."""
-        service = adapted(self.service, description)
-        for note in service.notes:
-            if note not in self.logged:
-                self.logged.add(note)
-                logger.warning(note)
-        return service
-
-    async def describe(self, timeout_s: float = READY_TIMEOUT_S) -> Description:
-        """Asks as image requests do, where a broadcast has reached no replica: that starts one where the deployment has
-        scaled to zero, and fails at once if none will start."""
-        response: Pending[Description] = self.replicas.describe.remote()
-        try:
-            return await answer_of(response, timeout_s)
-        except ApiError as error:
-            if error.status != 504:
-                raise
-            message = "No replica has answered: the model may still be loading."
-            raise ApiError(503, message, None, "model_not_ready", READY_TIMEOUT_S) from None
-
-
-def parse_for(
-    services: Sequence[Service], parse: Callable[[Content, Service], ImageRequest], content: Content
-) -> tuple[ImageRequest, Service]:
-    """The request, and the rules of the model that it is for."""
-    for service in services:
-        try:
-            return parse(content, service), service
-        except InvalidField as error:
-            if error.code != "model_not_found":
-                raise
-            unknown_model = error
-    raise unknown_model
-
 
 def key_of(http_request: Request) -> str | None:
     """Whose request it is: keys share the replicas fairly."""
     key: ApiKey | None = http_request.scope["state"]["api_key"]
     return key.entry.name if key else None
-
-
-def adapted(service: Service, description: Description) -> Service:
-    """The config's rules, with the model and the sizes that the replica serves, and its checkpoint's own defaults where
-    the config has none."""
-    own = RequestDefaults(description.num_inference_steps, description.guidance_scale)
-    sizes, able = description.sizes or service.sizes, description.capabilities
-    return replace(service.completed(own), model=description.model or service.model, sizes=sizes, capabilities=able)

@@ -6,30 +6,28 @@ Ray only Serve's logger, the replica's name and its metrics.
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import psutil
-import ray
-from ray import serve
-from ray.serve.exceptions import RayServeException
 
 from app.api.errors import ApiError, api_error
 from app.api.messages import Accepted, Description, ImageRequest, Images, Moved, Preview, Progress, QueueState, Report
 from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, HandedOver, NotResumable, QueueFull
 from app.engine.request import Generated
+from app.serving.description import description_of, replica_id, stats_of
 from app.serving.draining import Unanswered, drain_with_serve, end
-from app.serving.image_metadata import encode_image, encode_preview, facts_of, timings_of
+from app.serving.encoders import Encoders
+from app.serving.image_metadata import facts_of, timings_of
 from app.serving.load import Queues, load_of
 from app.serving.metrics import Metrics
 from app.serving.profiling import Profiler, Trace
 from app.serving.refusals import outcome_of, refusal
+from app.serving.startup import Startup
 from app.types import InvalidField, PipelineSpec
 
 # Serve handles this tree of loggers only, and prefixes each line with the request id, which is X-Request-ID to clients.
@@ -54,25 +52,17 @@ class StableDiffusion:
         stall_s: float,
     ) -> None:
         from app.aot.compile import CompileWatch
-        from app.diffusion.pipeline import Pipeline
 
         self.name = name
         self.unanswered = Unanswered()
         self.ended = False
-        # Unix times, in their order. A load test splits the duration of a scale-up by them.
-        self.milestones = {"process": psutil.Process().create_time(), "constructor": time.time()}
-        started = time.perf_counter()
-        self.pipeline = Pipeline.load(spec)
-        loaded = time.perf_counter()
-        self.milestones["weights"] = time.time()
-        self.pipeline.warmup()
-        self.ready_s = time.perf_counter() - started
+        self.startup = Startup()
+        self.pipeline = self.startup.load(spec)
         self.compiles = CompileWatch()
         self.compiles.ready()
-        logger.info("ready load_s=%.1f warmup_s=%.1f", loaded - started, self.ready_s - (loaded - started))
 
         self.metrics = Metrics()
-        self.encoders = ThreadPoolExecutor(encoding_threads, thread_name_prefix="encode")
+        self.encoders = Encoders(encoding_threads, name)
         self.engine = Engine(
             self.pipeline,
             max_waiting=max_waiting,
@@ -83,7 +73,7 @@ class StableDiffusion:
         )
         self.engine.start()
         self.drain = drain_with_serve(self.engine)
-        self.milestones["warm"] = time.time()
+        self.startup.reached("warm")
         self.profiler = Profiler(replica_id(), self.steps)
         self.logged_unhealthy = False
         self.queues = Queues()
@@ -128,7 +118,7 @@ class StableDiffusion:
                     if preview is None:
                         break
                     index, pixels = preview
-                    yield Preview(index, await self.in_encoder(encode_preview, pixels, request.encoding))
+                    yield Preview(index, await self.encoders.preview(pixels, request.encoding))
                 yield await self.finish(request, future, began)
             finally:
                 future.cancel()  # by now it is done, unless the client has gone
@@ -167,11 +157,7 @@ class StableDiffusion:
             return Moved(lost=True)
         encoding = time.perf_counter()
         generation = request.generation
-        files = [
-            self.in_encoder(encode_image, generation, generated, index, request.encoding, self.name)
-            for index in range(generation.n)
-        ]
-        encoded = tuple(await asyncio.gather(*files))
+        encoded = await self.encoders.images(generation, generated, request.encoding)
         ended = time.perf_counter()
         facts, timings = facts_of(generation, generated), timings_of(generated, ended - encoding)
         self.metrics.finished(generation.n, ended - began, timings)
@@ -182,20 +168,17 @@ class StableDiffusion:
         )
         return Images(encoded, generated.seeds, facts, timings, self.name, self.load())
 
-    async def in_encoder(self, function: Callable[..., bytes], *arguments: Any) -> bytes:
-        return await asyncio.get_running_loop().run_in_executor(self.encoders, function, *arguments)
-
     def count(self, future: Future[Generated]) -> None:
         error = None if future.cancelled() else future.exception()
         if not future.cancelled() and error is None:
-            self.milestones.setdefault("first_image", time.time())
+            self.startup.reached("first_image")
         self.metrics.requests.inc(tags={"outcome": "cancelled" if future.cancelled() else outcome_of(error)})
 
     async def describe(self) -> Description:
         return description_of(self.pipeline, self.name)
 
     def load(self) -> Report:
-        return load_of(self.engine, replica_id(), self.milestones["warm"] - self.milestones["process"])
+        return load_of(self.engine, replica_id(), self.startup.duration_s)
 
     async def report(self, queue: QueueState) -> Report:
         """The ingress polls it, and says what waits there."""
@@ -203,16 +186,7 @@ class StableDiffusion:
         return replace(self.load(), description=await self.describe())
 
     async def stats(self) -> dict[str, Any]:
-        return {
-            "replica": replica_id(),
-            "node": node_id(),
-            **self.engine.stats(),
-            "compiles_after_ready": self.compiles.count,
-            "ready_s": self.ready_s,
-            "milestones": dict(self.milestones),
-            "device": device(),
-            "pid": os.getpid(),
-        }
+        return stats_of(self.engine, self.startup, self.compiles.count)
 
     def steps(self) -> int:
         return sum(size["steps"] for size in self.engine.stats()["sizes"].values())
@@ -225,9 +199,8 @@ class StableDiffusion:
         """Serve calls this every metrics_interval_s."""
         stats = await self.stats()
         self.metrics.report(stats)
-        start_s = self.milestones["warm"] - self.milestones["process"]
-        own = {"backlog_s": stats["backlog_s"], "unfinished": float(stats["unfinished"]), "start_s": start_s}
-        return {**own, **self.queues.totals()}
+        own = {name: float(stats[name]) for name in ("backlog_s", "unfinished")}
+        return {**own, "start_s": self.startup.duration_s, **self.queues.totals()}
 
     async def check_health(self) -> None:
         """Three failures in a row make Serve replace this replica."""
@@ -258,36 +231,3 @@ class StableDiffusion:
     async def shut_down(self) -> None:
         self.ended = True
         await end(vars(self))
-
-
-def description_of(pipeline: Any, name: str) -> Description:
-    return Description(
-        tuple(pipeline.samplers),
-        pipeline.default_sampler,
-        name,
-        tuple(f"{width}x{height}" for width, height in pipeline.sizes),
-        pipeline.notes,
-        pipeline.request_defaults.num_inference_steps,
-        pipeline.request_defaults.guidance_scale,
-        pipeline.request_fields,
-        pipeline.capabilities,
-    )
-
-
-def device() -> str:
-    """Such as 'TPU v5 lite x4'. A replica has all devices of its host."""
-    import jax
-
-    devices = jax.local_devices()
-    return f"{devices[0].device_kind} x{len(devices)}"
-
-
-def replica_id() -> str:
-    try:
-        return serve.get_replica_context().replica_tag
-    except RayServeException:  # outside Serve
-        return "local"
-
-
-def node_id() -> str:
-    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""

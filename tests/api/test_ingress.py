@@ -347,7 +347,7 @@ def no_such_model(other: str, name: str) -> dict[str, Any]:
 def test_health_is_from_the_latest_descriptions_and_waits_for_no_request(replicas: Replicas) -> None:
     now = 100.0
     ingress = APIIngress(replicas, SERVICE)
-    ingress.replica_watch.clock = lambda: now
+    ingress.routed.watch.clock = lambda: now
     replicas.describe.outcome = lambda: None  # requests wait: the queue is full
     with local_client(ingress) as client:
         assert client.get("/healthz").json() == {"status": "ok", "model": "tiny"}
@@ -364,7 +364,7 @@ def test_health_is_bad_at_once_when_no_replica_runs(
     assert client.get("/healthz").status_code == 200
     replicas.running = []
     replicas.describe.outcome = lambda: None
-    monkeypatch.setattr("app.api.ingress.READY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("app.api.running_models.READY_TIMEOUT_S", 0.01)
     response = client.get("/healthz")
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.json()["error"]["code"] == "model_not_ready"
@@ -377,9 +377,9 @@ def test_health_is_bad_at_once_when_no_replica_runs(
 def test_old_descriptions_expire(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     ingress = APIIngress(replicas, SERVICE)
-    ingress.replica_watch.clock = lambda: now
-    monkeypatch.setattr("app.api.ingress.BROADCAST_TIMEOUT_S", 0.01)
-    monkeypatch.setattr("app.api.ingress.READY_TIMEOUT_S", 0.01)
+    ingress.routed.watch.clock = lambda: now
+    monkeypatch.setattr("app.api.running_models.BROADCAST_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("app.api.running_models.READY_TIMEOUT_S", 0.01)
     with local_client(ingress) as client:
         assert client.get("/healthz").status_code == 200
         replicas.running, replicas.describe.outcome = [None], lambda: None

@@ -77,7 +77,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
         sys.modules, "app.diffusion.pipeline", SimpleNamespace(Pipeline=Pipeline)
     )  # the real ones import JAX
     monkeypatch.setitem(sys.modules, "app.aot.compile", SimpleNamespace(CompileWatch=CompileWatch))
-    monkeypatch.setattr("app.serving.replica.device", lambda: "abacus x2")
+    monkeypatch.setattr("app.serving.description.device", lambda: "abacus x2")
 
 
 SETTINGS: dict[str, Any] = {
@@ -132,7 +132,7 @@ def test_a_replica_is_warm_before_it_watches_for_compiles_and_starts_its_engine(
     assert replica.pipeline.events == [("load", SPEC), "warmup"]
     assert replica.compiles.watching and replica.engine.healthy
     assert (replica.engine.max_waiting, replica.engine.images_at_once, replica.engine.gain) == (2, 1, 0.125)
-    assert replica.encoders._max_workers == 3
+    assert replica.encoders.threads._max_workers == 3
 
 
 def test_a_stream_tells_how_far_it_is_where_the_request_asks_for_it(
