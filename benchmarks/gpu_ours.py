@@ -18,7 +18,8 @@ from flax import nnx
 from app.aot.compile import CompileWatch, compiled
 from app.diffusion.models import attention
 from app.diffusion.models.tokenizer import Tokenizer
-from app.diffusion.pipeline import DTYPES, Pipeline
+from app.diffusion.pipeline import Pipeline
+from app.diffusion.weights import DTYPES
 from app.engine.engine import Engine
 from app.types import ActiveSlot, Generation, PipelineSpec
 from benchmarks.on_gpu import ROOT, Report

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 
 from app.aot.cache_key import digest, fingerprint, key_of
 from app.aot.program import Program
-from app.diffusion.pipeline import DTYPES, Pipeline
+from app.diffusion.pipeline import Pipeline
+from app.diffusion.weights import DTYPES
 from app.types import PipelineSpec
 from capacity.chips import Host
 from capacity.libtpu import devices, version

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from app.aot.libtpu_flags import transformer_options
@@ -80,8 +81,12 @@ class Shapes:
             edit=edit,
         )
 
+    def size_of(self, state: DenoiseState) -> Size:
+        height, width = state.latents.shape[1:3]
+        return width * self.family.pixels_per_latent, height * self.family.pixels_per_latent
+
     def slot(self, size: Size) -> DenoiseState:
-        """Likewise, what one slot holds."""
+        """What one slot holds, likewise of jax.ShapeDtypeStruct."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.state(size))
 
     def edit_inputs(self, size: Size) -> EditInputs:
@@ -94,6 +99,16 @@ class Shapes:
         latents, mask = shape(height, width, self.family.latent_channels), shape(height, width)
         outside = Outside(latents, latents, mask) if self.family.fills_masks else None
         return EditInputs(latents, latents, mask, shape(), shape(self.table_rows, 2), outside)
+
+
+def zeros_of(shapes: Any) -> Any:
+    """Arrays on the host for a pytree of jax.ShapeDtypeStruct."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+
+def label_of(size: Size) -> str:
+    """In the names of programs."""
+    return f"{size[0]}x{size[1]}"
 
 
 def loops_on_device(mesh: Mesh) -> bool:
@@ -162,7 +177,7 @@ def declared(
     programs = [program("encode", partial(encode_program, family, encode), encoders, input_ids, *counts)]
     options = step_options(family, mesh.devices.flat[0])
     for size in spec.sizes:
-        label = f"{size[0]}x{size[1]}"
+        label = label_of(size)
         state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.state(size))
         edits = []
         if spec.edits:

@@ -1,30 +1,9 @@
 """What the images of a request ask of a model, before anything runs on a device. Needs no JAX."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
-
-from app.diffusion.samplers import SamplerTable
 from app.types import Capabilities, Edit, Generation, InvalidField, Size
-
-
-@dataclass(frozen=True)
-class EncodedEdit:
-    """What a picture begins from: an image as its VAE knows it, and how much of it each step puts back.
-
-    The means and deviations of posteriors, float32 [h, w, C], are on the device.
-    """
-
-    posterior: tuple[Any, Any]
-    redrawn: npt.NDArray[np.float32]  # [h, w], the mask
-    pure_noise: bool  # nothing of the image is in the latents at the beginning
-    outside: tuple[Any, Any] | None = None  # of the image without what is in the mask, for a denoiser that fills masks
-
-    def block_until_ready(self) -> None:
-        (self.outside or self.posterior)[0].block_until_ready()
 
 
 def check_edit(generation: Generation, capabilities: Capabilities, sizes: Sequence[Size]) -> None:
@@ -58,11 +37,6 @@ def resolved(edit: Edit | None, capabilities: Capabilities) -> Edit | None:
     if edit is None or edit.image is None or edit.strength is not None:
         return edit
     return replace(edit, strength=capabilities.strength if edit.mask is None else capabilities.mask_strength)
-
-
-def levels_after(table: SamplerTable) -> npt.NDArray[np.float32]:
-    """[N, 2]: the shares of image and noise after each row, which are those of the next; the last has no noise."""
-    return np.concatenate([table.levels[1:], np.array([[1, 0]], np.float32)])
 
 
 def check_sizes_of(edit: Edit, size: Size, sizes: Sequence[Size]) -> None:

@@ -7,16 +7,13 @@ them.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from app.aot.cache_key import fingerprint
 from app.aot.compile import compiled
@@ -28,40 +25,26 @@ from app.diffusion.declared_programs import (
     Shapes,
     declared,
     encoded_shapes,
+    label_of,
     loops_on_device,
     part_of,
+    zeros_of,
 )
 from app.diffusion.device_programs import DenoiseState, rows_of
-from app.diffusion.edit_programs import EditInputs, Outside
-from app.diffusion.edits import EncodedEdit, check_edit, levels_after, resolved
-from app.diffusion.families.family import Component, Family, Role, weight_count
-from app.diffusion.models.loading import Checkpoint, load_checkpoint
-from app.diffusion.networks import network_of
+from app.diffusion.edit_inputs import EncodedEdit, edit_inputs, encoded_edit, initial_shares
+from app.diffusion.edit_programs import EditInputs
+from app.diffusion.families.family import Role
+from app.diffusion.limits import capabilities_of, check_sizes, checked
+from app.diffusion.models.loading import Checkpoint
 from app.diffusion.packed_slot import ExportedSlot, unpack
-from app.diffusion.samplers import (
-    Coefficients,
-    SamplerTable,
-    default_sampler,
-    departures,
-    make_table,
-    samplers_for,
-    skipped_steps,
-)
-from app.diffusion.sharding import crowded, mesh_of, placed, weight_sharding
-from app.types import ActiveSlot, Capabilities, DispatchCost, Edit, Generation, InvalidField, PipelineSpec, Size
+from app.diffusion.samplers import SamplerTable, default_sampler, departures, make_table, samplers_for, skipped_steps
+from app.diffusion.samplers.table import columns
+from app.diffusion.sharding import mesh_of, placed
+from app.diffusion.text_encoding import Encoded, encoded_texts
+from app.diffusion.weights import load_onto, shardings_of, split
+from app.types import ActiveSlot, DispatchCost, Edit, Generation, InvalidField, PipelineSpec, Size
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What a text adds to the conditioning, and whether it was too long for a text encoder."""
-
-    conditioning: Any  # the family's pytree of arrays, without leading axes
-    truncated: bool
-    empty: bool = False
 
 
 class Pipeline:
@@ -93,23 +76,13 @@ class Pipeline:
         self.mesh = mesh_of(jax.local_devices() if devices is None else devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         self.loops_on_device = loops_on_device(self.mesh)
-        networks, params = {}, {}
-        for name, network in checkpoint.networks.items():
-            graph, variables = nnx.split(network)
-            # Plain arrays go into a dispatch faster than Flax's variables.
-            params[name], tree = jax.tree.flatten(variables)
-            networks[name] = partial(network_of, graph, tree)
-        self.shardings = {
-            part: jax.tree.map(
-                partial(weight_sharding, self.mesh, divided=divides(spec, family, component, self.mesh)), params[part]
-            )
-            for part, component in family.COMPONENTS.items()
-        }
-        self.params = placed(params, self.shardings)
+        networks, params = split(checkpoint.networks)
+        shardings = shardings_of(spec, family, params, self.mesh)
+        self.params = placed(params, shardings)
         self.encoders, self.denoisers, self.decoders = (part_of(family, self.params, role) for role in get_args(Role))
         self.shapes = Shapes(spec, family, encoded_shapes(family, networks, self.params))
-        self.zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.encoded)
-        self.programs = declared(self.shapes, networks, self.params, self.shardings, self.mesh)
+        self.zeros = zeros_of(self.shapes.encoded)
+        self.programs = declared(self.shapes, networks, self.params, shardings, self.mesh)
         self.blank: dict[Size, EditInputs] = {}  # on the device, by `warmup`
         self.run: Mapping[str, Callable[..., Any]] = {}
         # `warmup` measures these.
@@ -129,21 +102,7 @@ class Pipeline:
         set_flags()
         check_platform()
         mesh = mesh_of(jax.local_devices() if devices is None else devices)
-
-        def place(family: Family, component: Component, weight: np.ndarray) -> jax.Array:
-            divided = divides(spec, family, component, mesh)
-            return jax.device_put(weight, weight_sharding(mesh, weight, divided=divided))
-
-        checkpoint = load_checkpoint(
-            spec.model,
-            revision=spec.revision,
-            variant=spec.variant,
-            tokenizer=spec.tokenizer,
-            dtype=DTYPES[spec.dtype],
-            image_encoder=spec.edits,
-            place=place,
-        )
-        return cls(checkpoint, spec, devices=devices)
+        return cls(load_onto(mesh, spec), spec, devices=devices)
 
     def warmup(self) -> None:
         """Loads or compiles every declared program, runs each, and times those that the engine plans with."""
@@ -167,34 +126,18 @@ class Pipeline:
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Several texts go into a dispatch, but what a text becomes never depends on its neighbours."""
-        tokens = {name: tokenizer(list(texts)) for name, tokenizer in self.tokenizers.items()}
-        encoded: list[Any] = []
-        together = ENCODE_TEXTS if self.loops_on_device else 1
-        for first in range(0, len(texts), together):
-            count = min(together, len(texts) - first)
-            padded = {}
-            for name, read in tokens.items():
-                padded[name] = np.zeros((together, read.input_ids.shape[1]), np.int32)
-                padded[name][:count] = read.input_ids[first : first + count]
+
+        def encode(input_ids: Mapping[str, np.ndarray], count: int) -> Any:
             counts = [np.int32(count)] if self.loops_on_device else []
-            encoded += self.run["encode"](self.encoders, padded, *counts)[:count]
-        truncated = map(any, zip(*(read.truncated for read in tokens.values()), strict=True))
-        empty = (not text for text in texts)
-        return [Encoded(*text) for text in zip(encoded, truncated, empty, strict=True)]
+            return self.run["encode"](self.encoders, input_ids, *counts)
+
+        return encoded_texts(texts, self.tokenizers, encode, ENCODE_TEXTS if self.loops_on_device else 1)
 
     def encode_image(self, edit: Edit, size: Size) -> EncodedEdit:
         """What an edit of a picture of this size begins from. A dispatch for the image, and one more for what is
         outside its mask where the denoiser fills masks."""
-        assert edit.image is not None
-        family, nothing = self.shapes.family, np.zeros(edit.image.shape[:2], np.bool_)
-        mask = ~nothing if edit.mask is None else edit.mask
-        encode = partial(self.run[f"encode image {size[0]}x{size[1]}"], self.decoders, edit.image)
-        pure_noise = edit.mask is not None and edit.strength == 1
-        if not family.fills_masks:
-            return EncodedEdit(encode(), family.latent_mask(mask), pure_noise)
-        blank = self.blank[size]
-        posterior = (blank.mean, blank.deviation) if pure_noise else encode(nothing)
-        return EncodedEdit(posterior, family.latent_mask(mask), pure_noise, encode(mask))
+        encode = partial(self.run[f"encode image {label_of(size)}"], self.decoders, edit.image)
+        return encoded_edit(edit, self.shapes.family, encode, self.blank[size])
 
     def insert(
         self,
@@ -212,31 +155,21 @@ class Pipeline:
 
         Consumes `state`. `fields` are values of the family's own request fields.
         """
-        family, edits = self.shapes.family, []
-        initial_scale = table.initial_scale
+        family, rows, edits = self.shapes.family, self.shapes.table_rows, []
         if self.spec.edits:
-            inputs = self.blank[self.size(state)]
-            if edit is not None:
-                signal, initial_scale = (0.0, initial_scale) if edit.pure_noise else table.levels[0]
-                levels = self.padded(levels_after(table))
-                outside = Outside(*edit.outside, edit.redrawn) if edit.outside else None
-                # What fills masks has learned where to draw: nothing is put back.
-                kept = np.zeros_like(edit.redrawn) if edit.outside else 1 - edit.redrawn
-                inputs = EditInputs(*edit.posterior, kept, np.float32(signal), levels, outside)
-            edits.append(inputs)
+            edits.append(self.blank[self.shapes.size_of(state)] if edit is None else edit_inputs(edit, table, rows))
+        _, initial_scale = initial_shares(table, edit)
         zero = family.zero_negative and negative_prompt.empty
         return self.run[f"insert {self.label(state)}"](
             state,
             np.int32(slot),
             self.zeros if zero else negative_prompt.conditioning,
             prompt.conditioning,
-            family.numbers(self.size(state), guidance_scale, fields),
+            family.numbers(self.shapes.size_of(state), guidance_scale, fields),
             np.float32(guidance_scale),
             np.uint32(seed),
             np.float32(initial_scale),
-            self.padded(table.timesteps),
-            self.padded(table.preview),
-            Coefficients(*(self.padded(getattr(table, name)) for name in Coefficients._fields)),
+            *columns(table, rows),
             *edits,
         )
 
@@ -255,12 +188,12 @@ class Pipeline:
     def decode(self, state: DenoiseState, slots: Sequence[int]) -> jax.Array:
         """The slots' images, uint8 [bucket, H, W, 3] in the order of `slots`. Rows past `len(slots)` are padding."""
         bucket = next(bucket for bucket in self.decode_buckets if bucket >= len(slots))
-        padded = np.array([*slots, *[self.num_slots] * (bucket - len(slots))], np.int32)
-        return self.run[f"decode {self.label(state)} images {bucket}"](self.decoders, state.latents, padded)
+        filled = np.array([*slots, *[self.num_slots] * (bucket - len(slots))], np.int32)
+        return self.run[f"decode {self.label(state)} images {bucket}"](self.decoders, state.latents, filled)
 
     def preview(self, state: DenoiseState, slot: int) -> jax.Array:
         """An unfinished image as its last step saw it, by a linear map instead of the VAE: uint8 [1, H, W, 3]."""
-        preview_map = self.preview_maps[self.size(state)]
+        preview_map = self.preview_maps[self.shapes.size_of(state)]
         arrays = (preview_map, state.latents, state.history, state.preview, state.step)
         return self.run[f"preview {self.label(state)}"](*arrays, np.int32(slot))
 
@@ -284,24 +217,15 @@ class Pipeline:
 
     def empty_state(self, size: Size) -> DenoiseState:
         """Free slots of one of the declared sizes."""
-        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.state(size))
-        return jax.device_put(empty, self.everywhere)
+        return jax.device_put(zeros_of(self.shapes.state(size)), self.everywhere)
 
     def blank_edit(self, size: Size) -> EditInputs:
         """What `insert` takes of a picture that begins from noise alone."""
-        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes.edit_inputs(size))
-        return jax.device_put(empty, self.everywhere)
+        return jax.device_put(zeros_of(self.shapes.edit_inputs(size)), self.everywhere)
 
     def check(self, generation: Generation) -> Generation:
         """The request as this checkpoint follows it. Raises InvalidField for one that it cannot follow."""
-        family = self.shapes.family
-        family.check(generation)
-        check_edit(generation, self.capabilities, self.sizes)
-        for name, _ in generation.fields:
-            if name not in family.FIELDS:
-                raise InvalidField(name, f"{name} is not a field of this model; leave it out.", "unsupported_parameter")
-        edit = resolved(generation.edit, self.capabilities)
-        return replace(generation, edit=edit, guidance_embedded=family.embeds_guidance)
+        return checked(generation, self.shapes.family, self.capabilities, self.sizes)
 
     def table(
         self, sampler: str | None, num_inference_steps: int, size: Size | None = None, strength: float | None = None
@@ -318,31 +242,9 @@ class Pipeline:
         begin = 0 if strength is None else skipped_steps(strength, num_inference_steps, self.schedule)
         return make_table(sampler or self.default_sampler, num_inference_steps, self.schedule, image_tokens, begin)
 
-    def size(self, state: DenoiseState) -> Size:
-        height, width = state.latents.shape[1:3]
-        pixels = self.shapes.family.pixels_per_latent
-        return width * pixels, height * pixels
-
     def label(self, state: DenoiseState) -> str:
         """The size in the names of programs."""
-        width, height = self.size(state)
-        return f"{width}x{height}"
-
-    def padded(self, rows: np.ndarray) -> np.ndarray:
-        """Rows of a table, up to the number of rows that programs take."""
-        padded = np.zeros((self.shapes.table_rows, *rows.shape[1:]), np.float32)
-        padded[: len(rows)] = rows
-        return padded
-
-
-def capabilities_of(family: Family, spec: PipelineSpec) -> Capabilities:
-    """Raises ValueError where the config turns edits on that the model cannot make, or off where it makes no others."""
-    able = family.capabilities
-    if spec.edits and not able.edits:
-        raise ValueError(f"edits must be false for a {type(family).__name__}, which encodes no images, got true.")
-    if not spec.edits and not able.generations:
-        raise ValueError("edits must be true for this checkpoint, whose UNet only fills masks, got false.")
-    return able if spec.edits else Capabilities()
+        return label_of(self.shapes.size_of(state))
 
 
 def check_platform() -> None:
@@ -350,21 +252,3 @@ def check_platform() -> None:
     platforms: str = getattr(jax.config, "jax_platforms", None) or ""
     if platforms.partition(",")[0] == "cuda" and jax.default_backend() != "gpu":
         raise RuntimeError(f"JAX_PLATFORMS is {platforms}, and JAX sees no NVIDIA GPU here; see docs/nvidia.md.")
-
-
-def divides(spec: PipelineSpec, family: Family, component: Component, mesh: Mesh) -> bool:
-    """Whether the chips divide the weights of a component: only of text encoders, which run once an image."""
-    if component.role != "encode" or mesh.size == 1:
-        return False
-    if spec.shard_text_encoders != "auto":
-        return spec.shard_text_encoders
-    return crowded(mesh, weight_count(family) * jnp.dtype(DTYPES[spec.dtype]).itemsize)
-
-
-def check_sizes(sizes: Sequence[Size], multiple: int) -> None:
-    for width, height in sizes:
-        if width % multiple or height % multiple:
-            raise ValueError(
-                f"sizes must have a width and a height that are multiples of {multiple} for this checkpoint, "
-                f"got {width}x{height}."
-            )

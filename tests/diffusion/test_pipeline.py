@@ -16,8 +16,9 @@ import app.diffusion.declared_programs
 import app.diffusion.pipeline
 from app.aot.compile import CompileWatch, compiled
 from app.diffusion.device_programs import rows_of
-from app.diffusion.pipeline import Encoded, Pipeline
+from app.diffusion.pipeline import Pipeline
 from app.diffusion.sharding import row_sharding
+from app.diffusion.text_encoding import Encoded
 from app.types import ActiveSlot, Edit, Generation, InvalidField, PipelineSpec
 from cluster import ROOT
 from tests.tiny import tensor_shapes, write_checkpoint

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.diffusion.pipeline import divides
 from app.diffusion.sharding import HBM_GIB, rows_at
+from app.diffusion.weights import divides
 from app.types import PipelineSpec
 from capacity.chips import CHIPS
 from capacity.models import architecture_of

@@ -110,3 +110,16 @@ def table_of(
         levels=frozen(levels_of_rows, 2),
         initial_scale=initial_scale,
     )
+
+
+def columns(table: SamplerTable, rows: int) -> tuple[Float32, Float32, Coefficients]:
+    """What programs take of a table: timesteps, previews and coefficients, for as many rows as they were compiled."""
+    coefficients = Coefficients(*(padded(getattr(table, name), rows) for name in Coefficients._fields))
+    return padded(table.timesteps, rows), padded(table.preview, rows), coefficients
+
+
+def padded(column: Float32, rows: int) -> Float32:
+    """A column of a table, with zeros up to the number of rows that programs take."""
+    longer = np.zeros((rows, *column.shape[1:]), np.float32)
+    longer[: len(column)] = column
+    return longer

@@ -1,0 +1,42 @@
+"""What a checkpoint can draw of the sizes and edits that a config declares, and of what a request wants.
+
+Needs no JAX. What samplers can do is in app/diffusion/samplers/.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from app.diffusion.edits import check_edit, resolved
+from app.diffusion.families.family import Family
+from app.types import Capabilities, Generation, InvalidField, PipelineSpec, Size
+
+
+def check_sizes(sizes: Sequence[Size], multiple: int) -> None:
+    """Raises ValueError that names the size that the checkpoint cannot have."""
+    for width, height in sizes:
+        if width % multiple or height % multiple:
+            raise ValueError(
+                f"sizes must have a width and a height that are multiples of {multiple} for this checkpoint, "
+                f"got {width}x{height}."
+            )
+
+
+def capabilities_of(family: Family, spec: PipelineSpec) -> Capabilities:
+    """Raises ValueError where the config turns edits on that the model cannot make, or off where it makes no others."""
+    able = family.capabilities
+    if spec.edits and not able.edits:
+        raise ValueError(f"edits must be false for a {type(family).__name__}, which encodes no images, got true.")
+    if not spec.edits and not able.generations:
+        raise ValueError("edits must be true for this checkpoint, whose UNet only fills masks, got false.")
+    return able if spec.edits else Capabilities()
+
+
+def checked(generation: Generation, family: Family, capabilities: Capabilities, sizes: Sequence[Size]) -> Generation:
+    """The request as the checkpoint follows it. Raises InvalidField for one that it cannot follow."""
+    family.check(generation)
+    check_edit(generation, capabilities, sizes)
+    for name, _ in generation.fields:
+        if name not in family.FIELDS:
+            raise InvalidField(name, f"{name} is not a field of this model; leave it out.", "unsupported_parameter")
+    edit = resolved(generation.edit, capabilities)
+    return replace(generation, edit=edit, guidance_embedded=family.embeds_guidance)
