@@ -294,3 +294,13 @@ def test_a_lazy_import_is_not_an_import_time_import(tmp_path: Path) -> None:
     text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import jax\ndef f():\n    import jax"
     write(tmp_path, "app.serving.replica", text)
     assert "jax" not in chains(modules(tmp_path), "app.api.ingress")
+
+
+def test_no_class_of_the_app_is_longer_than_200_lines() -> None:
+    lines = {
+        f"{file.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for file in (ROOT / "app").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {name: count for name, count in lines.items() if count > 200} == {}

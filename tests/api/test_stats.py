@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from app.api.stats import SILENT, SUMMED, replica_ids, stats_of_all, total
+from app.api.stats import SILENT, SUMMED, replica_ids, stats_of_all, total, with_queue
 
 COUNTED = {"waiting": 1, "unfinished": 2, "active_slots": 1, "num_slots": 4, "backlog_s": 0.5, "device_busy_s": 9.0}
 STATS: dict[str, Any] = COUNTED | {"compiles_after_ready": 0, "requests": {"completed": 3}}
@@ -100,6 +100,15 @@ def test_a_rollout_with_different_statistics_has_a_total(stats: dict[str, Any]) 
         counts = isinstance(value, int | float) and value == value
         assert mixed[name] == STATS[name] + (value if counts else 0), name
     assert mixed["requests"]["completed"] in (3, 6)
+
+
+def test_the_total_counts_what_waits_in_the_ingress_and_what_it_refused() -> None:
+    queue = {"waiting": 3, "waiting_s": 1.5, "refused": {"queue_full": 2, "deadline": 1}}
+    alone = total([STATS | {"requests": {"completed": 3, "deadline": 4}}])
+    both = with_queue(alone, queue)
+    assert (both["waiting"], both["unfinished"], both["backlog_s"]) == (4, 5, 2.0)
+    assert both["requests"] == {"completed": 3, "deadline": 5, "queue_full": 2}
+    assert both["device_busy_s"] == alone["device_busy_s"]
 
 
 def test_a_replica_that_answers_without_its_id_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,14 +83,14 @@ def test_a_body_that_a_get_brings_is_refused_and_kept_by_nobody(
 @pytest.mark.parametrize(
     ("method", "target", "status"),
     [
-        ("POST", "/v1/images/generations", 413),
-        ("POST", "/v1/models", 405),
-        ("PUT", "/", 405),
-        ("POST", "/-/routes", 200),
+        ("POST", "/v1/images/generations", {413}),
+        ("POST", "/v1/models", {405, 413}),  # whichever is first: the route's answer, or the proxy's limit
+        ("PUT", "/", {405, 413}),
+        ("POST", "/-/routes", {200, 413}),
     ],
 )
 def test_an_endless_post_is_ended_and_kept_by_nobody(
-    port: int, front: dict[str, psutil.Process], method: str, target: str, status: int
+    port: int, front: dict[str, psutil.Process], method: str, target: str, status: set[int]
 ) -> None:
     before = {name: http_fuzz.resident(process) for name, process in front.items()}
     with connected(port) as connection:
@@ -99,7 +99,7 @@ def test_an_endless_post_is_ended_and_kept_by_nobody(
             for _ in range(300):
                 connection.sendall(b"100000\r\n" + b" " * MIB + b"\r\n")
         (answer,) = answers(received(connection, 1))
-        assert answer.status == status
+        assert answer.status in status
         assert closed(connection)
     for name, process in front.items():
         assert http_fuzz.resident(process) - before[name] < 150, name
