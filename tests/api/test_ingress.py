@@ -477,7 +477,11 @@ def test_stats_are_for_each_replica_and_in_total(client: TestClient, monkeypatch
     monkeypatch.setattr("app.api.ingress.stats_of_all", stats_of_all)
     answer = client.get("/v1/stats").json()
     assert answer["model"] == "tiny" and answer["replicas"] == {"a": stats, "b": stats, "c": {"error": "No answer."}}
-    assert answer["total"] == {"replicas": 2, **dict.fromkeys(SUMMED, 4), "requests": {"completed": 6, "queue_full": 0, "deadline": 0}}
+    assert answer["total"] == {
+        "replicas": 2,
+        **dict.fromkeys(SUMMED, 4),
+        "requests": {"completed": 6, "queue_full": 0, "deadline": 0},
+    }
 
 
 @pytest.mark.parametrize("query", ["", "prompt=", "prompt=a&size=1x1", "prompt=a&seed=-1", "prompt=a&foo=1"])
