@@ -76,6 +76,7 @@ def test_a_replica_that_is_taken_away_is_empty_at_once_and_its_images_are_finish
     verbs: Verbs, tmp_path: Path
 ) -> None:
     """A picture takes 4 s alone, and the eight of them 16 s on two replicas. Serve ends one replica meanwhile."""
+    succeeds(verbs("deploy", "undeploy"))  # whose replica would hold the chips of the only node
     succeeds(verbs.deploy(config(verbs, tmp_path, 2)))
     api = f"http://127.0.0.1:{verbs.serve_port}"
     with ThreadPoolExecutor(8) as pool:
