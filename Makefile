@@ -125,7 +125,7 @@ loadtest: runtime ## Load the local cluster (start it if none is up) or URL=: SC
 # Tests without a cluster compute, and those on clusters mostly wait. So they run beside each other, and the former yield.
 # What shares a cluster is in one process (tests/scheduling.py). Those over SSH come last: started beside two other
 # clusters, Ray's head gives up after a minute. In CI a skip is a failure.
-pytest := $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips-but "$(EXPECTED_SKIPS)")
+pytest := env -u MAKEFLAGS -u MFLAGS $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips-but "$(EXPECTED_SKIPS)")
 beside := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 over_ssh := tests/cluster/test_remote_ssh.py
 clusters := -n 2 --dist loadscope --ignore $(over_ssh)

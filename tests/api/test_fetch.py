@@ -26,7 +26,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch, handler: Handler, *, path: str = "/
 
         app = web.Application()
         app.router.add_get("/{path:.*}", handler)
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

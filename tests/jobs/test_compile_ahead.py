@@ -26,7 +26,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    content["applications"][0]["args"] |= {"sizes": ["64x64"], "batch_buckets": [1], "dtype": "bfloat16"}
+    content["applications"][0]["args"] |= {
+        **{"sizes": ["64x64"], "batch_buckets": [1], "dtype": "bfloat16", "edits": False}
+    }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
     return tmp_path / "small.yaml"
 
@@ -77,7 +79,7 @@ def test_programs_for_a_host_that_is_not_there_are_what_its_replica_looks_for(co
     out = tmp_path / "programs"
     ended = ahead(config, "v5litepod-4", out)
     assert ended.returncode == 0, ended.stderr
-    assert f"{out} has all 6 programs for TPU v5 lite, 6 of them compiled now" in ended.stdout
+    assert f"{out} has all 8 programs for TPU v5 lite, 8 of them compiled now" in ended.stdout
     flags: dict[str, str] = {}
     set_flags(flags)
     for file in out.glob("*.xla"):

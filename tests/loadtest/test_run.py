@@ -302,7 +302,10 @@ def test_another_machine_is_refused_without_the_flag(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nowhere",), "There is no scenario nowhere; there are burst, scale-up, smoke, soak, steady, or name a"),
+        (
+            ("nowhere",),
+            "There is no scenario nowhere; there are burst, edits, scale-up, smoke, soak, steady, or name a",
+        ),
         (
             ("smoke", "--rate", "-1"),
             "smoke.yaml: arrivals.poisson.stages.0.rate: Input should be greater than or equal",
