@@ -206,10 +206,10 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
 ) -> None:
     folder = config.parent / "programs"
     output = succeeds(submitted(verbs, "compile_ahead", "--config", config))
-    assert f"{folder} has all 6 programs for cpu, 6 of them compiled now" in output
+    assert f"{folder} has all 9 programs for cpu, 9 of them compiled now" in output
     assert not (folder / ".draft").exists()
     before = {file.name for file in folder.iterdir()}
-    assert len(before) == 6 + 1  # published.json
+    assert len(before) == 9 + 1  # published.json
     assert "0 of them compiled now" in succeeds(submitted(verbs, "compile_ahead", "--config", config))
 
     def new_log_lines() -> list[str]:
@@ -220,7 +220,7 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
     caplog.set_level(logging.INFO, aot_compile.logger.name)
     replica = Pipeline.load(ReplicaConfig.read(config).pipeline_spec)
     replica.warmup()
-    assert [line.split()[0] for line in new_log_lines()] == ["loaded"] * 6
+    assert [line.split()[0] for line in new_log_lines()] == ["loaded"] * 9
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
     facts = fingerprint(replica.mesh.devices.flat)
     aot_compile.compiled(replica.programs[:1], folder=folder, fingerprint=facts)
