@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cluster import auth_token, processes
+from cluster import ROOT, auth_token, processes
 from cluster.dashboard import serve_address
 from cluster.local.state import Cluster
 from cluster.terminal import say
@@ -22,6 +22,7 @@ def variables(cluster: Cluster) -> dict[str, str]:
         "RAY_ADDRESS": cluster.gcs_address,  # for `ray status` and ray.init()
         "RAY_API_SERVER_ADDRESS": cluster.address,  # `ray job`, `ray list`
         "RAY_DASHBOARD_ADDRESS": cluster.address,  # `serve`
+        "PYTHONPATH": str(ROOT),  # `serve` imports the autoscaling policy that a config names
         **auth_token.environment(cluster.token_file),  # the path of the token, not the token
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without it Ray replaces 127.0.0.1
         "IMAGINE_URL": serve_address(cluster.dashboard.details()),  # curl "$IMAGINE_URL/v1/models"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster import ownership, processes, shell_environment
+from cluster import ROOT, ownership, processes, shell_environment
 from cluster.cli import Parser, UserError
 from cluster.connection import DASHBOARD_PORT, authorization, dashboard_of, dashboard_port, isolate
 from cluster.dashboard import Dashboard, Refused
@@ -232,6 +232,7 @@ def variables(dashboard: int, api: int) -> dict[str, str]:
     return {
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",  # for `serve`
+        "PYTHONPATH": str(ROOT),  # `serve` imports the autoscaling policy that a config names
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",  # for `ray job`
         "RAY_AUTH_MODE": "token",  # otherwise a client sends no token
         "IMAGINE_URL": f"http://127.0.0.1:{api}",  # curl "$IMAGINE_URL/v1/models"
