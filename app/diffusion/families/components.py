@@ -128,10 +128,9 @@ def guidance_numbers(unet: UNetConfig, guidance_scale: float) -> dict[str, npt.N
     return {"guidance": np.stack([guidance_embedding(guidance_scale, unet.guidance_features)] * 2)}
 
 
-class UNetFamily(FamilyDefaults):
-    """What families of a UNet and a VAE have in common: how latents relate to pixels."""
+class AutoencoderFamily(FamilyDefaults):
+    """What families with an AutoencoderKL have in common: how latents relate to pixels."""
 
-    unet: UNetConfig
     vae: VAEConfig
 
     @property
@@ -141,6 +140,16 @@ class UNetFamily(FamilyDefaults):
     @property
     def pixels_per_latent(self) -> int:
         return self.vae.scale_factor
+
+    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
+        mean, deviation = networks["vae"].posterior(pixels)
+        return mean, deviation
+
+
+class UNetFamily(AutoencoderFamily):
+    """What families of a UNet and an AutoencoderKL have in common."""
+
+    unet: UNetConfig
 
     @property
     def size_multiple(self) -> int:
@@ -161,10 +170,6 @@ class UNetFamily(FamilyDefaults):
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(generations=not self.fills_masks, edits=True, masks=True)
-
-    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
-        mean, deviation = networks["vae"].posterior(pixels)
-        return mean, deviation
 
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from app.diffusion.families.components import THINKING_TOKENIZER, VAE, qwen3
-from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
+from app.diffusion.families.components import THINKING_TOKENIZER, VAE, AutoencoderFamily, qwen3
+from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
 from app.diffusion.models.config import VAEConfig
 from app.diffusion.models.flow_config import Qwen3Config, ZImageConfig
 from app.diffusion.models.flow_shapes import z_image_tensors
@@ -23,7 +23,7 @@ def z_image(config: ZImageConfig, **options: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class ZImage(FamilyDefaults):
+class ZImage(AutoencoderFamily):
     PIPELINES: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
     COMPONENTS: ClassVar[Mapping[str, Component]] = {
         "transformer": Component(
@@ -70,14 +70,6 @@ class ZImage(FamilyDefaults):
         return RequestDefaults(50, 6.0)
 
     @property
-    def latent_channels(self) -> int:
-        return self.vae.latent_channels
-
-    @property
-    def pixels_per_latent(self) -> int:
-        return self.vae.scale_factor
-
-    @property
     def size_multiple(self) -> int:
         return 2 * self.vae.scale_factor
 
@@ -97,10 +89,6 @@ class ZImage(FamilyDefaults):
     def capabilities(self) -> Capabilities:
         """With the strengths of ZImageImg2ImgPipeline and ZImageInpaintPipeline."""
         return Capabilities(edits=True, masks=True, strength=0.6)
-
-    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
-        mean, deviation = networks["vae"].posterior(pixels)
-        return mean, deviation
 
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
