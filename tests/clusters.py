@@ -1,6 +1,7 @@
 """Shared by tests of a real local cluster: the Makefile's verbs as a user runs them, and plain HTTP."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
+
+import pytest
 
 from cluster import ROOT, processes
 from cluster.local.state import Cluster
@@ -77,10 +80,25 @@ def one_node_cluster(run_dir: Path, folder: Path) -> Iterator[Verbs]:
     config.write_text(shipped.replace(" .state/", f" {folder}/state/"))
     dashboard_port, serve_port = ports(2)
     verbs = Verbs(run_dir, dashboard_port, serve_port, cluster_file, config)
-    verbs.down()  # what a test run that was killed may have left
-    succeeds(verbs.up())
-    yield verbs
-    succeeds(verbs.down())
+    with only_user(run_dir):
+        verbs.down()  # what a test run that was killed may have left
+        succeeds(verbs.up())
+        yield verbs
+        succeeds(verbs.down())
+
+
+@contextlib.contextmanager
+def only_user(run_dir: Path) -> Iterator[None]:
+    """Fails the test where another process of pytest has its cluster in this folder, which `down` would end."""
+    run_dir.parent.mkdir(exist_ok=True)
+    with run_dir.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pytest.fail(
+                f"Another process has a cluster in {run_dir}. Does tests/scheduling.py have them in one process?"
+            )
+        yield
 
 
 def in_this_process(main: Callable[[], str], command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -1,10 +1,12 @@
-"""Which tests on clusters a process of pytest-xdist runs together; `--dist loadscope` asks for this."""
+"""Which tests on clusters a process of pytest-xdist runs together; `--dist loadscope` asks for this. A file in
+tests/on_cluster/ shares the cluster of conftest.py unless it is named as having its own."""
 
 from typing import Any
 
 import pytest
 
-SHARE_A_CLUSTER = ("tests/on_cluster/test_api.py", "tests/on_cluster/test_front.py", "tests/on_cluster/test_moves.py")
+SHARED = "tests/on_cluster/"  # where a file's tests share the cluster of conftest.py
+OWN_CLUSTER = ("tests/on_cluster/test_verbs.py",)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -17,6 +19,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             """Tests of one scope run in one process, in their order."""
             file = nodeid.partition("::")[0]
-            return "shared cluster" if file in SHARE_A_CLUSTER else file
+            return "shared cluster" if file.startswith(SHARED) and file not in OWN_CLUSTER else file
 
     return ByCluster(config, log)
