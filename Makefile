@@ -56,7 +56,7 @@ unexport PYTHONINSPECT PYTHONOPTIMIZE PYTHONWARNINGS PYTHONDONTWRITEBYTECODE
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
-.PHONY: test-faults test-chaos test-http-jobs-faults rehearse rehearse-calls gke
+.PHONY: test-faults test-chaos test-http-jobs-faults rehearse rehearse-faults rehearse-variants rehearse-gke rehearse-calls gke
 .PHONY: format golden demo-quality demo-edits train-demo lock clean runtime dev parity gcp check-config api-key bench-engine bench-cluster
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: test-computing test-waiting test-browser page-pictures browser
@@ -254,8 +254,19 @@ uv := .cache/uv-$(UV_VERSION)/bin/uv
 lock := $(uv) pip compile pyproject.toml --universal --generate-hashes --no-emit-index-url --no-header \
 	--quiet --python-version 3.11
 
-rehearse: gcp ## Rehearse cluster.yaml whole and its variants in half (or CLUSTER=) against a simulated Google Cloud with hosts, as root
-	@$(py) -m rehearsal --hosts $(filter-out local,$(CLUSTER))
+played := $(or $(filter-out local,$(CLUSTER)),cluster.yaml)
+
+rehearse: gcp ## Rehearse CLUSTER=cluster.yaml from up to down against a simulated Google Cloud with hosts, as root (under 20 minutes)
+	@$(py) -m rehearsal --hosts whole $(played)
+
+rehearse-faults: gcp ## Rehearse CLUSTER=cluster.yaml the same way, with Google's refusals, delays and losses one after another
+	@$(py) -m rehearsal --hosts faults $(played)
+
+rehearse-variants: gcp ## Rehearse configs/cluster-*.yaml the same way, up to the first picture
+	@$(py) -m rehearsal --hosts half $(sort $(wildcard configs/cluster-*.yaml))
+
+rehearse-gke: gcp ## Rehearse what `make gke` writes: the image's commands and the pods' in Linux namespaces, as root
+	@$(py) -m rehearsal.gke
 
 rehearse-calls: gcp ## Rehearse FILES= (all cluster files) against a simulated Google Cloud, without hosts: 4 to 60 s each
 	@$(py) -m rehearsal $(FILES)

@@ -1,4 +1,4 @@
-"""`python -m rehearsal`: rehearses cluster files without hosts, or one with --hosts, and says what happened."""
+"""`python -m rehearsal`: rehearses cluster files, without hosts or with --hosts, and says what happened."""
 
 import contextlib
 import logging
@@ -13,9 +13,11 @@ from typing import IO
 from cluster import ROOT
 from cluster.cli import Parser, UserError, run_command
 from cluster.remote import leftovers
-from rehearsal import full
+from rehearsal import faults, full
 from rehearsal.calls import Rehearsal, rehearsing
+from rehearsal.full import expect
 
+ACTS = {"whole": full.whole, "half": full.first_half, "faults": faults.act}
 NODES = 4
 LAST_LINES = 30  # of what Ray printed before a failure
 
@@ -44,11 +46,6 @@ def walk(cloud: Rehearsal, source: Path) -> Iterator[str]:
     expect(not entries, f"these are left: {entries}")
     methods = Counter(method for method, _ in cloud.books.calls)
     yield f"ray down: nothing is left; {methods.total()} API calls of {len(methods)} methods"
-
-
-def expect(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(f"The rehearsal failed: {sentence}.")
 
 
 @contextlib.contextmanager
@@ -87,14 +84,12 @@ def rehearse(source: Path) -> None:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="cluster files (default: all of this repository)")
-    parser.add_argument(
-        "--hosts", action="store_true", help="with hosts, which needs root: the first file whole, half of the others"
-    )
+    parser.add_argument("--hosts", choices=ACTS, help="with hosts, which needs root: what is played with each file")
     parser.add_argument("--transcript", type=Path, default=ROOT / ".run/rehearsal.txt", help="with hosts: of commands")
     arguments = parser.parse_args()
     files = arguments.files or [ROOT / "cluster.yaml", *sorted((ROOT / "configs").glob("cluster-*.yaml"))]
     if arguments.hosts:
-        full.rehearse(files, arguments.transcript)
+        full.rehearse(files, arguments.transcript, ACTS[arguments.hosts])
         return
     logging.disable(logging.WARNING)
     for source in files:

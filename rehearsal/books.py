@@ -143,13 +143,19 @@ class Books:
         return address
 
     def release(self, machine: str) -> None:
-        """Frees the addresses of a machine, and its disk."""
+        """Frees the addresses of a machine and its disk, and cancels what else was to happen to it."""
         self.addresses = {address: owner for address, owner in self.addresses.items() if owner != machine}
         self.disks = {disk: owner for disk, owner in self.disks.items() if owner != machine}
+        for operation in self.operations.values():
+            if operation.target.rpartition("/")[2] == machine.rpartition("/")[2] and not operation.done:
+                operation.done, operation.error = True, CANCELLED[operation.method.partition(".")[0]]
 
     def announce_preemption(self, node: str) -> None:
         """The notice that Google gives half a minute before."""
         self.keeper.tell(host(node), "instance/preempted", "TRUE")
+
+    def announce_maintenance(self, node: str) -> None:
+        self.keeper.tell(host(node), "instance/maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
 
     def preempt(self, node: str) -> None:
         """Takes a TPU of one host away. It stays listed, as at Google."""
@@ -182,6 +188,10 @@ def lookup(table: dict[str, Json], name: str, path: str) -> Json:
     return table[name]
 
 
+CANCELLED: dict[str, Json] = {  # by the service whose operation it was
+    "compute": {"errors": [{"code": "RESOURCE_NOT_FOUND", "message": "The resource has been deleted."}]},
+    "tpu": {"code": 1, "message": "The operation was cancelled, as its resource has been deleted."},
+}
 STOCK_OUT: dict[str, Json] = {
     "compute.instances.insert": {
         "errors": [

@@ -1,49 +1,61 @@
-"""A rehearsal with hosts: what a user does with a cluster file, from `make up` to `make down`, and what Google does.
+"""Rehearsals with hosts: what a user does with a cluster file, from `make up` to `make down`, and what Google does.
 
-The first half is for any cluster file; the second has a job and a pre-emption.
+The first half is for any cluster file. The second has a changed config, load, a stock-out, maintenance, new code and a
+preemption. rehearsal/faults.py has another play.
 """
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster import ROOT
 from cluster.cli import UserError
-from rehearsal.books import Fault
+from rehearsal.books import Fault, stock_out
 from rehearsal.stage import Stage, stage
 
-CREATE = "tpu.projects.locations.nodes.create"
+Act = Callable[[Stage, str, str], None]  # takes CLUSTER=... and CONFIG=... too
+CREATE, LIST = "tpu.projects.locations.nodes.create", "tpu.projects.locations.nodes.list"
 CREATION_S = 2.0
-MONITOR_LOG = "/tmp/ray/session_latest/logs/monitor.log"  # of the autoscaler
-CHANGES = {  # of the config: the replica takes the host's chips and computes on its processor, one picture at a time
+AUTOSCALER_LOG = "/tmp/ray/session_latest/logs/monitor.log"
+SOLD_OUT = "There is no more capacity in the zone"
+LOAD = "--duration 90 --settle 400 --field num_inference_steps=4 --no-checks"
+SCALED = "most replicas 2, on nodes 2; in the end 1 on 1"  # of the load test's summary
+STEPS = {"num_inference_steps: 20 ": "num_inference_steps: 8 "}
+NEW_CODE = {'"Software": "imagine-tpu"': '"Software": "imagine-tpu 2"'}  # in a picture's metadata
+# Of the config: a replica takes the host's chips and computes on its processor, one picture at a time. The folder of
+# programs is one that the hosts share, so that only the first replica compiles.
+CHANGES = {
     "          num_cpus: 1 ": "          runtime_env: {env_vars: {JAX_PLATFORMS: cpu}}\n          num_cpus: 1 ",
     "batch_buckets: [1, 2, 4] ": "batch_buckets: [1] ",
+    "programs: .cache/programs ": "programs: /mnt/image/programs ",
+    "          max_replicas: 4 ": "          max_replicas: 2 ",
     "          target_ongoing_requests: 8 ": "          target_ongoing_requests: 4 ",
 }
+IDLE = {"idle_timeout_minutes: 10 ": "idle_timeout_minutes: 0.5 "}  # of the cluster file
 
 
-def rehearse(files: list[Path], transcript: Path) -> None:
-    """Rehearses each cluster file: the first one whole, and the first half of the others."""
+def rehearse(files: list[Path], transcript: Path, act: Act) -> None:
+    """Plays the act with each cluster file. Raises UserError where it fails or leaves something."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is removed
     transcript.parent.mkdir(parents=True, exist_ok=True)
     with transcript.open("w") as log:
         for source in files:
             log.write(f"\n# {source.name}\n")
             with stage(log) as scene:
-                play(scene, source, whole=source == files[0])
+                play(scene, source, act)
     print(f"Nothing is left. The transcript is {transcript}.")
 
 
-def play(scene: Stage, source: Path, whole: bool) -> None:
+def play(scene: Stage, source: Path, act: Act) -> None:
     scene.books.faults.append(Fault(CREATE, takes_s=CREATION_S))
     cluster = scene.desk.cluster_file(source, scene.project)
+    change(cluster, IDLE)
     file, config = f"CLUSTER={cluster}", f"CONFIG={without_tpu(scene.desk.folder)}"
     try:
-        first_half(scene, file, config)
-        if whole:
-            second_half(scene, file)
+        act(scene, file, config)
     except UserError:
-        scene.make("attach", file, f"CMD=tail -n 200 {MONITOR_LOG}", may_fail=True)  # the reason may be there
+        scene.make("attach", file, f"CMD=tail -n 200 {AUTOSCALER_LOG}", may_fail=True)  # the reason may be there
         raise
     scene.make("down", file)
     if entries := list(scene.books.open_entries()):
@@ -57,17 +69,72 @@ def first_half(scene: Stage, file: str, config: str) -> None:
     scene.make("deploy", file, config)
     scene.make("status", file)
     scene.picture(file, "a+red+house")
-    if gone := started - set(scene.books.nodes):
-        raise UserError(f"The rehearsal failed: the autoscaler replaced TPU nodes that were well: {', '.join(gone)}")
+    expect(started <= set(scene.books.nodes), "the autoscaler replaced a TPU node that was well")
 
 
-def second_half(scene: Stage, file: str) -> None:
+def whole(scene: Stage, file: str, config: str) -> None:
+    first_half(scene, file, config)
     scene.first_line("monitor", file, with_text="monitor.log")
+    scene.make("logs", file)
     scene.make("job", file, "JOB=fetch_weights", "ARGS=assets/demo-model --out weights/demo")
-    (node,) = scene.await_nodes(bool, "The TPU node is as it was")
-    scene.preempt(node)
-    scene.await_nodes(lambda nodes: bool(nodes - {node}), "Another TPU node takes its place")
+    scene.make("jobs", file)
+    change(Path(config.partition("=")[2]), STEPS)
+    scene.make("deploy", file, config)
+    expect(scene.picture(file, "a+red+house").info["num_inference_steps"] == "8", "the changed config is not deployed")
+    load(scene, file)
+    maintenance(scene, file, config)
+    new_code(scene, file, config)
+    preemption(scene, file, config)
     scene.make("attach", file, "CMD=ray status")
+    scene.make("undeploy", file)
+
+
+def load(scene: Stage, file: str) -> None:
+    """Load that one replica does not hold has the autoscaler add a TPU node, at the second try, and remove one after.
+
+    The load test sees both: it ends when replicas and nodes are as before.
+    """
+    sold_out, busy = stock_out(CREATE, 1), Fault(LIST, 2, answer=503)
+    with scene.tunnel(file) as (dashboard, api):
+        scene.books.faults[:0] = [sold_out, busy]
+        arguments = f"ARGS={LOAD} --dashboard {dashboard} --out {scene.folder / 'reports'}"
+        output = scene.make("loadtest", "SCENARIO=scale-up", f"URL={api}", arguments)
+    expect(SCALED in output, "the load test did not see a second replica and node come and go")
+    expect(not sold_out.times and not busy.times, "the autoscaler did not meet the stock-out and Google's 503")
+    scene.make("attach", file, f"CMD=grep -o -m 1 '{SOLD_OUT}' {AUTOSCALER_LOG}")
+
+
+def maintenance(scene: Stage, file: str, config: str) -> None:
+    (node,) = scene.nodes()
+    scene.maintain(node)
+    scene.await_nodes(lambda nodes: nodes and node not in nodes, "Another TPU node has taken its place")
+    scene.make("deploy", file, config)  # waits until the replica is ready
+    scene.picture(file, "a+blue+boat")
+
+
+def new_code(scene: Stage, file: str, config: str) -> None:
+    """Nodes get changed code when they start, so the cluster starts anew."""
+    change(scene.project / "app/serving/image_metadata.py", NEW_CODE)
+    scene.make("down", file)
+    scene.make("up", file)
+    scene.await_nodes(bool, "The autoscaler has set up a TPU node")
+    scene.make("deploy", file, config)
+    software = scene.picture(file, "a+green+tree").info["Software"]
+    expect(software == "imagine-tpu 2", f"the replica runs old code, as its pictures are by {software}")
+    scene.say(f"The picture is by {software}: the new code")
+
+
+def preemption(scene: Stage, file: str, config: str) -> None:
+    (node,) = scene.nodes()
+    scene.preempt(node)
+    scene.await_nodes(lambda nodes: nodes - {node}, "Another TPU node has taken its place")
+    scene.make("deploy", file, config)
+    scene.picture(file, "a+white+cat")
+
+
+def expect(condition: object, sentence: str) -> None:
+    if not condition:
+        raise UserError(f"The rehearsal failed: {sentence}.")
 
 
 def change(file: Path, lines: dict[str, str]) -> None:
@@ -79,8 +146,8 @@ def change(file: Path, lines: dict[str, str]) -> None:
 
 
 def without_tpu(folder: Path) -> Path:
-    """serve_config.yaml for hosts without a TPU."""
+    """The config whose delays are seconds, for hosts without a TPU."""
     file = folder / "serve_config.yaml"
-    file.write_text((ROOT / "serve_config.yaml").read_text())
+    file.write_text((ROOT / "configs/quick-scaling.yaml").read_text())
     change(file, CHANGES)
     return file

@@ -13,6 +13,7 @@ from typing import Any
 
 from rehearsal.accounts import token_for
 from rehearsal.books import SERVICES, Books, Keeper, Machine
+from rehearsal.image import WRITTEN
 from rehearsal.metadata import ADDRESS, Metadata
 from rehearsal.metadata import Server as MetadataServer
 from rehearsal.namespaces import GATEWAYS, Network, call_inside
@@ -51,6 +52,7 @@ for place in /root /work; do [ ! -d $place ] || mount -t tmpfs -o mode=755 tmpfs
 mkdir -p /run/sshd
 exec /usr/sbin/sshd -D -e -f /mnt/host/sshd_config
 """
+# All hosts share this machine's processors, so they share compiled modules too: Ray gives up agents that start slowly.
 SSHD = """ListenAddress 0.0.0.0
 HostKey /mnt/host/host_key
 AuthorizedKeysFile /mnt/host/authorized_keys
@@ -60,7 +62,7 @@ PasswordAuthentication no
 Subsystem sftp internal-sftp
 SetEnv HTTPLIB2_CA_CERTS=/mnt/host/certificate.pem CURL_CA_BUNDLE=/mnt/host/certificate.pem UV_NO_INDEX=1 \
 UV_FIND_LINKS=/mnt/image/wheels UV_CACHE_DIR=/mnt/image/uv-cache UV_LINK_MODE=symlink UV_OFFLINE=1 \
-UV_PYTHON_INSTALL_DIR=/mnt/image/python
+UV_PYTHON_INSTALL_DIR=/mnt/image/python PYTHONPYCACHEPREFIX=/mnt/image/pycache
 """
 
 
@@ -76,7 +78,8 @@ class Hosts(Keeper):
     def __init__(self, books: Books, network: Network, image: Path, folder: Path) -> None:
         self.books, self.network, self.image, self.folder = books, network, image, folder
         self.hosts: dict[str, Host] = {}
-        os.chown(image / "uv-cache", UID, UID)
+        for name in WRITTEN:
+            os.chown(image / name, UID, UID)
 
     def start(self, machine: Machine) -> None:
         folder = self.folder / machine.name

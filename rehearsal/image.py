@@ -13,6 +13,7 @@ from cluster.cli import UserError
 
 FOLDER = ROOT / ".cache" / "rehearsal"
 REQUIREMENTS = ("gcp", "tpu")
+WRITTEN = ("uv-cache", "pycache", "programs")  # folders that the hosts write to and share
 
 
 def make(folder: Path = FOLDER) -> Path:
@@ -40,7 +41,8 @@ def make(folder: Path = FOLDER) -> Path:
             if done.returncode:
                 raise UserError(f"The hosts' packages could not be downloaded: {done.stderr.strip().splitlines()[-1]}")
         stamp.write_text(pinned)
-    (folder / "uv-cache").mkdir(exist_ok=True)
+    for name in WRITTEN:
+        (folder / name).mkdir(exist_ok=True)
     return folder
 
 

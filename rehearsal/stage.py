@@ -5,6 +5,7 @@ Needs root, Linux namespaces, sshd and rsync. All traffic stays in the namespace
 
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -134,19 +135,20 @@ class Stage:
             yield line
 
     @contextmanager
-    def tunnel(self, file: str) -> Iterator[str]:
-        """The address of the API at the end of `make dashboard`."""
+    def tunnel(self, file: str) -> Iterator[tuple[str, str]]:
+        """The addresses of the dashboard and of the API at the ends of `make dashboard`."""
         self.note("dashboard", file)
         with self.running("dashboard", file) as process:
             line = next((line for line in self.lines(process) if "the API at" in line), "")
             if not line:
                 raise UserError("The rehearsal failed: `make dashboard` opens no tunnel.")
-            yield line.partition("the API at ")[2].strip().rstrip(".")
+            dashboard, api = re.findall(r"http://[\w.:]+", line)
+            yield dashboard, api
 
     def picture(self, file: str, prompt: str) -> Image.Image:
         """Draws a picture through the SSH tunnel of `make dashboard`."""
-        with self.tunnel(file) as address:
-            url = f"{address}/imagine?seed=1&prompt={prompt}"
+        with self.tunnel(file) as (_, api):
+            url = f"{api}/imagine?seed=1&prompt={prompt}"
             done = subprocess.run(self.command("curl", "-fsS", "--max-time", "120", url), capture_output=True)
         if done.returncode:
             raise UserError(f"The rehearsal failed: {url} gives no picture: {done.stderr.decode().strip()}")
@@ -174,15 +176,31 @@ class Stage:
             nodes = self.books.nodes.items()
             return {n for n, node in nodes if node["state"] == "READY" and status == node["labels"].get(STATUS_LABEL)}
 
-    def await_nodes(self, condition: Callable[[set[str]], bool], purpose: str) -> set[str]:
+    def await_nodes(self, condition: Callable[[set[str]], object], purpose: str) -> set[str]:
         """Waits until the TPU nodes that are set up meet a condition. Returns their names."""
+        seconds = self.wait(lambda: condition(self.nodes()), purpose)
+        nodes = self.nodes()
+        self.say(f"{purpose}, after {seconds:.0f} s: {', '.join(map(short, sorted(nodes)))}")
+        return nodes
+
+    def wait(self, condition: Callable[[], object], purpose: str) -> float:
+        """Waits until a condition holds. Returns the seconds that it took; raises UserError if it takes too many."""
         began = time.monotonic()
         while time.monotonic() < began + NODE_TIMEOUT_S:
-            if condition(nodes := self.nodes()):
-                self.say(f"{purpose}, after {time.monotonic() - began:.0f} s: {', '.join(map(short, sorted(nodes)))}")
-                return nodes
+            if condition():
+                return time.monotonic() - began
             time.sleep(POLL_S)
         raise UserError(f"The rehearsal failed: {purpose}: not within {NODE_TIMEOUT_S:.0f} s.")
+
+    def await_call(self, method: str, status: int, purpose: str, after: int = 0) -> None:
+        """Waits until Google has answered a call of a method with this status; `after` so many calls of any kind."""
+        self.wait(lambda: (method, status) in self.books.calls[after:], purpose)
+        self.say(purpose)
+
+    def maintain(self, node: str) -> None:
+        """Announces that a node ends, as Google does a minute before maintenance that stops a machine."""
+        self.say(f"Google announces maintenance of {short(node)}")
+        self.books.announce_maintenance(node)
 
     def preempt(self, node: str) -> None:
         """Takes a node away as Google does: a notice, and half a minute later the end."""

@@ -113,7 +113,7 @@ def test_a_head_whose_start_never_ends_is_given_up_and_removed_by_down(
     assert "Failed to setup head node." in capfd.readouterr().err
     assert cloud.down(file) == 0
     leftovers.clear(file)
-    assert cloud.books.instances == {} and cloud.books.addresses == {}
+    assert list(cloud.books.open_entries()) == []
 
 
 def test_a_stock_out_of_tpus_is_what_the_autoscaler_logs_and_later_it_succeeds(cloud: Rehearsal, file: Path) -> None:
@@ -144,6 +144,16 @@ def test_a_preempted_node_is_gone_for_the_autoscaler_and_down_deletes_it(
     leftovers.clear(file)
     short = node.rpartition("/")[2]
     assert f"Deleting {short} (PREEMPTED), which Ray leaves behind" in capfd.readouterr().out
+    assert list(cloud.books.open_entries()) == []
+
+
+def test_a_tpu_whose_creation_never_ends_is_removed_by_down(cloud: Rehearsal, file: Path) -> None:
+    cloud.up(file)
+    cloud.books.faults.append(Fault(CREATE, 1, takes_s=math.inf))
+    cloud.head().add("ray_tpu")  # Ray waits for eight minutes
+    assert [node["state"] for node in cloud.books.nodes.values()] == ["CREATING"]
+    assert cloud.down(file) == 0
+    leftovers.clear(file)
     assert list(cloud.books.open_entries()) == []
 
 
