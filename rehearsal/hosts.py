@@ -50,7 +50,8 @@ mount --move /mnt/host/dev /dev
 for place in /root /work; do [ ! -d $place ] || mount -t tmpfs -o mode=755 tmpfs $place; done
 [ -d "$5" ] || { mkdir -p "$5" && mount --bind /mnt/image/python/cpython-* "$5"; }
 mkdir -p /run/sshd
-exec /usr/sbin/sshd -D -e -f /mnt/host/sshd_config
+/usr/sbin/sshd -D -e -f /mnt/host/sshd_config
+exit # bash stays process 1 and reaps what Ray leaves, as sshd would not
 """
 # All hosts share this machine's processors, so they share compiled modules too: Ray gives up agents that start slowly.
 SSHD = """ListenAddress 0.0.0.0

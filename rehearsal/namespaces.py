@@ -43,6 +43,9 @@ class Network:
         ip("netns", "add", namespace)
         ip("link", "add", "eth0", "netns", namespace, "type", "veth", "peer", "name", port, "netns", self.cloud)
         inside(self.cloud, "link", "set", port, "master", "bridge", "up")
+        # It announces itself, as another may have had its addresses shortly before.
+        notify = "echo 1 > /proc/sys/net/ipv4/conf/eth0/arp_notify"
+        ip("netns", "exec", namespace, "sh", "-c", notify)
         for address in addresses:
             inside(namespace, "addr", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):

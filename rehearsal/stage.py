@@ -82,12 +82,12 @@ class Stage:
         enter = ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "bash", "-c", AT_DESK, "desk"]
         return ["env", "-i", *assignments, *enter, str(self.folder / "desk"), *arguments]
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, output: int, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.command(*arguments),
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
@@ -97,25 +97,28 @@ class Stage:
         """Runs `make` at the desk, notes it in the transcript, and returns the output. Raises UserError if it fails."""
         words = self.note(verb, *variables)
         began, calls = time.monotonic(), len(self.books.calls)
-        with self.running(verb, *variables) as process:
-            lines = list(self.lines(process))
+        # Not through a pipe, as Ray's SSH connections stay for a while and would hold it open.
+        before = os.fstat(self.log.fileno()).st_size
+        with self.running(verb, *variables, output=self.log.fileno()) as process:
             process.wait()
+        output = Path(self.log.name).read_bytes()[before:].decode(errors="replace")
         seconds, calls = time.monotonic() - began, len(self.books.calls) - calls
         self.say(f"make {words}: exit {process.returncode} after {seconds:.0f} s, {calls} API calls")
         if process.returncode and not may_fail:
-            raise UserError(f"The rehearsal failed at `make {words}`: {''.join(lines[-3:]).strip()}")
-        return "".join(lines)
+            raise UserError(f"The rehearsal failed at `make {words}`: {' '.join(output.splitlines()[-3:])}")
+        return output
 
     def note(self, verb: str, *variables: str) -> str:
         """Writes a command line into the transcript, as a user would type it."""
         words = " ".join(shlex.quote(word) for word in (verb, *variables)).replace(f"{self.desk.folder}/", "")
         self.log.write(f"\n$ make {words}\n")
+        self.log.flush()
         return words
 
     @contextmanager
-    def running(self, verb: str, *variables: str) -> Iterator[subprocess.Popen[str]]:
+    def running(self, verb: str, *variables: str, output: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
         """A `make` that runs while the block does, and ends with Ctrl-C if it has not ended by then."""
-        with self.start("make", f"RUN_DIR={self.folder / 'run'}", verb, *variables) as process:
+        with self.start(output, "make", f"RUN_DIR={self.folder / 'run'}", verb, *variables) as process:
             try:
                 yield process
             finally:
