@@ -49,7 +49,7 @@ def test_the_deployed_config_differs_from_the_shipped_one_in_five_lines(tmp_path
 
 def test_the_second_deploy_and_the_new_code_change_a_line_of_what_is_shipped(tmp_path: Path) -> None:
     config, code = full.without_tpu(tmp_path), tmp_path / "image_metadata.py"
-    before = shutil.copy(config, tmp_path / "before.yaml")
+    before = Path(shutil.copy(config, tmp_path / "before.yaml"))
     full.change(config, full.STEPS)
     assert added(before, config) == ["num_inference_steps: 8"]
     refuse_errors([config])
