@@ -87,6 +87,10 @@ class Args(Settings):
     edits: bool = Field(
         default=False, description="whether requests may have images to begin from; loads the VAE's encoder"
     )
+    references: Annotated[int, Field(ge=1, le=16)] | None = Field(
+        default=None,
+        description="with edits: most images that a request may look at, of models that look at images; null: one",
+    )
     images_at_once: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         default="auto", description="how many images of a size denoise at once; auto: as many as measured to pay"
     )
@@ -139,6 +143,7 @@ class Args(Settings):
             max_steps=self.limits.num_inference_steps[1],
             shard_text_encoders=self.shard_text_encoders,
             edits=self.edits,
+            references=self.references,
             programs=programs,
         )
 

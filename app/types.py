@@ -31,6 +31,7 @@ class PipelineSpec:
     dtype: Dtype = "float32"
     shard_text_encoders: bool | Literal["auto"] = "auto"  # whether the chips of a host divide their weights
     edits: bool = False  # whether requests may have images; this loads the VAE's encoder and compiles its programs
+    references: int | None = None  # most images that a request may look at; None: one, if the model looks at any
     programs: Path | None = None  # folder of compiled programs; None: each start compiles
 
     def __post_init__(self) -> None:
@@ -54,6 +55,10 @@ class PipelineSpec:
                 f"decode_buckets must be at most {self.num_slots}, twice the largest of batch_buckets, "
                 f"got {decode_buckets[-1]}.",
             )
+        if self.references is not None and not self.edits:
+            raise InvalidField("references", f"references must be left out without edits, got {self.references}.")
+        if self.references is not None and self.references < 1:
+            raise InvalidField("references", f"references must be at least 1, got {self.references}.")
         if self.max_steps < 1:
             raise InvalidField("max_steps", f"max_steps must be at least 1, got {self.max_steps}.")
         if self.dtype not in get_args(Dtype):
@@ -78,7 +83,7 @@ class Capabilities:
     generations: bool = True  # images of a prompt alone
     edits: bool = False  # an image to begin from
     masks: bool = False  # a mask of that image
-    references: int = 0  # how many reference images, each of one of the declared sizes
+    references: int = 0  # how many images a request may look at, the one to begin from among them
     strength: float = 0.8  # of an edit that names none
     mask_strength: float = 1.0  # of an edit with a mask that names none
 
@@ -127,6 +132,7 @@ class Generation:
     fields: tuple[tuple[str, tuple[int, int]], ...] = ()  # names and values of fields that only some models have
     edit: Edit | None = None  # None: the images are made of the prompt alone
     guidance_embedded: bool = False  # the denoiser takes the guidance scale as a number, known only to the replica
+    references: int = 0  # how many images the denoiser looks at, known only to the replica
 
     @property
     def guided(self) -> bool:
@@ -166,6 +172,7 @@ class ActiveSlot(NamedTuple):
 
     slot: int
     guided: bool
+    looks: bool = False  # at reference images, which only some programs read
 
     @property
     def rows(self) -> int:

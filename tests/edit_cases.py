@@ -14,11 +14,13 @@ class EditRun(NamedTuple):
     sampler: str | None
     steps: int
     guidance_scale: float
-    strength: float
+    strength: float | None  # None: it begins from noise
     masked: bool
+    references: int = 0  # images to look at, beside the one to begin from
 
     def __str__(self) -> str:
-        return f"{self.sampler} {self.steps} {self.guidance_scale} {self.strength}{' masked' * self.masked}"
+        name = f"{self.sampler} {self.steps} {self.guidance_scale} {self.strength}{' masked' * self.masked}"
+        return f"{name} {self.references} references" if self.references else name
 
 
 RUNS = {
@@ -34,6 +36,13 @@ RUNS = {
         EditRun("euler", 4, 5.0, 0.999, True),
         EditRun("heun", 4, 5.0, 1.0, True),
     ],
+    "tiny-klein": [
+        EditRun(None, 4, 1.0, None, False, references=2),
+        EditRun(None, 3, 4.0, None, False, references=1),
+        EditRun(None, 4, 1.0, 0.6, False),
+        EditRun(None, 3, 4.0, 0.7, True),
+        EditRun(None, 4, 1.0, 1.0, True, references=1),
+    ],
     "tiny-z-image": [
         EditRun(None, 4, 1.0, 0.6, False),
         EditRun(None, 4, 4.0, 0.85, False),
@@ -44,12 +53,20 @@ RUNS = {
 # Of tiny-sd2 with a UNet that fills masks.
 INPAINTING = [EditRun("ddim", 4, 5.0, 1.0, True), EditRun("euler", 4, 1.0, 0.6, True)]
 SIZES = tiny.IMAGE_SIZES | tiny_flow.IMAGE_SIZES  # height, width
+REFERENCE_SIZE = (16, 16)
 
 
 def images(model: str) -> Pixels:
     """[2, H, W, 3]: what the two pictures of a run begin from."""
     height, width = SIZES[model]
     return np.clip(127.5 + 60 * tiny.noise(f"{model} image", 2, height, width, 3), 0, 255).astype(np.uint8)
+
+
+def references(model: str) -> list[Pixels]:
+    """[H, W, 3] each: of REFERENCE_SIZE, and as large as the pictures."""
+    sizes = (REFERENCE_SIZE, SIZES[model])
+    images = (tiny.noise(f"{model} reference {i}", *size, 3) for i, size in enumerate(sizes))
+    return [np.clip(127.5 + 60 * image, 0, 255).astype(np.uint8) for image in images]
 
 
 def mask(model: str) -> Mask:

@@ -159,7 +159,7 @@ def check_able(body: EditBody, service: Service) -> None:
     if body.values.get("strength") is not None and not able.edits:
         message = "strength is not something this model takes: it looks at images and begins from none; leave it out."
         raise InvalidField("strength", message, "unsupported_parameter")
-    field, most = body.images[0].field, min(service.limits.input_images, able.references + body.begins(service))
+    field, most = body.images[0].field, min(service.limits.input_images, max(able.references, able.edits))
     if len(body.images) > most:
         rule = f"{field} must be at most {most} image{'s' * (most > 1)} for this model"
         raise InvalidField(field, f"{rule}, got {len(body.images)}.")

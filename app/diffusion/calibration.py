@@ -26,6 +26,7 @@ class Calibration(NamedTuple):
     launch_s: dict[tuple[Size, int], float]  # what a dispatch adds to its steps, likewise
     decode_s: dict[tuple[Size, int], float]  # seconds of a decode by size and decode bucket
     encode_image_s: dict[Size, float]  # seconds of an image's encode by size; empty where the server takes no images
+    reference_step_s: dict[tuple[Size, int], float]  # as `step_s`, of slots that look at images; empty where none can
     dispatch_cost: DispatchCost
     preview_maps: dict[Size, np.ndarray]  # float32 [C + 1, 3]
 
@@ -59,7 +60,7 @@ class Verbs(Protocol):
 def calibrate(pipeline: Verbs) -> Calibration:
     """Runs every program at least once."""
     step_s, launch_s, decode_s, costs = {}, {}, {}, []
-    preview_maps, encode_image_s = {}, {}
+    preview_maps, encode_image_s, reference_step_s = {}, {}, {}
     (text,) = pipeline.encode(["warm-up"])
     for size in pipeline.sizes:
         times = times_of(pipeline, size, text)
@@ -69,6 +70,9 @@ def calibrate(pipeline: Verbs) -> Calibration:
         costs.append(times.dispatch_cost)
         if pipeline.capabilities.edits:
             encode_image_s[size] = time_of_encode(pipeline, size)
+        if pipeline.capabilities.references:
+            steps = times_with_references(pipeline, size, text, times)
+            reference_step_s.update({(size, rows): seconds for rows, seconds in steps.items()})
         preview_maps[size] = preview_map(pipeline, size, text, times.step_s)
         logger.info(
             "warm %dx%d ms a launch + a step by rows: %s; a dispatch %s",
@@ -76,7 +80,7 @@ def calibrate(pipeline: Verbs) -> Calibration:
             ", ".join(f"{rows}: {1e3 * times.launch_s[rows]:.1f} + {1e3 * s:.1f}" for rows, s in times.step_s.items()),
             "blocks" if times.dispatch_cost.blocks else f"takes the host {1e3 * times.dispatch_cost.host_s:.2f} ms",
         )
-    return Calibration(step_s, launch_s, decode_s, encode_image_s, max(costs), preview_maps)
+    return Calibration(step_s, launch_s, decode_s, encode_image_s, reference_step_s, max(costs), preview_maps)
 
 
 def time_of_encode(pipeline: Verbs, size: Size) -> float:
@@ -94,8 +98,7 @@ def times_of(pipeline: Verbs, size: Size, text: Any) -> Timed:
 
     def step(rows: int, count: int) -> Any:
         nonlocal state
-        active = [ActiveSlot(slot, True) for slot in range(rows // 2)] + [ActiveSlot(rows // 2, False)] * (rows % 2)
-        state, done = pipeline.step(state, active, count)  # also past the end of a table
+        state, done = pipeline.step(state, slots_of(rows), count)  # also past the end of a table
         return done
 
     def decode(images: int) -> Any:
@@ -107,6 +110,25 @@ def times_of(pipeline: Verbs, size: Size, text: Any) -> Timed:
     moving = pipeline.unpacked(size, bytes(pipeline.export_slot(state, 0)))
     jax.block_until_ready(pipeline.import_slot(state, 0, moving))
     return measured
+
+
+def times_with_references(pipeline: Verbs, size: Size, text: Any, times: Timed) -> dict[int, float]:
+    """Seconds of a step by row bucket, by the second run: what a launch adds is that of other steps."""
+    state, step_s = filled(pipeline, size, text, pipeline.num_slots, pipeline.table(None, 1, size)), {}
+    for rows in pipeline.row_buckets:
+        for _ in range(2):
+            began = time.perf_counter()
+            state, done = pipeline.step(state, slots_of(rows, looks=True))
+            pipeline.wait(done)
+            took_s = time.perf_counter() - began
+        step_s[rows] = max(took_s - times.launch_s[rows] - times.dispatch_cost.host_s, times.step_s[rows])
+    return step_s
+
+
+def slots_of(rows: int, *, looks: bool = False) -> list[ActiveSlot]:
+    """As many slots as have so many rows, guided but for an odd one."""
+    guided = [ActiveSlot(slot, True, looks) for slot in range(rows // 2)]
+    return guided + [ActiveSlot(rows // 2, False, looks)] * (rows % 2)
 
 
 def preview_map(pipeline: Verbs, size: Size, text: Any, step_s: dict[int, float]) -> np.ndarray:

@@ -23,8 +23,10 @@ from app.diffusion.device_programs import (
     preview_program,
     step_program,
 )
-from app.diffusion.edit_programs import EditInputs, EditState, Outside, encode_image_program
+from app.diffusion.edit_programs import EditInputs, EditState, Outside, encode_image_program, reference_program
 from app.diffusion.families.family import Family, Role
+from app.diffusion.limits import references_of
+from app.diffusion.models.references import References
 from app.diffusion.networks import modules_of
 from app.diffusion.samplers.table import HISTORY, Coefficients
 from app.diffusion.sharding import row_sharding
@@ -54,6 +56,16 @@ class Shapes:
     def table_rows(self) -> int:
         return 2 * self.spec.max_steps  # heun evaluates the denoiser twice a step
 
+    @property
+    def references(self) -> References | None:
+        """As jax.ShapeDtypeStruct. Their tokens hold as many images of any declared size as a request may have."""
+        images, side = references_of(self.family, self.spec), self.family.pixels_per_latent
+        if not images:
+            return None
+        tokens = images * max(width * height // side**2 for width, height in self.spec.sizes)
+        latents = jax.ShapeDtypeStruct((tokens, self.family.latent_channels), jnp.float32)
+        return References(latents, jax.ShapeDtypeStruct((tokens, 3), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
+
     def state(self, size: Size) -> DenoiseState:
         """A DenoiseState of jax.ShapeDtypeStruct."""
         width, height = (side // self.family.pixels_per_latent for side in size)
@@ -65,7 +77,8 @@ class Shapes:
         edit = None
         if self.spec.edits:
             outside = shape(height, width, 1 + self.family.latent_channels) if self.family.fills_masks else None
-            edit = EditState(shape(*latents), shape(height, width), shape(self.table_rows, 2), outside)
+            references = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), self.references)
+            edit = EditState(shape(*latents), shape(height, width), shape(self.table_rows, 2), outside, references)
         texts = jax.tree.map(lambda x: shape(2, *x.shape, dtype=x.dtype), self.encoded)
         numbers = {name: shape(*x.shape, dtype=x.dtype) for name, x in self.numbers.items()}
         return DenoiseState(
@@ -90,7 +103,7 @@ class Shapes:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.state(size))
 
     def edit_inputs(self, size: Size) -> EditInputs:
-        """What `insert` takes of an image of this size."""
+        """What `insert` takes of the images of a request of this size."""
         width, height = (side // self.family.pixels_per_latent for side in size)
 
         def shape(*shape: int) -> Any:
@@ -98,7 +111,8 @@ class Shapes:
 
         latents, mask = shape(height, width, self.family.latent_channels), shape(height, width)
         outside = Outside(latents, latents, mask) if self.family.fills_masks else None
-        return EditInputs(latents, latents, mask, shape(), shape(self.table_rows, 2), outside)
+        levels = shape(self.table_rows, 2)
+        return EditInputs(latents, latents, mask, shape(), levels, outside, self.references)
 
 
 def zeros_of(shapes: Any) -> Any:
@@ -109,6 +123,11 @@ def zeros_of(shapes: Any) -> Any:
 def label_of(size: Size) -> str:
     """In the names of programs."""
     return f"{size[0]}x{size[1]}"
+
+
+def step_name(label: str, rows: int, *, looks: bool) -> str:
+    """Of a program whose slots may look at reference images, or of the one for steps in which none does."""
+    return f"step {label} rows {rows}{' with references' * looks}"
 
 
 def loops_on_device(mesh: Mesh) -> bool:
@@ -181,12 +200,15 @@ def declared(
         state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.state(size))
         edits = []
         if spec.edits:
-            edits.append(jax.tree.map(lambda x: shape(*x.shape), shapes.edit_inputs(size)))
+            edits.append(jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.edit_inputs(size)))
             pixels = [shape(*size[::-1], 3, dtype=jnp.uint8)]
             if family.fills_masks:
                 pixels.append(shape(*size[::-1], dtype=jnp.bool_))
             encode_image = partial(encode_image_program, family, decode)
             programs.append(program(f"encode image {label}", encode_image, decoders, *pixels))
+        if shapes.references is not None:
+            tokens, image = shape(*shapes.references.latents.shape), shape(*state.latents.shape[1:])
+            programs.append(program(f"place reference {label}", reference_program, tokens, image, number))
         programs.append(program(f"insert {label}", insert_program, state, *inserted, *edits, donate=(0,)))
         image = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), shapes.slot(size))
         programs.append(program(f"export {label}", export_program, state, number))
@@ -195,8 +217,10 @@ def declared(
             step = partial(step_program, family, denoise, row_sharding(mesh, bucket))
             indices: Any = [shape(bucket, dtype=jnp.int32)] * len(Rows._fields)
             arguments = (denoisers, state, Rows(*indices), *counts)
-            named = program(f"step {label} rows {bucket}", step, *arguments, donate=(1,))
-            programs.append(replace(named, compiler_options=options))
+            for looks in (False, True) if shapes.references is not None else (False,):
+                name = step_name(label, bucket, looks=looks)
+                named = program(name, partial(step, looks=True) if looks else step, *arguments, donate=(1,))
+                programs.append(replace(named, compiler_options=options))
         for bucket in spec.decode_buckets:
             images = partial(decode_program, family, decode, row_sharding(mesh, bucket))
             slots = shape(bucket, dtype=jnp.int32)

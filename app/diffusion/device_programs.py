@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from app.diffusion.edit_programs import OUTSIDE_POSTERIOR, POSTERIOR, EditInputs, EditState, blended, started
-from app.diffusion.families.family import OUTSIDE, Family, Networks
+from app.diffusion.families.family import OUTSIDE, REFERENCES, Family, Networks
 from app.diffusion.networks import modules_of
 from app.diffusion.samplers.table import Coefficients, update
 from app.diffusion.sharding import divided, passes_of, rows_at, strips_of, together_on
@@ -140,16 +140,20 @@ def step_program(
     state: DenoiseState,
     rows: Rows,
     count: jax.Array | None = None,
+    *,
+    looks: bool = False,
 ) -> tuple[DenoiseState, jax.Array]:
     """Gathers the active slots, `count` times denoises their rows and applies the tables, and scatters.
 
-    Without a count there is no loop: it is one step.
+    Without a count there is no loop: it is one step. Where none of the slots looks at images, those need not be read.
     """
     active: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
     positions = jnp.arange(len(rows.slots))
     conditioning = jax.tree.map(lambda x: x[rows.owner, rows.conditional], active.conditioning)
     if active.edit and active.edit.outside is not None:
         conditioning = {**conditioning, OUTSIDE: active.edit.outside[rows.owner]}
+    if active.edit and looks:
+        conditioning = {**conditioning, REFERENCES: jax.tree.map(lambda x: x[rows.owner], active.edit.references)}
     predict = divided(partial(predict_noise, family, networks, together_on(sharding)), sharding)
     draw = jax.vmap(partial(slot_noise, shape=state.latents.shape[1:]))
     put_back = partial(blended, active.edit, draw(active.seed, jnp.zeros_like(active.step))) if active.edit else None

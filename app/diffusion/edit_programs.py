@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from app.diffusion.families.family import Family, Networks
+from app.diffusion.models.references import References
 from app.diffusion.networks import modules_of
 
 # The numbers of the noises that sample the posteriors of an image, and of what is outside its mask. No step has them.
@@ -24,6 +25,7 @@ class EditState(NamedTuple):
     kept: jax.Array  # float32 [S, h, w], the share of the original that each step puts back
     levels: jax.Array  # float32 [S, N, 2], shares of image and noise in the original after each step
     outside: jax.Array | None = None  # float32 [S, h, w, 1 + C], the mask and latents; of denoisers that fill masks
+    references: References | None = None  # of denoisers that look at images
 
 
 class Outside(NamedTuple):
@@ -43,6 +45,7 @@ class EditInputs(NamedTuple):
     signal: Any  # float32 [], the share of the image in the latents at the beginning
     levels: Any  # float32 [N, 2]
     outside: Outside | None = None
+    references: References | None = None
 
 
 def encode_image_program(
@@ -57,13 +60,18 @@ def encode_image_program(
     return mean[0], deviation[0]
 
 
+def reference_program(references: jax.Array, latents: jax.Array, at: jax.Array) -> jax.Array:
+    """Puts an image's latents [h, w, C] among tokens [T, C], from token `at` on."""
+    return jax.lax.dynamic_update_slice_in_dim(references, latents.reshape(-1, latents.shape[-1]), at, axis=0)
+
+
 def started(edit: EditInputs, noise: jax.Array, outside_noise: jax.Array) -> EditState:
     """An image in its slot; the noises [h, w, C] sample the posteriors."""
     outside = None
     if edit.outside is not None:
         latents = edit.outside.mean + edit.outside.deviation * outside_noise
         outside = jnp.concatenate([edit.outside.redrawn[..., None], latents], axis=-1)
-    return EditState(edit.mean + edit.deviation * noise, edit.kept, edit.levels, outside)
+    return EditState(edit.mean + edit.deviation * noise, edit.kept, edit.levels, outside, edit.references)
 
 
 def blended(edit: EditState, noise: jax.Array, latents: jax.Array, step: jax.Array) -> jax.Array:

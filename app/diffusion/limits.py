@@ -6,7 +6,7 @@ Needs no JAX. What samplers can do is in app/diffusion/samplers/.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from app.diffusion.edits import check_edit, resolved
+from app.diffusion.edits import check_edit, looked_at, resolved
 from app.diffusion.families.family import Family
 from app.types import Capabilities, Generation, InvalidField, PipelineSpec, Size
 
@@ -23,12 +23,21 @@ def check_sizes(sizes: Sequence[Size], multiple: int) -> None:
 
 def capabilities_of(family: Family, spec: PipelineSpec) -> Capabilities:
     """Raises ValueError where the config turns edits on that the model cannot make, or off where it makes no others."""
-    able = family.capabilities
+    able, references = family.capabilities, references_of(family, spec)
     if spec.edits and not able.edits:
         raise ValueError(f"edits must be false for a {type(family).__name__}, which encodes no images, got true.")
     if not spec.edits and not able.generations:
         raise ValueError("edits must be true for this checkpoint, whose UNet only fills masks, got false.")
-    return able if spec.edits else Capabilities()
+    return replace(able, references=references) if spec.edits else Capabilities()
+
+
+def references_of(family: Family, spec: PipelineSpec) -> int:
+    """How many images a request may look at. Raises ValueError for more than the model takes."""
+    most = family.capabilities.references
+    if spec.references is not None and spec.references > most:
+        rule = f"at most {most}" if most else "left out"
+        raise ValueError(f"references must be {rule} for a {type(family).__name__}, got {spec.references}.")
+    return min(most, spec.references or 1) if spec.edits else 0
 
 
 def checked(generation: Generation, family: Family, capabilities: Capabilities, sizes: Sequence[Size]) -> Generation:
@@ -39,4 +48,5 @@ def checked(generation: Generation, family: Family, capabilities: Capabilities, 
         if name not in family.FIELDS:
             raise InvalidField(name, f"{name} is not a field of this model; leave it out.", "unsupported_parameter")
     edit = resolved(generation.edit, capabilities)
-    return replace(generation, edit=edit, guidance_embedded=family.embeds_guidance)
+    references = len(looked_at(edit, capabilities)) if edit else 0
+    return replace(generation, edit=edit, guidance_embedded=family.embeds_guidance, references=references)

@@ -7,7 +7,6 @@ them.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -28,10 +27,11 @@ from app.diffusion.declared_programs import (
     label_of,
     loops_on_device,
     part_of,
+    step_name,
     zeros_of,
 )
 from app.diffusion.device_programs import DenoiseState, rows_of
-from app.diffusion.edit_inputs import EncodedEdit, edit_inputs, encoded_edit, initial_shares
+from app.diffusion.edit_inputs import EncodedEdit, ImagePrograms, edit_inputs, encoded_edit, initial_shares
 from app.diffusion.edit_programs import EditInputs
 from app.diffusion.families.family import Role
 from app.diffusion.limits import capabilities_of, check_sizes, checked
@@ -91,6 +91,7 @@ class Pipeline:
         self.dispatch_cost = DispatchCost()
         self.decode_s: dict[tuple[Size, int], float] = {}
         self.encode_image_s: dict[Size, float] = {}
+        self.reference_step_s: dict[tuple[Size, int], float] = {}
         self.preview_maps = dict.fromkeys(self.sizes, np.zeros((family.latent_channels + 1, 3), np.float32))
 
     @classmethod
@@ -122,6 +123,7 @@ class Pipeline:
         measured = calibrate(self)
         self.step_s, self.launch_s, self.decode_s = measured.step_s, measured.launch_s, measured.decode_s
         self.encode_image_s, self.dispatch_cost = measured.encode_image_s, measured.dispatch_cost
+        self.reference_step_s = measured.reference_step_s
         self.preview_maps = measured.preview_maps
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
@@ -134,10 +136,10 @@ class Pipeline:
         return encoded_texts(texts, self.tokenizers, encode, ENCODE_TEXTS if self.loops_on_device else 1)
 
     def encode_image(self, edit: Edit, size: Size) -> EncodedEdit:
-        """What an edit of a picture of this size begins from. A dispatch for the image, and one more for what is
-        outside its mask where the denoiser fills masks."""
-        encode = partial(self.run[f"encode image {label_of(size)}"], self.decoders, edit.image)
-        return encoded_edit(edit, self.shapes.family, encode, self.blank[size])
+        """What an edit of a picture of this size begins from and looks at. A dispatch for each image, and one more for
+        what is outside its mask where the denoiser fills masks, or to place it where it looks at images."""
+        programs = ImagePrograms(self.run, self.decoders, self.shapes.family.pixels_per_latent)
+        return encoded_edit(edit, self.shapes.family, programs, self.blank[size])
 
     def insert(
         self,
@@ -179,7 +181,8 @@ class Pipeline:
         No slot may go beyond the end of its table. Consumes `state`; `wait` takes the second result.
         """
         rows = rows_of(active, self.row_buckets, self.num_slots)
-        program = self.run[f"step {self.label(state)} rows {len(rows.slots)}"]
+        looks = any(slot.looks for slot in active)
+        program = self.run[step_name(self.label(state), len(rows.slots), looks=looks)]
         dispatches, counts = (1, [np.int32(count)]) if self.loops_on_device else (count, [])
         for _ in range(dispatches):
             state, done = program(self.denoisers, state, rows, *counts)

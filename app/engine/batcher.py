@@ -117,10 +117,15 @@ class Batcher:
 
     def advance(self, queue: SizeQueue, images: Sequence[Image]) -> None:
         """Dispatches steps for the images, and the previews that are due after them."""
-        active = [ActiveSlot(image.slot, image.request.guided) for image in images if image.slot is not None]
+        active = [
+            ActiveSlot(image.slot, image.request.guided, image.request.looks)
+            for image in images
+            if image.slot is not None
+        ]
         rows = sum(slot.rows for slot in active)
-        overhead = self.dispatcher.overhead(queue.step_cost.launch_s(rows))
-        count = steps_in_dispatch(images, queue.step_cost.step_s(rows), overhead, queue.newcomer_joins)
+        cost = queue.cost_of(images)
+        overhead = self.dispatcher.overhead(cost.launch_s(rows))
+        count = steps_in_dispatch(images, cost.step_s(rows), overhead, queue.newcomer_joins)
         dispatch = self.dispatcher.step(queue, images, active, count)
         queue.virtual_time += dispatch.predicted_s / len(queue.images)
         queue.count_steps(count, rows, dispatch.bucket)
@@ -149,7 +154,8 @@ class Batcher:
         images = queue.images
         denoised = [image for image in images if not image.steps_left]
         others = len(images) - len(denoised)
-        step_s = queue.step_cost.step_s(sum(image.request.rows for image in running)) if running else 0.0
+        rows = sum(image.request.rows for image in running)
+        step_s = queue.cost_of(running).step_s(rows) if running else 0.0
         next_s = min((image.steps_left * step_s for image in running), default=math.inf)
         if any(image.request.leaving for image in denoised):
             next_s = math.inf  # they leave as pixels, at once

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from app.engine.cost_model import StepCost
 from app.engine.device_time import DeviceTime, Work
 from app.engine.host_cost import HostCost
 from app.engine.request import Image, Request
@@ -31,6 +32,7 @@ class Dispatch(Work):
     """Steps of one size, from their dispatch until the engine has waited for them."""
 
     queue: SizeQueue
+    cost: StepCost
     bucket: int
     count: int
     suspect: bool = False  # it was in flight when another dispatch failed, so it may fail for the same cause
@@ -121,8 +123,9 @@ class Dispatcher:
 
     def step(self, queue: SizeQueue, images: Sequence[Image], active: Sequence[ActiveSlot], count: int) -> Dispatch:
         rows = sum(slot.rows for slot in active)
-        bucket = queue.step_cost.bucket(rows)
-        predicted_s = queue.step_cost.dispatch_s(bucket, count)
+        cost = queue.cost_of(images)
+        bucket = cost.bucket(rows)
+        predicted_s = cost.dispatch_s(bucket, count)
         began = self.clock()
         if self._alone and self._free_at < began:
             self.host.observe_turn(began - self._free_at)
@@ -133,7 +136,7 @@ class Dispatcher:
         shares = [(image.request, slot.rows / rows) for image, slot in zip(images, active, strict=True)]
         at = began if blocked else returned
         dispatch = Dispatch(
-            done, shares, predicted_s, at, blocked, self._alone, queue=queue, bucket=bucket, count=count
+            done, shares, predicted_s, at, blocked, self._alone, queue=queue, cost=cost, bucket=bucket, count=count
         )
         self._begin(dispatch, returned)
         self.in_flight.append(dispatch)
@@ -201,9 +204,8 @@ class Dispatcher:
         with self._lock:
             took_s = self._device.end(work, now, now - began)
             if took_s is not None and isinstance(work, Dispatch):
-                cost = work.queue.step_cost
-                self.host.observe_end(cost.dispatch_s(work.bucket, work.count), took_s)
-                cost.observe(work.bucket, work.count, took_s)
+                self.host.observe_end(work.cost.dispatch_s(work.bucket, work.count), took_s)
+                work.cost.observe(work.bucket, work.count, took_s)
 
     @property
     def ahead(self) -> int:

@@ -120,6 +120,11 @@ class Request:
         return self.generation.guided
 
     @property
+    def looks(self) -> bool:
+        """Whether steps of its images read reference images."""
+        return self.generation.references > 0
+
+    @property
     def rows(self) -> int:
         """The rows of the denoiser in a step of one image."""
         return self.generation.rows

@@ -19,6 +19,7 @@ class SizeQueue:
     size: Size
     state: Any  # on the device
     step_cost: StepCost
+    reference_cost: StepCost  # of steps with images that look at others
     decode_cost: DecodeCost
     encode_image_s: float  # of an image that a request begins from
     free_slots: list[int]
@@ -36,13 +37,14 @@ class SizeQueue:
 
     @classmethod
     def of(cls, size: Size, pipeline: Verbs, gain: float, fixed_batch_size: int | None) -> "SizeQueue":
+        buckets = pipeline.row_buckets
+        launch_s = {rows: pipeline.launch_s[size, rows] for rows in buckets}
+        reference_step_s = pipeline.reference_step_s or pipeline.step_s
         return cls(
             size,
             pipeline.empty_state(size),
-            StepCost(
-                {rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets},
-                {rows: pipeline.launch_s[size, rows] for rows in pipeline.row_buckets},
-            ),
+            StepCost({rows: pipeline.step_s[size, rows] for rows in buckets}, launch_s),
+            StepCost({rows: reference_step_s[size, rows] for rows in buckets}, launch_s),
             DecodeCost({images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets}),
             encode_image_s=pipeline.encode_image_s.get(size, 0.0),
             free_slots=list(range(pipeline.num_slots))[::-1],
@@ -54,6 +56,10 @@ class SizeQueue:
     @property
     def name(self) -> str:
         return f"{self.size[0]}x{self.size[1]}"
+
+    def cost_of(self, images: Sequence[Image]) -> StepCost:
+        """Of a step that these share. One that looks at others makes the step longer for all."""
+        return self.reference_cost if any(image.request.looks for image in images) else self.step_cost
 
     @property
     def active(self) -> int:

@@ -31,6 +31,8 @@ class Verbs(Protocol):
     @property
     def encode_image_s(self) -> Mapping[Size, float]: ...  # seconds by size; empty where the pipeline takes no images
     @property
+    def reference_step_s(self) -> Mapping[tuple[Size, int], float]: ...  # of slots that look at images; else empty
+    @property
     def dispatch_cost(self) -> DispatchCost: ...
 
     def check(self, generation: Generation) -> Generation: ...

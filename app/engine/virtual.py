@@ -161,12 +161,13 @@ class VirtualPipeline:
         num_slots: int,
         encode_s: float = 0.0,
         encode_image_s: float = 0.0,
+        reference_step_s: Mapping[tuple[Size, int], float] | None = None,
         launch_s: float | Mapping[tuple[Size, int], float] = 0.0,
         dispatch_cost: DispatchCost = FREE_DISPATCH,
         clock: Clock,
     ):
         """Takes the seconds of a step by size and rows, of a decode by size and images, and of encoding a text or
-        an image.
+        an image; and of a step whose slots look at images, by default as of any other.
 
         `launch_s` is what a dispatch adds to its steps. Every verb costs the host `dispatch_cost`.
         """
@@ -174,6 +175,7 @@ class VirtualPipeline:
         self.launch_s = dict.fromkeys(step_s, launch_s) if isinstance(launch_s, float) else launch_s
         self.dispatch_cost = self.device_cost = dispatch_cost  # what the engine is told, and what is true
         self.encode_image_s = dict.fromkeys((size for size, _ in step_s), encode_image_s)
+        self.reference_step_s = {} if reference_step_s is None else reference_step_s
         self.sizes = tuple(dict.fromkeys(size for size, _ in step_s))
         self.row_buckets = tuple(sorted({rows for _, rows in step_s}))
         self.decode_buckets = tuple(sorted({images for _, images in decode_s}))
@@ -252,7 +254,7 @@ class VirtualPipeline:
         if not active or len(set(numbers)) < len(numbers) or rows > self.row_buckets[-1] or count < 1:
             self.refuse(f"{count} steps of {active}")
         seeds = []
-        for number, guided in active:
+        for number, guided, _ in active:
             slot = slots[number]
             if slot is None or slot.guided != guided or slot.taken + count > slot.steps:
                 self.refuse(f"{count} steps of {slot} in slot {number}, guided: {guided}")
@@ -260,6 +262,8 @@ class VirtualPipeline:
             seeds.append(slot.seed)
         bucket = smallest(self.row_buckets, rows)
         seconds = self.steps_take_s(state.size, bucket, count) * self.pace
+        if self.reference_step_s and any(slot.looks for slot in active):
+            seconds *= self.reference_step_s[state.size, bucket] / self.step_s[state.size, bucket]
         call = Call("step", state.size, tuple(seeds), numbers, (), count, bucket, self.clock(), seconds)
         error = self.called(call) or state.error
         return State(state.size, slots, error), Done(self.occupy(seconds), error)

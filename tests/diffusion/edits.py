@@ -25,16 +25,18 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
 
 def edited(pipeline: Pipeline, model: str, run: EditRun, prompts: Sequence[Any], negatives: Sequence[Any]) -> Any:
     """Two pictures, one after the other."""
-    (size,) = pipeline.sizes
+    size, looks = pipeline.sizes[0], pipeline.capabilities.references > 0
     table = pipeline.table(run.sampler, run.steps, size, run.strength)
     state = pipeline.empty_state(size)
     mask = edit_cases.mask(model) if run.masked else None
+    references = tuple(edit_cases.references(model)[: run.references])
     pictures = []
     for slot, image in enumerate(edit_cases.images(model)):
-        edit = pipeline.encode_image(Edit(image, mask, run.strength), size)
+        beginning = None if run.strength is None else image
+        edit = pipeline.encode_image(Edit(beginning, mask, run.strength, references), size)
         texts = prompts[slot], negatives[slot]
         state = pipeline.insert(state, slot, *texts, table, run.guidance_scale, slot, edit=edit)
-        state, _ = pipeline.step(state, [ActiveSlot(slot, run.guidance_scale > 1)], len(table))
+        state, _ = pipeline.step(state, [ActiveSlot(slot, run.guidance_scale > 1, looks)], len(table))
         pictures.append(np.asarray(pipeline.decode(state, [slot]))[0])
     return np.stack(pictures)
 

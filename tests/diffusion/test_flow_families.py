@@ -41,13 +41,13 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A model's name and its pipeline. Only the programs that the tests run are compiled."""
     model: str = request.param
     height, width = tiny_flow.IMAGE_SIZES[model]
-    size, edits = (width, height), model in edit_cases.RUNS
-    spec = PipelineSpec(model, sizes=(size,), batch_buckets=(1,), max_steps=4, edits=edits)
+    size, label = (width, height), f"{width}x{height}"
+    sizes, references = ((size, edit_cases.REFERENCE_SIZE[::-1]), 2) if model == "tiny-klein" else ((size,), None)
+    spec = PipelineSpec(model, sizes=sizes, batch_buckets=(1,), max_steps=4, edits=True, references=references)
     pipeline = Pipeline(load_checkpoint(write(tmp_path_factory.mktemp(model), model)), spec)
-    if edits:
-        pipeline.blank = {size: pipeline.blank_edit(size)}
-    needed = ("encode", "insert", "rows 2", "decode")
-    programs = [program for program in pipeline.programs if any(name in program.name for name in needed)]
+    pipeline.blank = {size: pipeline.blank_edit(size)}
+    needed = ("encode", f"insert {label}", f"step {label} rows 2", f"decode {label}", "place reference")
+    programs = [program for program in pipeline.programs if program.name.startswith(needed)]
     with pytest.MonkeyPatch.context() as monkeypatch:
         recorded_noise(monkeypatch, model)
         pipeline.run = compiled(programs, folder=None, fingerprint={})
@@ -58,15 +58,14 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.slow
 def test_edits_are_within_a_grey_level_of_diffusers(drawn: tuple[str, Pipeline]) -> None:
     model, pipeline = drawn
-    if model in edit_cases.RUNS:
-        prompts, negatives = map(pipeline.encode, (tiny_flow.PROMPTS, tiny_flow.NEGATIVE_PROMPTS[model]))
-        assert_edits_are_those_of_diffusers(pipeline, model, prompts, negatives)
+    prompts, negatives = map(pipeline.encode, (tiny_flow.PROMPTS, tiny_flow.NEGATIVE_PROMPTS[model]))
+    assert_edits_are_those_of_diffusers(pipeline, model, prompts, negatives)
 
 
 @pytest.mark.slow
 def test_whole_pictures_are_within_a_grey_level_of_diffusers(drawn: tuple[str, Pipeline]) -> None:
     model, pipeline = drawn
-    (size,) = pipeline.sizes
+    size = pipeline.sizes[0]
     prompts, negative_prompts = map(pipeline.encode, (tiny_flow.PROMPTS, tiny_flow.NEGATIVE_PROMPTS[model]))
     for steps, guidance_scale in tiny_flow.RUNS[model]:
         table = pipeline.table(None, steps, size)

@@ -23,6 +23,7 @@ Conditioning: TypeAlias = Any  # a pytree of arrays
 Json: TypeAlias = Mapping[str, Any]
 Role = Literal["encode", "denoise", "decode"]
 OUTSIDE = "outside_mask"  # in the conditioning of a denoiser that fills masks: [B, h, w, 1 + C], the mask and latents
+REFERENCES = "references"  # in the conditioning of a denoiser that looks at images: References of a row
 
 
 def read_all(config: Any, tensor: str) -> bool:
@@ -132,7 +133,8 @@ class Family(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What a server of this checkpoint can make where its config turns edits on."""
+        """What a server of this checkpoint can make where its config turns edits on. `references` is the most that the
+        model was made for: the denoiser gets REFERENCES in steps of pictures that look at images."""
         ...
 
     @property

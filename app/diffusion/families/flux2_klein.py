@@ -8,14 +8,24 @@ import numpy as np
 import numpy.typing as npt
 
 from app.diffusion.families.components import CHAT_TOKENIZER, qwen3
-from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
+from app.diffusion.families.family import (
+    REFERENCES,
+    Array,
+    Component,
+    Conditioning,
+    FamilyDefaults,
+    Json,
+    Networks,
+    TokenizerKind,
+)
 from app.diffusion.models.flow_config import Flux2Config, Flux2VAEConfig, Qwen3Config
 from app.diffusion.models.flow_shapes import flux2_tensors, flux2_vae_tensors
 from app.diffusion.samplers import FlowSchedule, Schedule
-from app.types import Generation, InvalidField, Mask, RequestDefaults, Size
+from app.types import Capabilities, Generation, InvalidField, Mask, RequestDefaults, Size
 
 HIDDEN_STATES = (9, 18, 27)
 TEXT_LENGTH = 512
+MOST_REFERENCES = 4  # as Black Forest Labs' documentation has it
 
 
 def flux2(config: Flux2Config, **options: Any) -> Any:
@@ -117,6 +127,11 @@ class Flux2Klein(FamilyDefaults):
         """Padding counts: the transformer attends to all of its tokens, as it was trained."""
         return {"prompt_embeds": networks["text_encoder"](input_ids["tokenizer"])}
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """With the strength of Flux2KleinInpaintPipeline. diffusers has no pipeline that begins from a whole image."""
+        return Capabilities(edits=True, masks=True, references=MOST_REFERENCES, strength=0.8, mask_strength=0.8)
+
     def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
         mean, deviation = networks["vae"].posterior(pixels)
         return mean, deviation
@@ -132,7 +147,7 @@ class Flux2Klein(FamilyDefaults):
     def denoise(
         self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
     ) -> Array:
-        return networks["transformer"](latents, timesteps, conditioning["prompt_embeds"])
+        return networks["transformer"](latents, timesteps, conditioning["prompt_embeds"], conditioning.get(REFERENCES))
 
     def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
         return networks["vae"].decode(latents, strips=strips)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from app.diffusion.models.flow_config import Flux2Config
+from app.diffusion.models.flux2_positions import positions, with_references
 from app.diffusion.models.layers import Dtype, TimestepEmbedding, linear, timestep_embedding
+from app.diffusion.models.references import References
 from app.diffusion.models.rotary_attention import Stream, attend_streams
 from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rotation, scales
 
@@ -20,7 +22,7 @@ def modulated(x: jax.Array, shift: jax.Array, scale: jax.Array, epsilon: float) 
 
 
 def joined(streams: list[jax.Array]) -> jax.Array:
-    """Text and image, [B, T, D] each, one behind the other."""
+    """Tokens [B, T, D], one part behind the other."""
     return jnp.concatenate(streams, axis=1)
 
 
@@ -81,7 +83,9 @@ class JointAttention(nnx.Module):
         self.to_add_out = project()
 
     @jax.named_scope("self-attention")
-    def __call__(self, text: jax.Array, image: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, text: jax.Array, image: jax.Array, rotation: Rotation, lengths: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         tokens = text.shape[1]
         text_projected = (self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text))
         image_projected = (self.to_q(image), self.to_k(image), self.to_v(image))
@@ -90,7 +94,7 @@ class JointAttention(nnx.Module):
             Stream(*text_projected, *text_norms, rotation.part(0, tokens)),
             Stream(*image_projected, scales(self.norm_q), scales(self.norm_k), rotation.part(tokens, None)),
         ]
-        text, image = attend_streams(streams, self.heads, self.epsilon)
+        text, image = attend_streams(streams, self.heads, self.epsilon, lengths=lengths)
         return self.to_add_out(text), self.to_out[0](image)
 
 
@@ -121,6 +125,7 @@ class DoubleBlock(nnx.Module):
         text_modulation: list[Modulation],
         image_modulation: list[Modulation],
         rotation: Rotation,
+        lengths: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         (shift, scale, gate), (mlp_shift, mlp_scale, mlp_gate) = image_modulation
         (text_shift, text_scale, text_gate), (text_mlp_shift, text_mlp_scale, text_mlp_gate) = text_modulation
@@ -128,6 +133,7 @@ class DoubleBlock(nnx.Module):
             modulated(text, text_shift, text_scale, self.epsilon),
             modulated(image, shift, scale, self.epsilon),
             rotation,
+            lengths,
         )
         image = apart(image + gated(of_image, gate))
         image = apart(image + gated(self.ff(modulated(image, mlp_shift, mlp_scale, self.epsilon)), mlp_gate))
@@ -150,7 +156,7 @@ class ParallelAttention(nnx.Module):
         self.norm_k = rms_norm(config.attention_head_dim, config.eps, dtype=dtype, rngs=rngs)
         self.to_out = linear(width + mlp_width, width, bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+    def __call__(self, x: jax.Array, rotation: Rotation, lengths: jax.Array | None) -> jax.Array:
         """float32 [B, T, D], of x [B, T, D]. Both projections are products of their own for each of their parts: so
         nothing is split or joined, and XLA for TPU gates within a product and adds within the last."""
         width, heads = x.shape[-1], self.heads
@@ -161,7 +167,7 @@ class ParallelAttention(nnx.Module):
         with jax.named_scope("self-attention"):
             qkv = x @ qkv
             stream = Stream(qkv, qkv, qkv, scales(self.norm_q), scales(self.norm_k), rotation)
-            [x] = attend_streams([stream], heads, self.epsilon, first=(0, heads, 2 * heads))
+            [x] = attend_streams([stream], heads, self.epsilon, first=(0, heads, 2 * heads), lengths=lengths)
             return out + product(x, attention_out)
 
 
@@ -173,9 +179,11 @@ class SingleBlock(nnx.Module):
         self.attn = ParallelAttention(config, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("single-block")
-    def __call__(self, x: jax.Array, modulation: Modulation, rotation: Rotation) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, modulation: Modulation, rotation: Rotation, lengths: jax.Array | None
+    ) -> jax.Array:
         shift, scale, gate = modulation
-        out = self.attn(modulated(x, shift, scale, self.epsilon), rotation)
+        out = self.attn(modulated(x, shift, scale, self.epsilon), rotation, lengths)
         return x + (out * gate).astype(x.dtype)
 
 
@@ -213,35 +221,38 @@ class Flux2(nnx.Module):
         self.norm_out = ModulatedNorm(config, dtype=dtype, rngs=rngs)
         self.proj_out = linear(width, config.out_channels, bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C], timesteps [B] in 0 to 1000 and embeddings [B, T, D] -> velocity [B, h, w, C]."""
+    def __call__(
+        self, x: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array, references: References | None = None
+    ) -> jax.Array:
+        """Latents [B, h, w, C], timesteps [B] in 0 to 1000 and embeddings [B, T, D] -> velocity [B, h, w, C].
+
+        Reference images are further tokens behind the latents'. Nothing attends to their padding.
+        """
         rows, height, width, _ = x.shape
-        tokens = prompt_embeds.shape[1]
+        tokens, latents = prompt_embeds.shape[1], height * width
         time = timestep_embedding(timesteps, self.config.timestep_guidance_channels).astype(self.dtype)
         time = self.time_guidance_embed.timestep_embedder(time)
-        turning = rotation(positions(tokens, height, width), self.config.axes_dims_rope, self.config.rope_theta)
+        places, lengths = positions(tokens, height, width), None
+        x = x.astype(self.dtype).reshape(rows, latents, -1)
+        if references is not None:
+            places = with_references(places, references.positions)
+            lengths = tokens + latents + references.length
+            x = joined([x, references.latents.astype(self.dtype)])
+        turning = rotation(places, self.config.axes_dims_rope, self.config.rope_theta)
 
-        image = self.x_embedder(x.astype(self.dtype).reshape(rows, height * width, -1))
+        image = self.x_embedder(x)
         text = self.context_embedder(prompt_embeds.astype(self.dtype))
         text_modulation, image_modulation = (
             self.double_stream_modulation_txt(time),
             self.double_stream_modulation_img(time),
         )
         for block in self.transformer_blocks:
-            text, image = block(text, image, text_modulation, image_modulation, turning)
+            text, image = block(text, image, text_modulation, image_modulation, turning, lengths)
 
         stream = joined([text, image])
         [modulation] = self.single_stream_modulation(time)
         for single in self.single_transformer_blocks:
-            stream = single(stream, modulation, turning)
+            stream = single(stream, modulation, turning, lengths)
 
-        out = self.proj_out(self.norm_out(stream[:, tokens:], time))
+        out = self.proj_out(self.norm_out(stream[:, tokens : tokens + latents], time))
         return out.reshape(rows, height, width, -1)
-
-
-def positions(tokens: int, height: int, width: int) -> jax.Array:
-    """The places of text tokens, then of latents, on four axes: time, row, column, place in the text. [1, T, 4]."""
-    text = jnp.zeros((tokens, 4), jnp.int32).at[:, 3].set(jnp.arange(tokens))
-    rows, columns = (grid.reshape(-1) for grid in jnp.mgrid[:height, :width])
-    image = jnp.stack([jnp.zeros_like(rows), rows, columns, jnp.zeros_like(rows)], axis=-1)
-    return jnp.concatenate([text, image])[None]
