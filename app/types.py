@@ -87,6 +87,13 @@ class Capabilities:
     strength: float = 0.8  # of an edit that names none
     mask_strength: float = 1.0  # of an edit with a mask that names none
 
+    def looked_at(self, edit: "Edit") -> "tuple[Pixels, ...]":
+        """The images that the denoiser gets as tokens, in their order. A model that looks at images also looks at the
+        one that a picture begins from, as Flux2KleinInpaintPipeline has it."""
+        if not self.references or edit.image is None:
+            return edit.references
+        return edit.image, *edit.references
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:
@@ -99,6 +106,11 @@ class Edit:
     mask: Mask | None = None  # of the request's size; None: all of the image may change
     strength: float | None = None  # the share of the steps that is taken; None: the model's default
     references: tuple[Pixels, ...] = ()  # each of one of the declared sizes
+
+    @property
+    def images(self) -> int:
+        """How many are encoded."""
+        return (self.image is not None) + len(self.references)
 
     def __post_init__(self) -> None:
         for name, image in (("image", self.image), *(("references", image) for image in self.references)):
@@ -132,7 +144,7 @@ class Generation:
     fields: tuple[tuple[str, tuple[int, int]], ...] = ()  # names and values of fields that only some models have
     edit: Edit | None = None  # None: the images are made of the prompt alone
     guidance_embedded: bool = False  # the denoiser takes the guidance scale as a number, known only to the replica
-    references: int = 0  # how many images the denoiser looks at, known only to the replica
+    references: int = 0  # how many images the denoiser looks at
 
     @property
     def guided(self) -> bool:

@@ -50,8 +50,11 @@ RUNS = {
         EditRun(None, 3, 4.0, 1.0, True),
     ],
 }
-# Of tiny-sd2 with a UNet that fills masks.
-INPAINTING = [EditRun("ddim", 4, 5.0, 1.0, True), EditRun("euler", 4, 1.0, 0.6, True)]
+# With a UNet that fills masks.
+INPAINTING = {
+    "tiny-sd2": [EditRun("ddim", 4, 5.0, 1.0, True), EditRun("euler", 4, 1.0, 0.6, True)],
+    "tiny-sdxl": [EditRun("euler", 4, 5.0, 1.0, True), EditRun("dpmpp_2m", 4, 5.0, 0.6, True)],
+}
 SIZES = tiny.IMAGE_SIZES | tiny_flow.IMAGE_SIZES  # height, width
 REFERENCE_SIZE = (16, 16)
 

@@ -82,6 +82,7 @@ class FakePipeline(VirtualPipeline):
         decode_time: Seconds = free,
         launch_s: float = 0.0,
         encode_image_s: float = 0.0,
+        reference_time: Seconds | None = None,
         dispatch_cost: DispatchCost = FREE_DISPATCH,
         clock: Clock | None = None,
         before_step: Callable[[Call], None] = lambda call: None,
@@ -92,6 +93,8 @@ class FakePipeline(VirtualPipeline):
             num_slots=num_slots,
             launch_s=launch_s,
             encode_image_s=encode_image_s,
+            reference_step_s=reference_time
+            and {(size, rows): reference_time(size, rows) for size in sizes for rows in row_buckets},
             dispatch_cost=dispatch_cost,
             clock=clock or VirtualClock(START),
         )

@@ -48,22 +48,22 @@ def edits(model: str, scheduler_for: Callable[[str, dict[str, Any]], Any]) -> Ar
     return answers
 
 
-def inpainting(scheduler_for: Callable[[str, dict[str, Any]], Any]) -> Arrays:
+def inpainting(model: str, scheduler_for: Callable[[str, dict[str, Any]], Any]) -> Arrays:
     """Of a UNet that fills masks."""
-    model, answers = "tiny-sd2", {}
+    answers, prefix = {}, "StableDiffusionXL" if model == "tiny-sdxl" else "StableDiffusion"
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        tiny.write_inpainting_checkpoint(Path(folder), tiny.tensor_shapes()[model])
-        loaded: Any = diffusers.StableDiffusionPipeline
-        pipe: Any = diffusers.StableDiffusionInpaintPipeline(**loaded.from_pretrained(folder).components)
+        tiny.write_inpainting_checkpoint(Path(folder), model, tiny.tensor_shapes()[model])
+        loaded = getattr(diffusers, f"{prefix}Pipeline").from_pretrained(folder)
+        pipe = getattr(diffusers, f"{prefix}InpaintPipeline")(**loaded.components)
         pipe.set_progress_bar_config(disable=True)
         known = dict(pipe.scheduler.config)
-        for run in edit_cases.INPAINTING:
+        for run in edit_cases.INPAINTING[model]:
             pipe.scheduler = scheduler_for(str(run.sampler), known)
-            answers[str(run)] = (drawn(pipe, model, run) * 255).round().astype(np.uint8)
+            answers[str(run)] = (drawn(pipe, model, run, fills_masks=True) * 255).round().astype(np.uint8)
     return answers
 
 
-def drawn(pipe: Any, model: str, run: EditRun) -> Any:
+def drawn(pipe: Any, model: str, run: EditRun, *, fills_masks: bool = False) -> Any:
     height, width = edit_cases.SIZES[model]
     initial, outside, posterior = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in edit_cases.noises(model))
     options: dict[str, Any] = {"height": height, "width": width} if run.masked or model in tiny_flow.MODELS else {}
@@ -77,7 +77,7 @@ def drawn(pipe: Any, model: str, run: EditRun) -> Any:
     if run.masked:
         options["mask_image"] = [Image.fromarray(edit_cases.mask(model).astype(np.uint8) * 255)] * 2
     # An inpainting UNet's original is not encoded where the run begins from noise alone.
-    from_noise = run in edit_cases.INPAINTING and run.strength == 1
+    from_noise = fills_masks and run.strength == 1
     posteriors = iter([outside] if from_noise else [posterior, outside])
     with ExitStack() as stack:
         stack.enter_context(patch.object(vae, "randn_tensor", lambda *_, **__: next(posteriors)))

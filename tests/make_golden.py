@@ -435,7 +435,8 @@ MAKERS: dict[str, Callable[[], Arrays]] = {
     "flow_tensors.json": lambda: flow_tensors(golden_flow.tensor_tables()),
     **{f"{model}.npz": partial(golden_flow.networks, model) for model in tiny_flow.MODELS},
     **{f"{model}-edits.npz": partial(golden_edits.edits, model, scheduler_for) for model in edit_cases.RUNS},
-    "tiny-inpainting.npz": partial(golden_edits.inpainting, scheduler_for),
+    "tiny-inpainting.npz": partial(golden_edits.inpainting, "tiny-sd2", scheduler_for),
+    "tiny-sdxl-inpainting.npz": partial(golden_edits.inpainting, "tiny-sdxl", scheduler_for),
 }
 
 if __name__ == "__main__":

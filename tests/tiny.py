@@ -312,12 +312,12 @@ def write_lcm_checkpoint(folder: Path, shapes: Shapes) -> Path:
     return write_checkpoint(folder, "tiny-sd2", {**shapes, "unet": unet}, changes=LCM)
 
 
-def write_inpainting_checkpoint(folder: Path, shapes: Shapes) -> Path:
-    """`shapes` are tiny-sd2's; the UNet also takes a mask and the latents of what is outside of it."""
-    unet = MODELS["tiny-sd2"]["unet"]
+def write_inpainting_checkpoint(folder: Path, model: str, shapes: Shapes) -> Path:
+    """`shapes` are the model's; the UNet also takes a mask and the latents of what is outside of it."""
+    unet = MODELS[model]["unet"]
     conv_in = [unet["block_out_channels"][0], 9, 3, 3]
     wider = {**shapes, "unet": {**shapes["unet"], "conv_in.weight": conv_in}}
-    return write_checkpoint(folder, "tiny-sd2", wider, changes={"unet": unet | {"in_channels": 9}})
+    return write_checkpoint(folder, model, wider, changes={"unet": unet | {"in_channels": 9}})
 
 
 def write_weights(folder: Path, stem: str, tensors: Mapping[str, Any], variant: str | None, shards: int) -> None:

@@ -117,7 +117,8 @@ def parse_edit(body: EditBody, service: Service) -> ImageRequest:
     size = request.generation.width, request.generation.height
     edit = edit_of(body, headers, mask, size, service)
     facts = {"image_size": "{}x{}".format(*headers[0].size), "image_fit": fit(headers[0].size, size)}
-    return replace(request, generation=replace(request.generation, edit=edit), facts=facts)
+    references = len(service.capabilities.looked_at(edit))
+    return replace(request, generation=replace(request.generation, edit=edit, references=references), facts=facts)
 
 
 def edit_of(body: EditBody, headers: Sequence[Header], mask: Header | None, size: Size, service: Service) -> Edit:
@@ -159,7 +160,7 @@ def check_able(body: EditBody, service: Service) -> None:
     if body.values.get("strength") is not None and not able.edits:
         message = "strength is not something this model takes: it looks at images and begins from none; leave it out."
         raise InvalidField("strength", message, "unsupported_parameter")
-    field, most = body.images[0].field, min(service.limits.input_images, max(able.references, able.edits))
+    field, most = body.images[0].field, min(service.limits.input_images, max(able.references, int(able.edits)))
     if len(body.images) > most:
         rule = f"{field} must be at most {most} image{'s' * (most > 1)} for this model"
         raise InvalidField(field, f"{rule}, got {len(body.images)}.")

@@ -34,6 +34,8 @@ class SizeCosts:
     step_s: Mapping[int, float]  # by rows
     launch_s: Mapping[int, float]  # what a dispatch of so many rows adds to its steps
     decode_s: Mapping[int, float]  # by images
+    encode_image_s: float = 0.0  # of an image that a request comes with
+    reference_step_s: Mapping[int, float] = field(default_factory=dict)  # by rows, of images that look at others
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class RetryAfter:
 
 
 def work(generation: Generation) -> float:
-    """Steps x rows x pixels."""
-    steps = generation.n * generation.num_inference_steps
+    """Steps x rows x pixels. An edit takes a share of the steps; the speed counts encodes, as seconds have them."""
+    share = generation.edit.strength if generation.edit and generation.edit.strength is not None else 1.0
+    steps = generation.n * generation.num_inference_steps * share
     return float(steps * generation.rows * generation.width * generation.height)

@@ -127,7 +127,7 @@ def label_of(size: Size) -> str:
 
 def step_name(label: str, rows: int, *, looks: bool) -> str:
     """Of a program whose slots may look at reference images, or of the one for steps in which none does."""
-    return f"step {label} rows {rows}{' with references' * looks}"
+    return f"step{' with references' * looks} {label} rows {rows}"
 
 
 def loops_on_device(mesh: Mesh) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from app.types import Capabilities, Edit, Generation, InvalidField, Pixels, Size
+from app.types import Capabilities, Edit, Generation, InvalidField, Size
 
 
 def check_edit(generation: Generation, capabilities: Capabilities, sizes: Sequence[Size]) -> None:
@@ -25,7 +25,7 @@ def check_edit(generation: Generation, capabilities: Capabilities, sizes: Sequen
             raise InvalidField(
                 name, f"{name} is not something this server takes; leave it out.", "unsupported_parameter"
             )
-    if (images := len(looked_at(edit, capabilities))) > capabilities.references:
+    if (images := len(capabilities.looked_at(edit))) > capabilities.references:
         rule = f"at most {capabilities.references}, the image to begin from among them"
         raise InvalidField("references", f"references must be {rule}, got {images}.")
     check_sizes_of(edit, (generation.width, generation.height), sizes)
@@ -36,14 +36,6 @@ def resolved(edit: Edit | None, capabilities: Capabilities) -> Edit | None:
     if edit is None or edit.image is None or edit.strength is not None:
         return edit
     return replace(edit, strength=capabilities.strength if edit.mask is None else capabilities.mask_strength)
-
-
-def looked_at(edit: Edit, capabilities: Capabilities) -> tuple[Pixels, ...]:
-    """The images that the denoiser gets as tokens, in their order. A model that looks at images also looks at the one
-    that a picture begins from, as Flux2KleinInpaintPipeline has it."""
-    if not capabilities.references or edit.image is None:
-        return edit.references
-    return edit.image, *edit.references
 
 
 def check_sizes_of(edit: Edit, size: Size, sizes: Sequence[Size]) -> None:

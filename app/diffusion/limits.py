@@ -6,7 +6,7 @@ Needs no JAX. What samplers can do is in app/diffusion/samplers/.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from app.diffusion.edits import check_edit, looked_at, resolved
+from app.diffusion.edits import check_edit, resolved
 from app.diffusion.families.family import Family
 from app.types import Capabilities, Generation, InvalidField, PipelineSpec, Size
 
@@ -48,5 +48,5 @@ def checked(generation: Generation, family: Family, capabilities: Capabilities, 
         if name not in family.FIELDS:
             raise InvalidField(name, f"{name} is not a field of this model; leave it out.", "unsupported_parameter")
     edit = resolved(generation.edit, capabilities)
-    references = len(looked_at(edit, capabilities)) if edit else 0
+    references = len(capabilities.looked_at(edit)) if edit else 0
     return replace(generation, edit=edit, guidance_embedded=family.embeds_guidance, references=references)

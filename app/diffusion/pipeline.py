@@ -122,9 +122,8 @@ class Pipeline:
     def calibrate(self) -> None:
         measured = calibrate(self)
         self.step_s, self.launch_s, self.decode_s = measured.step_s, measured.launch_s, measured.decode_s
-        self.encode_image_s, self.dispatch_cost = measured.encode_image_s, measured.dispatch_cost
-        self.reference_step_s = measured.reference_step_s
-        self.preview_maps = measured.preview_maps
+        self.encode_image_s, self.reference_step_s = measured.encode_image_s, measured.reference_step_s
+        self.dispatch_cost, self.preview_maps = measured.dispatch_cost, measured.preview_maps
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Several texts go into a dispatch, but what a text becomes never depends on its neighbours."""

@@ -14,7 +14,6 @@ from app.engine.prompt_cache import PromptCache
 from app.engine.request import Image, Request, Status
 from app.engine.scheduler import choose_batch, decode_due, steps_in_dispatch
 from app.engine.size_queue import SizeQueue
-from app.types import ActiveSlot
 
 
 class Batcher:
@@ -117,11 +116,7 @@ class Batcher:
 
     def advance(self, queue: SizeQueue, images: Sequence[Image]) -> None:
         """Dispatches steps for the images, and the previews that are due after them."""
-        active = [
-            ActiveSlot(image.slot, image.request.guided, image.request.looks)
-            for image in images
-            if image.slot is not None
-        ]
+        active = [image.active_slot for image in images]
         rows = sum(slot.rows for slot in active)
         cost = queue.cost_of(images)
         overhead = self.dispatcher.overhead(cost.launch_s(rows))
@@ -154,8 +149,7 @@ class Batcher:
         images = queue.images
         denoised = [image for image in images if not image.steps_left]
         others = len(images) - len(denoised)
-        rows = sum(image.request.rows for image in running)
-        step_s = queue.cost_of(running).step_s(rows) if running else 0.0
+        step_s = queue.cost_of(running).step_s(sum(image.request.rows for image in running)) if running else 0.0
         next_s = min((image.steps_left * step_s for image in running), default=math.inf)
         if any(image.request.leaving for image in denoised):
             next_s = math.inf  # they leave as pixels, at once

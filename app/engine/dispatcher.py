@@ -68,10 +68,11 @@ class Dispatcher:
 
     def encode_image(self, queue: SizeQueue, request: Request) -> None:
         """One dispatch for all images of an edit, between two steps."""
-        assert request.generation.edit is not None
-        began, predicted_s = self.clock(), queue.encode_image_s
+        edit = request.generation.edit
+        assert edit is not None
+        began, predicted_s = self.clock(), edit.images * queue.encode_image_s
         with self.watch.call("encode_image", self._device.pending_s + predicted_s):
-            request.encoded_image = self.pipeline.encode_image(request.generation.edit, queue.size)
+            request.encoded_image = self.pipeline.encode_image(edit, queue.size)
         work = self._called(request.encoded_image, [(request, 1.0)], predicted_s, began)
         if work.blocked:  # it has ended, and nobody will wait for it
             self._wait(work)

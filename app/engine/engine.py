@@ -116,6 +116,7 @@ class Engine:
         strength = generation.edit.strength if generation.edit else None
         table = self.pipeline.table(generation.sampler, generation.num_inference_steps, size, strength)
         request = Request.of(generation, table, self.clock() - age_s, previews, on_preview, ahead_s)
+        request.stretch = self._queues[size].stretch_of(request)
         if resumed:
             resume(request, resumed, self.pipeline)
         with self._changed:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from app.diffusion.samplers import SamplerTable
-from app.types import SEEDS, Generation, Size
+from app.types import SEEDS, ActiveSlot, Generation, Size
 
 OnPreview = Callable[[int, np.ndarray], None]  # gets a number from 0 and the image so far, uint8 [H, W, 3]
 
@@ -55,6 +55,12 @@ class Image:
     moving: bytes = b""  # what another engine made of it, until it has a slot
     unpacked: Any = None  # of the same, as the pipeline takes it
 
+    @property
+    def active_slot(self) -> ActiveSlot:
+        """Of a running image, for a step."""
+        assert self.slot is not None
+        return ActiveSlot(self.slot, self.request.guided, self.request.looks)
+
 
 @dataclasses.dataclass(eq=False)
 class Request:
@@ -67,6 +73,7 @@ class Request:
     images: list[Image] = dataclasses.field(default_factory=list)  # the waiting and the running ones
     encoded: tuple[Any, Any] | None = None  # prompt and negative prompt
     encoded_image: Any = None  # what a pipeline made of the images of an edit
+    stretch: float = 1.0  # how many times as long a step takes as one of a request that looks at no images
     began: float | None = None  # when its first image got a slot
     stepped: float = math.inf  # when the device began the first step
     leaving: bool = False  # it is to leave as soon as all its images are between two steps
@@ -128,6 +135,14 @@ class Request:
     def rows(self) -> int:
         """The rows of the denoiser in a step of one image."""
         return self.generation.rows
+
+    @property
+    def images_to_encode(self) -> int:
+        """Of an edit: those that must be encoded before its next image gets a slot."""
+        edit = self.generation.edit
+        if edit is None or self.encoded_image is not None:
+            return 0
+        return edit.images if any(image.status is Status.WAITING and not image.moving for image in self.images) else 0
 
     @property
     def texts(self) -> tuple[str, str]:

@@ -32,7 +32,7 @@ ROUNDING = 1e-9
 class Work(NamedTuple):
     """The remaining work of an image. `last`: it completes its request."""
 
-    steps: int
+    steps: float  # as long as those of a request that looks at no images
     rows: int
     last: bool = True
 
@@ -71,7 +71,10 @@ def virtual_time_after_idling(queue: SizeQueue, queues: Iterable[SizeQueue]) -> 
 
 
 def choose_batch(queue: SizeQueue, others_expected: float) -> Batch:
-    """Chooses the images that share the next step. `others_expected`: requests that wait elsewhere, or will arrive."""
+    """Chooses the images that share the next step. `others_expected`: requests that wait elsewhere, or will arrive.
+
+    Images that look at others share no step with those that do not, as these would pay for the further tokens.
+    """
     images = in_order(queue)
     admissible, free = [], len(queue.free_slots)
     for image in images:
@@ -79,14 +82,17 @@ def choose_batch(queue: SizeQueue, others_expected: float) -> Batch:
             admissible.append(image)
             free -= image.status is Status.WAITING
     without_slot = {image.request for image in images} - {image.request for image in admissible}
-    expected = others_expected + len(without_slot)
+    apart = {image.request for image in admissible if image.request.looks != admissible[0].request.looks}
+    admissible = [image for image in admissible if image.request not in apart]
+    cost, expected = queue.cost_of(admissible), others_expected + len(without_slot) + len(apart)
     work = [work_of(image) for image in admissible]
-    count = _batch_size(queue, work, expected)
+    count = batch_size(work, cost, queue.gain, expected, queue.fixed_batch_size)
     chosen = admissible[:count]
     if queue.fixed_batch_size is None:
-        chosen += backfill(chosen, admissible[count:], queue.step_cost)
-    with_newcomer = _batch_size(queue, [*work, Work(steps=1, rows=NEWCOMER_ROWS)], expected)
-    return Batch(chosen, count, expected, newcomer_joins=free > 0 and with_newcomer > len(images))
+        chosen += backfill(chosen, admissible[count:], cost)
+    newcomer = Work(steps=1, rows=NEWCOMER_ROWS)
+    with_newcomer = batch_size([*work, newcomer], cost, queue.gain, expected, queue.fixed_batch_size)
+    return Batch(chosen, count, expected, newcomer_joins=free > 0 and not apart and with_newcomer > len(images))
 
 
 def in_order(queue: SizeQueue) -> list[Image]:
@@ -108,7 +114,8 @@ def rank(request: Request, cost: StepCost) -> float:
 
 
 def work_of(image: Image) -> Work:
-    return Work(image.steps_left, image.request.rows, image is image.request.images[-1])
+    request = image.request
+    return Work(image.steps_left * request.stretch, request.rows, image is request.images[-1])
 
 
 def batch_size(
@@ -141,10 +148,6 @@ def batch_size(
         if latencies_s * (1 + gain) < least_s:
             best, least_s = count, latencies_s
     return best
-
-
-def _batch_size(queue: SizeQueue, work: Sequence[Work], expected_arrivals: float) -> int:
-    return batch_size(work, queue.step_cost, queue.gain, expected_arrivals, queue.fixed_batch_size)
 
 
 def backfill(chosen: Sequence[Image], others: Sequence[Image], cost: StepCost) -> list[Image]:
@@ -212,9 +215,15 @@ def device_s(queue: Iterable[Work], cost: StepCost) -> float:
     return sum(work.steps * work.rows for work in queue) * cost.row_s()
 
 
+def encode_s(queue: SizeQueue, requests: Iterable[Request]) -> float:
+    """Returns the device-seconds until the images that requests came with are encoded."""
+    return sum(request.images_to_encode for request in requests) * queue.encode_image_s
+
+
 def backlog_s(queue: SizeQueue, images: Sequence[Image]) -> float:
-    """Returns the device-seconds of the steps and decodes that are left."""
-    return device_s(map(work_of, images), queue.step_cost) + len(images) * queue.decode_cost.image_s()
+    """Returns the device-seconds of the encodes, steps and decodes that are left."""
+    encodes_s = encode_s(queue, {image.request for image in images})
+    return encodes_s + device_s(map(work_of, images), queue.step_cost) + len(images) * queue.decode_cost.image_s()
 
 
 def answer_s(request: Request, queue: SizeQueue, queued: Queued, last: bool = False) -> float:
@@ -234,7 +243,8 @@ def answer_s(request: Request, queue: SizeQueue, queued: Queued, last: bool = Fa
     steps_s = sum(device_s(map(work_of, waiting), other.step_cost) for other, waiting in others.items())
     shared_s = denoised_s * sum(map(len, others.values())) / (len(images) + len(own))
     fraction = 1.0 if last or shared_s >= steps_s else shared_s / steps_s
-    return denoised_s + fraction * others_s + decodes * queue.decode_cost.image_s()
+    encodes_s = encode_s(queue, {*before, request})
+    return encodes_s + denoised_s + fraction * others_s + decodes * queue.decode_cost.image_s()
 
 
 def place_s(queued: Queued) -> float:

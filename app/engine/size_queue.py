@@ -19,7 +19,7 @@ class SizeQueue:
     size: Size
     state: Any  # on the device
     step_cost: StepCost
-    reference_cost: StepCost  # of steps with images that look at others
+    reference_cost: StepCost | None  # of steps with images that look at others; None: no image does
     decode_cost: DecodeCost
     encode_image_s: float  # of an image that a request begins from
     free_slots: list[int]
@@ -39,12 +39,12 @@ class SizeQueue:
     def of(cls, size: Size, pipeline: Verbs, gain: float, fixed_batch_size: int | None) -> "SizeQueue":
         buckets = pipeline.row_buckets
         launch_s = {rows: pipeline.launch_s[size, rows] for rows in buckets}
-        reference_step_s = pipeline.reference_step_s or pipeline.step_s
+        reference_step_s = {rows: s for (other, rows), s in pipeline.reference_step_s.items() if other == size}
         return cls(
             size,
             pipeline.empty_state(size),
             StepCost({rows: pipeline.step_s[size, rows] for rows in buckets}, launch_s),
-            StepCost({rows: reference_step_s[size, rows] for rows in buckets}, launch_s),
+            StepCost(reference_step_s, launch_s) if reference_step_s else None,
             DecodeCost({images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets}),
             encode_image_s=pipeline.encode_image_s.get(size, 0.0),
             free_slots=list(range(pipeline.num_slots))[::-1],
@@ -59,7 +59,14 @@ class SizeQueue:
 
     def cost_of(self, images: Sequence[Image]) -> StepCost:
         """Of a step that these share. One that looks at others makes the step longer for all."""
-        return self.reference_cost if any(image.request.looks for image in images) else self.step_cost
+        looks = any(image.request.looks for image in images)
+        return self.reference_cost if self.reference_cost and looks else self.step_cost
+
+    def stretch_of(self, request: Request) -> float:
+        """How many times as long its steps take as those of a request that looks at no images."""
+        if self.reference_cost is None or not request.looks:
+            return 1.0
+        return self.reference_cost.step_s(request.rows) / self.step_cost.step_s(request.rows)
 
     @property
     def active(self) -> int:
@@ -86,6 +93,11 @@ class SizeQueue:
         return {
             "step_s": {str(rows): seconds for rows, seconds in self.step_cost.table().items()},
             "launch_s": {str(rows): self.step_cost.launch_s(rows) for rows in self.step_cost.table()},
+            "reference_step_s": {
+                str(rows): seconds
+                for rows, seconds in (self.reference_cost.table() if self.reference_cost else {}).items()
+            },
+            "encode_image_s": self.encode_image_s,
             "decode_s": {str(images): seconds for images, seconds in self.decode_cost.decode_s.items()},
             "images_at_once": self.batch_size,
             "active": self.active,

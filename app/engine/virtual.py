@@ -222,7 +222,7 @@ class VirtualPipeline:
     def encode_image(self, edit: Edit, size: Size) -> Done:
         if edit.image is not None and edit.image.shape != (size[1], size[0], 3):
             self.refuse(f"encode of an image {edit.image.shape} at {size}")
-        seconds = self.encode_image_s[size] * self.pace
+        seconds = edit.images * self.encode_image_s[size] * self.pace
         error = self.called(Call("encode_image", size, at=self.clock(), seconds=seconds))
         return Done(self.occupy(seconds), error)
 

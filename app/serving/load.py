@@ -19,7 +19,9 @@ def load_of(engine: Engine, replica: str, start_s: float) -> Report:
 
 def size_costs(size: Mapping[str, Any]) -> SizeCosts:
     """Of the engine's statistics, whose keys are texts as they go into JSON."""
-    return SizeCosts(*({int(key): s for key, s in size[name].items()} for name in ("step_s", "launch_s", "decode_s")))
+    tables = ("step_s", "launch_s", "decode_s", "reference_step_s")
+    costs: dict[str, Any] = {name: {int(key): s for key, s in size[name].items()} for name in tables}
+    return SizeCosts(**costs, encode_image_s=size["encode_image_s"])
 
 
 class Queues:

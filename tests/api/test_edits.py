@@ -116,6 +116,7 @@ def test_openais_client_sends_several_images_to_a_model_that_looks_at_them(
     openai_client.images.edit(image=[SQUARE, wide], mask=MASK, prompt="both")
     _, images = edit(replicas)
     assert images.image is not None and images.mask is not None and len(images.references) == 1
+    assert edit(replicas)[0].references == 2  # the one that it begins from is looked at too
 
 
 def test_openais_client_gets_previews_of_an_edit(openai_client: OpenAI, replicas: Replicas) -> None:
@@ -226,6 +227,12 @@ def test_what_is_wrong_with_json_is_named(client: TestClient, body: dict[str, An
         ({"edits": True}, [("image", SQUARE), ("mask", MASK)], {}, "mask is not something this model takes"),
         ({"references": 2}, [("image", SQUARE)], {"strength": "0.5"}, "strength is not something this model takes"),
         ({"references": 2}, [("image", SQUARE)] * 3, {}, "image must be at most 2 images for this model, got 3."),
+        (
+            {"edits": True, "masks": True, "references": 2},
+            [*[("image", SQUARE)] * 3, ("mask", MASK)],
+            {},
+            "image must be at most 2 images for this model, got 3.",
+        ),
     ],
 )
 def test_what_a_model_cannot_do_is_refused_with_the_reason(

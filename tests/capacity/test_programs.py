@@ -19,7 +19,7 @@ from cluster import ROOT
 pytestmark = pytest.mark.slow
 
 HOST = host_of("v5litepod-4")
-SPEC = PipelineSpec("demo", ((128, 128), (64, 128)), (1, 2), 20)
+SPEC = PipelineSpec("demo", ((128, 128), (64, 128)), (1, 2), 20, edits=True)
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from app.aot.compile import compiled
+from app.diffusion.declared_programs import step_name
 from app.diffusion.families import flux2_klein, z_image
 from app.diffusion.families.registry import recognise
+from app.diffusion.limits import capabilities_of, checked
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.pipeline import Pipeline
-from app.types import ActiveSlot, Generation, InvalidField, PipelineSpec
+from app.types import ActiveSlot, Capabilities, Edit, Generation, InvalidField, PipelineSpec
 from tests import edit_cases, tiny_flow
 from tests.diffusion.edits import assert_edits_are_those_of_diffusers, recorded_noise
 from tests.diffusion.test_flow_models import golden
@@ -46,7 +48,8 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     spec = PipelineSpec(model, sizes=sizes, batch_buckets=(1,), max_steps=4, edits=True, references=references)
     pipeline = Pipeline(load_checkpoint(write(tmp_path_factory.mktemp(model), model)), spec)
     pipeline.blank = {size: pipeline.blank_edit(size)}
-    needed = ("encode", f"insert {label}", f"step {label} rows 2", f"decode {label}", "place reference")
+    steps = [step_name(label, 2, looks=looks) for looks in (False, True)]
+    needed = ("encode", f"insert {label}", *steps, f"decode {label}", "place reference")
     programs = [program for program in pipeline.programs if program.name.startswith(needed)]
     with pytest.MonkeyPatch.context() as monkeypatch:
         recorded_noise(monkeypatch, model)
@@ -60,6 +63,76 @@ def test_edits_are_within_a_grey_level_of_diffusers(drawn: tuple[str, Pipeline])
     model, pipeline = drawn
     prompts, negatives = map(pipeline.encode, (tiny_flow.PROMPTS, tiny_flow.NEGATIVE_PROMPTS[model]))
     assert_edits_are_those_of_diffusers(pipeline, model, prompts, negatives)
+
+
+klein_alone = pytest.mark.parametrize("drawn", ["tiny-klein"], indirect=True)
+
+
+def looking(pipeline: Pipeline, *pictures: tuple[int, Edit | None], together: bool) -> np.ndarray:
+    """Pictures by slot and the images that they come with, all in steps that read reference images."""
+    size = pipeline.sizes[0]
+    (prompt,), table = pipeline.encode(["a boat"]), pipeline.table(None, 3, size)
+    state = pipeline.empty_state(size)
+    for slot, edit in pictures:
+        encoded = pipeline.encode_image(edit, size) if edit else None
+        state = pipeline.insert(state, slot, prompt, prompt, table, 1.0, slot, edit=encoded)
+    slots = [ActiveSlot(slot, False, looks=True) for slot, _ in pictures]
+    for active in [slots] if together else [[slot] for slot in slots]:
+        state, _ = pipeline.step(state, active, len(table))
+    return np.concatenate([pipeline.decode(state, [slot]) for slot, _ in pictures]).astype(int)
+
+
+@pytest.mark.slow
+@klein_alone
+def test_a_picture_that_looks_at_images_is_the_same_beside_any_other(drawn: tuple[str, Pipeline]) -> None:
+    model, pipeline = drawn
+    small, large = edit_cases.references(model)
+    pictures = (0, Edit(references=(large, small))), (1, Edit(references=(small,)))
+    apart, beside = (looking(pipeline, *pictures, together=together) for together in (False, True))
+    assert np.array_equal(apart, beside)
+    assert not np.array_equal(apart[0], looking(pipeline, (0, Edit(references=(large,))), together=False)[0])
+
+
+@pytest.mark.slow
+@klein_alone
+def test_a_picture_that_looks_at_nothing_is_the_same_in_steps_that_read_reference_images(
+    drawn: tuple[str, Pipeline],
+) -> None:
+    model, pipeline = drawn
+    size = pipeline.sizes[0]
+    (prompt,), table = pipeline.encode(["a boat"]), pipeline.table(None, 3, size)
+    state = pipeline.insert(pipeline.empty_state(size), 0, prompt, prompt, table, 1.0, 0)
+    state, _ = pipeline.step(state, [ActiveSlot(0, False)], len(table))
+    (beside, _) = looking(pipeline, (0, None), (1, Edit(references=(edit_cases.references(model)[0],))), together=True)
+    assert np.abs(np.asarray(pipeline.decode(state, [0]))[0] - beside).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("references", "served", "problem"),
+    [(None, 1, ""), (4, 4, ""), (5, 0, "references must be at most 4 for a Flux2Klein, got 5.")],
+)
+def test_a_config_declares_how_many_images_klein_looks_at(references: int | None, served: int, problem: str) -> None:
+    family = family_of("tiny-klein")
+    spec = PipelineSpec("klein", ((24, 16),), (1,), 4, edits=True, references=references)
+    if problem:
+        with pytest.raises(ValueError, match=problem):
+            capabilities_of(family, spec)
+    else:
+        able = capabilities_of(family, spec)
+        assert (able.edits, able.masks, able.references) == (True, True, served)
+        assert capabilities_of(family, replace(spec, edits=False, references=None)) == Capabilities()
+    with pytest.raises(ValueError, match="references must be left out for a ZImage, got 1"):
+        capabilities_of(family_of("tiny-z-image"), replace(spec, references=1))
+
+
+def test_the_image_that_klein_begins_from_counts_among_those_that_it_looks_at() -> None:
+    family, image = family_of("tiny-klein"), np.zeros((16, 24, 3), np.uint8)
+    able = Capabilities(edits=True, masks=True, references=2)
+    for edit, count in ((Edit(image, references=(image,)), 2), (Edit(references=(image, image)), 2), (Edit(image), 1)):
+        assert checked(replace(GENERATION, edit=edit), family, able, [(24, 16)]).references == count
+    with pytest.raises(InvalidField, match="references must be at most 2, the image to begin from among them, got 3"):
+        checked(replace(GENERATION, edit=Edit(image, references=(image, image))), family, able, [(24, 16)])
+    assert checked(GENERATION, family, able, [(24, 16)]).references == 0
 
 
 @pytest.mark.slow

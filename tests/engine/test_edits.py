@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.engine.errors import DeadlineUnmeetable
 from app.engine.virtual import number_of
 from app.types import DispatchCost, Edit, Generation
 from tests.engine.driver import Driver, wide
-from tests.fake_pipeline import LARGE, SMALL, FakePipeline, numbers, request
+from tests.fake_pipeline import LARGE, SMALL, FakePipeline, flat, numbers, request, serial
 
 PIXELS = np.full((8, 8, 3), 77, np.uint8)
 
@@ -114,3 +115,46 @@ def test_under_mixed_load_steps_are_as_full_as_under_generations_alone() -> None
     edits = [edit(0.5, steps=20, seed=100 * i) for i in range(100, 124)]
     alone, mixed = rows_per_second(*plain), rows_per_second(*plain[:12], *edits)
     assert mixed == pytest.approx(alone, rel=0.03)
+
+
+def test_steps_with_images_that_look_at_others_have_a_cost_of_their_own() -> None:
+    """Three times as long as others, and no other step is predicted by them."""
+    driver = Driver(FakePipeline(reference_time=lambda size, rows: 3 * serial(size, rows)))
+    looks = request(steps=4, seed=10, edit=Edit(references=(PIXELS,)), references=1)
+    looking, plain = driver.finish(driver.submit(looks), driver.submit(request(steps=4, size=LARGE, seed=20)))
+    assert looking.device_s == pytest.approx(3 * 4 * serial(SMALL, 2))
+    assert plain.device_s == pytest.approx(4 * serial(LARGE, 2))
+    costs = driver.engine.stats()["sizes"]["8x8"]
+    assert costs["step_s"]["2"] == pytest.approx(serial(SMALL, 2))
+    assert costs["reference_step_s"]["2"] == pytest.approx(3 * serial(SMALL, 2))
+
+
+def test_images_that_look_at_others_share_steps_among_themselves_alone() -> None:
+    driver = Driver(wide(reference_time=lambda size, rows: 3 * flat(size, rows)), images_at_once=4)
+    looks = [request(steps=4, seed=seed, edit=Edit(references=(PIXELS,)), references=1) for seed in (10, 20)]
+    plain = [request(steps=6, seed=seed) for seed in (30, 40)]
+    driver.finish(*map(driver.submit, [*looks, *plain]))
+    assert {call.seeds for call in driver.fake.of("step")} == {(10, 20), (30, 40)}
+
+
+@pytest.mark.parametrize("references", [0, 2])
+def test_estimates_count_the_encodes_and_the_longer_steps_of_an_edit(references: int) -> None:
+    driver = Driver(FakePipeline(encode_image_s=0.5, reference_time=lambda size, rows: 3 * serial(size, rows)))
+    if references:
+        generation = request(steps=4, edit=Edit(references=(PIXELS,) * references), references=references)
+    else:
+        generation = edit(1.0, steps=4)
+    needed_s = 0.5 * max(references, 1) + 4 * serial(SMALL, 2) * (3 if references else 1)
+    with pytest.raises(DeadlineUnmeetable) as refusal:
+        driver.engine.submit(generation, timeout_s=0.99 * needed_s)
+    assert refusal.value.estimate_s == pytest.approx(needed_s)
+    future = driver.submit(generation, timeout_s=1.01 * needed_s)
+    assert driver.engine.stats()["backlog_s"] == pytest.approx(needed_s)
+    driver.finish(future)
+
+
+def test_an_edit_that_has_been_encoded_needs_only_its_steps() -> None:
+    driver = Driver(FakePipeline(encode_image_s=0.5))
+    driver.submit(edit(1.0, steps=4))
+    driver.tick()
+    assert driver.engine.stats()["backlog_s"] < 4 * serial(SMALL, 2)

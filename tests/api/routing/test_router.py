@@ -1,6 +1,9 @@
 """The queue, the book and the router over a clock that the test moves. One row of a request takes a replica a second a
 step, and two rows fit into a step."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from app.api.errors import ApiError
@@ -10,7 +13,7 @@ from app.api.routing.costs import SizeModel, Work, rows_at_once
 from app.api.routing.queue import Ticket
 from app.api.routing.router import Router, level
 from app.diffusion.samplers import SAMPLERS, Schedule, evaluations, make_table, samplers_for
-from app.types import Generation
+from app.types import Edit, Generation
 
 SIZE = "64x64"
 COSTS = SizeCosts({1: 1.0, 2: 1.0, 4: 2.0}, {1: 0.0, 2: 0.0, 4: 0.0}, {1: 0.0})
@@ -52,6 +55,19 @@ class Cluster:
 def test_only_buckets_that_gain_rows_per_second_count() -> None:
     assert rows_at_once(COSTS.step_s) == 2
     assert rows_at_once({1: 1.0, 2: 1.5, 4: 2.0}) == 4
+
+
+def test_an_edit_costs_its_encodes_and_its_share_of_the_steps() -> None:
+    model = SizeModel(replace(COSTS, encode_image_s=5.0, reference_step_s={1: 3.0, 2: 3.0, 4: 6.0}))
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    plain = Generation("a", "", 64, 64, 20, 1.0, 0, "euler", 1)
+    begins = Work.of(replace(plain, edit=Edit(pixels, strength=0.6)))
+    looks = Work.of(replace(plain, edit=Edit(references=(pixels, pixels)), references=2))
+    assert (begins.steps, begins.encodes, begins.looks) == (12, 1, False)
+    assert (looks.steps, looks.encodes, looks.looks) == (20, 2, True)
+    assert [model.alone_s(work) for work in (Work.of(plain), begins, looks)] == [20.0, 12 + 5.0, 3 * 20 + 10.0]
+    assert model.device_s(begins) == 12 * model.row_s + 5.0
+    assert model.device_s(looks) == 3 * 20 * model.row_s + 10.0
 
 
 def test_a_request_goes_to_the_replica_that_finishes_it_first() -> None:
