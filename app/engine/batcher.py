@@ -117,8 +117,7 @@ class Batcher:
     def advance(self, queue: SizeQueue, images: Sequence[Image]) -> None:
         """Dispatches steps for the images, and the previews that are due after them."""
         active = [image.active_slot for image in images]
-        rows = sum(slot.rows for slot in active)
-        cost = queue.cost_of(images)
+        rows, cost = sum(slot.rows for slot in active), queue.cost_of(images)
         overhead = self.dispatcher.overhead(cost.launch_s(rows))
         count = steps_in_dispatch(images, cost.step_s(rows), overhead, queue.newcomer_joins)
         dispatch = self.dispatcher.step(queue, images, active, count)
