@@ -9,11 +9,12 @@ prompts are held-out captions of the demo model, whose judge also counts the cla
 are of pixels (PSNR) and of structure as people see it (SSIM, Wang et al. 2004). There is no learned metric.
 
 Pictures are drawn as batch_generate draws them, and kept in --out. The same job, submitted again, draws what is
-missing. Another candidate costs only its own pictures.
+missing. Another candidate costs only its own pictures, and has a report of its own beside the others.
 """
 
 import base64
 import dataclasses
+import hashlib
 import html
 import json
 import shlex
@@ -148,13 +149,21 @@ def main() -> str:
     table = [*figures(drawn, distances), *(claims(drawn, scenes) if judged else ())]
     for name, *values in table:
         say(f"{name:<42}" + "".join(f"{value:>16}" for value in values))
-    write(args.out / "report.html", page(variants, generations, drawn, distances, table).encode())
+    key = comparison(rows_of)
+    report = args.out / f"report-{key}.html"
+    write(report, page(variants, generations, drawn, distances, table).encode())
     each = [
         {"prompt": generation.prompt, "seed": generation.seed, "ssim": float(ssim), "psnr": finite(psnr)}
         for generation, ssim, psnr in zip(generations, distances.ssim, distances.psnr, strict=True)
     ]
-    write(args.out / "figures.json", (json.dumps({"table": table, "pictures": each}, indent=2) + "\n").encode())
-    return f"{len(generations)} pictures of each stand side by side in {args.out / 'report.html'}."
+    write(args.out / f"figures-{key}.json", (json.dumps({"table": table, "pictures": each}, indent=2) + "\n").encode())
+    return f"{len(generations)} pictures of each stand side by side in {report}."
+
+
+def comparison(rows_of: Sequence[Sequence[Row]]) -> str:
+    """Names the pictures that are compared, so that two comparisons in one folder keep their own reports."""
+    keys = [[row.key for row in rows] for rows in rows_of]
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:12]
 
 
 def variant_of(option: str, text: str, base: ReplicaConfig) -> Variant:

@@ -185,7 +185,7 @@ class APIIngress:
         body: dict[str, Any] = {"model": self.running_models.services()[0].model, "replicas": replicas}
         body["total"] = with_queue(total(replicas.values()), queue)
         body |= {"queue": queue, "autoscaling": await asyncio.to_thread(read, AUTOSCALING)}
-        return json_response(body | {"nodes": await nodes()})
+        return json_response(body | {"jobs": await self.jobs.stats(), "nodes": await nodes()})
 
     async def healthz(self, http_request: Request) -> Response:
         """200 if a replica answers now, or is busy and has answered within the last seconds."""

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterable
 
 import uvicorn.config
@@ -20,8 +21,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import ApiError
+from app.api.proxy_bodies import Body
 from app.api.proxy_protocol import LINGER_BYTES, LINGER_S, refusal
-from app.api.settings import LARGEST_BODY, LARGEST_UPLOAD
 from app.ray_internals.serve import (
     SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
     SERVE_HTTP_REQUEST_ID_HEADER,
@@ -32,8 +33,8 @@ from app.ray_internals.serve import (
 
 logger = logging.getLogger(f"ray.serve.{__name__}")
 
-UPLOADS = "/images/edits"  # the end of the only path whose requests bring images
 WITH_BODY = ("POST", "PUT", "PATCH")
+SERVE_ROUTES = "/-/routes"  # where Serve lists its applications for everybody
 LOST_RETRY_S = 5.0  # Serve starts another ingress in a few seconds
 
 Headers = list[tuple[bytes, bytes]]
@@ -78,50 +79,52 @@ class Guard:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self.held: Counter[bool] = Counter()  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        body = Body(scope["path"], self.held)
         try:
-            check_head(scope)
+            check_head(scope, body)
         except ApiError as error:
             await refuse(error, receive, send)
             return
         # A new list: uvicorn keeps the old one.
         headers = without_private(scope["headers"])
-        request = Request(receive, send, headers[-1], body_limit(scope))
+        request = Request(receive, send, headers[-1], body)
         try:
             await self.app({**scope, "headers": headers}, request.receive, request.send)
         except Exception:
             await request.end(ApiError(500, "The server failed on this request.", None, "internal_error"))
             raise
+        finally:
+            body.end()
         # Serve sends no answer at all if the replica is lost.
         lost = ApiError(503, "The server that answered was lost; try again.", None, "replica_lost", LOST_RETRY_S)
         await request.end(lost)
 
 
 class Request:
-    """Passes messages between uvicorn and Serve, and knows the bytes of the body and whether an answer has begun."""
+    """Passes messages between uvicorn and Serve, counts the body, and knows whether an answer has begun."""
 
-    def __init__(self, receive: Receive, send: Send, request_id: tuple[bytes, bytes], limit: int) -> None:
+    def __init__(self, receive: Receive, send: Send, request_id: tuple[bytes, bytes], body: Body) -> None:
         self.from_client = receive
         self.to_client = send
         self.request_id = request_id
-        self.limit = limit  # of the body's bytes
-        self.body_bytes = 0
+        self.body = body
         self.disconnected = False
         self.begun = False
         self.held: Message | None = None  # the start of an answer that may be an error of Serve's
 
     async def receive(self) -> Message:
-        """A body that is too large ends as if the client had disconnected, so Serve cancels the request."""
-        if self.body_bytes > self.limit:
+        """A body above a limit ends as if the client had disconnected, so Serve cancels the request."""
+        if self.body.excess:
             return {"type": "http.disconnect"}
         message = await self.from_client()
         self.disconnected = message["type"] == "http.disconnect"
-        self.body_bytes += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if self.body_bytes > self.limit else message
+        return message if self.body.take(len(message.get("body", b""))) else {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and not self.begun:
@@ -141,8 +144,8 @@ class Request:
         """Sends an answer if the application sent none and the client still waits."""
         if self.begun or self.disconnected:
             return
-        if self.body_bytes > self.limit:
-            await refuse(too_large(self.limit), self.from_client, self.to_client)
+        if self.body.excess:
+            await refuse(self.body.excess, self.from_client, self.to_client)
         else:
             await self.answer(error, [self.request_id])
 
@@ -157,7 +160,7 @@ class Request:
         await self.to_client({"type": "http.response.body", "body": body})
 
 
-def check_head(scope: Scope) -> None:
+def check_head(scope: Scope, body: Body) -> None:
     """Refuses a head that no application should get."""
     headers: Headers = scope["headers"]
     hosts = [value for name, value in headers if name == b"host"]
@@ -167,15 +170,10 @@ def check_head(scope: Scope) -> None:
     method = scope.get("method", "GET")
     if method not in WITH_BODY and (any(name == b"transfer-encoding" for name, _ in headers) or any(map(int, lengths))):
         raise ApiError(400, f"A {method} request must have no body.", None, "unexpected_body")
-    limit = body_limit(scope)
-    if any(int(length) > limit for length in lengths):
-        raise too_large(limit)
-
-
-def body_limit(scope: Scope) -> int:
-    """The proxy and the ingress each keep a body in memory until the ingress has read it. The limits of the config are
-    lower, and the ingress applies them."""
-    return LARGEST_UPLOAD if scope.get("path", "").endswith(UPLOADS) else LARGEST_BODY
+    if scope["path"].endswith(SERVE_ROUTES):
+        raise ApiError(404, "Serve's list of applications is closed here.", None, "not_found")
+    for length in lengths:
+        body.check_length(int(length))
 
 
 def translate(status: int, body: bytes) -> ApiError | None:
@@ -184,10 +182,6 @@ def translate(status: int, body: bytes) -> ApiError | None:
         if re.fullmatch(pattern, body, re.DOTALL):
             return ApiError(status, message, None, code, retry_after_s)
     return None
-
-
-def too_large(limit: int) -> ApiError:
-    return ApiError(413, f"The body must be at most {limit} bytes.", None, "payload_too_large")
 
 
 def without_private(headers: Headers) -> Headers:

@@ -2,8 +2,6 @@
 
 import os
 import stat
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,27 +12,10 @@ from app.api.files.files import Files
 from app.api.files.ranges import Unsatisfiable, byte_range
 from app.api.files.storage import Folder, Storage, storage_at
 from app.api.ingress import APIIngress
-from app.api.settings import Jobs
+from tests.api.conftest import with_jobs
 from tests.api.test_ingress import SERVICE, Replicas, local_client, post
 
 PICTURE = b"png 7"  # what the fake replicas draw of seed 7
-
-
-def with_jobs(folder: Path, **settings: object) -> APIIngress:
-    paths = {"database": str(folder / "state" / "jobs.sqlite3"), "files": str(folder / "files")}
-    limits = SERVICE.limits.model_copy(update={"timeout_s": 60.0})
-    return APIIngress(Replicas(), replace(SERVICE, limits=limits, jobs=Jobs.model_validate({**paths, **settings})))
-
-
-@pytest.fixture
-def ingress(tmp_path: Path) -> APIIngress:
-    return with_jobs(tmp_path)
-
-
-@pytest.fixture
-def client(ingress: APIIngress) -> Iterator[TestClient]:
-    with local_client(ingress) as client:
-        yield client
 
 
 def files_of(ingress: APIIngress) -> Files:

@@ -3,7 +3,6 @@
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,9 @@ from app.api.api_keys import digest_of
 from app.api.errors import ApiError
 from app.api.ingress import APIIngress
 from app.api.messages import Accepted, ImageRequest, Progress
-from tests.api.test_files import with_jobs
-from tests.api.test_ingress import SERVICE, Items, Replicas, local_client, pictures, post
+from tests.api.conftest import with_jobs
+from tests.api.test_ingress import SERVICE, Items, Replicas, local_client, no_replicas, pictures, post
 from tests.clusters import soon
-
-
-@pytest.fixture
-def ingress(tmp_path: Path) -> APIIngress:
-    return with_jobs(tmp_path)
-
-
-@pytest.fixture
-def client(ingress: APIIngress) -> Iterator[TestClient]:
-    with local_client(ingress) as client:
-        yield client
 
 
 def accepted(client: TestClient, headers: dict[str, str] | None = None, **fields: Any) -> dict[str, Any]:
@@ -133,6 +121,23 @@ def test_a_running_job_tells_its_progress_and_a_waiting_one_its_place(ingress: A
     assert ingress.job_service
     ingress.job_service.share.spent(1000.0, 2.0, job=True)
     assert 0 < state(client, waiting[1])["estimated_s"] < state(client, waiting[2])["estimated_s"]
+
+
+def test_the_statistics_count_jobs_and_the_bytes_of_files(
+    ingress: APIIngress, client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.api.ingress.stats_of_all", no_replicas)
+
+    def stats() -> object:
+        return client.get("/v1/stats").json()["jobs"]
+
+    assert stats() == {"queued": 0, "in_progress": 0, "file_bytes": 0} and not [*tmp_path.iterdir()]
+    post(client, prompt="a", seed=7, response_format="url")
+    answers = hold(ingress)
+    for _ in range(3):
+        accepted(client, n=3)
+    assert soon(lambda: len(answers) == 2)
+    assert stats() == {"queued": 1, "in_progress": 2, "file_bytes": len("png 7")}
 
 
 def test_a_cancelled_job_leaves_its_replica_at_once(ingress: APIIngress, client: TestClient) -> None:
@@ -273,6 +278,16 @@ def test_a_client_counts_as_waiting_until_its_answer_has_ended(
     assert counted == [1] and share.connected == 0 and share.connected_s == 0.75
     ended(client, accepted(client)["id"])
     assert counted == [1, 0] and share.jobs_s == 0.75
+
+
+def test_a_database_that_does_not_work_hides_no_other_statistics(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.api.ingress.stats_of_all", no_replicas)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "jobs.sqlite3").write_bytes(b"not a database" * 100)
+    stats = client.get("/v1/stats").json()
+    assert "does not work" in stats["jobs"]["error"] and stats["replicas"] == {}
 
 
 def test_an_ingress_that_keeps_nothing_writes_nothing(tmp_path: Path) -> None:

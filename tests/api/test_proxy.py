@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from app.api import proxy, proxy_protocol
+from app.api import proxy, proxy_bodies, proxy_protocol
 from app.api.proxy_protocol import HEAD_BYTES, HEADERS, PIPELINED, BoundedProtocol
 from tests.clusters import soon
 from tests.raw_http import answers, ask, chunks, closed, connected, head, received
@@ -401,8 +401,8 @@ def test_a_body_above_the_limit_of_its_path_is_413_and_is_not_kept(
     application: Application, port: int, monkeypatch: pytest.MonkeyPatch, lines: tuple[str, ...], path: str
 ) -> None:
     limit = 1_500_000 if "edits" in path else 1_000_000
-    monkeypatch.setattr(proxy, "LARGEST_BODY", 1_000_000)
-    monkeypatch.setattr(proxy, "LARGEST_UPLOAD", 1_500_000)
+    monkeypatch.setattr(proxy_bodies, "LARGEST_BODY", 1_000_000)
+    monkeypatch.setattr(proxy_bodies, "LARGEST_UPLOAD", 1_500_000)
     kept: list[bytes] = []
 
     async def wait_for_the_body(scope: Scope, receive: Receive, send: Send) -> None:
@@ -414,6 +414,46 @@ def test_a_body_above_the_limit_of_its_path_is_413_and_is_not_kept(
     answer = ask(port, head("POST", path, *lines) + 20 * chunk + b"0\r\n\r\n")
     assert (answer.status, answer.error["code"]) == (413, "payload_too_large")
     assert sum(map(len, kept)) <= limit and str(limit) in answer.error["message"]
+
+
+@pytest.mark.parametrize("lines", [("Content-Length: 30000",), (CHUNKED,)])
+def test_bodies_that_are_too_many_together_are_503_and_those_that_were_first_go_on(
+    application: Application, port: int, monkeypatch: pytest.MonkeyPatch, lines: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(proxy_bodies, "ALL_BODIES", 50_000)
+    kept: list[int] = []
+
+    async def length(scope: Scope, receive: Receive, send: Send) -> None:
+        total = 0
+        while (message := await receive())["type"] != "http.disconnect":
+            total += len(message["body"])
+            kept.append(len(message["body"]))
+            if not message.get("more_body"):
+                await say(send, 200, str(total).encode(), "text/plain")
+                return
+
+    application.answer = length
+    body = b"7530\r\n" + b"a" * 30_000 + b"\r\n0\r\n\r\n" if CHUNKED in lines else b"a" * 30_000
+    with connected(port) as first:
+        first.sendall(head("POST", "/", *lines) + body[:-10])
+        assert soon(lambda: sum(kept) >= 29_990)
+        refused = ask(port, head("POST", "/", *lines) + body)
+        assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (503, "queue_full", "2")
+        assert sum(kept) <= 50_000
+        assert ask(port, head("POST", "/v1/images/edits", *lines) + body).body == b"30000", "counted apart"
+        first.sendall(body[-10:])
+        assert answers(received(first, 1))[0].body == b"30000"
+    for _ in range(5):
+        assert ask(port, head("POST", "/", *lines) + body).body == b"30000", "what has ended counts no more"
+
+
+@pytest.mark.parametrize("path", ["/-/routes", "/prefix/-/routes"])
+def test_serves_list_of_applications_is_closed(application: Application, port: int, path: str) -> None:
+    for method in ("GET", "POST"):
+        answer = ask(port, head(method, path))
+        assert (answer.status, answer.error["code"]) == (404, "not_found")
+    assert not application.scopes
+    assert ask(port, head("GET", "/-/healthz")).status == 200
 
 
 @pytest.mark.parametrize(

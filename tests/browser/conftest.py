@@ -5,16 +5,28 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.browser.studio import Server, studio
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT_MS = 60_000  # no test waits so long unless it fails
 NETWORK = "Failed to load resource"  # how Chromium logs an answer of 4xx and a server that is away
+# The files and settings of the gallery, out of the browser's database, the oldest first.
+KEPT = """async () => {
+  const open = indexedDB.open("imagine");
+  await new Promise((resolve) => (open.onsuccess = resolve));
+  const all = open.result.transaction("pictures").objectStore("pictures").getAll();
+  await new Promise((resolve) => (all.onsuccess = resolve));
+  const text = async (blob) => btoa(String.fromCharCode(...new Uint8Array(await blob.arrayBuffer())));
+  return Promise.all(all.result.map(async ({ blob, fields }) => ({ fields, file: await text(blob) })));
+}"""
 
 Open = Callable[..., Any]
 
@@ -83,6 +95,10 @@ def opened(browser: Any) -> Iterator[Open]:
     for context in contexts:
         context.close()
     assert not wrong
+
+
+def pixels(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(file)))
 
 
 def ready(page: Any) -> Any:

@@ -259,12 +259,14 @@ async def nodes() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def studio(count: int = 1, api_keys_file: Path | None = None, max_waiting: int = 16) -> Iterator[Server]:
+def studio(
+    count: int = 1, api_keys_file: Path | None = None, max_waiting: int = 16, service: Service = SERVICE
+) -> Iterator[Server]:
     names = [f"replica-{number}" for number in range(count)]
     replicas = {name: new_replica(name, max_waiting) for name in names}
     with (
         patch("app.serving.description.device", lambda: "easel x1"),
-        serving(replicas, SERVICE, api_keys_file) as server,
+        serving(replicas, service, api_keys_file) as server,
     ):
         yield server
 

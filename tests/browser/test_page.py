@@ -4,40 +4,32 @@ import base64
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from app.api.settings import Jobs
+from app.types import Capabilities, Edit
 from tests.api.test_api_keys import entry, write
-from tests.browser.conftest import Open, draw, ready
-from tests.browser.studio import SERVICE, Server, landscape, studio
+from tests.browser.conftest import KEPT, Open, draw, pixels, ready
+from tests.browser.studio import SERVICE, Server, Studio, landscape, studio
 from tests.clusters import soon
 
 BAD = ("serious", "critical")  # impacts, as axe names them
 DONE = ".tile[data-state=done]"
-# Fetches a file of the gallery out of the browser's database.
-KEPT = """async () => {
-  const open = indexedDB.open("imagine");
-  await new Promise((resolve) => (open.onsuccess = resolve));
-  const all = open.result.transaction("pictures").objectStore("pictures").getAll();
-  await new Promise((resolve) => (all.onsuccess = resolve));
-  const text = async (blob) => btoa(String.fromCharCode(...new Uint8Array(await blob.arrayBuffer())));
-  return Promise.all(all.result.map(async ({ blob, fields }) => ({ fields, file: await text(blob) })));
-}"""
+CODE = ("curl", "python", "openai")
 
 
 def expect(locator: Any) -> Any:
     from playwright.sync_api import expect
 
     return expect(locator)
-
-
-def pixels(file: bytes) -> np.ndarray:
-    return np.asarray(Image.open(BytesIO(file)))
 
 
 def scrolls_sideways(page: Any) -> bool:
@@ -170,23 +162,26 @@ def test_a_key_is_asked_for_once_and_stays_in_the_tab(opened: Open, tmp_path: Pa
         expect(other.locator("#key-dialog")).to_be_visible()
 
 
-@pytest.mark.parametrize("kind", ["curl", "python", "openai"])
+def run_code(page: Any, kind: str, folder: Path) -> bytes:
+    """Runs the code that the page shows, in a folder. Returns the picture."""
+    page.locator(f"#code-{kind}").click()
+    code = page.locator("#code-panel").inner_text()
+    command = ["bash", "-c", f"{code} -sSf"] if kind == "curl" else [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    if kind == "curl":
+        return base64.b64decode(done.stdout.partition('"b64_json": "')[2].partition('"')[0])
+    return (folder / "picture-0.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", CODE)
 def test_the_code_that_is_shown_draws_the_same_picture(opened: Open, server: Server, tmp_path: Path, kind: str) -> None:
     page = ready(opened(server))
     page.fill("#prompt", 'it\'s a "red" boat, über $HOME')
     page.fill("#seed", "5")
     page.locator("summary").click()
-    page.locator(f"#code-{kind}").click()
-    code = page.locator("#code-panel").inner_text()
-    command = ["bash", "-c", f"{code} -sSf"] if kind == "curl" else [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    drawn = landscape(5, (256, 256), 1.0)
-    if kind == "curl":
-        file = base64.b64decode(done.stdout.partition('"b64_json": "')[2].partition('"')[0])
-    else:
-        file = (tmp_path / "picture-0.png").read_bytes()
-    assert np.array_equal(pixels(file), drawn)
+    file = run_code(page, kind, tmp_path)
+    assert np.array_equal(pixels(file), landscape(5, (256, 256), 1.0))
     assert Image.open(BytesIO(file)).text["prompt"] == page.input_value("#prompt")  # type: ignore[attr-defined]
 
 
@@ -234,6 +229,48 @@ def test_a_mask_can_be_painted_erased_and_undone_by_keyboard(opened: Open, serve
     assert not page.evaluate(painted)
 
 
+def test_a_model_that_looks_at_several_images_gets_those_that_were_chosen(opened: Open, tmp_path: Path) -> None:
+    images = {name: np.roll(stripes(), shift, axis=1) for shift, name in enumerate("abcd")}
+    for name, image in images.items():
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    with patch.object(Studio, "capabilities", Capabilities(references=3)), studio() as server:
+        (replica,) = server.replicas.values()
+        edits: dict[int, Edit] = replica.pipeline.edits  # type: ignore[attr-defined]
+        page = ready(opened(server))
+        expect(page.locator("#image-in legend")).to_contain_text("Images to look at")
+        page.set_input_files("#image", [tmp_path / f"{name}.png" for name in images])
+        expect(page.locator("#image-error")).to_have_text("This model takes at most 3 images.")
+        expect(page.locator("#drop")).to_be_hidden()
+        page.get_by_role("button", name="Remove b.png").click()
+        expect(page.locator("#drop")).to_contain_text("Add an image")
+        expect(page.locator("#strength-field")).to_be_hidden()
+        draw(page, "both", seed=31, num_inference_steps=2)
+        expect(page.locator(DONE)).to_have_count(1)
+        page.locator("summary").click()
+        for kind in ("the page", *CODE):
+            if kind in CODE:
+                run_code(page, kind, tmp_path)
+            edit = edits.pop(31)
+            assert edit.image is None and edit.strength is None, kind
+            assert [*map(bytes, edit.references)] == [*map(bytes, (images["a"], images["c"]))], kind
+        page.get_by_role("button", name="Remove the image").click()
+        expect(page.locator("#image-others li")).to_have_count(0)
+        page.get_by_role("button", name="Look at this").click()
+        expect(page.locator("#image-others li")).to_have_count(1)
+
+
+def test_operations_counts_jobs(opened: Open, tmp_path: Path) -> None:
+    jobs = Jobs(database=str(tmp_path / "jobs.sqlite3"), files=str(tmp_path / "files"))
+    with studio(service=replace(SERVICE, jobs=jobs)) as server:  # without the lifespan that would draw them
+        page = ready(opened(server, "/#operations"))
+        tile = page.locator(".stat", has_text="Jobs")
+        expect(tile.locator(".stat-value")).to_have_text("0")
+        answer = page.request.post(f"{server.url}/v1/images/generations", data={"prompt": "a", "async": True})
+        assert answer.status == 202
+        expect(tile.locator(".stat-value")).to_have_text("1")
+        expect(tile.locator(".stat-note")).to_have_text("0 being drawn")
+
+
 def test_operations_shows_replicas_nodes_and_what_runs(opened: Open, quick: Server) -> None:
     quick.slow_down(20)
     page = ready(opened(quick))
@@ -276,7 +313,7 @@ def test_all_can_be_done_by_keyboard(opened: Open, quick: Server) -> None:
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_axe_finds_nothing_serious_and_a_small_screen_does_not_scroll_sideways(
-    opened: Open, server: Server, colours: str
+    opened: Open, colours: str, tmp_path: Path
 ) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
 
@@ -284,15 +321,25 @@ def test_axe_finds_nothing_serious_and_a_small_screen_does_not_scroll_sideways(
         violations = axe.run(page).response["violations"]
         return [f"{entry['id']}: {entry['nodes'][0]['html']}" for entry in violations if entry["impact"] in BAD]
 
-    page = ready(opened(server, color_scheme=colours, viewport={"width": 360, "height": 740}, reduced_motion="reduce"))
-    assert not serious(page) and not scrolls_sideways(page)
-    draw(page, "a boat", num_inference_steps=2, n=2)
-    expect(page.locator(DONE)).to_have_count(2)
-    page.locator("summary").click()
-    assert not serious(page) and not scrolls_sideways(page)
-    page.locator("#gallery button").first.click()
-    assert not serious(page)
-    page.keyboard.press("Escape")
-    page.get_by_role("link", name="Operations").click()
-    expect(page.locator("#replicas tbody tr")).to_have_count(1)
-    assert not serious(page) and not scrolls_sideways(page)
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file in files:
+        Image.fromarray(stripes()).save(file)
+    able = Capabilities(edits=True, masks=True, references=3)
+    with patch.object(Studio, "capabilities", able), studio() as server:
+        page = ready(
+            opened(server, color_scheme=colours, viewport={"width": 360, "height": 740}, reduced_motion="reduce")
+        )
+        assert not serious(page) and not scrolls_sideways(page)
+        page.set_input_files("#image", files)
+        expect(page.locator("#image-others li")).to_have_count(1)
+        assert not serious(page) and not scrolls_sideways(page)
+        draw(page, "a boat", num_inference_steps=2, n=2)
+        expect(page.locator(DONE)).to_have_count(2)
+        page.locator("summary").click()
+        assert not serious(page) and not scrolls_sideways(page)
+        page.locator("#gallery button").first.click()
+        assert not serious(page)
+        page.keyboard.press("Escape")
+        page.get_by_role("link", name="Operations").click()
+        expect(page.locator("#replicas tbody tr")).to_have_count(1)
+        assert not serious(page) and not scrolls_sideways(page)

@@ -12,7 +12,7 @@ from app.types import Generation
 from cluster import ROOT
 from cluster.cli import UsageError
 from demo import scenes
-from jobs.evaluate import Distances, Drawn, claims, figures, page, variant_of
+from jobs.evaluate import Distances, Drawn, claims, comparison, figures, page, variant_of
 from jobs.replica_config import ReplicaConfig
 
 BASE = ReplicaConfig.read(ROOT / "serve_config.yaml")
@@ -102,6 +102,7 @@ def test_rows_belong_to_the_pictures_that_they_name_and_not_to_the_variant() -> 
     )
     assert own == same and len({row.key for row in [*own, *other]}) == 6
     assert all(row.files[0].endswith(".png") for row in own)
+    assert comparison([own, same]) == comparison([same, own]) != comparison([own, other])
 
 
 def test_speed_is_of_the_host_that_drew_most_and_counts_no_pause(tmp_path: Path) -> None:

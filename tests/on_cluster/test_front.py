@@ -86,7 +86,8 @@ def test_a_body_that_a_get_brings_is_refused_and_kept_by_nobody(
         ("POST", "/v1/images/generations", {413}),
         ("POST", "/v1/models", {405, 413}),  # whichever is first: the route's answer, or the proxy's limit
         ("PUT", "/", {405, 413}),
-        ("POST", "/-/routes", {200, 413}),
+        ("POST", "/-/routes", {404}),
+        ("POST", "/-/healthz", {200, 413}),
     ],
 )
 def test_an_endless_post_is_ended_and_kept_by_nobody(

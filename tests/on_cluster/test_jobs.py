@@ -230,22 +230,29 @@ def test_replicas_load_what_was_compiled_ahead_and_say_why_they_do_not(
 
 
 def test_two_settings_stand_side_by_side_and_what_was_drawn_is_kept(verbs: Verbs, tmp_path: Path) -> None:
-    def evaluated(candidate: str) -> str:
+    def evaluated(candidate: str) -> tuple[str, Path]:
+        """What it printed, and its report."""
         settings = ["--reference", "num_inference_steps=3", "--candidate", candidate]
-        return succeeds(submitted(verbs, "evaluate", *settings, "--count", 3, "--out", tmp_path))
+        output = succeeds(submitted(verbs, "evaluate", *settings, "--count", 3, "--out", tmp_path))
+        (report,) = re.findall(r"side by side in (\S+)\. ", output)
+        return output, Path(report)
 
-    output = evaluated("num_inference_steps=2")
+    def figures_of(report: Path) -> list[dict[str, float]]:
+        figures = json.loads((tmp_path / report.name.replace("report", "figures")).with_suffix(".json").read_text())
+        assert len(figures["pictures"]) == 3
+        return list(figures["pictures"])
+
+    output, report = evaluated("num_inference_steps=2")
     assert output.count("3 rows: 0 finished before") == 2
     assert re.search(r"^1 object, everything said +\d/2 +\d/2$", output, re.M)
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures["pictures"]) == 3 and all(0 < image["ssim"] < 1 for image in figures["pictures"])
-    assert (tmp_path / "report.html").read_text().count("<figure>") == 3
+    assert all(0 < image["ssim"] < 1 for image in figures_of(report))
+    assert report.read_text().count("<figure>") == 3
 
     min((tmp_path / "images").iterdir()).unlink()  # as if it had been stopped
-    again = evaluated("num_inference_steps=3")
+    again, other = evaluated("num_inference_steps=3")
     assert re.findall(r"3 rows: (\d) finished before", again) in (["2", "3"], ["3", "3"])
-    same = json.loads((tmp_path / "figures.json").read_text())
-    assert [image["ssim"] for image in same["pictures"]] == [1, 1, 1]
+    assert [image["ssim"] for image in figures_of(other)] == [1, 1, 1]
+    assert other != report and report.is_file(), "each comparison has its own"
 
 
 def test_a_training_that_is_stopped_goes_on_and_what_it_made_is_judged(verbs: Verbs, tmp_path: Path) -> None:

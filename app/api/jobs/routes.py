@@ -64,6 +64,13 @@ class JobRoutes:
         assert self.service
         await self.service.files.check_room()
 
+    async def stats(self) -> dict[str, int] | dict[str, str] | None:
+        """A database that does not work hides no other statistics."""
+        try:
+            return await self.service.stats() if self.service else None
+        except ApiError as error:
+            return {"error": error.message}
+
     async def urls(self, http_request: Request, request: ImageRequest, images: Images) -> list[str]:
         """Keeps the pictures, and returns where they are."""
         assert self.service

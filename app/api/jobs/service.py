@@ -10,12 +10,12 @@ from app.api.database import Database
 from app.api.files import table as file_table
 from app.api.files.files import Files
 from app.api.files.storage import storage_at
-from app.api.files.table import File, expire_files
+from app.api.files.table import File, expire_files, total_bytes
 from app.api.jobs import table
 from app.api.jobs.accept import accept
 from app.api.jobs.share import Share
 from app.api.jobs.sweeper import sweep_on
-from app.api.jobs.table import Job, Line, cancel_job, find_job, forget_job, line_before, list_jobs
+from app.api.jobs.table import Job, Line, cancel_job, count_unended, find_job, forget_job, line_before, list_jobs
 from app.api.jobs.webhooks import Webhooks, post_to_public, read_secret
 from app.api.jobs.worker import Journey, Serving, Worker
 from app.api.messages import ImageRequest, Images
@@ -108,6 +108,13 @@ class JobService:
             return None, None
         line = await self.database.read(line_before, job.id)
         return line, self.share.seconds(line.work + job.work, self.worker.replicas)
+
+    async def stats(self) -> dict[str, int]:
+        """Jobs that have not ended, of all owners, and the bytes of all files. Creates no database."""
+        if not self.database.exists:
+            return {"queued": 0, "in_progress": 0, "file_bytes": 0}
+        counts = await self.database.read(count_unended)
+        return counts | {"file_bytes": await self.database.read(total_bytes)}
 
     async def save(self, request: ImageRequest, images: Images, owner: str) -> list[File]:
         """The pictures of a connected request, to answer with their URLs."""

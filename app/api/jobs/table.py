@@ -156,6 +156,12 @@ def unended(connection: sqlite3.Connection, owner: str) -> tuple[int, int]:
     return every, own
 
 
+def count_unended(connection: sqlite3.Connection) -> dict[str, int]:
+    """By status."""
+    counts = connection.execute(f"SELECT status, count(*) FROM jobs WHERE {UNENDED} GROUP BY status")
+    return {"queued": 0, "in_progress": 0, **{status: count for status, count in counts}}
+
+
 def line_before(connection: sqlite3.Connection, id: str) -> Line:
     """Of a queued job."""
     query = """SELECT count(*), coalesce(sum(work), 0) FROM jobs

@@ -12,8 +12,9 @@ export function show() {
   if (!$("code").open) return;
   const fields = form.read();
   if (fields.n === 1) delete fields.n;
-  const edit = imageIn.image() && { image: imageIn.image().name, mask: imageIn.hasMask() ? "mask.png" : null };
-  $("code-panel").textContent = snippet(kind, fields, edit);
+  const images = imageIn.images().map((image) => image.name);
+  const edit = { images, mask: imageIn.hasMask() ? "mask.png" : null };
+  $("code-panel").textContent = snippet(kind, fields, images.length ? edit : null);
 }
 
 export function start() {

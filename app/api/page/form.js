@@ -53,7 +53,7 @@ export function offer(offered, models) {
   $("sampler").replaceChildren(...model.samplers.map((name) => el("option", {}, name)));
   $("model").replaceChildren(...models.map((other) => el("option", {}, other.id)));
   $("model-field").hidden = models.length < 2;
-  imageIn.offer(model.capabilities ?? {});
+  imageIn.offer(model.capabilities ?? {}, model.limits.input_images ?? 1);
   write({
     num_inference_steps: model.defaults.num_inference_steps,
     guidance_scale: model.defaults.guidance_scale,
@@ -85,7 +85,7 @@ export function read() {
     sampler: $("sampler").value || undefined,
     seed: number("seed"),
     model: $("model-field").hidden ? undefined : $("model").value,
-    strength: imageIn.image() && !$("strength-field").hidden ? number("strength") : undefined,
+    strength: imageIn.images().length && !$("strength-field").hidden ? number("strength") : undefined,
   };
   return JSON.parse(JSON.stringify(fields)); // without the undefined ones
 }

@@ -1,31 +1,28 @@
-// The image that a request begins from, and the mask that is painted on it, by pointer or by keyboard.
+// The images that a request begins from or looks at, and the mask that is painted on the first of them.
 
-import { $, announce, save } from "./dom.js";
+import { $, announce, el, icon, plural } from "./dom.js";
+import * as painting from "./mask.js";
 
 const LARGEST = 1536; // pixels along a side: larger images are made smaller before they are sent
-const MOST_UNDO = 20;
-const PAINT = "#7c6cf0";
-const READ = { willReadFrequently: true }; // whether there is paint, and what an undo brings back
 
-let picture = null; // {name, blob} of the image as it is sent
+let sent = []; // {name, blob, url} of the images as they are sent; the first stands on the easel
 let offered = {}; // the model's capabilities
-let painted = false;
-let erasing = false;
-let undo = [];
-let cursor = null; // of the keyboard, in the mask's pixels
+let most = 1; // images that the model takes
 let changed = () => {};
 
+/** Calls `whenChanged` after a change; with a width and a height where another image is the first. */
 export function start(whenChanged) {
   changed = whenChanged;
-  $("image").addEventListener("change", () => take($("image").files[0]));
-  $("image-remove").addEventListener("click", remove);
-  $("mask-clear").addEventListener("click", () => paintOver(() => clearMask()));
-  $("mask-save").addEventListener("click", async () => save(await mask(), "mask.png"));
-  $("mask-undo").addEventListener("click", undoLast);
-  $("mask-erase").addEventListener("click", () => {
-    erasing = !erasing;
-    $("mask-erase").setAttribute("aria-pressed", String(erasing));
+  painting.start((before, now) => {
+    if (before !== now) setStrength(now ? offered.mask_strength : ownStrength());
+    changed();
   });
+  $("image").addEventListener("change", async () => {
+    const files = [...$("image").files];
+    $("image").value = ""; // the same file may be chosen again
+    await add(files);
+  });
+  $("image-remove").addEventListener("click", () => remove(0));
   const drop = $("drop");
   for (const name of ["dragenter", "dragover"]) {
     drop.addEventListener(name, (event) => {
@@ -36,72 +33,116 @@ export function start(whenChanged) {
   for (const name of ["dragleave", "drop"]) drop.addEventListener(name, () => drop.classList.remove("dragging"));
   drop.addEventListener("drop", (event) => {
     event.preventDefault();
-    take(event.dataTransfer.files[0]);
+    add([...event.dataTransfer.files]);
   });
-  paintByPointer($("mask-canvas"));
-  paintByKeys($("mask-canvas"));
 }
 
-/** Shows the controls where the model can begin from an image, and the mask where it takes one. */
-export function offer(capabilities) {
+/** Shows the controls where the model takes images, and the mask and the strength where it can begin from one. */
+export function offer(capabilities, limit) {
   offered = capabilities;
-  const takesImages = Boolean(offered.edits || offered.references);
-  $("image-in").hidden = !takesImages;
-  if (!takesImages && picture) remove();
+  const references = offered.references ?? 0;
+  most = Math.min(limit, references + (offered.edits ? 1 : 0));
+  $("image-in").hidden = !most;
+  for (const image of sent.splice(most)) URL.revokeObjectURL(image.url);
+  $("image").multiple = most > 1;
   for (const id of ["mask-tools", "mask-hint", "mask-canvas"]) $(id).hidden = !offered.masks;
   $("strength-field").hidden = !offered.edits;
+  $("image-legend").textContent = !references
+    ? "Begin from an image"
+    : `Images to ${offered.edits ? "begin from or " : ""}look at`;
+  $("strength-hint").textContent = references
+    ? "Left empty, the model looks at the images and begins from none of them."
+    : "Little keeps the image, 1 keeps only what is not painted.";
+  show();
 }
 
-export const image = () => picture;
-export const hasMask = () => painted;
+export const images = () => sent;
+export const hasMask = () => Boolean(sent.length) && painting.hasPaint();
+export const mask = async () => (hasMask() ? painting.blob() : null);
 
-/** The mask as the API takes it: transparent where the image is redrawn. Null without paint. */
-export async function mask() {
-  if (!picture || !painted) return null;
-  const source = $("mask-canvas");
-  const canvas = new OffscreenCanvas(source.width, source.height);
-  const context = canvas.getContext("2d");
-  context.fillStyle = "#000";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.globalCompositeOperation = "destination-out";
-  context.drawImage(source, 0, 0);
-  return canvas.convertToBlob({ type: "image/png" });
+/** Takes image files or blobs, as many as the model does. Of a model that takes one, it replaces the one before. */
+export async function add(files) {
+  $("image-error").hidden = true;
+  for (const file of files) {
+    if (most === 1 && sent.length) forget(0);
+    if (sent.length === most) {
+      showProblem(`This model takes at most ${plural(most, "image")}.`);
+      break;
+    }
+    const image = await read(file);
+    if (!image) break;
+    sent.push(image);
+    if (sent.length === 1) await showFirst();
+    else announce(`${plural(sent.length, "image")} for the model to look at`);
+  }
+  show();
+  changed();
 }
 
-/** Takes an image file or blob. Its orientation is applied, and it is sent as PNG. */
-export async function take(file, name = file?.name ?? "image.png") {
-  if (!file) return;
+/** The image as it is sent: as PNG, with its orientation applied. Null, and a sentence, where it cannot be read. */
+async function read(file) {
+  const name = file.name ?? "image.png";
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
     showProblem(`${name} is not an image that this browser can read.`);
-    return;
+    return null;
   }
   const scale = Math.min(1, LARGEST / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
-  for (const id of ["image-canvas", "mask-canvas"]) Object.assign($(id), { width, height });
-  $("image-canvas").getContext("2d").drawImage(bitmap, 0, 0, width, height);
-  const blob = await new Promise((resolve) => $("image-canvas").toBlob(resolve, "image/png"));
-  picture = { name: `${name.replace(/\.[^.]*$/, "")}.png`, blob };
-  [undo, cursor, painted] = [[], null, false];
-  $("mask-save").hidden = true;
-  $("image-error").hidden = true;
-  setStrength(offered.strength);
-  show();
+  const canvas = new OffscreenCanvas(width, height);
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, width, height);
+  const blob = await canvas.convertToBlob({ type: "image/png" });
+  return { name: unused(name.replace(/\.[^.]*$/, "")), blob, url: URL.createObjectURL(blob) };
+}
+
+/** A file name of its own for each image: the code that is shown opens them by name. */
+function unused(stem) {
+  const names = sent.map((image) => image.name);
+  let name = `${stem}.png`;
+  for (let number = 2; names.includes(name); number += 1) name = `${stem}-${number}.png`;
+  return name;
+}
+
+async function showFirst() {
+  const bitmap = await createImageBitmap(sent[0].blob);
+  const { width, height } = bitmap;
+  Object.assign($("image-canvas"), { width, height });
+  $("image-canvas").getContext("2d").drawImage(bitmap, 0, 0);
+  painting.reset(width, height);
+  setStrength(ownStrength());
   changed(width, height);
 }
 
-function remove() {
-  [picture, undo, painted] = [null, [], false];
-  $("image").value = "";
+function forget(index) {
+  for (const image of sent.splice(index, 1)) URL.revokeObjectURL(image.url);
+}
+
+async function remove(index) {
+  forget(index);
+  if (!index && sent.length) await showFirst();
   show();
   changed();
 }
 
 function show() {
-  $("drop").hidden = Boolean(picture);
-  $("image-set").hidden = !picture;
+  $("drop").hidden = sent.length >= most;
+  $("drop-text").textContent = sent.length ? "Add an image" : "Choose an image";
+  $("image-set").hidden = !sent.length;
+  $("image-others").replaceChildren(...sent.slice(1).map(other));
+  $("image-others").hidden = sent.length < 2;
+}
+
+function other({ name, url }, index) {
+  const label = `Remove ${name}`;
+  const click = () => remove(index + 1);
+  return el(
+    "li",
+    {},
+    el("img", { src: url, alt: name }),
+    el("button", { type: "button", class: "icon-button", "aria-label": label, title: label, click }, icon("close")),
+  );
 }
 
 function showProblem(text) {
@@ -109,133 +150,9 @@ function showProblem(text) {
   $("image-error").hidden = false;
 }
 
-// Painting
-
-function brushSize() {
-  const canvas = $("mask-canvas");
-  return ($("brush").valueAsNumber / 200) * Math.max(canvas.width, canvas.height);
-}
-
-function stroke(from, to) {
-  const context = $("mask-canvas").getContext("2d", READ);
-  context.globalCompositeOperation = erasing ? "destination-out" : "source-over";
-  Object.assign(context, { strokeStyle: PAINT, fillStyle: PAINT, lineWidth: brushSize(), lineCap: "round" });
-  context.beginPath();
-  context.moveTo(...from);
-  context.lineTo(...to);
-  context.stroke();
-  context.beginPath(); // a line without a length draws nothing
-  context.arc(...to, brushSize() / 2, 0, 2 * Math.PI);
-  context.fill();
-}
-
-function clearMask() {
-  const canvas = $("mask-canvas");
-  canvas.getContext("2d", READ).clearRect(0, 0, canvas.width, canvas.height);
-}
-
-/** Changes the mask so that it can be undone. */
-function paintOver(change) {
-  remember();
-  change();
-  paintChanged();
-}
-
-/** With a mask the model's own strength is another than without. */
-function paintChanged() {
-  const [before, now] = [painted, hasPaint()];
-  painted = now;
-  $("mask-save").hidden = !now;
-  if (before !== now) setStrength(now ? offered.mask_strength : offered.strength);
-  changed();
-}
+/** Of a request without a mask. A model that looks at images begins from one only where a strength is entered. */
+const ownStrength = () => (offered.references ? "" : offered.strength);
 
 function setStrength(value) {
   for (const id of ["strength", "strength-range"]) $(id).value = value ?? 0.8;
-}
-
-function remember() {
-  const canvas = $("mask-canvas");
-  undo.push(canvas.getContext("2d", READ).getImageData(0, 0, canvas.width, canvas.height));
-  if (undo.length > MOST_UNDO) undo.shift();
-}
-
-function undoLast() {
-  const before = undo.pop();
-  if (!before) return;
-  $("mask-canvas").getContext("2d", READ).putImageData(before, 0, 0);
-  paintChanged();
-}
-
-function hasPaint() {
-  const canvas = $("mask-canvas");
-  const { data } = canvas.getContext("2d", READ).getImageData(0, 0, canvas.width, canvas.height);
-  for (let i = 3; i < data.length; i += 4) if (data[i]) return true;
-  return false;
-}
-
-function paintByPointer(canvas) {
-  let last = null;
-  const place = (event) => {
-    const box = canvas.getBoundingClientRect();
-    return [
-      ((event.clientX - box.left) * canvas.width) / box.width,
-      ((event.clientY - box.top) * canvas.height) / box.height,
-    ];
-  };
-  canvas.addEventListener("pointerdown", (event) => {
-    if (event.button) return;
-    canvas.setPointerCapture(event.pointerId);
-    remember();
-    last = place(event);
-    stroke(last, last);
-  });
-  canvas.addEventListener("pointermove", (event) => {
-    if (!last) return;
-    const next = place(event);
-    stroke(last, next);
-    last = next;
-  });
-  for (const name of ["pointerup", "pointercancel"]) {
-    canvas.addEventListener(name, () => {
-      if (!last) return;
-      last = null;
-      paintChanged();
-    });
-  }
-}
-
-const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-
-function paintByKeys(canvas) {
-  canvas.addEventListener("keydown", (event) => {
-    cursor ??= [canvas.width / 2, canvas.height / 2];
-    if (event.key in MOVES) {
-      const step = brushSize() / 2;
-      const before = cursor;
-      const limits = [canvas.width, canvas.height];
-      cursor = cursor.map((at, axis) => Math.min(limits[axis], Math.max(0, at + MOVES[event.key][axis] * step)));
-      if (event.shiftKey) paintOver(() => stroke(before, cursor));
-      const [x, y] = cursor.map((at, axis) => Math.round((100 * at) / limits[axis]));
-      announce(`${x} % from the left, ${y} % from the top`);
-    } else if (event.key === " ") {
-      paintOver(() => stroke(cursor, cursor));
-      announce(erasing ? "erased" : "painted");
-    } else if (event.key === "z" && (event.ctrlKey || event.metaKey)) {
-      undoLast();
-    } else {
-      return;
-    }
-    event.preventDefault();
-    showCursor(canvas);
-  });
-  canvas.addEventListener("blur", () => $("easel").classList.remove("with-cursor"));
-}
-
-function showCursor(canvas) {
-  const easel = $("easel");
-  easel.classList.add("with-cursor");
-  easel.style.setProperty("--x", `${(100 * cursor[0]) / canvas.width}%`);
-  easel.style.setProperty("--y", `${(100 * cursor[1]) / canvas.height}%`);
-  easel.style.setProperty("--brush", `${(100 * brushSize()) / canvas.width}%`);
 }

@@ -61,7 +61,8 @@ async function send(event) {
   if (!models.length) await loadModels();
   if (!models.length) return;
   const fields = form.read();
-  const edit = imageIn.image() && { image: imageIn.image(), mask: await imageIn.mask() };
+  const images = [...imageIn.images()];
+  const edit = images.length ? { images, mask: await imageIn.mask() } : null;
   const previews = Math.min(3, model().limits.partial_images);
   runs.draw(fields, edit, previews, { finished: gallery.add, refused: form.showError, look, actions: tileActions() });
   $("empty").hidden = true;
@@ -80,16 +81,17 @@ function reuse({ fields }) {
 const download = (picture) => save(picture.blob, gallery.file(picture));
 
 async function beginFrom(picture) {
-  await imageIn.take(picture.blob, gallery.file(picture));
+  await imageIn.add([new File([picture.blob], gallery.file(picture))]);
   $("image-in").scrollIntoView({ block: "center" });
 }
 
 function tileActions() {
-  const edits = model()?.capabilities?.edits;
+  const { edits, references } = model()?.capabilities ?? {};
+  const image = edits ? "Begin from this" : references ? "Look at this" : null;
   return [
     ["again", "Again with this seed", reuse],
     ["download", "Download", download],
-    ...(edits ? [["image", "Begin from this", beginFrom]] : []),
+    ...(image ? [["image", image, beginFrom]] : []),
   ];
 }
 

@@ -29,6 +29,7 @@ export function show() {
     tile("Waiting", waitingIn(stats), `${plural(total.unfinished, "request")} in replicas`),
     tile("Backlog", backlog ? duration(backlog) : "0 s", "of device time"),
     tile("Answered", completedInMinute(), "in the last minute"),
+    ...jobsTile(stats.jobs),
     tile("Nodes", nodes.length || "–", nodes.length ? resources(nodes) : "unknown"),
   );
   showBudget();
@@ -45,6 +46,12 @@ function tile(label, value, note) {
     el("p", { class: "stat-value" }, String(value)),
     el("p", { class: "stat-note" }, note),
   );
+}
+
+/** Nothing where the server keeps no jobs. */
+function jobsTile(jobs) {
+  if (!jobs || jobs.error) return jobs ? [tile("Jobs", "–", jobs.error)] : [];
+  return [tile("Jobs", jobs.queued + jobs.in_progress, `${jobs.in_progress} being drawn`)];
 }
 
 /** Requests without a slot: in the ingress, and in the replicas. */

@@ -4,7 +4,7 @@ import { connection } from "./api.js";
 
 const OPENAI_FIELDS = ["prompt", "n", "size", "model"]; // arguments of the client; the others go into extra_body
 
-/** `fields` are those of the form; `edit` says which files go with them, as {image, mask}. */
+/** `fields` are those of the form; `edit` says which files go with them, as {images, mask}, or is null. */
 export function snippet(kind, fields, edit) {
   const base = new URL(".", location.href).href.replace(/\/$/, "");
   return { curl, python, openai }[kind](base, fields, edit);
@@ -30,8 +30,8 @@ function python(base, fields, edit) {
   const lines = ["import base64", ...(key ? ["import os"] : []), "", "import requests", ""];
   lines.push(`answer = requests.post(`);
   if (edit) {
-    const opened = files(edit).map(([name, file]) => `"${name}": open(${literal(file)}, "rb")`);
-    lines.push(`    "${base}/v1/images/edits",`, `    files={${opened.join(", ")}},`, `    data=${dict(fields)},`);
+    const parts = files(edit).map(([name, file]) => `        ("${name}", ${opened(file)}),`);
+    lines.push(`    "${base}/v1/images/edits",`, "    files=[", ...parts, "    ],", `    data=${dict(fields)},`);
   } else {
     lines.push(`    "${base}/v1/images/generations",`, `    json=${dict(fields)},`);
   }
@@ -45,7 +45,7 @@ function openai(base, fields, edit) {
   const known = Object.entries(fields).filter(([name]) => OPENAI_FIELDS.includes(name));
   const extra = Object.fromEntries(Object.entries(fields).filter(([name]) => !OPENAI_FIELDS.includes(name)));
   const parameters = [
-    ...(edit ? files(edit).map(([name, file]) => `    ${name}=open(${literal(file)}, "rb"),`) : []),
+    ...(edit ? openedFiles(edit).map((argument) => `    ${argument},`) : []),
     ...known.map(([name, value]) => `    ${name}=${literal(value)},`),
     ...(Object.keys(extra).length ? [`    extra_body=${dict(extra)},`] : []),
   ];
@@ -71,7 +71,14 @@ function save(content, data) {
   ];
 }
 
-const files = ({ image, mask }) => [["image", image], ...(mask ? [["mask", mask]] : [])];
+/** Arguments of the OpenAI client, which takes one image or a list of them. */
+function openedFiles({ images, mask }) {
+  const image = images.length > 1 ? `[${images.map(opened).join(", ")}]` : opened(images[0]);
+  return [`image=${image}`, ...(mask ? [`mask=${opened(mask)}`] : [])];
+}
+
+const files = ({ images, mask }) => [...images.map((image) => ["image", image]), ...(mask ? [["mask", mask]] : [])];
+const opened = (file) => `open(${literal(file)}, "rb")`;
 const pairs = (fields) => Object.entries(fields).map(([name, value]) => `${name}=${value}`);
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`; // for a shell
 const literal = (value) => JSON.stringify(value); // numbers and strings are the same in Python

@@ -63,7 +63,7 @@ export class Tile {
     delete body.n;
     if (!this.edit) return ["v1/images/generations", body];
     const form = new FormData();
-    form.append("image", this.edit.image.blob, this.edit.image.name);
+    for (const { blob, name } of this.edit.images) form.append("image", blob, name);
     if (this.edit.mask) form.append("mask", this.edit.mask, "mask.png");
     for (const [name, value] of Object.entries(body)) form.append(name, value);
     return ["v1/images/edits", form];
