@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.api.settings import Jobs
+from app.api.settings import Defaults, Jobs
 from app.types import Capabilities, Edit
 from tests.api.test_api_keys import entry, write
 from tests.browser.conftest import KEPT, Open, draw, pixels, ready
@@ -63,6 +63,19 @@ def test_the_form_offers_what_the_model_offers(opened: Open, server: Server) -> 
     assert page.locator("#sampler option").all_inner_texts() == ["ddim", "euler", "dpmpp_2m_karras"]
     assert page.input_value("#num_inference_steps") == "12" and page.input_value("#guidance_scale") == "5"
     assert page.locator("#numbers input").count() == SERVICE.limits.images
+
+
+def test_a_model_without_guidance_is_asked_for_none(opened: Open) -> None:
+    limits = SERVICE.limits.model_copy(update={"guidance_scale": (0.0, 1.0)})
+    defaults = Defaults(num_inference_steps=4, guidance_scale=0.0)
+    with studio(service=replace(SERVICE, limits=limits, defaults=defaults)) as server:
+        page = ready(opened(server))
+        for name in ("guidance_scale", "negative_prompt"):
+            expect(page.locator(f"[data-param={name}]")).to_be_hidden()
+        draw(page, "a boat")
+        expect(page.locator(DONE)).to_have_count(1)
+        (picture,) = page.evaluate(KEPT)
+        assert "guidance_scale" not in picture["fields"]
 
 
 def test_a_request_that_waits_tells_its_place_and_cancelling_it_frees_it(opened: Open, quick: Server) -> None:

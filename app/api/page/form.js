@@ -7,6 +7,7 @@ const DRAFT = "imagine-draft"; // the form survives a reload of the tab
 const COUNTS = [1, 2, 3, 4, 6, 8, 12, 16];
 const SLIDERS = ["num_inference_steps", "guidance_scale", "strength"];
 const TEXTS = ["prompt", "negative_prompt"];
+const GUIDED = ["guidance_scale", "negative_prompt"]; // fields that need guidance
 
 let model = null;
 
@@ -50,6 +51,7 @@ export function offer(offered, models) {
   );
   bounds("num_inference_steps", model.limits.num_inference_steps);
   bounds("guidance_scale", model.limits.guidance_scale);
+  for (const name of GUIDED) document.querySelector(`#form [data-param=${name}]`).hidden = !guided();
   $("sampler").replaceChildren(...model.samplers.map((name) => el("option", {}, name)));
   $("model").replaceChildren(...models.map((other) => el("option", {}, other.id)));
   $("model-field").hidden = models.length < 2;
@@ -65,6 +67,9 @@ export function offer(offered, models) {
   });
 }
 
+/** Whether the model may be guided: one that is distilled has limits without guidance. */
+const guided = () => !model || model.limits.guidance_scale[1] > 1;
+
 function known(fields) {
   const kept = { ...fields };
   if (!model.sizes.includes(kept.size)) delete kept.size;
@@ -77,11 +82,11 @@ export function read() {
   const number = (id) => (Number.isNaN($(id).valueAsNumber) ? undefined : $(id).valueAsNumber);
   const fields = {
     prompt: $("prompt").value,
-    negative_prompt: $("negative_prompt").value || undefined,
+    negative_prompt: (guided() && $("negative_prompt").value) || undefined,
     size: chosen("size"),
     n: Number(chosen("n") ?? 1),
     num_inference_steps: number("num_inference_steps"),
-    guidance_scale: number("guidance_scale"),
+    guidance_scale: guided() ? number("guidance_scale") : undefined,
     sampler: $("sampler").value || undefined,
     seed: number("seed"),
     model: $("model-field").hidden ? undefined : $("model").value,
