@@ -76,6 +76,7 @@ def test_a_model_without_guidance_is_asked_for_none(opened: Open) -> None:
         expect(page.locator(DONE)).to_have_count(1)
         (picture,) = page.evaluate(KEPT)
         assert "guidance_scale" not in picture["fields"]
+        page.close()
 
 
 def test_a_request_that_waits_tells_its_place_and_cancelling_it_frees_it(opened: Open, quick: Server) -> None:
@@ -270,6 +271,7 @@ def test_a_model_that_looks_at_several_images_gets_those_that_were_chosen(opened
         expect(page.locator("#image-others li")).to_have_count(0)
         page.get_by_role("button", name="Look at this").click()
         expect(page.locator("#image-others li")).to_have_count(1)
+        page.close()  # before its server goes
 
 
 def test_operations_counts_jobs(opened: Open, tmp_path: Path) -> None:
@@ -282,6 +284,7 @@ def test_operations_counts_jobs(opened: Open, tmp_path: Path) -> None:
         assert answer.status == 202
         expect(tile.locator(".stat-value")).to_have_text("1")
         expect(tile.locator(".stat-note")).to_have_text("0 being drawn")
+        page.close()
 
 
 def test_operations_shows_replicas_nodes_and_what_runs(opened: Open, quick: Server) -> None:
@@ -356,3 +359,4 @@ def test_axe_finds_nothing_serious_and_a_small_screen_does_not_scroll_sideways(
         page.get_by_role("link", name="Operations").click()
         expect(page.locator("#replicas tbody tr")).to_have_count(1)
         assert not serious(page) and not scrolls_sideways(page)
+        page.close()
