@@ -1,6 +1,6 @@
 """The plain data that the packages of the app share. Imports neither JAX nor Ray, and nothing of the app."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -154,6 +154,13 @@ class Generation:
     def rows(self) -> int:
         """The rows of the denoiser in a step of one image: unconditional and conditional where it is guided."""
         return 1 + self.guided
+
+    def parts(self, images: int) -> "list[Generation]":
+        """Requests for at most `images` images each that make the same images together, in their order."""
+        return [
+            replace(self, n=min(images, self.n - first), seed=(self.seed + first) % SEEDS)
+            for first in range(0, self.n, images)
+        ]
 
 
 class RequestDefaults(NamedTuple):

@@ -23,6 +23,7 @@ from ray import serve
 
 from app.api.api_keys import digest_of
 from app.api.routing.costs import Work
+from app.api.routing.page import Sent
 from app.api.routing.router import Router
 from app.engine.virtual import VirtualClock
 from app.types import Generation
@@ -31,7 +32,8 @@ from benchmarks.load import equal_requests, mixed_requests, request
 from benchmarks.paced import Pace, PacedPipeline
 from benchmarks.paced_cluster import BUCKETS, SIZE, application
 from benchmarks.report import log, machine
-from capacity.cluster_simulation import Arrival, Cluster, report_of
+from capacity.cluster_simulation import Arrival, Cluster
+from capacity.simulated_replica import report_of
 from cluster import ROOT, processes
 from cluster.cli import Parser, run_command
 from loadtest.arrivals import Seconds, poisson
@@ -168,7 +170,7 @@ def flood(url: str, count: int) -> Figure:
 def overhead(pace: Pace) -> Figure:
     """Milliseconds of the processor from a request's arrival to its place, and from its answer to the next one."""
     figure = Figure(DEVICE, f"router, {IN_FLIGHT} in flight", "ms a request", 1.0, against="1 ms")
-    sent: list[tuple[str, object]] = []
+    sent: list[tuple[str, Sent]] = []
     router = Router(10_000, lambda ticket, name, entry, ahead_s: sent.append((name, entry)))
     cluster = Cluster(lambda clock: PacedPipeline(pace, batch_buckets=BUCKETS, size=SIZE, clock=clock), REPLICAS)
     router.book.list(cluster.replicas, 0.0)
@@ -185,7 +187,7 @@ def overhead(pace: Pace) -> Figure:
         router.pump(now)
         if number >= IN_FLIGHT:
             name, entry = sent.pop(0)
-            router.answered(name, entry)  # type: ignore[arg-type]
+            router.answered(entry)
             router.report(reports[name], now)
             router.pump(now)
     figure.add(1e3 * (time.process_time() - began) / len(requests), 1.0)

@@ -85,6 +85,9 @@ class PacedReplica(StableDiffusion):
 class ServeRouted(Replicas):
     """Sends at once, as Serve's own router chooses: requests wait in the replicas."""
 
+    def parts(self, request: ImageRequest, key: str | None) -> list[ImageRequest]:
+        return [request]
+
     async def send(self, request: ImageRequest, key: str | None = None) -> Unary:
         response: Unary = self.handle.generate.remote(request)
         return response

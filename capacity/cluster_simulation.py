@@ -1,7 +1,7 @@
 """Several replicas on a virtual clock: real engines behind the ingress's own queue, book and autoscaling policy.
 
 No real time passes, and nothing of Ray runs. A replica is an engine over a device that takes as long as a table says
-(app/engine/virtual.py). Requests reach it through the router of app/api/routing/, or as Serve's default router would
+(capacity/simulated_replica.py). Requests reach it through the router of app/api/routing/, or as Serve's default router would
 send them: at once, to the replica with fewer requests of two drawn at random. Answers, reports and requests take
 `way_s` each way. The work of the host is not included.
 """
@@ -12,26 +12,25 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from app.api.errors import ApiError
-from app.api.messages import Report, SizeCosts
-from app.api.routing.book import Sent
 from app.api.routing.costs import Work
+from app.api.routing.page import Sent
 from app.api.routing.queue import Ticket
 from app.api.routing.router import Router
-from app.engine.engine import Engine
-from app.engine.virtual import VirtualClock, VirtualPipeline
-from app.types import Generation
-from capacity.simulate import Fetcher
+from app.engine.errors import HandedOver
+from app.engine.request import Generated
+from app.types import Generation, Resumed
+from capacity.simulated_replica import MOST_WAITING, MakePipeline, SimulatedReplica, report_of
 
 Routing = Literal["book", "serve"]
-MOST_WAITING = 1_000_000
 ARRIVED = 10_000  # arrivals that a policy may look back on
 
 
@@ -52,30 +51,12 @@ class Outcome:
     ended: float
 
 
-@dataclass(eq=False)
-class SimulatedReplica:
-    name: str
-    pipeline: VirtualPipeline
-    engine: Engine
-    fetcher: Fetcher
-    started: float
-    ready: float
-    ended: float = math.inf
-    draining: bool = False
-    requests: int = 0
-
-    @property
-    def clock(self) -> VirtualClock:
-        assert isinstance(self.pipeline.clock, VirtualClock)
-        return self.pipeline.clock
-
-
 class Cluster:
     """A simulation. `make_pipeline` gives the device of a new replica on its clock."""
 
     def __init__(
         self,
-        make_pipeline: Callable[[VirtualClock], VirtualPipeline],
+        make_pipeline: MakePipeline,
         replicas: int,
         *,
         routing: Routing = "book",
@@ -100,7 +81,10 @@ class Cluster:
         self.wanted = replicas
         self.unfinished = 0
         self.arrived: deque[tuple[float, float]] = deque(maxlen=ARRIVED)  # when, and how many device-seconds
-        self.requests: dict[Ticket, tuple[int, Arrival]] = {}
+        self.requests: dict[Ticket, tuple[int, Arrival, Resumed | None]] = {}
+        self.held: dict[Sent, tuple[SimulatedReplica, Future[Generated]]] = {}
+        self.moves = 0
+        self.parts: dict[int, int] = {}  # of a request, that are not answered
         self.latencies: npt.NDArray[np.float64] = np.empty(0)
         self.waits: npt.NDArray[np.float64] = np.empty(0)
         for _ in range(replicas):
@@ -112,17 +96,9 @@ class Cluster:
         """Adds a replica, which is ready after `start_s`."""
         name = f"replica-{next(self.numbers)}"
         ready = self.now + (self.start_s if start_s is None else start_s)
-        clock = VirtualClock(ready)
-        pipeline, fetcher = self.make_pipeline(clock), Fetcher(clock)
-        engine = Engine(
-            pipeline,
-            max_waiting=MOST_WAITING,
-            images_at_once=self.images_at_once,
-            gain=self.gain,
-            clock=clock,
-            fetcher=fetcher,
+        self.replicas[name] = SimulatedReplica.started_at(
+            name, self.now, ready, self.make_pipeline, self.gain, self.images_at_once
         )
-        self.replicas[name] = SimulatedReplica(name, pipeline, engine, fetcher, self.now, ready)
         self.router.starting[name] = ready
         self.at(ready, partial(self.ready, name))
 
@@ -131,7 +107,7 @@ class Cluster:
         if name in self.replicas:
             self.router.book.list(self.running(), self.now)
             self.router.report(report_of(self.replicas[name]), self.now)
-            self.router.pump(self.now)
+            self.pump()
 
     def scale(self, wanted: int) -> None:
         """Starts or stops replicas. The youngest go first, as those that start may not be needed any more."""
@@ -171,17 +147,46 @@ class Cluster:
         work = Work.of(arrival.generation)
         self.arrived.append((self.now, self.router.device_s(work)))
         if self.routing == "serve":
+            self.parts[number] = 1
             self.send_as_serve(number, arrival)
             return
-        ticket = self.router.ticket(work, self.now, arrival.key)
         try:
-            self.router.admit(ticket, math.inf, self.now)
+            images = self.router.images_together(work, self.now, key=arrival.key)
+            if images == work.images:
+                self.router.admit(self.router.ticket(work, self.now, arrival.key), math.inf, self.now)
         except ApiError:
             self.unfinished -= 1
             return
-        self.requests[ticket] = number, arrival
+        self.parts[number] = -(-work.images // images)
+        for part in arrival.generation.parts(images):
+            siblings = work.images - part.n
+            ticket = self.router.ticket(Work.of(part), self.now, arrival.key, siblings=siblings)
+            self.add(ticket, number, replace(arrival, generation=part), None)
+
+    def come_again(self, number: int, arrival: Arrival, resumed: Resumed | None) -> None:
+        """A request that has left its replica."""
+        left = [image.steps_left for image in resumed.images] if resumed else None
+        age_s = self.now - arrival.at
+        ticket = self.router.ticket(Work.of(arrival.generation), self.now, arrival.key, True, age_s, left)
+        self.add(ticket, number, arrival, resumed)
+
+    def add(self, ticket: Ticket, number: int, arrival: Arrival, resumed: Resumed | None) -> None:
+        self.requests[ticket] = number, arrival, resumed
         self.router.queue.add(ticket)
+        self.pump()
+
+    def pump(self) -> None:
+        """As the ingress does: sends what has a place, and has requests change replicas."""
         self.router.pump(self.now)
+        for move in self.router.rebalance(self.now):
+            self.moves += 1
+            self.at(self.now + self.way_s, partial(self.let_go, move.sent))
+
+    def let_go(self, sent: Sent) -> None:
+        if sent in self.held:
+            replica, future = self.held[sent]
+            with replica.at(self.now):
+                replica.engine.let_go(future)
 
     def send_as_serve(self, number: int, arrival: Arrival) -> None:
         """The power of two choices, by numbers of requests, as Serve's default router compares them."""
@@ -194,30 +199,54 @@ class Cluster:
         self.submit(name, number, arrival, 0.0, None)
 
     def place(self, ticket: Ticket, name: str, sent: Sent, ahead_s: float) -> None:
-        number, arrival = self.requests.pop(ticket)
-        self.waits[number] = self.now - arrival.at
-        self.submit(name, number, arrival, ahead_s, sent)
+        number, arrival, resumed = self.requests.pop(ticket)
+        if not ticket.again:
+            self.waits[number] = self.now - arrival.at
+        self.submit(name, number, arrival, ahead_s, sent, resumed, ticket.again)
 
-    def submit(self, name: str, number: int, arrival: Arrival, ahead_s: float, sent: Sent | None) -> None:
+    def submit(
+        self,
+        name: str,
+        number: int,
+        arrival: Arrival,
+        ahead_s: float,
+        sent: Sent | None,
+        resumed: Resumed | None = None,
+        again: bool = False,
+    ) -> None:
         replica = self.replicas[name]
         replica.requests += 1
 
         def arrive() -> None:
-            clock = replica.clock
-            ahead_of_us, clock.now = clock.now, self.now
-            future = replica.engine.submit(arrival.generation, ahead_s=ahead_s)
-            clock.now = max(ahead_of_us, self.now)
-            future.add_done_callback(lambda _: self.at(clock.now + self.way_s, answered))
-
-        def answered() -> None:
-            self.latencies[number] = self.now - arrival.at
-            self.unfinished -= 1
-            replica.requests -= 1
+            with replica.at(self.now):
+                future = replica.engine.submit(
+                    arrival.generation,
+                    ahead_s=ahead_s,
+                    resumed=resumed,
+                    beyond_limits=again,
+                    age_s=self.now - arrival.at if again else 0.0,
+                )
             if sent is not None:
-                self.router.answered(name, sent)
+                self.held[sent] = replica, future
+            future.add_done_callback(lambda future: self.at(replica.clock.now + self.way_s, partial(answered, future)))
+
+        def answered(future: "Future[Generated]") -> None:
+            replica.requests -= 1
+            moved = future.exception()
+            if not isinstance(moved, HandedOver):
+                self.parts[number] -= 1
+                if not self.parts[number]:
+                    self.latencies[number] = self.now - arrival.at
+                    self.unfinished -= 1
+            if sent is not None:
+                del self.held[sent]
+                self.router.answered(sent)
                 if name in self.router.book.replicas:
                     self.router.report(report_of(replica), self.now)
-                self.router.pump(self.now)
+            if isinstance(moved, HandedOver):
+                self.come_again(number, arrival, moved.resumed)
+            elif sent is not None:
+                self.pump()
             if replica.draining and replica.requests == 0:
                 self.end(replica)
 
@@ -259,19 +288,3 @@ class Cluster:
                 else:
                     idle.add(ticking)
         return Outcome(self.latencies, self.waits, self.replica_s, self.now)
-
-
-def report_of(replica: SimulatedReplica) -> Report:
-    stats: Any = replica.engine.stats()
-    return Report(replica.name, costs_of(replica.pipeline), stats["unfinished"], stats["backlog_s"])
-
-
-def costs_of(pipeline: VirtualPipeline) -> dict[str, SizeCosts]:
-    return {
-        f"{size[0]}x{size[1]}": SizeCosts(
-            {rows: pipeline.step_s[size, rows] for rows in pipeline.row_buckets},
-            {rows: pipeline.launch_s[size, rows] for rows in pipeline.row_buckets},
-            {images: pipeline.decode_s[size, images] for images in pipeline.decode_buckets},
-        )
-        for size in pipeline.sizes
-    }

@@ -63,8 +63,10 @@ class Fetcher(Executor):
         self.due: list[tuple[float, int, Callable[[], Any]]] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        pixels = args[-1]
-        heapq.heappush(self.due, (pixels.ready_at, next(self.numbers), lambda: fn(*args, **kwargs)))
+        last = args[-1]  # pixels, or the images that are exported
+        parts = [*last.values()] if isinstance(last, dict) else [last]
+        ready_at = max((part.ready_at for part in parts), default=self.clock.now)
+        heapq.heappush(self.due, (ready_at, next(self.numbers), lambda: fn(*args, **kwargs)))
         return Future()
 
     def run_until(self, moment: float) -> None:

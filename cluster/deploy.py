@@ -24,6 +24,7 @@ from cluster.connection import LOCAL, dashboard_of, isolate, reach
 from cluster.dashboard import Dashboard, Details, Late, log_places, reason, serves
 from cluster.local.state import CLUSTER_FILE, RUN_DIR, Cluster, running
 from cluster.local.verbs import port
+from cluster.rollout import Room
 from cluster.serve_status import Failed, counts, name_of, ready, replicas
 from cluster.status import status
 from cluster.terminal import Progress, format_duration, make_command, say
@@ -48,8 +49,15 @@ def deploy(dashboard: Dashboard, config: "ServeDeploySchema", path: Path, timeou
         put(dashboard, {**wanted, "applications": [app for app in wanted["applications"] if name_of(app) not in again]})
         wait(dashboard, lambda details: not again & set(details["applications"]), timeout_s)
     put(dashboard, wanted)
+    room = Room(dashboard, wanted, put)
+
+    def done(details: Details) -> bool:
+        room.look(details)
+        return ready(details, names_of(wanted))
+
     try:
-        took = wait(dashboard, lambda details: ready(details, names_of(wanted)), timeout_s)
+        took = wait(dashboard, done, timeout_s)
+        room.restore()
     except Failed as failure:
         put_back(dashboard, before, wanted, path, str(failure), timeout_s)
     except KeyboardInterrupt:

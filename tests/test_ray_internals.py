@@ -1,6 +1,7 @@
 """app/ray_internals: each private name of Ray is still there and works as it is used, and stands nowhere else."""
 
 import ast
+import asyncio
 import importlib
 import inspect
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray.serve import context
 
 import app.ray_internals
 from app import builders
@@ -134,6 +136,23 @@ def test_options_have_the_defaults_that_serve_documents() -> None:
     assert serve.default_option("max_ongoing_requests") == 5
     assert serve.default_option("max_queued_requests") == -1
     assert serve.default_option("graceful_shutdown_timeout_s") == 20
+
+
+def test_tasks_of_one_http_request_get_ids_of_their_own_under_its_request_id() -> None:
+    from ray.serve.context import _get_serve_request_context as request_context
+
+    async def ids() -> list[tuple[str, str]]:
+        context._set_request_context(request_id="abc", _internal_request_id="1")
+
+        async def task() -> tuple[str, str]:
+            serve.begin_own_request()
+            return request_context().request_id, request_context()._internal_request_id
+
+        return [*await asyncio.gather(task(), task()), (request_context().request_id, request_context()._internal_request_id)]
+
+    first, second, own = asyncio.run(ids())
+    assert own == ("abc", "1") and {first[0], second[0]} == {"abc"}
+    assert len({first[1], second[1], "1"}) == 3
 
 
 def test_the_default_policy_is_the_one_of_the_target() -> None:

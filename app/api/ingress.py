@@ -26,10 +26,11 @@ from app.api.jobs.routes import ROUTES as JOB_ROUTES
 from app.api.jobs.routes import JobRoutes
 from app.api.jobs.service import JobService
 from app.api.jobs.share import ConnectedMiddleware
-from app.api.journey import Journey, StreamedJourney
+from app.api.journey import StreamedJourney
 from app.api.messages import ImageRequest, Images, Preview, Progress
 from app.api.openapi import document
 from app.api.page_files import PREFIX, page_file, prefers_html
+from app.api.parts import answer_of_parts
 from app.api.protocol import parse_body, parse_query
 from app.api.replicas import BROADCAST_TIMEOUT_S, Replicas
 from app.api.request_body import check_json, read_body
@@ -197,9 +198,9 @@ class APIIngress:
 
     async def generate(self, request: ImageRequest, key: str | None) -> Images:
         with self.spread_retries(request):
-            answer = await Journey(request).answer(partial(self.routed.send, key=key))
-        self.record(request, answer)
-        return answer
+            images = await answer_of_parts(self.routed.parts(request, key), partial(self.routed.send, key=key))
+        self.record(request, images)
+        return images
 
     def journey(self, request: ImageRequest) -> StreamedJourney:
         """Of a job, which is not counted as a client that waits."""

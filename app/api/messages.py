@@ -72,11 +72,13 @@ class ImageRequest:
     partial_images: int = 0  # previews to stream
     ahead_s: float = 0.0  # device-seconds by which it goes ahead of one that comes now: it has waited in the ingress
     progress: bool = False  # whether to stream Progress
+    siblings: int = 0  # images of the same request that are made apart from it
     # Of what the ingress does with the answer; no replica reads these.
     response_format: str | None = None  # b64_json or url; None: the client has not said
     asynchronous: bool = False  # a job answers it
     webhook_url: str | None = None  # of the job
     seeded: bool = field(default=False, compare=False)  # whether the client has chosen the seed
+    place: str = field(default="", compare=False)  # the ingress's name for it, by which a replica lets it go
     # Only of a request that another replica had before.
     age_s: float = 0.0  # since the ingress got it
     moved: bool = False  # its place is beyond the usual limits

@@ -3,7 +3,7 @@
 Knows nothing of HTTP, nor of how the place is chosen (app/api/routing/).
 """
 
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,13 +14,16 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from app.api.errors import ApiError, ReplicaGone
 from app.api.journey import Unary
 from app.api.messages import Description, ImageRequest, Images, Moved, Report
+from app.api.parts import parts_of
 from app.api.replica_calls import Item, Items, Pending, answer_of, broadcast
 from app.api.replica_watch import ReplicaWatch
+from app.api.routing.costs import Work
 from app.api.routing.dispatch import Dispatch, Place
 from app.api.stats import all_replica_ids
 from app.ray_internals.routing import running_replicas
 
 BROADCAST_TIMEOUT_S = 2.0  # for the answers of all replicas
+LET_GO_S = 10.0
 WAKE_S = 60.0  # how long a call waits for a first replica before the next takes its place
 
 
@@ -30,7 +33,7 @@ class Replicas:
     def __init__(self, handle: Any, max_waiting: int) -> None:
         self.handle = handle
         self.watch = ReplicaWatch(self.poll)
-        self.dispatch = Dispatch(max_waiting, self.refresh, self.wake, partial(all_replica_ids, handle))
+        self.dispatch = Dispatch(max_waiting, self.refresh, self.wake, partial(all_replica_ids, handle), self.let_go)
 
     async def poll(self) -> list[Description]:
         """Asks all replicas for reports, and tells them of the queue."""
@@ -53,6 +56,21 @@ class Replicas:
         report = await answer_of(response, WAKE_S)
         self.dispatch.reported([report], new=True)
 
+    async def let_go(self, replica: str, places: Sequence[str]) -> None:
+        response: Pending[None] = self.handle.options(session_id=replica).let_go.remote(list(places))
+        await answer_of(response, LET_GO_S)
+
+    def parts(self, request: ImageRequest, key: str | None) -> list[ImageRequest]:
+        """The request, or its images one by one where no replica could run all at once. Raises ApiError as it admits.
+
+        Edits stay whole, as their images would go to several replicas; so does everything while two models run.
+        """
+        models = {description.model for description in self.watch.current}
+        if request.generation.n == 1 or request.generation.edit or len(models) != 1:
+            return [request]
+        work, now = Work.of(request.generation), self.dispatch.clock()
+        return parts_of(request, self.dispatch.router.images_together(work, now, request.timeout_s, key))
+
     async def send(self, request: ImageRequest, key: str | None = None) -> Unary:
         place = await self.place(request, key)
         handle = self.handle.options(session_id=place.replica)
@@ -65,13 +83,16 @@ class Replicas:
 
     async def place(self, request: ImageRequest, key: str | None) -> Place:
         """A request that another replica had, or was meant for, was admitted before."""
-        again = request.moved or request.age_s > 0
-        return await self.dispatch.enter(request.generation, request.timeout_s, key, again=again)
+        again, resumed = request.moved or request.age_s > 0, request.resumed
+        left = [image.steps_left for image in resumed.images] if resumed else None
+        return await self.dispatch.enter(
+            request.generation, request.timeout_s, key, again, request.age_s, left, request.siblings
+        )
 
 
 def placed(request: ImageRequest, place: Place) -> ImageRequest:
     """The request as the replica gets it: what it has waited for its place counts there."""
-    return replace(request, ahead_s=place.ahead_s)
+    return replace(request, ahead_s=place.ahead_s, place=place.id)
 
 
 class PlacedAnswer:
@@ -133,7 +154,8 @@ AnyItem = TypeVar("AnyItem", bound=Item)
 
 def seen(place: Place, item: AnyItem) -> AnyItem:
     """Takes from an answer what concerns the book."""
-    if isinstance(item, Moved) or (isinstance(item, ApiError) and item.code == "replica_lost"):
+    ends = isinstance(item, Moved) and (item.lost or not place.moving)
+    if ends or (isinstance(item, ApiError) and item.code == "replica_lost"):
         place.dispatch.avoid(place.replica)
     if not isinstance(item, Images):
         return item

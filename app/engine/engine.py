@@ -130,11 +130,12 @@ class Engine:
 
     def hand_over(self) -> None:
         """Ends all requests with HandedOver: what waits at once, the others between two steps. Refuses new ones."""
-        with self._changed:
-            self._draining = True
-            for request in self._intake.unfinished:
-                request.leaving = True
-        self._intake.release_waiting()
+        self._draining = True
+        self._intake.leave()
+
+    def let_go(self, future: "Future[Generated]") -> None:
+        """Likewise ends one request, unless it ends by itself before. It accepts others."""
+        self._intake.leave(future)
 
     def stats(self) -> dict[str, Any]:
         """Returns what the engine does now, and has done, as plain numbers for JSON."""

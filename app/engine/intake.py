@@ -5,7 +5,7 @@ Clients' threads and the engine's thread meet here, under one lock.
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -92,10 +92,21 @@ class Intake:
         others = sum(len(other.requests) for other in self.queues.values() if other is not queue)
         return others + self._arrival_rate.expected(self.clock(), backlog)
 
+    def leave(self, future: "Future[Generated] | None" = None) -> None:
+        """Lets all requests go, or the one with this future: what waits at once, the others between two steps."""
+        with self.changed:
+            for request in self.unfinished:
+                request.leaving |= future is None or request.future is future
+            leaving = [request for request in self.waiting() if request.leaving]
+        self.release(leaving)
+
     def release_waiting(self) -> None:
         """Lets the requests go that have not begun here."""
+        self.release(self.waiting())
+
+    def release(self, requests: Sequence[Request]) -> None:
         with self.changed:  # requests begin under this lock too, so none is both let go and begun
-            waiting = self.waiting()
+            waiting = [request for request in requests if request.status is Status.WAITING]
             for request in waiting:
                 request.move()
             self.changed.notify_all()

@@ -16,6 +16,8 @@ from ray.serve._private.constants import (
     SERVE_MULTIPLEXED_MODEL_ID,
     SERVE_SESSION_ID,
 )
+from ray.serve._private.utils import generate_request_id
+from ray.serve.context import _set_request_context
 
 __all__ = [
     "DEFAULT_AUTOSCALING_POLICY_NAME",  # the policy that looks at target_ongoing_requests
@@ -25,6 +27,7 @@ __all__ = [
     "SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER",
     "SERVE_MULTIPLEXED_MODEL_ID",
     "SERVE_SESSION_ID",
+    "begin_own_request",
     "default_option",
     "deployment_names",
     "on_shutdown",
@@ -48,6 +51,15 @@ def on_shutdown(callback: Callable[[float], None]) -> None:
             await shutdown(self)
 
     Replica._perform_graceful_shutdown = tell_and_shutdown  # type: ignore[method-assign]
+
+
+def begin_own_request() -> None:
+    """Gives the handle calls of the current task an id of their own, under the X-Request-ID of the HTTP request.
+
+    Serve's router looks its pending calls up by that id, so calls of one HTTP request that wait at the same time would
+    be taken for one another (ray/serve/_private/request_router/request_router.py).
+    """
+    _set_request_context(_internal_request_id=generate_request_id())
 
 
 def default_option(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""How a replica ends: it hands its requests over where others can go on with them, and then stops its parts.
+"""How requests leave a replica: one by one where the ingress has a better one, and all when it ends.
 
 Serve tells user code nothing before all requests have ended, so it is Serve's own shutdown that begins a drain.
 """
@@ -6,7 +6,8 @@ Serve tells user code nothing before all requests have ended, so it is Serve's o
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -15,6 +16,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from app.engine.engine import Engine
+from app.engine.request import Generated
 from app.ray_internals.serve import on_shutdown
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
@@ -84,6 +86,26 @@ async def end(parts: Mapping[str, Any]) -> None:
         await asyncio.to_thread(parts["encoders"].shutdown)
     if "compiles" in parts:
         parts["compiles"].close()
+
+
+class Places:
+    """The requests in the engine, by the ingress's names for their places."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.futures: dict[str, Future[Generated]] = {}
+
+    def hold(self, name: str, future: "Future[Generated]") -> "Future[Generated]":
+        """Until the request has ended. An older ingress gives no name."""
+        if name:
+            self.futures[name] = future
+            future.add_done_callback(lambda _: self.futures.pop(name, None))
+        return future
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """A request that has ended has its answer on the way."""
+        for future in [self.futures[name] for name in names if name in self.futures]:
+            self.engine.let_go(future)
 
 
 class Unanswered:

@@ -7,7 +7,7 @@ Ray only Serve's logger, the replica's name and its metrics.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, HandedOver, NotResumable, QueueFull
 from app.engine.request import Generated
 from app.serving.description import description_of, replica_id, stats_of
-from app.serving.draining import Unanswered, drain_with_serve, end
+from app.serving.draining import Places, Unanswered, drain_with_serve, end
 from app.serving.encoders import Encoders
 from app.serving.image_metadata import facts_of, timings_of
 from app.serving.load import Queues, load_of
@@ -72,6 +72,7 @@ class StableDiffusion:
             stall_s=stall_s,
         )
         self.engine.start()
+        self.places = Places(self.engine)
         self.drain = drain_with_serve(self.engine)
         self.startup.reached("warm")
         self.profiler = Profiler(replica_id(), self.steps)
@@ -146,7 +147,11 @@ class StableDiffusion:
             self.metrics.requests.inc(tags={"outcome": "invalid"})
             return api_error(error)
         future.add_done_callback(self.count)
-        return future
+        return self.places.hold(request.place, future)
+
+    async def let_go(self, places: Sequence[str]) -> None:
+        """The ingress has a better replica for these requests. Each ends as Moved, unless it has ended already."""
+        self.places.let_go(places)
 
     async def finish(self, request: ImageRequest, future: Future[Generated], began: float) -> Images | Moved:
         try:

@@ -61,6 +61,24 @@ def test_what_waits_leaves_at_once_and_new_requests_are_refused() -> None:
         driver.engine.submit(request())
 
 
+def test_one_request_leaves_and_the_others_stay() -> None:
+    source, target = Driver(images_at_once=2), Driver()
+    running, stays, waiting, late = (source.submit(request(steps=20, seed=seed)) for seed in (100, 200, 300, 400))
+    ticks(source, 5)
+    for future in (running, waiting):
+        source.engine.let_go(future)
+    error = waiting.exception(0)
+    assert isinstance(error, HandedOver) and error.resumed is None, "what waits leaves at once"
+    assert [numbers(generated) for generated in source.finish(stays, late)] == [[220], [420]]
+    moved = running.exception(0)
+    assert isinstance(moved, HandedOver) and moved.resumed and 0 < moved.resumed.images[0].steps_left < 20
+    (generated,) = target.finish(target.submit(request(steps=20, seed=100), resumed=moved.resumed))
+    assert numbers(generated) == [120]
+    source.engine.let_go(late)
+    assert source.finish(source.submit(request(steps=3)))
+    source.check()
+
+
 @pytest.mark.parametrize("images_at_once", [1, 4])
 def test_an_engine_is_empty_within_three_steps_time(images_at_once: int) -> None:
     """Of the steps that it takes: those in flight, and one that had just been chosen."""

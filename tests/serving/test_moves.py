@@ -5,10 +5,12 @@ draws a replica by chance, also one that is ending.
 """
 
 import asyncio
+import itertools
 import pickle
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,6 +39,7 @@ class Cluster:
         self.replicas: list[Any] = []
         self.deaths: dict[Any, asyncio.Event] = {}
         self.ended: list[asyncio.Task[None]] = []
+        self.numbers = itertools.count()
 
     def start(self) -> None:
         replica: Any = StableDiffusion(SPEC, **SETTINGS | {"max_waiting": REQUESTS})
@@ -57,6 +60,12 @@ class Cluster:
         self.ended.append(asyncio.ensure_future(end()))
         self.start()
 
+    def rebalance(self) -> None:
+        """A replica is to let requests go, as the ingress has a better one."""
+        replica = self.draw.choice(self.replicas)
+        places = [*replica.places.futures]
+        replica.places.let_go(self.draw.sample(places, len(places) // 2))
+
     def kill(self) -> None:
         replica = self.draw.choice(self.replicas)
         self.replicas.remove(replica)
@@ -66,11 +75,15 @@ class Cluster:
 
     async def send(self, request: ImageRequest) -> Any:
         replica = self.draw.choice(self.replicas)
-        return Response(replica.generate(copied(request)), self.deaths[replica])
+        return Response(replica.generate(self.placed(request)), self.deaths[replica])
 
     async def send_stream(self, request: ImageRequest) -> Any:
         replica = self.draw.choice(self.replicas)
-        return Stream(replica.generate_stream(copied(request)), self.deaths[replica])
+        return Stream(replica.generate_stream(self.placed(request)), self.deaths[replica])
+
+    def placed(self, request: ImageRequest) -> ImageRequest:
+        placed: ImageRequest = copied(replace(request, place=f"{next(self.numbers)}"))
+        return placed
 
 
 def copied(message: Any) -> Any:
@@ -162,7 +175,7 @@ def ended_well(draw: random.Random) -> Counter[str]:
         answers = [asyncio.ensure_future(pictured(cluster, request)) for request in requests]
         for _ in range(FAULTS):
             await asyncio.sleep(draw.uniform(0.0, 0.05))
-            draw.choice([cluster.drain, cluster.drain, cluster.drain, cluster.kill])()
+            draw.choice([cluster.drain, cluster.drain, cluster.rebalance, cluster.rebalance, cluster.kill])()
         outcomes = await asyncio.gather(*answers)
         await asyncio.gather(*cluster.ended)
         engines = [replica.engine.stats() for replica in cluster.deaths]

@@ -323,6 +323,23 @@ def test_a_request_goes_on_in_another_replica_with_what_was_made_of_it(no_device
     assert other == Moved(lost=True), "its table has fewer steps than are left"
 
 
+def test_the_ingress_may_have_one_request_back(replica: Any) -> None:
+    async def ask() -> list[Any]:
+        held_in(replica.pipeline, "step")
+        first = asyncio.ensure_future(replica.generate(asking(n=1, seed=3, place="first")))
+        assert await asyncio.to_thread(soon, replica.pipeline.reached["step"])
+        second = asyncio.ensure_future(replica.generate(asking(n=1, seed=4, place="second")))
+        await asyncio.sleep(0)
+        await replica.let_go(["first", "unknown"])
+        replica.pipeline.open()
+        return [await first, await second]
+
+    moved, images = asyncio.run(ask())
+    assert isinstance(moved, Moved) and moved.accepted and not moved.lost
+    assert number_of(decoded(images.encoded[0])) == 4 + 5
+    assert not replica.places.futures
+
+
 @pytest.mark.parametrize("ask", [generate, streamed])
 def test_a_failure_on_the_device_is_no_refusal(replica: Any, ask: Callable[..., Any], recorded: Recorded) -> None:
     replica.pipeline.fail("step")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from app.api.messages import SizeCosts
 from app.diffusion.samplers import evaluations
 from app.engine.cost_model import DecodeCost, StepCost
-from app.engine.scheduler import AGEING
 from app.types import Generation
 
 GAIN = 0.05  # a larger bucket counts as worthwhile if rows per second rise by this
@@ -81,8 +80,3 @@ def rows_at_once(step_s: Mapping[int, float]) -> int:
         if rows / step_s[rows] > best_rate * (1 + GAIN):
             best, best_rate = rows, rows / step_s[rows]
     return best
-
-
-def rank(device_s: float, since: float) -> float:
-    """The order of the queue: remaining device-seconds with ageing, as inside the engine. The lowest goes first."""
-    return device_s + AGEING * since

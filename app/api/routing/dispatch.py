@@ -5,11 +5,12 @@ Knows nothing of HTTP, and of Ray nothing but the functions that it gets.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
@@ -18,18 +19,18 @@ from typing import Any
 
 from app.api.errors import ApiError
 from app.api.messages import Progress, QueueState, Report
-from app.api.routing.book import Sent
 from app.api.routing.costs import Work
+from app.api.routing.moves import LetGo, Moves
+from app.api.routing.page import Sent
 from app.api.routing.queue import Ticket
 from app.api.routing.router import Router
+from app.api.routing.starts import Starts
 from app.types import Generation
 
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 POLL_S, WAITING_POLL_S = 1.0, 0.25  # between two polls: while requests run, and while some wait for a place
 ARRIVALS_S = 20.0  # the load that arrives is a mean over so long
-START_S = 60.0  # of a replica, until a first one has measured it
-OVERDUE = 0.25  # a replica that should be ready by now takes so much of its start longer
 
 Poll = Callable[[], Coroutine[None, None, object]]
 
@@ -44,7 +45,9 @@ class Place:
     sent: Sent
     ahead_s: float  # device-seconds by which it goes ahead there
     waited_s: float  # in the ingress
+    id: str  # by which the ingress lets the replica know which request it means
     left: bool = False
+    moving: bool = False  # the replica is to let it go, as it ends sooner in another one
 
     def leave(self) -> None:
         if not self.left:
@@ -63,7 +66,7 @@ class Place:
 class Dispatch:
     """`poll` asks the replicas for reports, which come in through `reported`. `wake` waits for some replica to answer,
     as a request does, so that Serve starts the first one; it raises ApiError if none will start. `list_replicas` names
-    all replicas that are up, starting ones too."""
+    all replicas that are up, starting ones too. `let_go` has a replica end places, whose requests then come again."""
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class Dispatch:
         poll: Poll,
         wake: Poll,
         list_replicas: Callable[[], Coroutine[None, None, Iterable[str]]],
+        let_go: LetGo,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.router = Router(max_waiting, self._send)
@@ -80,26 +84,36 @@ class Dispatch:
         self.waiting: dict[Ticket, asyncio.Future[Place]] = {}
         self.generations: dict[Ticket, Generation] = {}  # of those
         self.places: set[Place] = set()
+        self.numbers = itertools.count()
+        self.moves = Moves(let_go)
         self.arrivals: deque[tuple[float, float]] = deque()  # when, and how many device-seconds
-        self.start_s = START_S
-        self.first_seen: dict[str, float] = {}
-        self.have_run: set[str] = set()
+        self.starts = Starts()
         self.hurry = asyncio.Event()  # a request waits, so the next poll comes sooner
         self.lacking = asyncio.Event()  # a request has come, and no replica is known: the next poll does not wait
         self.polling: asyncio.Task[None] | None = None
         self.waking: asyncio.Task[None] | None = None
 
     async def enter(
-        self, generation: Generation, timeout_s: float, key: str | None = None, again: bool = False
+        self,
+        generation: Generation,
+        timeout_s: float,
+        key: str | None = None,
+        again: bool = False,
+        age_s: float = 0.0,
+        left: Sequence[int] | None = None,
+        siblings: int = 0,
     ) -> Place:
         """Waits for a place. Raises ApiError if the queue is full or the time does not suffice.
 
         A request that comes `again` has been admitted before. It goes first, and to a full replica too.
+        `age_s`: since it came first. `left`: the steps of each unfinished image of one that has begun.
+        `siblings`: images of the same request that come apart from it; all were admitted together.
         """
         now = self.clock()
-        ticket = self.router.ticket(Work.of(generation), now, key, again)
+        ticket = self.router.ticket(Work.of(generation), now, key, again, age_s, left, siblings)
         if not again:
             self.note_arrival(now, ticket.device_s)
+        if not again and not siblings:
             self.router.admit(ticket, timeout_s, now)
         future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         self.waiting[ticket], self.generations[ticket] = future, generation
@@ -122,7 +136,8 @@ class Dispatch:
             self.router.queue.remove(ticket)
 
     def _send(self, ticket: Ticket, replica: str, sent: Sent, ahead_s: float) -> None:
-        place = Place(self, ticket, replica, sent, ahead_s, self.clock() - ticket.since)
+        id = f"{self.id}-{next(self.numbers)}"
+        place = Place(self, ticket, replica, sent, ahead_s, self.clock() - ticket.since, id)
         self.places.add(place)
         future = self.waiting[ticket]
         if future.done():  # the client has just gone
@@ -132,11 +147,20 @@ class Dispatch:
 
     def answered(self, place: Place) -> None:
         self.places.discard(place)
-        self.router.answered(place.replica, place.sent)
+        self.router.answered(place.sent)
         self.pump()
 
     def pump(self) -> None:
+        """Sends what has a place. If nothing waits, requests may change replicas."""
         self.router.pump(self.clock())
+        moving = {move.sent for move in self.router.rebalance(self.clock())}
+        sources: dict[str, list[str]] = {}
+        for place in self.places if moving else ():
+            if place.sent in moving:
+                place.moving = True
+                sources.setdefault(place.replica, []).append(place.id)
+        for source, ids in sources.items():
+            self.moves.begin(source, ids)
 
     def avoid(self, replica: str) -> None:
         """The replica has just failed a request."""
@@ -159,14 +183,13 @@ class Dispatch:
         now, book = self.clock(), self.router.book
         if running is not None:
             running = {*running}
-            self.have_run |= running
+            self.starts.have_run |= running
             book.list(running, now)
         new = new or (polled and running is None)
         reports = [report for report in reports if new or report.replica in book.replicas]
         for report in reports:
             self.router.report(report, now)
-            if report.start_s:
-                self.start_s = report.start_s
+            self.starts.start_s = report.start_s or self.starts.start_s
         if polled:
             for name in book.replicas.keys() - {report.replica for report in reports}:
                 book.replicas[name].missed += 1
@@ -215,13 +238,8 @@ class Dispatch:
         """Notes the replicas that are on their way, and when they should be ready."""
         if not self.waiting:
             return
-        names, now = {*await self.list_replicas()}, self.clock()
-        starting = names - self.have_run - self.router.book.replicas.keys()
-        self.first_seen = {name: self.first_seen.get(name, now) for name in starting}
-        self.router.starting = {
-            name: max(seen + self.start_s, now + OVERDUE * self.start_s) for name, seen in self.first_seen.items()
-        }
-        self.have_run &= names | self.router.book.replicas.keys()
+        names = {*await self.list_replicas()}
+        self.router.starting = self.starts.ready_at(names, self.router.book.replicas.keys(), self.clock())
 
     # What others want to know.
 

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from app.api.routing.costs import Work, rank
+from app.api.routing.costs import Work
+from app.engine.scheduler import AGEING
 
 
 @dataclass(eq=False)
@@ -20,10 +21,19 @@ class Ticket:
     since: float
     key: str | None = None
     again: bool = False  # a replica had it, or was meant to: it goes first
+    age_s: float = 0.0  # before it came again
+    rest_s: float = 0.0  # device-seconds of the request's other images, where it is one of several parts
+    left: tuple[float, ...] | None = None  # the steps of each unfinished image, of a request that has begun
+
+    @property
+    def order_s(self) -> float:
+        """What counts beside its device-seconds."""
+        return AGEING * (self.since - self.age_s) + self.rest_s
 
     @property
     def rank(self) -> float:
-        return rank(self.device_s, self.since)
+        """Remaining device-seconds with ageing, as inside the engine. The lowest goes first."""
+        return self.device_s + self.order_s
 
 
 class Queue:

@@ -5,14 +5,17 @@ simulator (capacity/cluster_simulation.py).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from app.api.errors import deadline_unmeetable, queue_full
 from app.api.messages import Report
-from app.api.routing.book import AHEAD, FAIR_AHEAD, Book, Replica, Sent
+from app.api.routing.book import Book
 from app.api.routing.costs import SizeModel, Work
+from app.api.routing.page import AHEAD, FAIR_AHEAD, LEAST_STEPS, Replica, Sent
 from app.api.routing.queue import Queue, Ticket
+from app.api.routing.rebalance import Move, rebalance
 from app.engine.scheduler import AGEING
 
 LEAST_RETRY_S = 0.1
@@ -32,9 +35,40 @@ class Router:
         self.queue = Queue()
         self.starting: dict[str, float] = {}  # replicas that do not run yet, and when they should
         self.refused = {"queue_full": 0, "deadline": 0}  # requests, under the engine's names for outcomes
+        self.rebalanced = 0  # requests that were to change replicas
 
-    def ticket(self, work: Work, now: float, key: str | None = None, again: bool = False) -> Ticket:
-        return Ticket(work, self.device_s(work), now, key, again)
+    def ticket(
+        self,
+        work: Work,
+        now: float,
+        key: str | None = None,
+        again: bool = False,
+        age_s: float = 0.0,
+        left: Sequence[int] | None = None,
+        siblings: int = 0,
+    ) -> Ticket:
+        """`left`: the evaluations that each unfinished image needs, of a request that has begun elsewhere. `siblings`:
+        images of the same request that have tickets of their own."""
+        rest_s = self.device_s(replace(work, images=siblings)) if siblings else 0.0
+        if left is None or not (model := self.model(work)):
+            return Ticket(work, self.device_s(work), now, key, again, age_s, rest_s)
+        steps = tuple(model.steps(replace(work, steps=count)) for count in left) or (LEAST_STEPS,)
+        return Ticket(work, model.device_s(work, sum(steps)), now, key, again, age_s, rest_s, steps)
+
+    def images_together(self, work: Work, now: float, timeout_s: float = math.inf, key: str | None = None) -> int:
+        """How many images of a request go to a replica together.
+
+        All, where one replica can run them at once now, or is the only one. Else each goes by itself, and this admits
+        them together, or raises as `admit` does.
+        """
+        replicas = self.usable_for(work, now)
+        for replica in replicas:
+            replica.move_on(now)
+        free = max((replica.rows_at_once - replica.rows_held() for replica in replicas), default=0)
+        if work.images == 1 or len(replicas) < 2 or free >= work.rows * work.images:
+            return work.images
+        self.admit(self.ticket(work, now, key), timeout_s, now)
+        return 1
 
     def model(self, work: Work) -> SizeModel | None:
         return self.book.models().get(work.size)
@@ -69,7 +103,10 @@ class Router:
             return 0.0  # nothing is known, so nothing speaks against it
         before_s = self.queue.total_s() if last else self.queue.ahead_s(ticket)
         if before_s <= 0 and not last:
-            own_s = [replica.added_s(ticket.work, AGEING * ticket.since)[0] for replica in self.usable_for(ticket, now)]
+            own_s = [
+                replica.added_s(ticket.work, ticket.order_s, ticket.left)[0]
+                for replica in self.usable_for(ticket.work, now)
+            ]
             if own_s:
                 return min(own_s)
         return level(free_s, before_s) + model.alone_s(ticket.work)
@@ -79,8 +116,8 @@ class Router:
         waiting, replicas = len(self.queue), max(1, len(self.book.usable(now)))
         return max(LEAST_RETRY_S, self.queue.total_s() / replicas / max(1, waiting))
 
-    def usable_for(self, ticket: Ticket, now: float) -> list[Replica]:
-        return [replica for replica in self.book.usable(now) if ticket.work.size in replica.models]
+    def usable_for(self, work: Work, now: float) -> list[Replica]:
+        return [replica for replica in self.book.usable(now) if work.size in replica.models]
 
     def pump(self, now: float) -> None:
         """Sends what has a place. Call it whenever a request came, an answer came, or replicas changed."""
@@ -89,19 +126,21 @@ class Router:
             sent = any(self.try_send(ticket, now) for ticket in list(self.queue.in_order()))
 
     def try_send(self, ticket: Ticket, now: float) -> bool:
-        order_s = AGEING * ticket.since
-        replica = self.book.choose(ticket.work, order_s, now, math.inf if ticket.again else AHEAD)
+        replica = self.choose(ticket, now, math.inf if ticket.again else AHEAD)
         hurry_s = 0.0
         if self.below_share(ticket):
-            replica = replica or self.book.choose(ticket.work, order_s, now, FAIR_AHEAD)
+            replica = replica or self.choose(ticket, now, FAIR_AHEAD)
             if replica:
-                hurry_s = overtaking_s(replica, ticket, order_s)
+                hurry_s = overtaking_s(replica, ticket)
         if replica is None:
             return False
         self.queue.take(ticket)
-        sent = self.book.send(replica, ticket.work, order_s - hurry_s, ticket.key, now)
-        self.send(ticket, replica.id, sent, AGEING * (now - ticket.since) + hurry_s)
+        sent = self.book.send(replica, ticket.work, ticket.order_s - hurry_s, ticket.key, now, ticket.left)
+        self.send(ticket, replica.id, sent, AGEING * (now - ticket.since) + hurry_s - ticket.rest_s)
         return True
+
+    def choose(self, ticket: Ticket, now: float, ahead: float) -> Replica | None:
+        return self.book.choose(ticket.work, ticket.order_s, now, ahead, ticket.left)
 
     def below_share(self, ticket: Ticket) -> bool:
         """Whether the ticket's key has fewer rows in the replicas than its share, among several keys."""
@@ -111,9 +150,15 @@ class Router:
         rows = sum(replica.rows_at_once for replica in self.book.replicas.values())
         return self.book.rows_of(ticket.key) + ticket.work.rows * ticket.work.images <= rows / len(active)
 
-    def answered(self, name: str, sent: Sent) -> None:
-        self.book.remove(name, sent)
+    def answered(self, sent: Sent) -> None:
+        self.book.remove(sent)
         self.queue.answered(sent.key)
+
+    def rebalance(self, now: float) -> list[Move]:
+        """The requests that should change replicas now. Nothing moves while some wait here: they go first."""
+        moves = [] if self.queue.waiting else rebalance(self.book, now)
+        self.rebalanced += len(moves)
+        return moves
 
     def report(self, report: Report, now: float) -> None:
         self.starting.pop(report.replica, None)
@@ -127,6 +172,7 @@ class Router:
             "waiting": len(self.queue),
             "waiting_s": self.queue.total_s(),
             "refused": dict(self.refused),
+            "rebalanced": self.rebalanced,
             "oldest_s": max((now - ticket.since for ticket in self.queue), default=0.0),
             "replicas": {name: page(replica, now) for name, replica in sorted(self.book.replicas.items())},
             "starting": {name: max(0.0, ready - now) for name, ready in sorted(self.starting.items())},
@@ -142,12 +188,10 @@ def page(replica: Replica, now: float) -> Mapping[str, Any]:
     }
 
 
-def overtaking_s(replica: Replica, ticket: Ticket, order_s: float) -> float:
+def overtaking_s(replica: Replica, ticket: Ticket) -> float:
     """How far a request must go ahead, in device-seconds, to pass all requests of other keys that the replica has."""
-    model = replica.models[ticket.work.size]
     others = [replica.rank(sent) for sent in replica.sent if sent.key != ticket.key]
-    own = model.device_s(ticket.work) + order_s
-    return max(0.0, own - min(others) + HURRY_S) if others else 0.0
+    return max(0.0, ticket.rank - min(others) + HURRY_S) if others else 0.0
 
 
 def level(free_s: list[float], work_s: float) -> float:

@@ -9,7 +9,7 @@ from ray.serve.config import AutoscalingConfig
 
 from app.api.auth import is_loopback
 from app.api.ingress import APIIngress
-from app.api.routing.book import MOST_HELD
+from app.api.routing.page import MOST_HELD
 from app.api.settings import LONGEST_QUERY
 from app.builders import Args
 from app.ray_internals.core import tpu

@@ -1,7 +1,8 @@
 """Requests wait for their places on an event loop, with replicas that are only reports."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -12,11 +13,18 @@ from app.types import Generation
 from tests.api.routing.test_router import report
 
 
+GENERATION = Generation("a", "", 64, 64, 10, 1.0, 0, None, 1)
+
+
 class Ingress:
     def __init__(self) -> None:
         self.reports: list[Report] = [report("a")]
         self.error: ApiError | None = None
-        self.dispatch = Dispatch(100, self.poll, self.wake, self.names)
+        self.let_go: list[tuple[str, list[str]]] = []
+        self.dispatch = Dispatch(100, self.poll, self.wake, self.names, self.let_go_of)
+
+    async def let_go_of(self, replica: str, places: Sequence[str]) -> None:
+        self.let_go.append((replica, sorted(places)))
 
     async def poll(self) -> None:
         names = [report.replica for report in self.reports]
@@ -31,7 +39,7 @@ class Ingress:
         return [report.replica for report in self.reports]
 
     async def enter(self, seed: int = 0) -> Place:
-        return await self.dispatch.enter(Generation("a", "", 64, 64, 10, 1.0, seed, None, 1), 600.0)
+        return await self.dispatch.enter(replace(GENERATION, seed=seed), 600.0)
 
 
 def run(test: Callable[[Ingress], Awaitable[None]]) -> None:
@@ -93,5 +101,29 @@ def test_the_last_answers_of_a_replica_that_ends_do_not_list_it_again() -> None:
         ingress.dispatch.gone("a")
         ingress.dispatch.reported([report("a")])
         assert not ingress.dispatch.stats()["replicas"]
+
+    run(test)
+
+
+def test_a_replica_that_starts_gets_requests_that_wait_in_another() -> None:
+    async def test(ingress: Ingress) -> None:
+        await ingress.poll()
+        places = [await ingress.enter(seed) for seed in range(4)]
+        for place in places:
+            place.sent.rests_until = 0.0
+        ingress.reports = [report("a", 4, 20.0), report("b")]
+        await ingress.poll()
+        moving = [place for place in places if place.sent in ingress.dispatch.router.book.replicas["b"].sent]
+        assert len(moving) == 2
+        await asyncio.sleep(0)
+        assert ingress.let_go == [("a", sorted(place.id for place in moving))]
+        assert [place.moving for place in places] == [place in moving for place in places]
+        for place in moving:
+            place.leave()
+        again = await ingress.dispatch.enter(GENERATION, 600.0, again=True, age_s=5.0, left=[7])
+        assert again.replica == "b" and again.sent.left == [7.0]
+        assert ingress.dispatch.stats()["rebalanced"] == 2
+        for place in [*places, again]:
+            place.leave()
 
     run(test)

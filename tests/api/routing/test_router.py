@@ -1,15 +1,18 @@
 """The queue, the book and the router over a clock that the test moves. One row of a request takes a replica a second a
 step, and two rows fit into a step."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 
 from app.api.errors import ApiError
 from app.api.messages import Report, SizeCosts
-from app.api.routing.book import AHEAD, AVOID_S, SILENT, Sent
+from app.api.routing.book import AVOID_S
 from app.api.routing.costs import SizeModel, Work, rows_at_once
+from app.api.routing.page import AHEAD, SILENT, Sent
 from app.api.routing.queue import Ticket
 from app.api.routing.router import Router, level
 from app.diffusion.samplers import SAMPLERS, Schedule, evaluations, make_table, samplers_for
@@ -19,8 +22,15 @@ SIZE = "64x64"
 COSTS = SizeCosts({1: 1.0, 2: 1.0, 4: 2.0}, {1: 0.0, 2: 0.0, 4: 0.0}, {1: 0.0})
 
 
-def report(name: str, unfinished: int = 0, backlog_s: float = 0.0, *, healthy: bool = True) -> Report:
-    return Report(name, {SIZE: COSTS}, unfinished, backlog_s, healthy)
+def report(
+    name: str,
+    unfinished: int = 0,
+    backlog_s: float = 0.0,
+    *,
+    healthy: bool = True,
+    sizes: Mapping[str, SizeCosts] = MappingProxyType({SIZE: COSTS}),
+) -> Report:
+    return Report(name, sizes, unfinished, backlog_s, healthy)
 
 
 class Cluster:
@@ -43,8 +53,8 @@ class Cluster:
         return ticket
 
     def answer(self, index: int, now: float) -> None:
-        _, replica, sent, _ = self.placed[index]
-        self.router.answered(replica, sent)
+        _, _, sent, _ = self.placed[index]
+        self.router.answered(sent)
         self.router.pump(now)
 
     @property
