@@ -148,7 +148,10 @@ def test_tasks_of_one_http_request_get_ids_of_their_own_under_its_request_id() -
             serve.begin_own_request()
             return request_context().request_id, request_context()._internal_request_id
 
-        return [*await asyncio.gather(task(), task()), (request_context().request_id, request_context()._internal_request_id)]
+        return [
+            *await asyncio.gather(task(), task()),
+            (request_context().request_id, request_context()._internal_request_id),
+        ]
 
     first, second, own = asyncio.run(ids())
     assert own == ("abc", "1") and {first[0], second[0]} == {"abc"}

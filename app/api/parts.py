@@ -19,8 +19,7 @@ def parts_of(request: ImageRequest, images: int) -> list[ImageRequest]:
     if images >= whole.n:
         return [request]
     return [
-        replace(request, generation=generation, siblings=whole.n - generation.n)
-        for generation in whole.parts(images)
+        replace(request, generation=generation, siblings=whole.n - generation.n) for generation in whole.parts(images)
     ]
 
 

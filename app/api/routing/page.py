@@ -173,7 +173,6 @@ class Replica:
         finish_s = ends_s.pop(index)
         return finish_s + others_s, sum(ends_s) - sum(without_s)
 
-
     def cost_s(self, work: Work, order_s: float, left: Sequence[float] | None = None) -> float:
         """What the choice of a replica minimises."""
         finish_s, harm_s = self.added_s(work, order_s, left)

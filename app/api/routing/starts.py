@@ -17,6 +17,4 @@ class Starts:
         starting = names - self.have_run - known
         self.first_seen = {name: self.first_seen.get(name, now) for name in starting}
         self.have_run &= names | known
-        return {
-            name: max(seen + self.start_s, now + OVERDUE * self.start_s) for name, seen in self.first_seen.items()
-        }
+        return {name: max(seen + self.start_s, now + OVERDUE * self.start_s) for name, seen in self.first_seen.items()}
