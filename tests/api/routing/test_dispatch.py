@@ -12,7 +12,6 @@ from app.api.routing.dispatch import Dispatch, Place
 from app.types import Generation
 from tests.api.routing.test_router import report
 
-
 GENERATION = Generation("a", "", 64, 64, 10, 1.0, 0, None, 1)
 
 

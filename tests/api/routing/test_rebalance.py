@@ -1,4 +1,4 @@
-"""Which requests change replicas. One row of a request takes a replica a second a step, and two rows fit into a step."""
+"""Which requests change replicas. A row of a request takes a replica a second a step, and two rows fit into a step."""
 
 from app.api.messages import SizeCosts
 from app.api.routing.book import REST_STEPS
