@@ -1,8 +1,8 @@
 """Several replicas on a virtual clock: real engines behind the ingress's own queue, book and autoscaling policy.
 
 No real time passes, and nothing of Ray runs. A replica is an engine over a device that takes as long as a table says
-(capacity/simulated_replica.py). Requests reach it through the router of app/api/routing/, or as Serve's default router would
-send them: at once, to the replica with fewer requests of two drawn at random. Answers, reports and requests take
+(capacity/simulated_replica.py). Requests reach it through the router of app/api/routing/, or as Serve's default router
+would send them: at once, to the replica with fewer requests of two drawn at random. Answers, reports and requests take
 `way_s` each way. The work of the host is not included.
 """
 

@@ -96,7 +96,7 @@ def decide(rule: Rule, load: Load, memory: Memory, now: float, least: int, most:
     memory.wishes.append(Wish(now, math.ceil(for_good(mean, rule) - 1e-6), needed))
     while memory.wishes[0].at < now - hold_s:
         memory.wishes.popleft()
-    release_s = hold_s if stocked_out else min(hold_s, RELEASE_S)
+    release_s = hold_s if stocked_out else min(hold_s, lead_s + RELEASE_S)
     wanted = max(max(wish.for_good, wish.needed if wish.at >= now - release_s else 0) for wish in memory.wishes)
     if stocked_out:
         wanted = min(wanted, load.running + 1)

@@ -1,4 +1,4 @@
-"""Has replicas let requests go that are to change replicas. It waits for no answer: the requests themselves come back."""
+"""Has replicas let requests go that are to change replicas. The requests themselves come back to the ingress."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""A page of the book: what one replica has been sent and has not answered, and how it will go on with it. Plain code."""
+"""A page of the book: what one replica has been sent and has not answered, and how it will go on. Plain code."""
 
 import bisect
 import heapq
