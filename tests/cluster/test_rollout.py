@@ -1,5 +1,6 @@
 """Old replicas that make room for new ones, where no node comes. The cluster is what Serve and Ray would say."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def updating(status: str = "UPDATING", **changes: Any) -> Details:
 class Cluster:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.pending, self.sent = 0.0, list[str](), list[Details]()
-        monkeypatch.setattr(nodes, "status", lambda dashboard: Nodes(nodes.Counter(), self.pending))
+        monkeypatch.setattr(nodes, "status", lambda dashboard: Nodes(Counter(), self.pending))
         self.room = Room(Dashboard(""), WANTED, lambda dashboard, config: self.sent.append(config), lambda: self.now)
 
     def look(self, now: float, seen: Details) -> None:
