@@ -52,7 +52,7 @@ class Router:
         rest_s = self.device_s(replace(work, images=siblings)) if siblings else 0.0
         if left is None or not (model := self.model(work)):
             return Ticket(work, self.device_s(work), now, key, again, age_s, rest_s)
-        steps = tuple(model.steps(replace(work, steps=count)) for count in left) or (LEAST_STEPS,)
+        steps = tuple(model.steps(replace(work, steps=count, encodes=0)) for count in left) or (LEAST_STEPS,)
         return Ticket(work, model.device_s(work, sum(steps)), now, key, again, age_s, rest_s, steps)
 
     def images_together(self, work: Work, now: float, timeout_s: float = math.inf, key: str | None = None) -> int:
