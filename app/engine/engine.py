@@ -104,7 +104,7 @@ class Engine:
     ) -> "Future[Generated]":
         """Raises QueueFull, DeadlineUnmeetable, EngineStopped, or InvalidField for what this checkpoint cannot do.
 
-        Cancelling the future frees its slots at the next step. Another thread calls `on_preview`, `previews` times at most.
+        A cancelled future frees its slots at the next step. A thread calls `on_preview`, at most `previews` times.
         A request from elsewhere has an `age_s`, and a place `beyond_limits`. With `resumed` it goes on, whatever its
         deadline; NotResumable for another model's. By `ahead_s` device-seconds it goes ahead of another that comes now.
         """
