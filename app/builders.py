@@ -84,6 +84,11 @@ class Args(Settings):
         description="whether the chips of a host divide the text encoders' weights among them; "
         "auto: where all weights do not fit on each",
     )
+    shard_images: bool | Literal["auto"] = Field(
+        default="auto",
+        description="whether the chips of a host divide an image where a step has fewer rows than chips; "
+        "auto: where the model can",
+    )
     edits: bool = Field(
         default=False, description="whether requests may have images to begin from; loads the VAE's encoder"
     )
@@ -142,6 +147,7 @@ class Args(Settings):
             decode_buckets=tuple(self.decode_buckets or ()),
             max_steps=self.limits.num_inference_steps[1],
             shard_text_encoders=self.shard_text_encoders,
+            shard_images=self.shard_images,
             edits=self.edits,
             references=self.references,
             programs=programs,

@@ -30,6 +30,8 @@ class PipelineSpec:
     tokenizer: str | None = None  # of one file, which has none: a folder, or a repo id
     dtype: Dtype = "float32"
     shard_text_encoders: bool | Literal["auto"] = "auto"  # whether the chips of a host divide their weights
+    # Whether the chips of a host divide an image where a step has fewer rows than chips; auto: where the model can.
+    shard_images: bool | Literal["auto"] = "auto"
     edits: bool = False  # whether requests may have images; this loads the VAE's encoder and compiles its programs
     references: int | None = None  # most images that a request may look at; None: one, if the model looks at any
     programs: Path | None = None  # folder of compiled programs; None: each start compiles

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from app.types import Generation
+from benchmarks import layouts
 from benchmarks.devices import Device, demo_device, paced_device, served_by_engine
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import Offered, equal_requests, mixed_requests, offer, request
@@ -177,6 +178,7 @@ def main() -> int:
     if args.device != "demo" and args.workload in ("equal", "all"):
         decoding = paced_device(dataclasses.replace(pace, decode_steps=SD1_DECODE_STEPS), "paced, with decoding")
         figures += equal(scaled(dataclasses.replace(decoding, equal={0.6: 64})), runs, barred=False)
+        figures += layouts.measured(runs)
 
     complete = not args.quick and (args.device, args.workload) == ("both", "all")
     title = "Step-level batching against whole batches: ours over baseline"

@@ -1,7 +1,7 @@
 """A virtual pipeline on the real clock, as fast as an accelerator. All other time that passes is the engine's own.
 
-Up to `chips` rows a step takes the same time, beyond that in proportion. Verbs return as soon as a device lets them;
-`wait`, and `np.asarray` of decoded pixels, sleep until the device has come so far.
+Up to `chips` rows a step takes the same time, unless chips divide images; beyond that in proportion. Verbs return as
+soon as a device lets them; `wait`, and `np.asarray` of decoded pixels, sleep until the device has come so far.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,11 @@ class Pace:
     blocks: bool = False  # a call returns when the device is done
     cold: float = 1.0  # how many times slower the clocks are at first
     hiccup_s: float = 0.0  # what one dispatch takes longer, now and then
+    divided: float = 0.0  # how much of their speed chips keep that divide an image; 0: fewer rows than chips stay whole
 
     def step(self, rows: int) -> float:
+        if self.divided and rows < self.chips:
+            return self.step_s * min(1.0, rows / self.chips / self.divided)
         return self.step_s * max(1.0, rows / self.chips)
 
     def decode(self, images: int) -> float:

@@ -27,11 +27,10 @@ def pipeline_of(spec: PipelineSpec, host: Host) -> Pipeline:
 
 
 def shards_of(program: Program) -> int:
-    """The number of chips that share its rows."""
+    """The number of chips that share its rows, and the images of these."""
     for argument in getattr(program.function, "args", ()):
         if isinstance(argument, NamedSharding):
-            axes = argument.spec[0] if argument.spec else None
-            names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+            names = [name for axes in argument.spec for name in (axes if isinstance(axes, tuple) else (axes,)) if name]
             return math.prod(argument.mesh.shape[name] for name in names)
     return 1
 

@@ -10,7 +10,16 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from app.diffusion.families.components import CLIP_TOKENIZER
-from app.diffusion.families.family import Array, Component, Conditioning, FamilyDefaults, Json, Networks, TokenizerKind
+from app.diffusion.families.family import (
+    Array,
+    Component,
+    Conditioning,
+    FamilyDefaults,
+    Json,
+    Networks,
+    Strips,
+    TokenizerKind,
+)
 from app.diffusion.models.shapes import Shape
 from app.diffusion.samplers import Schedule
 from tests import tiny
@@ -87,13 +96,13 @@ class Toy(FamilyDefaults):
         return networks["encoder"](ids / self.encoder.vocab_size), (ids != ids[:, -1:]).sum(axis=1)
 
     def denoise(
-        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
+        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: Strips
     ) -> Array:
         embeds, lengths = conditioning
         shift = embeds + (timesteps / 1000 + lengths)[:, None]
         return networks["denoiser"](latents + shift[:, None, None])
 
-    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
+    def decode(self, networks: Networks, latents: Array, *, strips: Strips) -> Array:
         return networks["decoder"](latents)
 
 

@@ -29,7 +29,7 @@ from app.diffusion.limits import references_of
 from app.diffusion.models.references import References
 from app.diffusion.networks import modules_of
 from app.diffusion.samplers.table import HISTORY, Coefficients
-from app.diffusion.sharding import row_sharding
+from app.diffusion.sharding import image_sharding, row_sharding
 from app.types import PipelineSpec, Size
 
 ENCODE_TEXTS = 4  # most texts in one dispatch of the text encoder
@@ -97,6 +97,14 @@ class Shapes:
     def size_of(self, state: DenoiseState) -> Size:
         height, width = state.latents.shape[1:3]
         return width * self.family.pixels_per_latent, height * self.family.pixels_per_latent
+
+    def sharding(self, mesh: Mesh, verb: Role, size: Size, rows: int) -> NamedSharding:
+        """Divides rows over the chips, and where chips are left each image, if the config and the family allow it."""
+
+        def divides_images(chips: int) -> bool:
+            return self.spec.shard_images is not False and self.family.divides_images(verb, size, chips)
+
+        return image_sharding(mesh, rows, divides_images)
 
     def slot(self, size: Size) -> DenoiseState:
         """What one slot holds, likewise of jax.ShapeDtypeStruct."""
@@ -214,15 +222,16 @@ def declared(
         programs.append(program(f"export {label}", export_program, state, number))
         programs.append(program(f"import {label}", import_program, state, number, image, donate=(0,)))
         for bucket in spec.row_buckets:
-            step = partial(step_program, family, denoise, row_sharding(mesh, bucket))
             indices: Any = [shape(bucket, dtype=jnp.int32)] * len(Rows._fields)
             arguments = (denoisers, state, Rows(*indices), *counts)
             for looks in (False, True) if shapes.references is not None else (False,):
-                name = step_name(label, bucket, looks=looks)
-                named = program(name, partial(step, looks=True) if looks else step, *arguments, donate=(1,))
+                # The tokens of reference images are not divided, so rows that look at them stay whole.
+                sharding = row_sharding(mesh, bucket) if looks else shapes.sharding(mesh, "denoise", size, bucket)
+                step = partial(step_program, family, denoise, sharding, looks=looks)
+                named = program(step_name(label, bucket, looks=looks), step, *arguments, donate=(1,))
                 programs.append(replace(named, compiler_options=options))
         for bucket in spec.decode_buckets:
-            images = partial(decode_program, family, decode, row_sharding(mesh, bucket))
+            images = partial(decode_program, family, decode, shapes.sharding(mesh, "decode", size, bucket))
             slots = shape(bucket, dtype=jnp.int32)
             programs.append(program(f"decode {label} images {bucket}", images, decoders, state.latents, slots))
         preview_map = shape(family.latent_channels + 1, 3)

@@ -14,9 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from app.diffusion.edit_programs import OUTSIDE_POSTERIOR, POSTERIOR, EditInputs, EditState, blended, started
 from app.diffusion.families.family import OUTSIDE, REFERENCES, Family, Networks
+from app.diffusion.models.image_shards import ImageShards
+from app.diffusion.models.strips import Strips
 from app.diffusion.networks import modules_of
 from app.diffusion.samplers.table import Coefficients, update
-from app.diffusion.sharding import divided, passes_of, rows_at, strips_of, together_on
+from app.diffusion.sharding import divided, image_shards, passes_of, rows_at, strips_of, together_on
 from app.types import ActiveSlot, Size
 
 
@@ -154,7 +156,8 @@ def step_program(
         conditioning = {**conditioning, OUTSIDE: active.edit.outside[rows.owner]}
     if active.edit and looks:
         conditioning = {**conditioning, REFERENCES: jax.tree.map(lambda x: x[rows.owner], active.edit.references)}
-    predict = divided(partial(predict_noise, family, networks, together_on(sharding)), sharding)
+    predict_rows = partial(predict_noise, family, networks, together_on(sharding), shards=image_shards(sharding))
+    predict = divided(predict_rows, sharding)
     draw = jax.vmap(partial(slot_noise, shape=state.latents.shape[1:]))
     put_back = partial(blended, active.edit, draw(active.seed, jnp.zeros_like(active.step))) if active.edit else None
     replicated = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(sharding.mesh, PartitionSpec()))
@@ -191,12 +194,17 @@ def predict_noise(
     latents: jax.Array,
     timesteps: jax.Array,
     conditioning: Any,
+    *,
+    shards: ImageShards | None = None,
 ) -> jax.Array:
-    """The denoiser over one chip's rows: `together` of them at a time or fewer large ones, pass after pass."""
+    """The denoiser over one chip's rows: `together` of them at a time or fewer large ones, pass after pass.
+
+    With `shards` the latents are this chip's part of their images.
+    """
     rows, height, width = latents.shape[:3]
     passes = passes_of(rows, rows_at(height * width, together))
     strips = strips_of(rows // passes, height // family.strip_rows, together)
-    predict = partial(family.denoise, modules_of(networks, params), strips=strips)
+    predict = partial(family.denoise, modules_of(networks, params), strips=Strips(strips, shards))
     inputs = (latents, timesteps, conditioning)
     if passes == 1:
         noise_pred = predict(*inputs)
@@ -210,13 +218,24 @@ def decode_program(
     family: Family, networks: Networks, sharding: NamedSharding, params: Any, latents: jax.Array, slots: jax.Array
 ) -> jax.Array:
     """The images of these slots: uint8 [R, H, W, 3]."""
-    decode = divided(partial(decode_rows, family, networks, together_on(sharding)), sharding)
-    return decode(params, latents.at[slots].get(mode="clip"))
+    rows = partial(decode_rows, family, networks, together_on(sharding), shards=image_shards(sharding))
+    return divided(rows, sharding)(params, latents.at[slots].get(mode="clip"))
 
 
-def decode_rows(family: Family, networks: Networks, together: int | None, params: Any, latents: jax.Array) -> jax.Array:
-    """Where the strips of one image fill a chip, images are decoded one by one: intermediate arrays are smallest so."""
-    strips = strips_of(1, latents.shape[1], together)
+def decode_rows(
+    family: Family,
+    networks: Networks,
+    together: int | None,
+    params: Any,
+    latents: jax.Array,
+    *,
+    shards: ImageShards | None = None,
+) -> jax.Array:
+    """Where the strips of one image fill a chip, images are decoded one by one: intermediate arrays are smallest so.
+
+    With `shards` the latents are this chip's part of their images.
+    """
+    strips = Strips(strips_of(1, latents.shape[1], together), shards)
     decode = partial(family.decode, modules_of(networks, params), strips=strips)
     if together is None or len(latents) == 1:
         return as_pixels(decode(latents))

@@ -40,6 +40,17 @@ def references_of(family: Family, spec: PipelineSpec) -> int:
     return min(most, spec.references or 1) if spec.edits else 0
 
 
+def check_shards(spec: PipelineSpec, family: Family, chips: int) -> None:
+    """Raises ValueError where the config has images divided over this host's chips, and the checkpoint cannot."""
+    if spec.shard_images is True and chips > 1:
+        whole = next((size for size in spec.sizes if not family.divides_images("denoise", size, 2)), None)
+        if whole:
+            raise ValueError(
+                "shard_images must be auto or false for this checkpoint, "
+                f"whose denoiser cannot divide images of {whole[0]}x{whole[1]} over chips, got true."
+            )
+
+
 def checked(generation: Generation, family: Family, capabilities: Capabilities, sizes: Sequence[Size]) -> Generation:
     """The request as the checkpoint follows it. Raises InvalidField for one that it cannot follow."""
     family.check(generation)

@@ -1,4 +1,4 @@
-"""How the rows of a step are divided: over the chips of a host, and on each chip into passes and strips.
+"""How the rows of a step, and their images, are divided: over the chips of a host, and on each into passes and strips.
 
 The state and the weights are on every chip, but for the weights of text encoders where they are to be divided. Knows
 nothing of samplers or of the networks' layers.
@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from app.diffusion.models.image_shards import ImageShards
 
 # How many rows go through a network together on one chip. More bring no speed: these fill a TPU's matrix units, and
 # larger intermediate arrays no longer fit in its VMEM. Fewer rows take nearly as long as these, so their images are cut
@@ -39,6 +41,30 @@ def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Divides rows over as many devices as divide their number."""
     halvings = next(n for n in range(len(mesh.axis_names), -1, -1) if rows % 2**n == 0)
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names[:halvings] or None))
+
+
+def image_sharding(mesh: Mesh, rows: int, divides_images: Callable[[int], bool]) -> NamedSharding:
+    """Divides rows likewise, and each image over the chips that would else compute the same rows.
+
+    `divides_images` says whether images can be divided over so many chips. Axes of the result: rows, rows of latents.
+    """
+    sharding = row_sharding(mesh, rows)
+    axes = mesh.axis_names[len(axes_of(sharding, 0)) :] if mesh.size > 1 else ()
+    while axes and not divides_images(2 ** len(axes)):
+        axes = axes[:-1]
+    return NamedSharding(mesh, PartitionSpec(sharding.spec[0], axes)) if axes else sharding
+
+
+def image_shards(sharding: NamedSharding) -> ImageShards | None:
+    """The chips that share an image; None where each image is whole."""
+    axes = axes_of(sharding, 1)
+    return ImageShards(axes, 2 ** len(axes)) if axes else None
+
+
+def axes_of(sharding: NamedSharding, dimension: int) -> tuple[str, ...]:
+    """The axes of the mesh over which a dimension is divided."""
+    axes = sharding.spec[dimension] if dimension < len(sharding.spec) else None
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def memory_of(device: jax.Device) -> float:
@@ -73,15 +99,18 @@ def placed(params: Any, shardings: Any) -> Any:
 
 
 def divided(function: Callable[..., jax.Array], sharding: NamedSharding) -> Callable[..., jax.Array]:
-    """`function(params, *rows)` with each chip at its own rows, without communication between chips."""
+    """`function(params, latents, *rows)` with each chip at its own rows, and its part of their images.
+
+    Only chips that share an image communicate.
+    """
     if sharding.is_fully_replicated:
         return function
 
-    def call(params: Any, *rows: jax.Array) -> jax.Array:
-        specs = (PartitionSpec(), *[sharding.spec] * len(rows))
+    def call(params: Any, latents: jax.Array, *rows: Any) -> jax.Array:
+        specs = (PartitionSpec(), sharding.spec, *[PartitionSpec(sharding.spec[0])] * len(rows))
         # shard_map's check does not support `platform_dependent`.
         per_chip = jax.shard_map(function, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False)
-        return per_chip(params, *rows)
+        return per_chip(params, latents, *rows)
 
     return call
 

@@ -72,6 +72,8 @@ def test_rows_are_divided_among_as_many_chips_as_divide_them() -> None:
 
     assert shards_of(program(PartitionSpec(("data0", "data1")))) == 4
     assert shards_of(program(PartitionSpec("data0"))) == 2
+    assert shards_of(program(PartitionSpec(None, ("data0", "data1")))) == 4
+    assert shards_of(program(PartitionSpec("data0", ("data1", "data2")))) == 8
     assert shards_of(program(PartitionSpec(None))) == shards_of(program(PartitionSpec())) == 1
     assert shards_of(Program("encode", np_function, ())) == 1
 

@@ -190,6 +190,11 @@ def test_sizes_that_the_networks_cannot_halve_are_an_error(checkpoint: Path, tmp
     assert finding.endswith(f"must be multiples of 16 for {checkpoint}, got 64x72.")
 
 
+def test_images_that_the_model_cannot_divide_are_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    (finding,) = findings_of(str(checkpoint), tmp_path, shard_images=True)
+    assert "shard_images must be auto or false" in finding and "cannot divide images of 64x64" in finding
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_a_sound_checkpoint_has_no_problem_by_old_names_and_new_ones(dtype: Any, tmp_path: Path) -> None:
     def old(component: str, name: str) -> str:

@@ -17,6 +17,7 @@ from app.diffusion.models.attention import attend
 from app.diffusion.models.clip import CLIPText
 from app.diffusion.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from app.diffusion.models.loading import Checkpoint, OneKey, load_checkpoint
+from app.diffusion.models.strips import Strips
 from app.diffusion.models.tensor_names import squeezed
 from app.diffusion.models.tensors import tensor_name, tensor_shape
 from app.diffusion.models.tokenizer import Tokenizer
@@ -107,11 +108,13 @@ def test_images_cut_into_strips_are_what_whole_ones_are(load: Load, model: str) 
     latents = tiny.noise("strips", 2, 16, 8, 4)
 
     @nnx.jit(static_argnums=2)
-    def both(unet: Any, vae: Any, strips: int) -> tuple[jax.Array, jax.Array]:
+    def both(unet: Any, vae: Any, strips: Strips) -> tuple[jax.Array, jax.Array]:
         predicted = unet(latents, inputs["timesteps"][:2], inputs["context"][:2], strips=strips)
         return predicted, vae.decode(latents, strips=strips)
 
-    whole, *cut = (both(checkpoint.networks["unet"], checkpoint.networks["vae"], strips) for strips in STRIPS[model])
+    whole, *cut = (
+        both(checkpoint.networks["unet"], checkpoint.networks["vae"], strips) for strips in map(Strips, STRIPS[model])
+    )
     for parts in cut:
         assert all(relative_error(ours, expected) <= 1e-5 for ours, expected in zip(parts, whole, strict=True))
 

@@ -15,6 +15,7 @@ from app.diffusion.families.stable_diffusion_xl import StableDiffusionXL
 from app.diffusion.models.checkpoint_files import architecture
 from app.diffusion.models.layers import TimestepEmbedding
 from app.diffusion.models.loading import builders, load_checkpoint
+from app.diffusion.models.strips import WHOLE
 from app.diffusion.models.tensor_names import squeezed
 from app.diffusion.models.tensors import from_tensor, tensor_name, tensor_shape
 from app.diffusion.pipeline import Pipeline
@@ -118,7 +119,7 @@ def test_the_unet_computes_what_diffusers_computes(pipeline: Pipeline) -> None:
     @jax.jit
     def denoise(params: Any) -> Any:
         networks = {"unet": unet(params)}
-        return pipeline.shapes.family.denoise(networks, inputs["unet"], inputs["timesteps"], conditioning, strips=1)
+        return pipeline.shapes.family.denoise(networks, inputs["unet"], inputs["timesteps"], conditioning, strips=WHOLE)
 
     (unet,) = (program.function.args[1]["unet"] for program in pipeline.programs if program.name.endswith("rows 2"))  # type: ignore[attr-defined]
     assert relative_error(denoise(pipeline.params["unet"]), golden(MODEL)["unet"]) <= 5e-5

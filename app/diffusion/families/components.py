@@ -16,6 +16,8 @@ from app.diffusion.families.family import (
     FamilyDefaults,
     Json,
     Networks,
+    Role,
+    Strips,
     TokenizerKind,
 )
 from app.diffusion.models.config import PROJECTED, CLIPTextConfig, UNetConfig, VAEConfig
@@ -23,7 +25,7 @@ from app.diffusion.models.flow_config import Qwen3Config
 from app.diffusion.models.flow_shapes import qwen3_tensors
 from app.diffusion.models.shapes import text_encoder_tensors, unet_tensors, vae_tensors
 from app.diffusion.samplers import FlowSchedule, Schedule
-from app.types import Capabilities, RequestDefaults
+from app.types import Capabilities, RequestDefaults, Size
 
 
 def unet(config: UNetConfig, **options: Any) -> Any:
@@ -145,6 +147,12 @@ class AutoencoderFamily(FamilyDefaults):
         mean, deviation = networks["vae"].posterior(pixels)
         return mean, deviation
 
+    def decode(self, networks: Networks, latents: Array, *, strips: Strips) -> Array:
+        return networks["vae"].decode(latents, strips=strips)
+
+    def divides_images(self, verb: Role, size: Size, chips: int) -> bool:
+        return verb == "decode" and size[1] // self.pixels_per_latent % chips == 0
+
 
 class UNetFamily(AutoencoderFamily):
     """What families of a UNet and an AutoencoderKL have in common."""
@@ -172,13 +180,10 @@ class UNetFamily(AutoencoderFamily):
         return Capabilities(generations=not self.fills_masks, edits=True, masks=True)
 
     def denoise(
-        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
+        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: Strips
     ) -> Array:
         """An inpainting UNet has the mask and the latents of what is outside of it as further channels."""
         others = {name: value for name, value in conditioning.items() if name != OUTSIDE}
         if self.fills_masks:
             latents = latents.__array_namespace__().concat([latents, conditioning[OUTSIDE]], axis=-1)
         return networks["unet"](latents, timesteps, **others, strips=strips)
-
-    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
-        return networks["vae"].decode(latents, strips=strips)

@@ -18,6 +18,7 @@ from app.diffusion.samplers import FlowSchedule, Schedule
 from app.types import Capabilities, Generation, Mask, RequestDefaults, Size
 
 Array: TypeAlias = Any  # of JAX
+Strips: TypeAlias = Any  # app/diffusion/models/strips.py
 Networks: TypeAlias = Mapping[str, Any]  # component -> module
 Conditioning: TypeAlias = Any  # a pytree of arrays
 Json: TypeAlias = Mapping[str, Any]
@@ -152,13 +153,20 @@ class Family(Protocol):
         ...
 
     def denoise(
-        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
+        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: Strips
     ) -> Array:
         """Latents [B, h, w, C], timesteps [B] and conditioning [B, ...] -> the model's output [B, h, w, C]."""
         ...
 
-    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
+    def decode(self, networks: Networks, latents: Array, *, strips: Strips) -> Array:
         """Latents [B, h, w, C], as the denoiser knows them -> pixels [B, H, W, 3] around [-1, 1]."""
+        ...
+
+    def divides_images(self, verb: Role, size: Size, chips: int) -> bool:
+        """Whether `denoise` or `decode` can have images of this size divided over so many chips.
+
+        Each has h / chips rows of the latents then, and `strips` says which chips share an image.
+        """
         ...
 
 
@@ -219,6 +227,9 @@ class FamilyDefaults:
     @property
     def strip_rows(self) -> int:
         return 1
+
+    def divides_images(self, verb: Role, size: Size, chips: int) -> bool:
+        return False
 
     @property
     def zero_negative(self) -> bool:

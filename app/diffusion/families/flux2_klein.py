@@ -16,6 +16,8 @@ from app.diffusion.families.family import (
     FamilyDefaults,
     Json,
     Networks,
+    Role,
+    Strips,
     TokenizerKind,
 )
 from app.diffusion.models.flow_config import Flux2Config, Flux2VAEConfig, Qwen3Config
@@ -145,9 +147,15 @@ class Flux2Klein(FamilyDefaults):
         return patches[:, middle, :, middle].mean(axis=(1, 3), dtype=np.float32)
 
     def denoise(
-        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
+        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: Strips
     ) -> Array:
-        return networks["transformer"](latents, timesteps, conditioning["prompt_embeds"], conditioning.get(REFERENCES))
+        embeds, references = conditioning["prompt_embeds"], conditioning.get(REFERENCES)
+        return networks["transformer"](latents, timesteps, embeds, references, strips.shards)
 
-    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
+    def decode(self, networks: Networks, latents: Array, *, strips: Strips) -> Array:
         return networks["vae"].decode(latents, strips=strips)
+
+    def divides_images(self, verb: Role, size: Size, chips: int) -> bool:
+        """The denoiser's text is divided too."""
+        rows = size[1] // self.pixels_per_latent
+        return rows % chips == 0 and (verb == "decode" or self.text_length % chips == 0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from app.diffusion.families.components import THINKING_TOKENIZER, VAE, AutoencoderFamily, qwen3
-from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, TokenizerKind
+from app.diffusion.families.family import Array, Component, Conditioning, Json, Networks, Strips, TokenizerKind
 from app.diffusion.models.config import VAEConfig
 from app.diffusion.models.flow_config import Qwen3Config, ZImageConfig
 from app.diffusion.models.flow_shapes import z_image_tensors
@@ -91,11 +91,8 @@ class ZImage(AutoencoderFamily):
         return Capabilities(edits=True, masks=True, strength=0.6)
 
     def denoise(
-        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: int
+        self, networks: Networks, latents: Array, timesteps: Array, conditioning: Conditioning, *, strips: Strips
     ) -> Array:
         """This model's clock runs from noise to the image, and so does its velocity."""
         clock = 1 - timesteps / 1000
         return -networks["transformer"](latents, clock, conditioning["prompt_embeds"], conditioning["length"])
-
-    def decode(self, networks: Networks, latents: Array, *, strips: int) -> Array:
-        return networks["vae"].decode(latents, strips=strips)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from app.diffusion.models.flow_config import Flux2Config
-from app.diffusion.models.flux2_positions import positions, with_references
+from app.diffusion.models.flux2_positions import image_positions, text_positions, with_references
+from app.diffusion.models.image_shards import ImageShards
 from app.diffusion.models.layers import Dtype, TimestepEmbedding, linear, timestep_embedding
 from app.diffusion.models.references import References
-from app.diffusion.models.rotary_attention import Stream, attend_streams
+from app.diffusion.models.rotary_attention import Keys, Stream, attend_streams
 from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rotation, scales
 
 Modulation = Sequence[jax.Array]  # shift, scale and gate, each float32 [B, 1, D]
@@ -84,7 +85,7 @@ class JointAttention(nnx.Module):
 
     @jax.named_scope("self-attention")
     def __call__(
-        self, text: jax.Array, image: jax.Array, rotation: Rotation, lengths: jax.Array | None
+        self, text: jax.Array, image: jax.Array, rotation: Rotation, keys: Keys
     ) -> tuple[jax.Array, jax.Array]:
         tokens = text.shape[1]
         text_projected = (self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text))
@@ -94,7 +95,7 @@ class JointAttention(nnx.Module):
             Stream(*text_projected, *text_norms, rotation.part(0, tokens)),
             Stream(*image_projected, scales(self.norm_q), scales(self.norm_k), rotation.part(tokens, None)),
         ]
-        text, image = attend_streams(streams, self.heads, self.epsilon, lengths=lengths)
+        text, image = attend_streams(streams, self.heads, self.epsilon, **keys._asdict())
         return self.to_add_out(text), self.to_out[0](image)
 
 
@@ -125,7 +126,7 @@ class DoubleBlock(nnx.Module):
         text_modulation: list[Modulation],
         image_modulation: list[Modulation],
         rotation: Rotation,
-        lengths: jax.Array | None,
+        keys: Keys,
     ) -> tuple[jax.Array, jax.Array]:
         (shift, scale, gate), (mlp_shift, mlp_scale, mlp_gate) = image_modulation
         (text_shift, text_scale, text_gate), (text_mlp_shift, text_mlp_scale, text_mlp_gate) = text_modulation
@@ -133,7 +134,7 @@ class DoubleBlock(nnx.Module):
             modulated(text, text_shift, text_scale, self.epsilon),
             modulated(image, shift, scale, self.epsilon),
             rotation,
-            lengths,
+            keys,
         )
         image = apart(image + gated(of_image, gate))
         image = apart(image + gated(self.ff(modulated(image, mlp_shift, mlp_scale, self.epsilon)), mlp_gate))
@@ -156,7 +157,7 @@ class ParallelAttention(nnx.Module):
         self.norm_k = rms_norm(config.attention_head_dim, config.eps, dtype=dtype, rngs=rngs)
         self.to_out = linear(width + mlp_width, width, bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rotation: Rotation, lengths: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, rotation: Rotation, keys: Keys) -> jax.Array:
         """float32 [B, T, D], of x [B, T, D]. Both projections are products of their own for each of their parts: so
         nothing is split or joined, and XLA for TPU gates within a product and adds within the last."""
         width, heads = x.shape[-1], self.heads
@@ -167,7 +168,7 @@ class ParallelAttention(nnx.Module):
         with jax.named_scope("self-attention"):
             qkv = x @ qkv
             stream = Stream(qkv, qkv, qkv, scales(self.norm_q), scales(self.norm_k), rotation)
-            [x] = attend_streams([stream], heads, self.epsilon, first=(0, heads, 2 * heads), lengths=lengths)
+            [x] = attend_streams([stream], heads, self.epsilon, first=(0, heads, 2 * heads), **keys._asdict())
             return out + product(x, attention_out)
 
 
@@ -179,11 +180,9 @@ class SingleBlock(nnx.Module):
         self.attn = ParallelAttention(config, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("single-block")
-    def __call__(
-        self, x: jax.Array, modulation: Modulation, rotation: Rotation, lengths: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, modulation: Modulation, rotation: Rotation, keys: Keys) -> jax.Array:
         shift, scale, gate = modulation
-        out = self.attn(modulated(x, shift, scale, self.epsilon), rotation, lengths)
+        out = self.attn(modulated(x, shift, scale, self.epsilon), rotation, keys)
         return x + (out * gate).astype(x.dtype)
 
 
@@ -222,21 +221,32 @@ class Flux2(nnx.Module):
         self.proj_out = linear(width, config.out_channels, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, timesteps: jax.Array, prompt_embeds: jax.Array, references: References | None = None
+        self,
+        x: jax.Array,
+        timesteps: jax.Array,
+        prompt_embeds: jax.Array,
+        references: References | None = None,
+        shards: ImageShards | None = None,
     ) -> jax.Array:
         """Latents [B, h, w, C], timesteps [B] in 0 to 1000 and embeddings [B, T, D] -> velocity [B, h, w, C].
 
-        Reference images are further tokens behind the latents'. Nothing attends to their padding.
+        Reference images are further tokens behind the latents'. Nothing attends to their padding. With `shards`, which
+        suit no references, the latents are this chip's part of each image, and so is the velocity.
         """
+        assert references is None or shards is None
         rows, height, width, _ = x.shape
-        tokens, latents = prompt_embeds.shape[1], height * width
         time = timestep_embedding(timesteps, self.config.timestep_guidance_channels).astype(self.dtype)
         time = self.time_guidance_embed.timestep_embedder(time)
-        places, lengths = positions(tokens, height, width), None
+        text_places = text_positions(prompt_embeds.shape[1])
+        places = image_positions(height * (shards.count if shards else 1), width)
+        if shards:
+            prompt_embeds, text_places, places = map(shards.part, (prompt_embeds, text_places, places))
+        tokens, latents, keys = prompt_embeds.shape[1], height * width, Keys(shards=shards)
+        places = joined([text_places, places])
         x = x.astype(self.dtype).reshape(rows, latents, -1)
         if references is not None:
             places = with_references(places, references.positions)
-            lengths = tokens + latents + references.length
+            keys = Keys(tokens + latents + references.length)
             x = joined([x, references.latents.astype(self.dtype)])
         turning = rotation(places, self.config.axes_dims_rope, self.config.rope_theta)
 
@@ -247,12 +257,12 @@ class Flux2(nnx.Module):
             self.double_stream_modulation_img(time),
         )
         for block in self.transformer_blocks:
-            text, image = block(text, image, text_modulation, image_modulation, turning, lengths)
+            text, image = block(text, image, text_modulation, image_modulation, turning, keys)
 
         stream = joined([text, image])
         [modulation] = self.single_stream_modulation(time)
         for single in self.single_transformer_blocks:
-            stream = single(stream, modulation, turning, lengths)
+            stream = single(stream, modulation, turning, keys)
 
         out = self.proj_out(self.norm_out(stream[:, tokens : tokens + latents], time))
         return out.reshape(rows, height, width, -1)

@@ -6,12 +6,15 @@ import jax.numpy as jnp
 REFERENCE_TIME = 10  # between reference images, as Flux2KleinPipeline places them
 
 
-def positions(tokens: int, height: int, width: int) -> jax.Array:
-    """Of text tokens, then of latents: int32 [1, T, 4]."""
-    text = jnp.zeros((tokens, 4), jnp.int32).at[:, 3].set(jnp.arange(tokens))
+def text_positions(tokens: int) -> jax.Array:
+    """Of text tokens: int32 [1, T, 4]."""
+    return jnp.zeros((1, tokens, 4), jnp.int32).at[0, :, 3].set(jnp.arange(tokens))
+
+
+def image_positions(height: int, width: int) -> jax.Array:
+    """Of latents: int32 [1, h * w, 4]."""
     rows, columns = (grid.reshape(-1) for grid in jnp.mgrid[:height, :width])
-    image = jnp.stack([jnp.zeros_like(rows), rows, columns, jnp.zeros_like(rows)], axis=-1)
-    return jnp.concatenate([text, image])[None]
+    return jnp.stack([jnp.zeros_like(rows), rows, columns, jnp.zeros_like(rows)], axis=-1)[None]
 
 
 def with_references(places: jax.Array, references: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from flax import nnx
 
 from app.diffusion.models.flow_config import Flux2VAEConfig
 from app.diffusion.models.layers import Dtype
+from app.diffusion.models.strips import WHOLE, Strips
 from app.diffusion.models.vae import VAE
 
 
@@ -33,7 +34,7 @@ class Flux2VAE(VAE):
         latents = (to_patches(mean).astype(jnp.float32) - self.bn.running_mean[...][None, None, None]) / deviation
         return latents, jnp.zeros_like(latents)
 
-    def decode(self, latents: jax.Array, *, strips: int = 1) -> jax.Array:
+    def decode(self, latents: jax.Array, *, strips: Strips = WHOLE) -> jax.Array:
         """Latents [B, h, w, 4 * C] as the denoiser knows them -> pixels [B, 16 * h, 16 * w, 3] around [-1, 1]."""
         deviation = jnp.sqrt(self.bn.running_var[...] + self.epsilon)
         latents = latents * deviation[None, None, None] + self.bn.running_mean[...][None, None, None]

@@ -1,7 +1,6 @@
 """The blocks that UNet and VAE share. Attribute names are diffusers' tensor names; arrays are NHWC.
 
-A feature map is [B, H, W, C], or [B * S, h, W, C] where each image is cut into S strips of h rows, from the top. A
-TPU's convolutions take as long over one to seven rows of a batch as over eight: strips fill it.
+A feature map is [B, H, W, C], or [B * S, h, W, C] where images are cut into strips (app/diffusion/models/strips.py).
 
 Named scopes say which part an operation is of, in profiles and in `make tpu-check`.
 """
@@ -15,6 +14,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from app.diffusion.models.attention import attend
+from app.diffusion.models.strips import WHOLE, Strips, repeated, with_neighbours, with_zeros_around
 
 Dtype = Any
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -32,7 +32,7 @@ class GroupNorm(nnx.GroupNorm):
         assert mask is None
         return self.scaled(x, *self.statistics([x]))
 
-    def statistics(self, parts: list[jax.Array], strips: int = 1) -> tuple[jax.Array, jax.Array]:
+    def statistics(self, parts: list[jax.Array], strips: Strips = WHOLE) -> tuple[jax.Array, jax.Array]:
         """Of parts [B * S, ..., C_i] joined to C channels: mean and 1 / deviation of each image's groups, at each of
         their channels, [B * S, ..., C]. Each part is summed by itself, beside what made it."""
         positions = tuple(range(1, parts[0].ndim - 1))
@@ -40,8 +40,11 @@ class GroupNorm(nnx.GroupNorm):
 
         def by_group(means: list[jax.Array]) -> jax.Array:
             """[B * S, C_i] -> the mean of each channel's group over its image, [B, C]."""
-            groups = jnp.concatenate(means, axis=-1).reshape(len(means[0]) // strips, strips, self.num_groups, -1)
+            count = strips.count
+            groups = jnp.concatenate(means, axis=-1).reshape(len(means[0]) // count, count, self.num_groups, -1)
             mean = groups.mean((1, 3))[:, :, None]
+            if strips.shards:
+                mean = strips.shards.mean(mean)
             return jnp.broadcast_to(mean, (*mean.shape[:2], groups.shape[3])).reshape(len(mean), -1)
 
         mean = by_group([part.mean(positions) for part in wide])
@@ -60,35 +63,6 @@ def group_norm(channels: int, groups: int, epsilon: float, *, dtype: Dtype, rngs
     return GroupNorm(channels, groups, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def cut(x: jax.Array, strips: int) -> jax.Array:
-    """[B, H, W, C] -> [B * S, H / S, W, C]."""
-    return x.reshape(len(x) * strips, -1, *x.shape[2:])
-
-
-def whole(x: jax.Array, strips: int) -> jax.Array:
-    """Whole images from strips."""
-    return x.reshape(len(x) // strips, -1, *x.shape[2:])
-
-
-def repeated(x: jax.Array, strips: int) -> jax.Array:
-    """What images have in common with their strips: [B, C] -> [B * S, C]."""
-    return x if strips == 1 else jnp.repeat(x, strips, axis=0)
-
-
-def with_neighbours(x: jax.Array) -> jax.Array:
-    """[B * S, h, W, C] -> [B * S, h + 2, W, C]: each strip between its neighbours' nearest rows. Above an image's first
-    strip and below its last stands anything."""
-    return jnp.concatenate([jnp.roll(x[:, -1:], 1, axis=0), x, jnp.roll(x[:, :1], -1, axis=0)], axis=1)
-
-
-def with_zeros_around(x: jax.Array, strips: int) -> jax.Array:
-    """Strips with their neighbours' rows, but with zeros for the rows outside of an image."""
-    strip = (jnp.arange(len(x)) % strips)[:, None, None, None]
-    row = jnp.arange(x.shape[1])[None, :, None, None]
-    outside = ((strip == 0) & (row == 0)) | ((strip == strips - 1) & (row == x.shape[1] - 1))
-    return jnp.where(outside, 0, x)
-
-
 def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -96,10 +70,10 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding:
 class Conv(nnx.Conv):
     """`padding` is ((top, bottom), (left, right)), none above 1."""
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None, *, strips: int = 1) -> jax.Array:
-        if strips == 1:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None, *, strips: Strips = WHOLE) -> jax.Array:
+        if strips.whole:
             return super().__call__(inputs, out_sharding)
-        return self.between(with_zeros_around(with_neighbours(inputs), strips))
+        return self.between(with_zeros_around(with_neighbours(inputs, strips), strips))
 
     def between(self, x: jax.Array) -> jax.Array:
         """Convolves strips that include their neighbours' rows."""
@@ -110,16 +84,16 @@ class Conv(nnx.Conv):
         return x + self.bias[...][None, None, None]
 
 
-def normed_conv(norm: GroupNorm, conv: Conv, parts: list[jax.Array], strips: int) -> jax.Array:
+def normed_conv(norm: GroupNorm, conv: Conv, parts: list[jax.Array], strips: Strips) -> jax.Array:
     """conv(silu(norm(x))), of x in parts.
 
     Strips get their neighbours before the norm and zeros after it: then XLA for TPU fuses all of it into the
     convolution.
     """
     x, statistics = jnp.concatenate(parts, axis=-1), norm.statistics(parts, strips)
-    if strips == 1:
+    if strips.whole:
         return conv(jax.nn.silu(norm.scaled(x, *statistics)))
-    x = jax.nn.silu(norm.scaled(with_neighbours(x), *statistics))
+    x = jax.nn.silu(norm.scaled(with_neighbours(x, strips), *statistics))
     return conv.between(with_zeros_around(x, strips))
 
 
@@ -207,7 +181,7 @@ class ResnetBlock(nnx.Module):
 
     @jax.named_scope("resnet")
     def __call__(
-        self, x: jax.Array, time: jax.Array | None = None, skip: jax.Array | None = None, *, strips: int = 1
+        self, x: jax.Array, time: jax.Array | None = None, skip: jax.Array | None = None, *, strips: Strips = WHOLE
     ) -> jax.Array:
         """`skip` is joined to x behind its channels; `time` is [B, features]."""
         parts = [x] if skip is None else [x, skip]
@@ -216,7 +190,7 @@ class ResnetBlock(nnx.Module):
         if hasattr(self, "conv_shortcut"):
             residual = self.conv_shortcut(x)
             # XLA for TPU may fuse it into the last convolution if the map is small, at twenty times the cost.
-            if strips * x.shape[1] * x.shape[2] < FEW_PIXELS:
+            if strips.count * x.shape[1] * x.shape[2] < FEW_PIXELS:
                 residual = jax.lax.optimization_barrier(residual)
         x = normed_conv(self.norm1, self.conv1, parts, strips)
         if time is not None:
@@ -231,7 +205,7 @@ class Downsample(nnx.Module):
         self.conv = conv(channels, channels, strides=2, padding=padding, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("resampling")
-    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strips: Strips = WHOLE) -> jax.Array:
         return self.conv(x, strips=strips)
 
 
@@ -247,14 +221,14 @@ class Upsample(nnx.Module):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("resampling")
-    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strips: Strips = WHOLE) -> jax.Array:
         assert self.conv.bias is not None
         rows, height, width, channels = x.shape
         x = jnp.broadcast_to(x[:, :, :, None], (rows, height, width, 2, channels))
         x = x.reshape(rows, height, 2 * width, channels)
         around = 1  # rows of zeros, above and below
-        if strips > 1:
-            x, around = with_zeros_around(with_neighbours(x), strips), 0
+        if not strips.whole:
+            x, around = with_zeros_around(with_neighbours(x, strips), strips), 0
         above, middle, below = jnp.split(self.conv.kernel[...], 3)
 
         def smooth(taps: list[jax.Array], padding: tuple[int, int]) -> jax.Array:
@@ -265,7 +239,7 @@ class Upsample(nnx.Module):
         x = jnp.stack([even, odd], axis=2).reshape(rows, 2 * height, 2 * width, channels)
         x = x + self.conv.bias[...][None, None, None]
         # By default XLA for TPU lays this out by rows, and again for each of the convolutions that follow.
-        return x if strips == 1 else with_layout_constraint(x, Layout((1, 2, 0, 3)))
+        return x if strips.whole else with_layout_constraint(x, Layout((1, 2, 0, 3)))
 
 
 class Attention(nnx.Module):
@@ -363,9 +337,9 @@ class Transformer2D(nnx.Module):
         self.proj_out = linear(channels, channels, dtype=dtype, rngs=rngs)
 
     @jax.named_scope("transformer")
-    def __call__(self, x: jax.Array, context: jax.Array, *, strips: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array, *, strips: Strips = WHOLE) -> jax.Array:
         shape = x.shape
-        x = x.reshape(len(x) // strips, -1, shape[-1])
+        x = x.reshape(len(x) // strips.count, -1, shape[-1])
         residual = x
         x = self.proj_in(self.norm(x))
         for block in self.transformer_blocks:

@@ -13,12 +13,11 @@ from app.diffusion.models.layers import (
     Transformer2D,
     Upsample,
     conv,
-    cut,
     group_norm,
     normed_conv,
     timestep_embedding,
-    whole,
 )
+from app.diffusion.models.strips import WHOLE, Strips, cut, joined
 
 
 def resnet(channels_in: int, channels_out: int, config: UNetConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> ResnetBlock:
@@ -79,7 +78,7 @@ class Block(nnx.Module):
         context: jax.Array,
         skip: jax.Array | None = None,
         *,
-        strips: int,
+        strips: Strips,
     ) -> jax.Array:
         x = self.resnets[i](x, time, skip, strips=strips)
         return self.attentions[i](x, context, strips=strips) if hasattr(self, "attentions") else x
@@ -91,7 +90,7 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List(resnet(channels, channels, config, dtype=dtype, rngs=rngs) for _ in range(2))
         self.attentions = nnx.List([transformer(-1, config, dtype=dtype, rngs=rngs)])
 
-    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array, *, strips: int) -> jax.Array:
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array, *, strips: Strips) -> jax.Array:
         x = self.resnets[0](x, time, strips=strips)
         x = self.attentions[0](x, context, strips=strips)
         return self.resnets[1](x, time, strips=strips)
@@ -168,14 +167,14 @@ class UNet(nnx.Module):
         time_ids: jax.Array | None = None,
         guidance: jax.Array | None = None,
         *,
-        strips: int = 1,
+        strips: Strips = WHOLE,
     ) -> jax.Array:
         """Latents [B, H, W, C], timesteps [B] and embeddings [B, T, D] -> output [B, H, W, C] in `dtype`.
 
         SDXL's also takes the pooled text [B, P] and the size numbers [B, 6], a distilled one's the embedded guidance
         scale [B, G].
-        H and W must be multiples of 2 ** (levels - 1), and H of `strips` times that. Strips change how long it takes on
-        a TPU, and nothing else.
+        H and W must be multiples of 2 ** (levels - 1), and H of the number of strips times that. Strips change how long
+        it takes on a TPU, and nothing else.
         """
         time = timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(self.dtype)
         time = self.time_embedding(time, guidance)
@@ -200,7 +199,7 @@ class UNet(nnx.Module):
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, strips=strips)
 
-        return whole(normed_conv(self.conv_norm_out, self.conv_out, [x], strips), strips)
+        return joined(normed_conv(self.conv_norm_out, self.conv_out, [x], strips), strips)
 
     def embed_added(self, text_embeds: jax.Array, time_ids: jax.Array) -> jax.Array:
         """Podell et al. 2023, section 2.2: what the UNet is told of the picture's size, beside the pooled text."""

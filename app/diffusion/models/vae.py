@@ -1,5 +1,7 @@
 """AutoencoderKL: pixels in [-1, 1] <-> latents. Attribute names are diffusers' tensor names."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,12 +14,11 @@ from app.diffusion.models.layers import (
     ResnetBlock,
     Upsample,
     conv,
-    cut,
     group_norm,
     linear,
     normed_conv,
-    whole,
 )
+from app.diffusion.models.strips import WHOLE, Strips, cut, joined
 
 EPSILON = 1e-6
 
@@ -33,10 +34,14 @@ class AttentionBlock(nnx.Module):
         self.to_out = nnx.List([linear(channels, channels, dtype=dtype, rngs=rngs)])
 
     @jax.named_scope("self-attention")
-    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strips: Strips = WHOLE) -> jax.Array:
         residual = x
-        x = self.group_norm(x.reshape(len(x) // strips, -1, x.shape[-1]))
-        x = attend(self.to_q(x), self.to_k(x), self.to_v(x), heads=1)
+        x = x.reshape(len(x) // strips.count, -1, x.shape[-1])
+        x = self.group_norm.scaled(x, *self.group_norm.statistics([x], replace(strips, count=1)))
+        k, v = self.to_k(x), self.to_v(x)
+        if strips.shards:
+            k, v = strips.shards.gathered(k), strips.shards.gathered(v)
+        x = attend(self.to_q(x), k, v, heads=1)
         return residual + self.to_out[0](x).reshape(residual.shape)
 
 
@@ -49,7 +54,7 @@ class MidBlock(nnx.Module):
         if config.mid_block_add_attention:
             self.attentions = nnx.List([AttentionBlock(channels, groups, dtype=dtype, rngs=rngs)])
 
-    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strips: Strips = WHOLE) -> jax.Array:
         x = self.resnets[0](x, strips=strips)
         if hasattr(self, "attentions"):
             x = self.attentions[0](x, strips=strips)
@@ -87,7 +92,7 @@ class Block(nnx.Module):
         if upsample:
             self.upsamplers = nnx.List([Upsample(channels_out, dtype=dtype, rngs=rngs)])
 
-    def __call__(self, x: jax.Array, *, strips: int = 1) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strips: Strips = WHOLE) -> jax.Array:
         for resnet in self.resnets:
             x = resnet(x, strips=strips)
         if hasattr(self, "downsamplers"):
@@ -146,7 +151,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = group_norm(channels[-1], groups, EPSILON, dtype=dtype, rngs=rngs)
         self.conv_out = conv(channels[-1], config.out_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, strips: int) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strips: Strips) -> jax.Array:
         x = self.conv_in(x, strips=strips)
         x = self.mid_block(x, strips=strips)
         for block in self.up_blocks:
@@ -180,12 +185,12 @@ class VAE(nnx.Module):
         scaling_factor = self.config.scaling_factor
         return (mean - self.config.shift_factor) * scaling_factor, jnp.exp(log_variance / 2) * scaling_factor
 
-    def decode(self, latents: jax.Array, *, strips: int = 1) -> jax.Array:
+    def decode(self, latents: jax.Array, *, strips: Strips = WHOLE) -> jax.Array:
         """Scaled latents [B, h, w, C], as the denoiser knows them -> pixels [B, H, W, 3] around [-1, 1].
 
-        h must be a multiple of `strips`, which change how long it takes on a TPU, and nothing else.
+        h must be a multiple of the strips, which change how long it takes on a TPU, and nothing else.
         """
         x = cut((latents / self.config.scaling_factor + self.config.shift_factor).astype(self.dtype), strips)
         if hasattr(self, "post_quant_conv"):
             x = self.post_quant_conv(x)
-        return whole(self.decoder(x, strips=strips), strips)
+        return joined(self.decoder(x, strips=strips), strips)

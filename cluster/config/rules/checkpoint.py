@@ -56,6 +56,9 @@ def check_checkpoint(app: Application, args: Args) -> Iterator[Finding]:
         for size in args.sizes:
             if any(side % multiple for side in parse_size(size)):
                 yield report(("args", "sizes"), f"must be multiples of {multiple} for {args.model}, got {size}.")
+            elif args.shard_images is True and not family.divides_images("denoise", parse_size(size), 2):
+                words = f"must be auto or false: {args.model} cannot divide images of {size} over chips."
+                yield report(("args", "shard_images"), words)
     for problem in problems:
         yield report(key, f"{verdict}: {problem}")
 
