@@ -19,7 +19,7 @@ CREATE, LIST = "tpu.projects.locations.nodes.create", "tpu.projects.locations.no
 CREATION_S = 2.0
 AUTOSCALER_LOG = "/tmp/ray/session_latest/logs/monitor.log"
 SOLD_OUT = "There is no more capacity in the zone"
-LOAD = "--duration 90 --settle 400 --field num_inference_steps=4 --no-checks"
+LOAD = "--duration 120 --settle 400 --field num_inference_steps=30 --no-checks"  # 32 clients: a backlog of 10 s or more
 SCALED = "most replicas 2, on nodes 2; in the end 1 on 1"  # of the load test's summary
 STEPS = {"num_inference_steps: 20 ": "num_inference_steps: 8 "}
 NEW_CODE = {'"Software": "imagine-tpu"': '"Software": "imagine-tpu 2"'}  # in a picture's metadata
