@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,21 +32,22 @@ class Network:
             inside(self.cloud, "addr", "add", f"{address}/24", "dev", "bridge")
         for device in ("lo", "bridge"):
             inside(self.cloud, "link", "set", device, "up")
-        self._ports = 0
+        self._numbers = count(1)
+        self._ports: dict[str, str] = {}  # of the bridge, by the names of those that have joined
 
     def namespace(self, name: str) -> str:
         return f"{PREFIX}-{os.getpid()}-{name}"
 
     def join(self, name: str, *addresses: str) -> str:
         """A namespace with these addresses; the first is the one that it sends from."""
-        namespace, self._ports = self.namespace(name), self._ports + 1
-        port = f"port{self._ports}"
+        namespace = self.namespace(name)
+        port = self._ports[name] = f"port{next(self._numbers)}"
         ip("netns", "add", namespace)
         ip("link", "add", "eth0", "netns", namespace, "type", "veth", "peer", "name", port, "netns", self.cloud)
         inside(self.cloud, "link", "set", port, "master", "bridge", "up")
-        # It announces itself, as another may have had its addresses shortly before.
-        notify = "echo 1 > /proc/sys/net/ipv4/conf/eth0/arp_notify"
-        ip("netns", "exec", namespace, "sh", "-c", notify)
+        # The link's address follows from the first: others remember that of whoever had it before, for half a minute.
+        hardware = ":".join(f"{int(part):02x}" for part in ("2", "0", *addresses[0].split(".")))
+        inside(namespace, "link", "set", "eth0", "address", hardware)
         for address in addresses:
             inside(namespace, "addr", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
@@ -54,6 +56,8 @@ class Network:
         return namespace
 
     def leave(self, name: str) -> None:
+        """Ends a namespace. Its link goes first and at once, as a busy kernel leaves the rest for later."""
+        inside(self.cloud, "link", "del", self._ports.pop(name))
         remove(self.namespace(name))
 
     def close(self) -> None:
