@@ -94,7 +94,7 @@ def load(scene: Stage, file: str) -> None:
 
     The load test sees both: it ends when replicas and nodes are as before.
     """
-    scene.await_nodes(lambda _: len(scene.books.nodes) == 1, "The TPU node that the deploy had started has gone")
+    scene.await_nodes(lambda _: len(scene.books.nodes) == 1, "One TPU node is there, as before the deploy")
     sold_out, busy = stock_out(CREATE, 1), Fault(LIST, 2, answer=503)
     with scene.tunnel(file) as (dashboard, api):
         scene.books.faults[:0] = [sold_out, busy]
