@@ -11,13 +11,19 @@ from app.diffusion.families.family import Family
 from app.types import Capabilities, Generation, InvalidField, PipelineSpec, Size
 
 
-def check_sizes(sizes: Sequence[Size], multiple: int) -> None:
-    """Raises ValueError that names the size that the checkpoint cannot have."""
-    for width, height in sizes:
+def check_sizes(spec: PipelineSpec, family: Family) -> None:
+    """Raises ValueError that names a size that the checkpoint cannot have, or cannot divide as the config wants."""
+    multiple = family.size_multiple
+    for width, height in spec.sizes:
         if width % multiple or height % multiple:
             raise ValueError(
                 f"sizes must have a width and a height that are multiples of {multiple} for this checkpoint, "
                 f"got {width}x{height}."
+            )
+        if spec.shard_images is True and not family.divides_images("denoise", (width, height), 2):
+            raise ValueError(
+                "shard_images must be auto or false for this checkpoint, "
+                f"whose denoiser cannot divide images of {width}x{height} over chips, got true."
             )
 
 
@@ -38,17 +44,6 @@ def references_of(family: Family, spec: PipelineSpec) -> int:
         rule = f"at most {most}" if most else "left out"
         raise ValueError(f"references must be {rule} for a {type(family).__name__}, got {spec.references}.")
     return min(most, spec.references or 1) if spec.edits else 0
-
-
-def check_shards(spec: PipelineSpec, family: Family, chips: int) -> None:
-    """Raises ValueError where the config has images divided over this host's chips, and the checkpoint cannot."""
-    if spec.shard_images is True and chips > 1:
-        whole = next((size for size in spec.sizes if not family.divides_images("denoise", size, 2)), None)
-        if whole:
-            raise ValueError(
-                "shard_images must be auto or false for this checkpoint, "
-                f"whose denoiser cannot divide images of {whole[0]}x{whole[1]} over chips, got true."
-            )
 
 
 def checked(generation: Generation, family: Family, capabilities: Capabilities, sizes: Sequence[Size]) -> Generation:

@@ -34,7 +34,7 @@ from app.diffusion.device_programs import DenoiseState, rows_of
 from app.diffusion.edit_inputs import EncodedEdit, ImagePrograms, edit_inputs, encoded_edit, initial_shares
 from app.diffusion.edit_programs import EditInputs
 from app.diffusion.families.family import Role
-from app.diffusion.limits import capabilities_of, check_shards, check_sizes, checked
+from app.diffusion.limits import capabilities_of, check_sizes, checked
 from app.diffusion.models.loading import Checkpoint
 from app.diffusion.packed_slot import ExportedSlot, unpack
 from app.diffusion.samplers import SamplerTable, default_sampler, departures, make_table, samplers_for, skipped_steps
@@ -58,7 +58,7 @@ class Pipeline:
         devices: Sequence[jax.Device] | None = None,
     ):
         family = checkpoint.family
-        check_sizes(spec.sizes, family.size_multiple)
+        check_sizes(spec, family)
         self.spec = spec
         self.sizes = spec.sizes
         self.row_buckets = spec.row_buckets
@@ -76,7 +76,6 @@ class Pipeline:
         self.mesh = mesh_of(jax.local_devices() if devices is None else devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         self.loops_on_device = loops_on_device(self.mesh)
-        check_shards(spec, family, self.mesh.size)
         networks, params = split(checkpoint.networks)
         shardings = shardings_of(spec, family, params, self.mesh)
         self.params = placed(params, shardings)

@@ -101,9 +101,9 @@ def placed(params: Any, shardings: Any) -> Any:
 def divided(function: Callable[..., jax.Array], sharding: NamedSharding) -> Callable[..., jax.Array]:
     """`function(params, latents, *rows)` with each chip at its own rows, and its part of their images.
 
-    Only chips that share an image communicate.
+    Only chips that share an image communicate. Pallas kernels need this even where all chips do the same.
     """
-    if sharding.is_fully_replicated:
+    if sharding.mesh.size == 1:
         return function
 
     def call(params: Any, latents: jax.Array, *rows: Any) -> jax.Array:
