@@ -41,7 +41,7 @@ export function start(whenChanged) {
 export function offer(capabilities, limit) {
   offered = capabilities;
   const references = offered.references ?? 0;
-  most = Math.min(limit, references + (offered.edits ? 1 : 0));
+  most = Math.min(limit, Math.max(references, offered.edits ? 1 : 0));
   $("image-in").hidden = !most;
   for (const image of sent.splice(most)) URL.revokeObjectURL(image.url);
   $("image").multiple = most > 1;
