@@ -43,6 +43,7 @@ PORTS = range(19000, 20000)
 KEYS = ("flood", "rare")
 IN_FLIGHT = 64
 TIMEOUT_S = 300.0
+BARS = {("mixed", 0.8): (0.75, 0.85), ("mixed", 0.6): (0.88, 0.88), ("equal", 0.8): (1.03, 1.03)}
 DEVICE = "four paced hosts of four chips"
 
 
@@ -113,10 +114,15 @@ def capacity(requests: Sequence[Generation], pace: Pace) -> float:
     return REPLICAS * pace.chips / pace.step_s / float(rows)
 
 
-def measure(urls: dict[str, str], pace: Pace, kind: str, load: float, count: int, runs: int) -> list[Figure]:
-    bars = {("mixed", 0.8): (0.75, 0.85), ("mixed", 0.6): (0.88, 0.88), ("equal", 0.8): (1.03, 1.03)}[kind, load]
+def figures_of(device: str, kind: str, load: float) -> list[Figure]:
     names = "mean slowdown", "p95 latency s"
-    figures = [Figure(DEVICE, f"{kind}, {load:.0%}", name, bar) for name, bar in zip(names, bars, strict=True)]
+    return [
+        Figure(device, f"{kind}, {load:.0%}", name, bar) for name, bar in zip(names, BARS[kind, load], strict=True)
+    ]
+
+
+def measure(urls: dict[str, str], pace: Pace, kind: str, load: float, count: int, runs: int) -> list[Figure]:
+    figures = figures_of(DEVICE, kind, load)
     for run in range(runs):
         rng = np.random.default_rng([run, 2])
         requests = (
@@ -194,12 +200,12 @@ def overhead(pace: Pace) -> Figure:
     return figure
 
 
-def simulated(pace: Pace, count: int, runs: int) -> list[Figure]:
+def simulated(pace: Pace, load: float, count: int, runs: int) -> list[Figure]:
     """The same two policies on a virtual clock, for machines that are too busy to keep the time."""
-    figures = [Figure("simulated", "mixed, 80%", name, None) for name in ("mean slowdown", "p95 latency s")]
+    figures = figures_of("simulated", "mixed", load)
     for run in range(runs):
         requests = mixed_requests(count, SIZE, np.random.default_rng([run, 2]))
-        at = poisson(count, np.random.default_rng([run, 3])) / (0.8 * capacity(requests, pace))
+        at = poisson(count, np.random.default_rng([run, 3])) / (load * capacity(requests, pace))
         alone = np.array([alone_s(generation, pace) for generation in requests])
         arrivals = [Arrival(float(moment), generation) for moment, generation in zip(at, requests, strict=True)]
 
@@ -239,7 +245,8 @@ def main() -> int:
     if "router" in wanted:
         figures.append(overhead(pace))
     if "simulated" in wanted:
-        figures += simulated(pace, args.requests, args.runs)
+        for load in (0.8, 0.6):
+            figures += simulated(pace, load, args.requests, args.runs)
     title = "The cluster's queue and router: ours over Serve's own"
     return conclude("cluster", title, figures, before, vars(args), args.part == "all")
 

@@ -28,7 +28,6 @@ MOST_LOAD = 0.85  # of replicas in the long run, however long requests may wait
 # What piles up while a replica starts is over the objective anyway. It is done within so much of the start's time more.
 DRAIN = 0.5
 ARRIVALS_S = 60.0  # the trend of what arrives is that of so long
-RELEASE_S = 20.0  # what only a backlog or a trend wants is given back so soon after it is gone
 SAMPLE_S = 1.0  # between two samples of it
 STARTS = 8  # starts that are remembered
 PATIENCE = 3.0  # starts that take so many times longer than usual mean that there are no nodes
@@ -45,15 +44,6 @@ class Load:
     start_s: float  # of a replica, without its node
 
 
-@dataclass(frozen=True)
-class Wish:
-    """Replicas: `for_good` for what arrives, `needed` with what has piled up and what is expected."""
-
-    at: float
-    for_good: int
-    needed: int
-
-
 @dataclass
 class Memory:
     """What the policy has seen."""
@@ -62,7 +52,7 @@ class Memory:
     since: float = 0.0  # when more were wanted than ran
     starts: deque[float] = field(default_factory=lambda: deque(maxlen=STARTS))  # seconds from a wish to a replica
     arrivals: deque[tuple[float, float]] = field(default_factory=deque)  # when, and how much arrived in a second
-    wishes: deque[Wish] = field(default_factory=deque)  # of the last `hold_s`
+    wishes: deque[tuple[float, int]] = field(default_factory=deque)  # of the last `hold_s`
     stocked_out_until: float = -math.inf
     running: int = 0
 
@@ -86,18 +76,20 @@ def decide(rule: Rule, load: Load, memory: Memory, now: float, least: int, most:
     """The number of replicas, and why."""
     observe(rule, load, memory, now)
     lead_s = usual_start_s(rule, load, memory)
-    mean, ahead = expected(memory.arrivals, lead_s)
-    extra = left_s(load, memory, ahead, lead_s, now) / (rule.objective_s + DRAIN * lead_s)
-    needed = math.ceil(for_good(ahead, rule) + extra - 1e-6)
+    ahead = expected(memory.arrivals, lead_s)
+    coming = max(0, memory.wanted - load.running)
+    spent_s = min(lead_s, now - memory.since) if coming else 0.0  # of the time until then, in which those work too
+    left_s = max(0.0, load.backlog_s + (ahead - load.running) * lead_s - coming * spent_s)
+    steady = max(ahead / MOST_LOAD, replicas_for(ahead, rule.objective_s))
+    needed = math.ceil(steady + left_s / (rule.objective_s + DRAIN * lead_s) - 1e-6)
     if load.backlog_s > 0 or ahead > 0:
         needed = max(needed, 1)
+    memory.wishes.append((now, needed))
     stocked_out = now < memory.stocked_out_until
     hold_s = max(rule.hold_s, STOCK_OUT_S) if stocked_out else rule.hold_s
-    memory.wishes.append(Wish(now, math.ceil(for_good(mean, rule) - 1e-6), needed))
-    while memory.wishes[0].at < now - hold_s:
+    while memory.wishes[0][0] < now - hold_s:
         memory.wishes.popleft()
-    release_s = hold_s if stocked_out else min(hold_s, lead_s + RELEASE_S)
-    wanted = max(max(wish.for_good, wish.needed if wish.at >= now - release_s else 0) for wish in memory.wishes)
+    wanted = max(wish for _, wish in memory.wishes)
     if stocked_out:
         wanted = min(wanted, load.running + 1)
     wanted = min(max(wanted, least), most)
@@ -112,24 +104,6 @@ def decide(rule: Rule, load: Load, memory: Memory, now: float, least: int, most:
     if wanted != needed:
         parts.append("none started in time, so no more are wanted" if stocked_out else f"bounds and hold give {wanted}")
     return wanted, f"{load.running} run, {wanted} wanted: {'; '.join(parts)}."
-
-
-def for_good(arriving: float, rule: Rule) -> float:
-    """The replicas for a load that stays, however small the backlog."""
-    return max(arriving / MOST_LOAD, replicas_for(arriving, rule.objective_s))
-
-
-def left_s(load: Load, memory: Memory, arriving: float, lead_s: float, now: float) -> float:
-    """Device-seconds that are left by the time at which a replica that is wanted now is ready, or those that come.
-
-    The replicas on their way are needed for what is left when they are ready, whatever they will have done later.
-    """
-    coming = max(0, memory.wanted - load.running)
-    spent_s = min(lead_s, now - memory.since) if coming else 0.0  # of their start
-    excess = arriving - load.running
-    then_s = load.backlog_s + excess * lead_s - coming * spent_s
-    ready_s = load.backlog_s + excess * (lead_s - spent_s)
-    return max(0.0, then_s, ready_s if coming else 0.0)
 
 
 def observe(rule: Rule, load: Load, memory: Memory, now: float) -> None:
@@ -154,16 +128,16 @@ def usual_start_s(rule: Rule, load: Load, memory: Memory) -> float:
     return max(load.start_s, max(memory.starts) if memory.starts else rule.start_s)
 
 
-def expected(arrivals: Iterable[tuple[float, float]], lead_s: float) -> tuple[float, float]:
-    """Device-seconds that arrive in a second: a mean of late, and more where it has been rising beyond chance."""
+def expected(arrivals: Iterable[tuple[float, float]], lead_s: float) -> float:
+    """Device-seconds that will arrive in a second: a mean of late, or more where it has been rising beyond chance."""
     rates = [rate for _, rate in arrivals]
     half = len(rates) // 2
     earlier, recent = rates[:half], rates[half:]
     mean = statistics.fmean(recent)
     if len(rates) < ARRIVALS_S / SAMPLE_S / 2:
-        return mean, mean
+        return mean
     rise = mean - statistics.fmean(earlier) - statistics.pstdev(recent)
-    return mean, mean + min(max(0.0, rise) * 2 * lead_s / ARRIVALS_S, mean)
+    return mean + min(max(0.0, rise) * 2 * lead_s / ARRIVALS_S, mean)
 
 
 def replicas_for(load: float, objective_s: float, service_s: float = 1.0) -> float:
