@@ -116,9 +116,7 @@ def capacity(requests: Sequence[Generation], pace: Pace) -> float:
 
 def figures_of(device: str, kind: str, load: float) -> list[Figure]:
     names = "mean slowdown", "p95 latency s"
-    return [
-        Figure(device, f"{kind}, {load:.0%}", name, bar) for name, bar in zip(names, BARS[kind, load], strict=True)
-    ]
+    return [Figure(device, f"{kind}, {load:.0%}", name, bar) for name, bar in zip(names, BARS[kind, load], strict=True)]
 
 
 def measure(urls: dict[str, str], pace: Pace, kind: str, load: float, count: int, runs: int) -> list[Figure]:
@@ -188,14 +186,17 @@ def overhead(pace: Pace) -> Figure:
     for number, generation in enumerate(requests):
         now += 1 / capacity(requests, pace)
         ticket = router.ticket(Work.of(generation), now)
+        router.images_together(ticket.work, now)
         router.admit(ticket, 1e6, now)
         router.queue.add(ticket)
         router.pump(now)
+        router.rebalance(now)
         if number >= IN_FLIGHT:
             name, entry = sent.pop(0)
             router.answered(entry)
             router.report(reports[name], now)
             router.pump(now)
+            router.rebalance(now)
     figure.add(1e3 * (time.process_time() - began) / len(requests), 1.0)
     return figure
 

@@ -3,6 +3,8 @@
     python -m capacity.policies                       # three traces: a step, a day's wave with noise, bursts
     python -m capacity.policies --trace load/requests.jsonl
 
+The figures are means over several runs.
+
 A trace is the requests.jsonl of a load test (loadtest/records.py); each request is replayed when it was sent. The
 policies are ours (app/serving/autoscaling.py) and Serve's default one, which compares requests with a target. All is
 simulated; the devices take as long as the paced stand-in of benchmarks/paced.py.
@@ -126,6 +128,12 @@ def simulate(
     )
 
 
+def mean_of(results: Sequence[Result]) -> Result:
+    names = ("over", "wait_s", "p95_s", "replica_hours")
+    means = (float(np.mean([getattr(result, name) for result in results])) for name in names)
+    return Result(*means, most=max(result.most for result in results))
+
+
 def alone_s(generation: Generation, pace: Pace) -> float:
     rows = generation.n * generation.rows
     return generation.num_inference_steps * pace.step(rows) + pace.decode(generation.n)
@@ -135,8 +143,11 @@ def device_s(generation: Generation, pace: Pace) -> float:
     return generation.n * generation.rows * generation.num_inference_steps * pace.step_s / pace.chips
 
 
-def traces(pace: Pace, scale: float = 1.0) -> dict[str, list[Arrival]]:
-    """A step up, a day's wave with noise in half an hour, and bursts. Rates are in replicas' worth of work."""
+def traces(pace: Pace, run: int = 0, scale: float = 1.0) -> dict[str, list[Arrival]]:
+    """A step up, a day's wave with noise in half an hour, and bursts. Rates are in replicas' worth of work.
+
+    Each `run` draws other arrivals. One alone says little: what chance has left running decides how a step begins.
+    """
     mean_s = float(
         np.mean([device_s(request(SIZE, 0, steps=s, guidance_scale=g, n=n), pace) for s, g, n in MIXED_KINDS])
     )
@@ -150,7 +161,7 @@ def traces(pace: Pace, scale: float = 1.0) -> dict[str, list[Arrival]]:
     bursts = [(float(at), round(60 * rate)) for at in (200, 500, 800)]
 
     def drawn(spans: Sequence[Span], seed: int, extra: Sequence[tuple[float, int]] = ()) -> list[Arrival]:
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng([run, seed])
         count = round(sum(span.count for span in spans))
         times = through(spans, poisson(count, rng))
         times = with_bursts(times[times > 0], extra)
@@ -194,10 +205,12 @@ def main() -> int:
     parser.add_argument("--objective", type=float, default=10.0, help="seconds that a request may wait (%(default)s)")
     parser.add_argument("--most", type=int, default=8, help="replicas (%(default)s)")
     parser.add_argument("--hold", type=float, default=180.0, help="hold_s of our policy (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="of each trace, with other arrivals (%(default)s)")
+    parser.add_argument("--policy", action="append", help="of the table; only this one, may be repeated")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
     pace = Pace(chips=args.chips, step_s=args.step_ms / 1000)
-    loads = {str(args.trace): recorded(args.trace)} if args.trace else traces(pace)
+    loads = [{str(args.trace): recorded(args.trace)}] if args.trace else [traces(pace, i) for i in range(args.runs)]
     policies: dict[str, Callable[[], tuple[Policy, Routing]]] = {
         "predicted wait": lambda: (Ours(Rule(args.objective, args.hold, args.start), args.most), "book"),
         **{
@@ -205,16 +218,24 @@ def main() -> int:
             for target in (2, 4, 8)
         },
     }
+    if unknown := {*(args.policy or ())} - policies.keys():
+        raise UsageError(f"--policy must be one of {', '.join(policies)}, got {', '.join(unknown)}.")
+    policies = {name: policy for name, policy in policies.items() if name in (args.policy or policies)}
     table = Table(title="Simulated", title_justify="left", box=SIMPLE_HEAD)
     for column in ("trace", "policy", "over objective", "mean wait s", "p95 s", "replica-hours", "chip-hours", "most"):
         table.add_column(column, justify="left" if column in ("trace", "policy") else "right")
     figures = []
-    for name, arrivals in loads.items():
+    for name in loads[0]:
         for title, make in policies.items():
-            policy, routing = make()
-            result = simulate(
-                arrivals, policy, pace=pace, start_s=args.start, objective_s=args.objective, routing=routing
-            )
+            results = []
+            for arrivals in (load[name] for load in loads):
+                policy, routing = make()
+                results.append(
+                    simulate(
+                        arrivals, policy, pace=pace, start_s=args.start, objective_s=args.objective, routing=routing
+                    )
+                )
+            result = mean_of(results)
             chips = result.replica_hours * args.chips
             row = (f"{result.over:.1%}", f"{result.wait_s:.2f}", f"{result.p95_s:.1f}", f"{result.replica_hours:.2f}")
             table.add_row(name, title, *row, f"{chips:.2f}", str(result.most))

@@ -1,10 +1,14 @@
 """Several simulated replicas: real engines, the real queue, book and router, and a virtual clock."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from app.engine.virtual import VirtualClock
+from app.types import Generation
 from benchmarks.load import equal_requests, mixed_requests
+from benchmarks.load import request as request_of
 from benchmarks.paced import Pace, PacedPipeline
 from capacity.cluster_simulation import Arrival, Cluster, Outcome, Routing
 from capacity.simulate import Load, Timings, pipeline_of, request
@@ -63,6 +67,10 @@ def test_three_replicas_that_start_drain_a_backlog_in_at_most_0_35_of_the_time()
     assert drained_s("serve", 3) > 0.9 * drained_s("serve", 0), "of what waits in a replica, others get nothing"
 
 
+def mixed(**fields: Any) -> Generation:
+    return request_of(SIZE, 0, **fields)
+
+
 def latency_of(outcome: Outcome, last: int) -> float:
     return float(np.quantile(outcome.latencies[-last:], 0.95))
 
@@ -75,3 +83,19 @@ def test_a_flood_of_one_key_does_not_delay_another_beyond_its_share() -> None:
     assert latency_of(Cluster(device, 2).run([*flood, *rare]), 4) <= 1.5 * alone
     anonymous = [Arrival(arrival.at, arrival.generation) for arrival in [*flood, *rare]]
     assert latency_of(Cluster(device, 2).run(anonymous), 4) > 2 * alone
+
+
+@pytest.mark.slow
+def test_requests_that_wait_in_a_replica_move_to_one_that_starts() -> None:
+    cluster = Cluster(device, 1, start_s=0.6)
+    cluster.at(0.0, lambda: cluster.scale(2))
+    outcome = cluster.run(equal([0.0] * 8, steps=40))
+    assert cluster.moves == 4 and outcome.latencies.max() < 0.7 * 8.0
+    assert not any(replica.sent for replica in cluster.router.book.replicas.values())
+
+
+@pytest.mark.slow
+def test_replicas_share_the_images_of_a_request() -> None:
+    four_guided = Arrival(0.0, mixed(steps=20, guidance_scale=4.0, n=4))
+    alone, shared = (float(Cluster(device, count).run([four_guided]).latencies[0]) for count in (1, 2))
+    assert shared < 0.6 * alone

@@ -12,7 +12,7 @@ from app.api.routing.costs import SizeModel, Work
 from app.api.routing.page import AHEAD, LEAST_STEPS, Replica, Sent
 
 MOST_CORRECTION = 2.0  # of the predicted remaining work, by one report
-REST_STEPS = 10  # a request that has just come stays for so long
+REST_STEPS = 5  # a request that has just come stays for so long
 AVOID_S = 5.0  # a replica that could not take or keep a request gets nothing for so long
 
 
