@@ -82,7 +82,7 @@ async def ask(session: aiohttp.ClientSession, url: str, generation: Generation, 
         "guidance_scale": generation.guidance_scale,
         "n": generation.n,
     }
-    async with session.post(url, json=body, headers={"Authorization": f"Bearer {key}"}) as response:
+    async with session.post(url, json=body, headers=bearer(key)) as response:
         content = await response.read()
         if response.status != 200:
             raise RuntimeError(f"The server answers {response.status}: {content[:300]!r}")
@@ -102,6 +102,17 @@ async def offer(url: str, requests: Sequence[Generation], arrivals: Seconds, key
 
         await asyncio.gather(*map(send, range(len(requests))))
     return latencies
+
+
+async def moved(url: str) -> int:
+    """How many requests were to change replicas."""
+    stats = url.replace("/images/generations", "/stats")
+    async with aiohttp.ClientSession() as session, session.get(stats, headers=bearer(KEYS[0])) as response:
+        return int((await response.json())["queue"]["rebalanced"])
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 def alone_s(generation: Generation, pace: Pace) -> float:
@@ -243,6 +254,7 @@ def main() -> int:
                     figures += measure(urls, pace, kind, load, args.requests, args.runs)
             if "flood" in wanted:
                 figures.append(flood(urls["ours"], 40))
+            log(f"{asyncio.run(moved(urls['ours']))} requests were to change replicas")
     if "router" in wanted:
         figures.append(overhead(pace))
     if "simulated" in wanted:

@@ -129,9 +129,11 @@ def simulate(
 
 
 def mean_of(results: Sequence[Result]) -> Result:
-    names = ("over", "wait_s", "p95_s", "replica_hours")
-    means = (float(np.mean([getattr(result, name) for result in results])) for name in names)
-    return Result(*means, most=max(result.most for result in results))
+    over, wait_s, p95_s, replica_hours = (
+        float(np.mean([getattr(result, name) for result in results]))
+        for name in ("over", "wait_s", "p95_s", "replica_hours")
+    )
+    return Result(over, wait_s, p95_s, replica_hours, max(result.most for result in results))
 
 
 def alone_s(generation: Generation, pace: Pace) -> float:
