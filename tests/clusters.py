@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
+from unittest.mock import patch
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -21,7 +23,6 @@ import pytest
 
 from cluster import ROOT, processes
 from cluster.local.state import Cluster
-from jobs import entry
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,15 @@ def only_user(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def in_this_process(main: Callable[[], str], command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a job's module as `python -m` does, but without the seconds of its imports."""
+def in_this_process(
+    run: Callable[[], NoReturn], command: list[str], environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command as `python -m` does, but without the seconds of its imports. `run` ends as its process would."""
     out, err, argv, handler = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = command
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            entry.run(main)
+        with patch.dict(os.environ, environment), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:

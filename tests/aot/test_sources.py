@@ -57,6 +57,7 @@ def test_nothing_on_the_host_only_list_computes_on_a_device() -> None:
         assert not [dotted for dotted in used if dotted.startswith(ARRAYS)], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "statement"),
     [
@@ -76,6 +77,7 @@ def test_a_new_module_that_device_code_imports_is_followed(copy: Path, file: str
     assert set(names(copy)) - set(before) == {"app.device_maths", "app.more_maths"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", ["", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import app.other"])
 def test_what_device_code_does_not_import_is_not_followed(copy: Path, statement: str) -> None:
     before = names(copy)

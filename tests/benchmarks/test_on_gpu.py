@@ -101,6 +101,7 @@ def test_the_bare_verbs_and_the_engine_are_measured_alike() -> None:
     json.dumps(values)
 
 
+@pytest.mark.slow
 def test_random_weights_are_finite_and_have_the_shapes_of_the_checkpoint(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path, "tiny-sd1", tensor_shapes()["tiny-sd1"])
     checkpoint = shapes_of(str(model), jax.numpy.bfloat16)

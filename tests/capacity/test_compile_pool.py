@@ -148,6 +148,7 @@ def test_a_worker_whose_parent_is_gone_ends_in_the_middle_of_its_work() -> None:
     assert process.wait(timeout=60) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(libtpu.missing()), reason=libtpu.missing())
 def test_libtpu_models_the_programs_that_the_engine_runs(tmp_path: Path) -> None:
     """The real compiler, in real workers: the two smallest programs."""

@@ -16,7 +16,7 @@ from capacity.fragments import cluster_fragment, serve_fragment, write_fragments
 from capacity.host_costs import HostCosts
 from capacity.model_names import MODEL_NAMES
 from capacity.models import presets
-from capacity.planner import MOST_HOSTS, plan_hosts
+from capacity.planner import MOST_HOSTS, Plan, plan_hosts
 from capacity.program_cost import GIB
 from cluster import ROOT
 from cluster.cli import UserError
@@ -25,11 +25,20 @@ from tests.capacity.test_compile_pool import COST
 
 SIZE = (512, 512)
 EVALUATIONS = 51
+RATE = 3.0
 
 
 @pytest.fixture(scope="module")
 def workload() -> Workload:
     return workload_of(ROOT / "configs" / "sd14.yaml")
+
+
+@pytest.fixture(scope="module")
+def plan(workload: Workload) -> Plan:
+    """Of a load as short as it may be."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(planner, "LOAD_S", 60.0)
+        return plan_hosts(host_costs(), workload, EVALUATIONS, RATE, slo_s=10.0)
 
 
 def host_costs(
@@ -70,19 +79,18 @@ def test_what_fits_alone_may_not_fit_beside_the_weights(workload: Workload) -> N
 
 
 @pytest.mark.slow
-def test_the_fewest_hosts_that_meet_the_target(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "LOAD_S", 60.0)  # as short as it may be
-    rate = 3.0
-    plan = plan_hosts(host_costs(), workload, EVALUATIONS, rate, slo_s=10.0)
+def test_the_fewest_hosts_that_meet_the_target(plan: Plan, workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.simulated is not None
-    assert plan.hosts >= rate / plan.images_s
+    assert plan.hosts >= RATE / plan.images_s
     assert plan.simulated.percentile(95) <= 10.0 and not plan.simulated.refused
     assert plan.dollars_hour == pytest.approx(plan.hosts * 4 * 1.20)
     assert plan.slots == 2 * plan.buckets[-1]
-    tighter = plan_hosts(host_costs(), workload, EVALUATIONS, rate, slo_s=4.0)
+    monkeypatch.setattr(planner, "LOAD_S", 60.0)
+    tighter = plan_hosts(host_costs(), workload, EVALUATIONS, RATE, slo_s=4.0)
     assert tighter.hosts > plan.hosts
 
 
+@pytest.mark.slow
 def test_larger_buckets_than_pay_are_left_out(workload: Workload) -> None:
     """Where a row costs the same in any bucket but the largest, which is slower."""
     host = host_costs(rows_s=0.01, fixed_s=0.0)
@@ -114,9 +122,8 @@ def merged(base: Any, change: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_the_fragments_make_files_that_the_linter_accepts(workload: Workload, tmp_path: Path) -> None:
-    plan = plan_hosts(host_costs(), workload, EVALUATIONS, 3.0, slo_s=10.0)
-    folder = write_fragments(plan, workload, 3.0, tmp_path)
+def test_the_fragments_make_files_that_the_linter_accepts(plan: Plan, workload: Workload, tmp_path: Path) -> None:
+    folder = write_fragments(plan, workload, RATE, tmp_path)
     for name, base in (("serve_config.yaml", "configs/sd14.yaml"), ("cluster.yaml", "cluster.yaml")):
         fragment = yaml.safe_load((folder / name).read_text())
         whole = merged(yaml.safe_load((ROOT / base).read_text()), fragment)
@@ -124,7 +131,7 @@ def test_the_fragments_make_files_that_the_linter_accepts(workload: Workload, tm
     findings = lint([tmp_path / "serve_config.yaml", tmp_path / "cluster.yaml"])
     errors = [finding for finding in findings if finding.error]
     assert not errors, [str(error) for error in errors]
-    serve, cluster = serve_fragment(plan, workload, 3.0), cluster_fragment(plan)
+    serve, cluster = serve_fragment(plan, workload, RATE), cluster_fragment(plan)
     (application,) = serve["applications"]
     assert application["deployments"][0]["autoscaling_config"]["min_replicas"] == plan.hosts
     assert cluster["available_node_types"]["ray_tpu"]["node_config"]["acceleratorType"] == "v5litepod-4"
@@ -137,12 +144,11 @@ def test_a_config_with_a_mistake_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_short_name_is_written_as_a_config_can_load_it(workload: Workload) -> None:
+def test_a_short_name_is_written_as_a_config_can_load_it(plan: Plan, workload: Workload) -> None:
     from app.builders import locate
 
-    plan = plan_hosts(host_costs(), workload, EVALUATIONS, 1.0, slo_s=10.0)
     for short in MODEL_NAMES:
         named = replace(workload, spec=replace(workload.spec, model=short))
-        (application,) = serve_fragment(plan, named, 1.0)["applications"]
+        (application,) = serve_fragment(plan, named, RATE)["applications"]
         assert locate(application["args"]["model"])
     assert set(presets()) < set(MODEL_NAMES)

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from cluster import ROOT
-from cluster.config.documents import Key, child, dotted
+from cluster.config.documents import QUICK, Key, child, dotted
 from cluster.config.lint import lint
 
 Edit = Callable[[str], str]
@@ -27,7 +27,7 @@ IN_MODEL = dotted(MODEL)
 
 def line_of(text: str, key: Key) -> int:
     """The index of the line of a key."""
-    node, line = yaml.compose(text), 0
+    node, line = yaml.compose(text, Loader=QUICK), 0
     for part in key:
         entry = child(node, part)
         assert entry, key

@@ -5,14 +5,15 @@ import os
 import re
 import stat
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from app.api.api_keys import ApiKeys, parse
 from cluster import ROOT, api_key
-from cluster.cli import UserError
+from cluster.cli import UserError, run_command
+from tests.clusters import in_this_process
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def make(file: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cluster.api_key", "--name", name, "--file", str(file), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["api_key", "--name", name, "--file", str(file), *options]
+    return in_this_process(partial(run_command, api_key.main), command)
 
 
 def made(file: Path, name: str, *options: str) -> str:

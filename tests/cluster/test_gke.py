@@ -90,6 +90,7 @@ def test_what_runs_is_the_serve_config_word_for_word(tmp_path: Path) -> None:
     assert service["spec"]["serveConfigV2"] == (tmp_path / "serve_config.yaml").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", CLUSTERS, ids=[file.stem for file in CLUSTERS])
 def test_rays_autoscaler_reads_the_node_types_of_the_cluster_file_from_it(cluster: Path, tmp_path: Path) -> None:
     service, _ = written(tmp_path, cluster)

@@ -195,6 +195,7 @@ def test_images_that_the_model_cannot_divide_are_an_error(checkpoint: Path, tmp_
     assert "shard_images must be auto or false" in finding and "cannot divide images of 64x64" in finding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_a_sound_checkpoint_has_no_problem_by_old_names_and_new_ones(dtype: Any, tmp_path: Path) -> None:
     def old(component: str, name: str) -> str:

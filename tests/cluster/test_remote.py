@@ -180,6 +180,7 @@ def test_a_mistake_in_the_file_stops_up_before_anything_begins(home: Path, capsy
     assert not (home / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_config_stops_deploy_and_advice_does_not(home: Path, ours: Path) -> None:
     config = (ROOT / "serve_config.yaml").read_text()
     advised = write(home / "advised.yaml", config.replace("proxy_location: HeadOnly", "proxy_location: EveryNode"))

@@ -83,12 +83,14 @@ def tokenizer_json(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [added_tokens, vocab, decoder, tokenizer_json])
 def test_a_token_that_the_text_encoder_has_no_row_for_is_refused(model: Path, where: Callable[[Path], None]) -> None:
     where(model / "tokenizer")
     assert "- tokenizer: '<cat>' has the id 600, and the text encoder has 526 rows, 0 to 525." in refused(model)
 
 
+@pytest.mark.slow
 def test_a_token_that_transformers_itself_would_add_is_refused(model: Path) -> None:
     edit(model / "tokenizer/special_tokens_map.json", additional_special_tokens=["<dog>"])
     assert "'<dog>' has the id 526, and the text encoder has 526 rows" in refused(model)

@@ -20,6 +20,7 @@ from app.diffusion.pipeline import Pipeline
 from app.diffusion.samplers import FlowSchedule, Schedule
 from app.types import ActiveSlot, PipelineSpec
 from tests import tiny, tiny_flow
+from tests.diffusion.some_programs import compile_some
 from tests.diffusion.test_models import golden
 from tests.published import CHECKPOINTS, XL_CHECKPOINTS
 
@@ -83,10 +84,7 @@ def test_whole_pictures_of_a_consistency_model_are_within_a_grey_level_of_diffus
     folder = tiny.write_lcm_checkpoint(tmp_path / "lcm", tiny.tensor_shapes()["tiny-sd2"])
     spec = PipelineSpec(str(folder), sizes=((width, height),), batch_buckets=(2,), max_steps=4)
     pipeline = Pipeline(load_checkpoint(folder), spec)
-    wanted = ("encode", "insert", "step 24x16 rows 2", "decode 24x16 images 2")
-    pipeline.run = {
-        program.name: program.lower().compile() for program in pipeline.programs if program.name.startswith(wanted)
-    }
+    compile_some(pipeline, "encode", "insert", "rows 2", "decode")
     steps, guidance_scale = pipeline.request_defaults
     assert (steps, guidance_scale) == tiny.LCM_RUN and pipeline.default_sampler == "lcm"
     table, state = pipeline.table(None, steps), pipeline.empty_state((width, height))

@@ -157,6 +157,7 @@ def test_the_linter_expects_exactly_the_tensors_of_the_published_checkpoints(che
     assert tiny_flow.collapsed(expected) == tiny_flow.collapsed(published_tensors(checkpoint, component, config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", tiny_flow.MODELS)
 def test_prompts_become_the_messages_that_diffusers_gives_the_text_encoder(folder: Path, model: str) -> None:
     thinking = model == "tiny-z-image"

@@ -12,6 +12,7 @@ from app.builders import Args, text_to_image
 from app.diffusion.pipeline import Pipeline
 from app.types import ActiveSlot
 from tests import one_file, tiny
+from tests.diffusion.some_programs import compile_some
 
 # A level less than the tiny SDXL of tests/one_file.py: its step compiles sooner.
 UNET = {
@@ -22,17 +23,15 @@ UNET = {
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
 }
 SIZE = (16, 16)
-WANTED = ("encode", "insert", "step 16x16 rows 2", "decode")
 
 
 def picture(programs: Path, **options: Any) -> np.ndarray:
-    """Drawn by the pipeline of a replica that the app builder makes. Only the programs that draw it are compiled."""
+    """Drawn by the pipeline of a replica that the app builder makes."""
     args = Args.model_validate({"sizes": ["16x16"], "batch_buckets": [1], "programs": str(programs), **options})
     ingress: Any = text_to_image(args)._bound_deployment
     (spec,) = ingress.init_args[0]._bound_deployment.init_args
     pipeline = Pipeline.load(spec)
-    pipeline.programs = tuple(program for program in pipeline.programs if program.name.startswith(WANTED))
-    pipeline.warmup()
+    compile_some(pipeline, "encode", "insert", "rows 2", "decode", folder=programs)
     prompt, empty = pipeline.encode(["a red house!", ""])
     table = pipeline.table(None, 2)
     state = pipeline.insert(pipeline.empty_state(SIZE), 0, prompt, empty, table, 5.0, seed=7)
@@ -44,7 +43,6 @@ def picture(programs: Path, **options: Any) -> np.ndarray:
 def test_a_folder_a_variant_shards_and_one_file_draw_the_same_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Pipeline, "calibrate", lambda self: None)
     caplog.set_level(logging.INFO, logger="ray.serve")
     configs = {**one_file.MODELS["sdxl"], "unet": {**one_file.MODELS["sdxl"]["unet"], **UNET}}
     monkeypatch.setitem(one_file.MODELS, "sdxl", configs)

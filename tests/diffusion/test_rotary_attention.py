@@ -34,15 +34,18 @@ def assert_close(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
         np.testing.assert_allclose(answer, expected, atol=0.02)  # a few roundings of bfloat16
 
 
+@pytest.mark.slow
 def test_the_kernel_attends_over_all_streams_from_a_joint_projection() -> None:
     streams = [stream(1, 1, 128, columns=3 * HEADS), stream(2, 1, 256, columns=3 * HEADS)]
     assert_close(both(streams, first=(0, HEADS, 2 * HEADS)))
 
 
+@pytest.mark.slow
 def test_the_kernel_attends_to_the_length_of_each_row_alone() -> None:
     assert_close(both([stream(3, 2, 256)], lengths=jnp.array([256, 130])))
 
 
+@pytest.mark.slow
 def test_scales_so_large_that_float32_would_lose_the_weights_change_nothing() -> None:
     large = stream(4, 1, 128, scale=8.0)
     outlier = large._replace(norm_q=large.norm_q.at[0].set(100.0))  # the shift is far above every logit but few

@@ -443,6 +443,7 @@ def test_the_preview_of_a_flow_model_is_what_its_velocity_points_at() -> None:
     np.testing.assert_allclose(x, image, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_step_count_that_is_not_refused_gives_a_finite_table() -> None:
     for config in ("sd14", "trailing-v_prediction", "linspace-epsilon", "zero-snr"):
         schedule = Schedule.from_config(CONFIGS[config])

@@ -27,6 +27,7 @@ from app.diffusion.pipeline import Pipeline
 from app.diffusion.sharding import ROWS_TOGETHER, passes_of, row_sharding, strips_of
 from app.aot.compile import CompileWatch
 from app.types import ActiveSlot, PipelineSpec
+from tests.diffusion.some_programs import compile_some
 
 SIZE = (16, 24)
 ASKED = [("ddim", 4, 5.0), ("euler_ancestral", 3, 1.0), ("dpmpp_2m", 5, 7.5), ("lcm", 2, 1.0), ("pndm", 4, 2.0)]
@@ -52,18 +53,20 @@ ROWS_TOGETHER["cpu"] = 2  # as on TPUs, and few enough that fewer devices need m
 expected = {}
 for devices in (1, 4, 8):
     pipeline = Pipeline.load(
-        PipelineSpec(sys.argv[1], sizes=(SIZE,), batch_buckets=(1, 8), decode_buckets=(1, 8), max_steps=8),
+        PipelineSpec(sys.argv[1], sizes=(SIZE,), batch_buckets=(1, 16), decode_buckets=(1, 8), max_steps=8),
         devices=jax.devices()[:devices],
     )
-    pipeline.warmup()
     assert pipeline.mesh.size == devices, pipeline.mesh
     shares = [rows // row_sharding(pipeline.mesh, rows).shard_shape((rows,))[0] for rows in pipeline.row_buckets]
     assert shares == [min(rows, devices) for rows in pipeline.row_buckets], shares
     mine = [rows // share for rows, share in zip(pipeline.row_buckets, shares)]
     passes = [passes_of(rows, 2) for rows in mine]
-    assert passes == {1: [1, 1, 4, 8], 4: [1, 1, 1, 2], 8: [1, 1, 1, 1]}[devices], passes
+    assert passes == {1: [1, 1, 8, 16], 4: [1, 1, 2, 4], 8: [1, 1, 1, 2]}[devices], passes
     strips = [strips_of(rows // parts, 6, 2) for rows, parts in zip(mine, passes)]
-    assert strips == {1: [2, 1, 1, 1], 4: [2, 2, 1, 1], 8: [2, 2, 2, 1]}[devices], strips
+    assert strips == {1: [2, 1, 1, 1], 4: [2, 2, 1, 1], 8: [2, 2, 1, 1]}[devices], strips
+    # Whole images in one pass and in eight; strips on two devices, and two passes on four; one pass on all eight.
+    compile_some(pipeline, "encode", "insert", "port", "rows 2", "rows 16", "decode", "preview")
+    pipeline.preview_maps = {SIZE: np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)}
     state = pipeline.empty_state(SIZE)
     assert all(len(x.sharding.device_set) == devices and x.is_fully_replicated for x in jax.tree.leaves(state))
     watch = CompileWatch()

@@ -681,6 +681,7 @@ def in_flight_s(driver: Driver) -> float:
     return max(2 * max(fake.step_s[size, 4], 0.05) + 4 * fake.decode_s[size, 1] for size in fake.sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", [lambda size, images: 0.0, serial_decode])
 @pytest.mark.parametrize(
     ("step_time", "mixed", "sizes", "n", "low", "high"),
@@ -728,6 +729,7 @@ def test_estimates_follow_the_pace_of_the_device() -> None:
     assert estimate_s(driver, request(steps=50)) == pytest.approx(4 * before, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step_time", [serial, flat])
 @pytest.mark.parametrize(("mixed", "sizes", "n"), [(False, 1, 1), (False, 1, 4), (True, 1, 1), (False, 2, 4)])
 def test_a_request_refused_for_its_deadline_is_accepted_after_retry_after(
@@ -749,6 +751,7 @@ def test_a_request_refused_for_its_deadline_is_accepted_after_retry_after(
     assert refused > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step_time", [serial, flat])
 @pytest.mark.parametrize(("mixed", "sizes", "n"), [(False, 1, 1), (False, 1, 4), (True, 1, 4), (False, 2, 4)])
 def test_a_full_queue_has_room_after_retry_after(step_time: Seconds, mixed: bool, sizes: int, n: int) -> None:

@@ -128,6 +128,7 @@ def test_the_images_of_one_request_share_whatever_makes_it_faster() -> None:
     assert batch_size(queue * 2, CPU, gain=0.05, expected_arrivals=0) == 2
 
 
+@pytest.mark.slow
 @quick
 @given(works, costs, st.floats(0, 100), st.floats(0, 100))
 def test_more_expected_arrivals_never_reduce_the_batch_size(

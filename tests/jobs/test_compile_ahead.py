@@ -8,6 +8,7 @@ import pickletools
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from app.aot.libtpu_flags import VARIABLE, set_flags
 from app.aot.store import read
 from capacity import libtpu
 from cluster import ROOT
+from jobs import compile_ahead, entry
+from tests import tiny
+from tests.clusters import in_this_process
 
 pytestmark = pytest.mark.slow
 
@@ -27,14 +31,19 @@ pytestmark = pytest.mark.slow
 def config(tmp_path: Path) -> Path:
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     content["applications"][0]["args"] |= {
-        **{"sizes": ["64x64"], "batch_buckets": [1], "dtype": "bfloat16", "edits": False}
+        **{"sizes": ["64x64"], "batch_buckets": [1], "dtype": "bfloat16", "edits": False},
+        "model": str(tiny.write_checkpoint(tmp_path / "model", "tiny-sd2", tiny.tensor_shapes()["tiny-sd2"])),
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
     return tmp_path / "small.yaml"
 
 
+def arguments(config: Path, tpu: str, out: Path) -> list[str]:
+    return ["--config", str(config), "--tpu", tpu, "--out", str(out)]
+
+
 def ahead(config: Path, tpu: str, out: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "jobs.compile_ahead", "--config", str(config), "--tpu", tpu, "--out", str(out)]
+    command = [sys.executable, "-m", "jobs.compile_ahead", *arguments(config, tpu, out)]
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -49,7 +58,8 @@ def ahead(config: Path, tpu: str, out: Path) -> "subprocess.CompletedProcess[str
 def test_a_host_that_does_not_suit_is_refused_in_one_line(
     config: Path, tmp_path: Path, tpu: str, sentence: str
 ) -> None:
-    ended = ahead(config, tpu, tmp_path / "out")
+    command = ["compile_ahead", *arguments(config, tpu, tmp_path / "out")]
+    ended = in_this_process(partial(entry.run, compile_ahead.main), command)
     assert ended.returncode == 2
     assert ended.stderr.startswith(sentence) and ended.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

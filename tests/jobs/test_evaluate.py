@@ -55,6 +55,7 @@ def test_the_same_pictures_have_no_distance() -> None:
     assert np.isinf(distances.psnr).all() and np.allclose(distances.ssim, 1) and (distances.within_one == 1).all()
 
 
+@pytest.mark.slow
 def test_distances_are_those_of_their_definitions() -> None:
     reference = pictures()
     candidate = np.clip(reference.astype(int) + np.where(reference > 127, -8, 8), 0, 255).astype(np.uint8)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from app.diffusion.models.loading import load_checkpoint
 from cluster import ROOT, processes
-from jobs import fetch_weights
+from jobs import entry, fetch_weights
 from tests.clusters import in_this_process
 from tests.hub_server import COMMIT, Hub, serving
 from tests.tiny import tensor_shapes, write_checkpoint
@@ -43,7 +44,7 @@ def hub(model: Path) -> Iterator[tuple[Hub, dict[str, str]]]:
 def fetch(*arguments: object, environment: dict[str, str] | None = None) -> Done:
     command = ["fetch_weights", *map(str, arguments)]
     if environment is None:
-        return in_this_process(fetch_weights.main, command)
+        return in_this_process(partial(entry.run, fetch_weights.main), command)
     variables = processes.environment(**environment)  # which the Hub's client reads when it is imported
     command = [sys.executable, "-m", "jobs.fetch_weights", *command[1:]]
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)

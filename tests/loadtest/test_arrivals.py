@@ -48,6 +48,7 @@ def test_a_burst_adds_simultaneous_requests_to_the_stages() -> None:
     assert arrivals == [0, 1, 1.5, 1.5, 1.5, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("process", "cv"), [("poisson", 1.0), ("gamma", 3.0), ("gamma", 0.3)])
 def test_gaps_have_the_coefficient_of_variation_of_the_process(process: str, cv: float) -> None:
     shape = {} if process == "poisson" else {"cv": cv}
@@ -163,6 +164,7 @@ def test_a_run_has_a_cap_on_its_requests(tmp_path: Path) -> None:
         planned({"process": "replay", "trace": str(tmp_path / "t.jsonl")}, max_requests=10)
 
 
+@pytest.mark.slow
 def test_the_shipped_scenarios_can_be_planned_and_have_descriptions() -> None:
     assert names() == ["burst", "edits", "scale-up", "smoke", "soak", "steady"]
     for name in names():
