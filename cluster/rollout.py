@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from cluster import nodes
-from cluster.dashboard import Dashboard, Details
+from cluster.dashboard import Dashboard, Details, Late
 from cluster.serve_status import name_of
 from cluster.terminal import say
 
@@ -36,7 +36,11 @@ class Room:
         if self.made:
             return
         places = dict(crowded(details))
-        if not places or nodes.status(self.dashboard).pending:
+        try:
+            coming = places and nodes.status(self.dashboard).pending
+        except Late:  # a busy head; it is asked again
+            return
+        if not places or coming:
             self.since = None
             return
         now = self.clock()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cluster import nodes
-from cluster.dashboard import Dashboard, Details
+from cluster.dashboard import Dashboard, Details, Late
 from cluster.nodes import Nodes
 from cluster.rollout import PATIENCE_S, Room, crowded, with_room
 from tests.cluster.test_deploy import WAITING, app, details, replica
@@ -57,6 +57,18 @@ def test_nothing_ends_while_a_node_is_coming_or_before_it_could_have_been_asked_
     cluster.look(12 * PATIENCE_S - 1, updating())
     cluster.room.restore()
     assert not cluster.sent
+
+
+def test_a_head_that_is_busy_is_asked_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(dashboard: Dashboard) -> Nodes:
+        raise Late("it is busy")
+
+    cluster.look(0.0, updating())
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes, "status", late)
+        cluster.look(PATIENCE_S / 2, updating())
+    cluster.look(PATIENCE_S, updating())
+    assert len(cluster.sent) == 1
 
 
 @pytest.mark.parametrize(
