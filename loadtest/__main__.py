@@ -183,6 +183,8 @@ def print_summary(summary: Summary, folder: Path) -> None:
     for scale_up in summary["scale_ups"]:
         parts = ", ".join(f"{name} {seconds(part)}" for name, part in scale_up["phases"].items() if part is not None)
         print(f"Scale-up    {seconds(scale_up['total'])}: {parts}")
+    if summary["moved"] or summary["restarted"]:
+        print(f"Moves       {summary['moved']} requests changed replicas, {summary['restarted']} began again")
     for reason in summary["invalid"]:
         print(f"INVALID     {reason}")
     print(f"Report      {folder / 'report.html'}")

@@ -87,6 +87,7 @@ class Client:
         if outcome == "ok":
             work = asyncio.get_running_loop().run_in_executor(self.checkers, self.checked, planned, answer)
             outcome, error, files, compared = await work
+        server_facts = facts(answer) if outcome == "ok" else {}
         return Record(
             id=planned.id,
             kind=planned.kind,
@@ -105,7 +106,9 @@ class Client:
             digest=digest(files) if files else None,
             retry_after=retry_after(answer) if outcome == "shed" else None,
             compared=compared,
-            server=timings(answer) if outcome == "ok" else None,
+            server=timings(server_facts),
+            moves=count(server_facts, "moves"),
+            restarts=count(server_facts, "restarts"),
         )
 
     async def exchange(self, planned: Planned, answer: Answer) -> None:
@@ -215,17 +218,35 @@ def classified(problem: Exception, answer: Answer) -> tuple[Outcome, str]:
     return "refused", words  # for example a header or an address that cannot be sent
 
 
-def timings(answer: Answer) -> dict[str, float] | None:
-    """The Server-Timing header of GET /imagine, or the `timings` field of the JSON answer, in seconds."""
-    header = (answer.headers or {}).get("Server-Timing")
+def facts(answer: Answer) -> Mapping[str, Any]:
+    """What the server says of an answer: headers of GET /imagine under the names of the JSON answer, or that."""
+    headers = answer.headers or {}
     try:
-        if header:
-            parts = (part.strip().partition(";dur=") for part in header.split(","))
-            return {name: float(milliseconds) / 1000 for name, _, milliseconds in parts}
-        parts_s = json.loads(answer.body).get("timings")
+        if timing := headers.get("Server-Timing"):
+            parts = (part.strip().partition(";dur=") for part in timing.split(","))
+            timings = {f"{name}_s": float(milliseconds) / 1000 for name, _, milliseconds in parts}
+            return {"timings": timings, "moves": headers.get("X-Moves"), "restarts": headers.get("X-Restarts")}
+        document = json.loads(answer.body)
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def timings(facts: Mapping[str, Any]) -> dict[str, float] | None:
+    """Seconds of each part of the work, if the server tells them."""
+    parts_s = facts.get("timings")
+    try:
         return {name.removesuffix("_s"): float(seconds) for name, seconds in parts_s.items()} if parts_s else None
     except (ValueError, AttributeError, TypeError):
         return None
+
+
+def count(facts: Mapping[str, Any], name: str) -> int:
+    """A count that the server tells only if it is not 0."""
+    try:
+        return int(facts.get(name) or 0)
+    except (ValueError, TypeError):
+        return 0
 
 
 def suffix(file: bytes) -> str:

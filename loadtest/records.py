@@ -55,6 +55,8 @@ class Record:
     retry_after: float | None = None  # seconds, if the server sheds load and says when to retry
     compared: bool = False  # with an earlier answer to the same request
     server: Mapping[str, float] | None = None  # seconds of each part of the work, as the server reports them
+    moves: int = 0  # from one replica to another, as the server reports them
+    restarts: int = 0  # in another replica, after one was lost
 
     @property
     def latency(self) -> float:

@@ -25,7 +25,7 @@ PAGE = Path(__file__).with_name("report.html")
 SMALL_PRINT = '<p class="note">Small: the 95 % confidence interval of the percentile, for independent requests.</p>'
 COLUMNS = (
     *("id", "kind", "endpoint", "outcome", "status", "intended", "sent", "first_byte", "preview", "done"),
-    *("latency", "latency_from_sent", "send_lag", "pictures", "bytes", "digest", "error"),
+    *("latency", "latency_from_sent", "send_lag", "pictures", "bytes", "digest", "moves", "restarts", "error"),
 )
 LATENCIES = (
     ("latency", "from the intended time"),
@@ -124,6 +124,7 @@ def facts(run: Run, summary: Summary) -> str:
         summary["url"],
         f"model {model}" if model else None,
         f"{counted(summary['requests'], summary['planned'])} requests",
+        f"{summary['moved']} changed replicas, {summary['restarted']} began again in another",
         f"{summary['compared']} compared with an earlier answer for the same seed",
         f"{summary['sessions']} sessions, as it was resumed" if summary["sessions"] > 1 else None,
     ]

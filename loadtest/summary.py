@@ -70,6 +70,8 @@ def summarize(run: Run) -> Summary:
         ),
         "ingress_wait": distribution(histogram_of(waits(answered, "ingress"))),
         "replica_wait": distribution(histogram_of(waits(answered, "queue"))),
+        "moved": sum(record.moves > 0 for record in answered),
+        "restarted": sum(record.restarts > 0 for record in answered),
         "send_lag": distribution(lag),
         "invalid": invalid(lag, latency, outcomes["client_overload"]),
         "kinds": kinds(within_window, scenario),

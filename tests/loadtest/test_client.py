@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loadtest.checks import EqualSeeds, identity
-from loadtest.client import Client, session
+from loadtest.client import Answer, Client, count, facts, session, timings
 from loadtest.plan import Planned
 from loadtest.records import Record
 from loadtest.scenario import Endpoint
@@ -181,3 +181,11 @@ def test_a_request_without_a_seed_has_no_identity() -> None:
 def test_too_few_pictures_are_a_bad_answer(server: Server) -> None:
     (record,) = send(server, fields_of("fewer", n=3))
     assert record.outcome == "bad_image" and record.error == "2 pictures where 3 were asked for"
+
+
+def test_moves_are_read_from_the_header_or_the_body() -> None:
+    image = facts(Answer(0.0, headers={"Server-Timing": "queue;dur=500.0", "X-Moves": "2"}, body=b"PNG"))
+    document = facts(Answer(0.0, headers={}, body=b'{"moves": 1, "restarts": 1}'))
+    assert [count(image, "moves"), count(image, "restarts"), timings(image)] == [2, 0, {"queue": 0.5}]
+    assert [count(document, "moves"), count(document, "restarts"), timings(document)] == [1, 1, None]
+    assert facts(Answer(0.0, headers={}, body=b"PNG")) == {}
