@@ -113,12 +113,13 @@ def application(pace: Pace, replicas: int, *, routed: bool, api_keys_file: Any =
         Defaults(num_inference_steps=20, guidance_scale=1.0),
         Encoding(png_level=0),
     )
-    router: dict[str, Any] = {"request_router_class": "app.serving.router.ReplicaRouter"} if routed else {}
+    router: dict[str, Any] = {"request_router_class": "app.serving.router:ReplicaRouter"}
+    options: dict[str, Any] = {"request_router_config": router} if routed else {}
     model = serve.deployment(
         name="StableDiffusion",
         num_replicas=replicas,
         max_ongoing_requests=1000,
-        request_router_config=router or None,
+        **options,
         ray_actor_options={"num_cpus": 0},
     )(PacedReplica).bind(
         PacedSpec(pace),
