@@ -12,6 +12,7 @@ from app.diffusion.pipeline import Pipeline
 from app.engine.engine import Engine
 from app.engine.request import Generated
 from app.types import SEEDS, Generation, PipelineSpec
+from tests.diffusion.some_programs import timed_in_a_moment
 from tests.tiny import tensor_shapes, write_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fully_optimized")]
@@ -25,7 +26,8 @@ SAMPLERS = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m_karras", "dpmp
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = write_checkpoint(tmp_path_factory.mktemp("model"), "tiny-sd2", tensor_shapes()["tiny-sd2"])
     pipeline = Pipeline.load(PipelineSpec(str(folder), sizes=SIZES, batch_buckets=(1, 4), max_steps=12))
-    pipeline.warmup()
+    with timed_in_a_moment():
+        pipeline.warmup()
     return pipeline
 
 

@@ -1,9 +1,14 @@
-"""Compiles of a pipeline's programs only those that a test runs: compiles are most of what tests cost."""
+"""Makes pipelines ready at little cost: compiles only those programs that a test runs, or times them for a moment."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from app.aot.cache_key import fingerprint
 from app.aot.compile import compiled
+from app.diffusion import calibration
 from app.diffusion.pipeline import Pipeline
 
 
@@ -22,3 +27,11 @@ def compile_some(pipeline: Pipeline, *parts: str, folder: Path | None = None) ->
 
 def buckets_of(pipeline: Pipeline, verb: str) -> tuple[int, ...]:
     return tuple(sorted({int(name.split()[-1]) for name in pipeline.run if name.startswith(verb)}))
+
+
+@contextmanager
+def timed_in_a_moment() -> Iterator[None]:
+    """A warm-up within runs each program a few times; on a busy machine it would go on for two seconds."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(calibration, "BUDGET_S", 0.1)
+        yield

@@ -28,6 +28,7 @@ from app.diffusion.samplers import Schedule
 from app.types import ActiveSlot, PipelineSpec
 from tests import edit_cases, tiny
 from tests.diffusion.edits import assert_edits_are_those_of_diffusers, recorded_noise
+from tests.diffusion.some_programs import compile_some
 from tests.published import CHECKPOINTS
 
 MODELS = ("tiny-sd1", "tiny-sd2")
@@ -120,9 +121,10 @@ def test_images_cut_into_strips_are_what_whole_ones_are(load: Load, model: str) 
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_prompts_become_the_tokens_that_diffusers_gives_the_text_encoder(load: Load, model: str) -> None:
+def test_prompts_become_the_tokens_that_diffusers_gives_the_text_encoder(tmp_path: Path, model: str) -> None:
+    folder = tiny.write_checkpoint(tmp_path, model, {})
     length = tiny.MODELS[model]["text_encoder"]["max_position_embeddings"]
-    tokens = Tokenizer(load(model).path / "tokenizer", length)(tiny.PROMPTS)
+    tokens = Tokenizer(folder / "tokenizer", length)(tiny.PROMPTS)
     assert np.array_equal(tokens.input_ids, golden(model)["input_ids"])
     assert tokens.truncated == (False, True)
 
@@ -138,7 +140,7 @@ def drawn(request: pytest.FixtureRequest, load: Load) -> tuple[str, Pipeline]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if edits:
             recorded_noise(monkeypatch, model)
-        pipeline.warmup()
+        compile_some(pipeline, "encode", "insert", "rows 4", "decode")
     return model, pipeline
 
 

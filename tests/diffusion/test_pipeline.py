@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ import pytest
 
 import app.diffusion.declared_programs
 import app.diffusion.pipeline
-from app.aot.compile import CompileWatch, compiled
+from app.aot.compile import CompileWatch
 from app.diffusion.device_programs import rows_of
 from app.diffusion.pipeline import Pipeline
 from app.diffusion.sharding import row_sharding
 from app.diffusion.text_encoding import Encoded
 from app.types import ActiveSlot, Edit, Generation, InvalidField, PipelineSpec
 from cluster import ROOT
+from tests.diffusion.some_programs import compile_some, timed_in_a_moment
 from tests.tiny import tensor_shapes, write_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fully_optimized")]
@@ -47,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> Pipeline:
     pipeline = Pipeline.load(PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(4, 1), max_steps=8, edits=True))
-    pipeline.warmup()
+    with timed_in_a_moment():
+        pipeline.warmup()
     return pipeline
 
 
@@ -261,25 +264,26 @@ def test_every_declared_program_has_run_and_been_timed(pipeline: Pipeline) -> No
     assert set(pipeline.run) == {program.name for program in pipeline.programs}
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_a_loaded_program_that_fails_at_its_first_run_is_compiled_instead(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """In place of what is loaded or compiled stand the programs of another pipeline."""
+    folders = []
+
     def spoilt(programs: Any, *, folder: Path | None, fingerprint: Any) -> Any:
         def fail(*arguments: Any) -> None:
             raise jax.errors.JaxRuntimeError("INTERNAL: no such symbol")
 
-        executables = compiled(programs, folder=None, fingerprint=fingerprint)
-        return {
-            name: fail if folder and name.startswith("decode") else executable
-            for name, executable in executables.items()
-        }
+        folders.append(folder)
+        names = [program.name for program in programs]
+        return {name: fail if folder and name.startswith("decode") else pipeline.run[name] for name in names}
 
     monkeypatch.setattr(app.diffusion.pipeline, "compiled", spoilt)
-    spec = PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), max_steps=2, programs=tmp_path)
-    pipeline = Pipeline.load(spec)
-    pipeline.warmup()
-    assert draw(pipeline, [Request(steps=2)]).shape == (1, SIZE[1], SIZE[0], 3)
+    again = Pipeline.load(replace(pipeline.spec, programs=tmp_path))
+    with timed_in_a_moment():
+        again.warmup()
+    assert folders == [tmp_path, None]
+    assert np.array_equal(draw(again, [Request()]), draw(pipeline, [Request()]))
     assert "A program failed at its first run, so all are compiled anew: INTERNAL: no such symbol" in caplog.text
 
 
@@ -328,10 +332,9 @@ def test_more_steps_than_declared_or_an_unknown_sampler_is_refused(pipeline: Pip
 
 @pytest.mark.usefixtures("compiled_quickly")
 def test_float32_sampler_arithmetic_over_bfloat16_networks(folder: Path) -> None:
-    pipeline = Pipeline.load(
-        PipelineSpec(str(folder), dtype="bfloat16", sizes=(SIZE,), batch_buckets=(1,), max_steps=4)
-    )
-    pipeline.warmup()
+    spec = PipelineSpec(str(folder), dtype="bfloat16", sizes=(SIZE,), batch_buckets=(1,), max_steps=4)
+    pipeline = Pipeline.load(spec)
+    compile_some(pipeline, "encode", "insert", "rows 2")
     (text,) = pipeline.encode(["a house"])
     state = pipeline.insert(pipeline.empty_state(SIZE), 0, text, text, pipeline.table("dpmpp_2m", 2), 5.0, 3)
     state, _ = pipeline.step(state, [ActiveSlot(0, True)], 2)
@@ -355,6 +358,7 @@ def test_a_server_without_edits_loads_no_encoder_and_draws_the_same(pipeline: Pi
         plain.check(Generation("a", "", *SIZE, 4, 5.0, 7, None, 1, edit=Edit(IMAGE)))
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_without_loops_on_the_device_the_pictures_are_the_same_and_no_gpu_program_has_a_loop(
     pipeline: Pipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +366,6 @@ def test_without_loops_on_the_device_the_pictures_are_the_same_and_no_gpu_progra
     stepwise = Pipeline.load(PipelineSpec(str(folder), sizes=(SIZE,), batch_buckets=(1,), max_steps=8))
     lowered = {program.name: program.trace().lower(lowering_platforms=("cuda",)) for program in stepwise.programs}
     assert not [name for name, program in lowered.items() if "stablehlo.while" in program.as_text()]
-    stepwise.warmup()
+    compile_some(stepwise, "encode", "insert", "rows", "decode")
     for request in (Request(), Request(sampler="dpmpp_2m", steps=6), Request(guidance_scale=1.0)):
         assert far(draw(stepwise, [request], stride=4), draw(pipeline, [request], stride=4)) <= 1

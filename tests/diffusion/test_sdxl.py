@@ -23,6 +23,7 @@ from app.engine.engine import Engine
 from app.types import ActiveSlot, Generation, PipelineSpec
 from tests import tiny
 from tests.diffusion.edits import assert_edits_are_those_of_diffusers, recorded_noise
+from tests.diffusion.some_programs import compile_some
 from tests.diffusion.test_models import golden, relative_error
 from tests.published import XL_CHECKPOINTS
 
@@ -33,17 +34,12 @@ SIZE = (WIDTH, HEIGHT)
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """Only the programs that the tests run are compiled."""
     folder = tiny.write_checkpoint(tmp_path_factory.mktemp(MODEL), MODEL, tiny.tensor_shapes()[MODEL])
     spec = PipelineSpec(MODEL, sizes=(SIZE,), batch_buckets=(1,), max_steps=4, edits=True)
     pipeline = Pipeline(load_checkpoint(folder), spec)
-    pipeline.blank = {SIZE: pipeline.blank_edit(SIZE)}
-    wanted = ("encode", "encode image 16x24", "insert 16x24", "step 16x24 rows 2", "decode 16x24 images 1")
     with pytest.MonkeyPatch.context() as monkeypatch:
         recorded_noise(monkeypatch, MODEL)
-        pipeline.run = {
-            program.name: program.lower().compile() for program in pipeline.programs if program.name in wanted
-        }
+        compile_some(pipeline, "encode", "insert", "rows 2", "decode")
     return pipeline
 
 
@@ -187,6 +183,7 @@ def test_a_unet_that_takes_the_guidance_scale_needs_no_second_row() -> None:
     assert (generation.rows, replace(generation, guidance_embedded=True).rows) == (2, 1)
 
 
+@pytest.mark.slow
 def test_the_guidance_scale_joins_the_timesteps_as_in_diffusers() -> None:
     module = TimestepEmbedding(8, 12, condition_features=10, dtype=np.float32, rngs=nnx.Rngs(0))
     for path, parameter in nnx.to_flat_state(nnx.state(module, nnx.Param)):
