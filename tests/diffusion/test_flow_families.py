@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from app.aot.compile import compiled
+from app.diffusion.calibration import times_with_references
 from app.diffusion.declared_programs import step_name
 from app.diffusion.families import flux2_klein, z_image
 from app.diffusion.families.registry import recognise
 from app.diffusion.limits import capabilities_of, checked
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.pipeline import Pipeline
-from app.types import ActiveSlot, Capabilities, Edit, Generation, InvalidField, PipelineSpec
+from app.diffusion.timing import Timed
+from app.types import ActiveSlot, Capabilities, DispatchCost, Edit, Generation, InvalidField, PipelineSpec
 from tests import edit_cases, tiny_flow
 from tests.diffusion.edits import assert_edits_are_those_of_diffusers, recorded_noise
 from tests.diffusion.test_flow_models import golden
@@ -105,6 +107,18 @@ def test_a_picture_that_looks_at_nothing_is_the_same_in_steps_that_read_referenc
     state, _ = pipeline.step(state, [ActiveSlot(0, False)], len(table))
     (beside, _) = looking(pipeline, (0, None), (1, Edit(references=(edit_cases.references(model)[0],))), together=True)
     assert np.abs(np.asarray(pipeline.decode(state, [0]))[0] - beside).max() <= 1
+
+
+@pytest.mark.slow
+@klein_alone
+def test_warm_up_times_steps_that_look_at_images(drawn: tuple[str, Pipeline]) -> None:
+    _, pipeline = drawn
+    (text,) = pipeline.encode(["warm-up"])
+    for least_s in (1e-9, 100.0):
+        times = Timed({2: least_s}, {2: 0.0}, {}, DispatchCost())
+        step_s = times_with_references(pipeline, pipeline.sizes[0], text, times)
+        assert step_s.keys() == {2} and step_s[2] >= least_s
+    assert step_s[2] == 100.0  # never less than a step that looks at nothing
 
 
 @pytest.mark.parametrize(
