@@ -212,7 +212,7 @@ def declared(
             pixels = [shape(*size[::-1], 3, dtype=jnp.uint8)]
             if family.fills_masks:
                 pixels.append(shape(*size[::-1], dtype=jnp.bool_))
-            encode_image = partial(encode_image_program, family, decode)
+            encode_image = partial(encode_image_program, family, decode, row_sharding(mesh, 1))
             programs.append(program(f"encode image {label}", encode_image, decoders, *pixels))
         if shapes.references is not None:
             tokens, image = shape(*shapes.references.latents.shape), shape(*state.latents.shape[1:])

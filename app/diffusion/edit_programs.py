@@ -5,14 +5,17 @@ step puts back outside the mask, noised to the level of the next step. With a sh
 bit. Knows nothing of requests and queues.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from app.diffusion.families.family import Family, Networks
 from app.diffusion.models.references import References
 from app.diffusion.networks import modules_of
+from app.diffusion.sharding import divided
 
 # The numbers of the noises that sample the posteriors of an image, and of what is outside its mask. No step has them.
 POSTERIOR, OUTSIDE_POSTERIOR = -1, -2
@@ -49,15 +52,25 @@ class EditInputs(NamedTuple):
 
 
 def encode_image_program(
-    family: Family, networks: Networks, params: Any, pixels: jax.Array, blank: jax.Array | None = None
+    family: Family,
+    networks: Networks,
+    sharding: NamedSharding,
+    params: Any,
+    pixels: jax.Array,
+    blank: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """uint8 [H, W, 3] -> mean and deviation of the latents, float32 [h, w, C]. Where `blank` [H, W] is true the image
     is zero, which is mid-grey."""
     colours = pixels.astype(jnp.float32) / 127.5 - 1
     if blank is not None:
         colours = jnp.where(blank[..., None], 0.0, colours)
-    mean, deviation = family.encode_image(modules_of(networks, params), colours[None])
-    return mean[0], deviation[0]
+    moments = divided(partial(encode_rows, family, networks), sharding)(params, colours[None])
+    return moments[0, 0], moments[0, 1]
+
+
+def encode_rows(family: Family, networks: Networks, params: Any, colours: jax.Array) -> jax.Array:
+    """[B, H, W, 3] in [-1, 1] -> means and deviations, float32 [B, 2, h, w, C]."""
+    return jnp.stack(family.encode_image(modules_of(networks, params), colours), axis=1)
 
 
 def reference_program(references: jax.Array, latents: jax.Array, at: jax.Array) -> jax.Array:
