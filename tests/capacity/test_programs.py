@@ -1,5 +1,6 @@
 """The programs that are compiled for the check are those that are served."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -55,6 +56,27 @@ def test_the_key_of_a_cost_covers_all_that_it_depends_on() -> None:
     other = keys_of(pipeline_of(half, HOST).programs, HOST)
     assert keys.keys() == other.keys()
     assert keys["step 128x128 rows 2"] != other["step 128x128 rows 2"]
+
+
+ENCODE_IMAGE = """
+import jax
+import capacity.programs
+from app.types import PipelineSpec
+from capacity.chips import host_of
+
+capacity.programs.devices = lambda host: jax.local_devices()[:4]
+spec = PipelineSpec("stable-diffusion-v1-4", ((512, 512),), (1,), 4, dtype="bfloat16", edits=True)
+programs = capacity.programs.pipeline_of(spec, host_of("v5litepod-4")).programs
+(program,) = [program for program in programs if program.name == "encode image 512x512"]
+assert "tpu_custom_call" in program.trace().lower(lowering_platforms=("tpu",)).as_text()
+"""
+
+
+def test_the_encode_of_an_image_lowers_for_hosts_of_several_chips() -> None:
+    """XLA divides no Pallas kernel, so each chip has to run it. In a process of its own, as JAX counts devices once."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    child = subprocess.run([sys.executable, "-c", ENCODE_IMAGE], env=os.environ | flags, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-2000:]
 
 
 def test_rows_are_divided_among_as_many_chips_as_divide_them() -> None:
