@@ -33,7 +33,7 @@ from app.api.settings import (
 from app.diffusion.samplers import SAMPLERS
 from app.engine.stall import STALL_S
 from app.serving.replica import StableDiffusion
-from app.types import Dtype, InvalidField, PipelineSpec, parse_size
+from app.types import Dtype, InvalidField, PipelineSpec, Sharded, parse_size
 
 ROOT = Path(__file__).resolve().parents[1]
 SINGLE_FILE = ".safetensors"
@@ -79,10 +79,10 @@ class Args(Settings):
         description="how many images are decoded together, at most twice the largest of batch_buckets; "
         "null: those of batch_buckets up to 4",
     )
-    shard_text_encoders: bool | Literal["auto"] = Field(
+    shard_weights: Literal["auto"] | Annotated[list[Sharded], AfterValidator(no_repeats)] = Field(
         default="auto",
-        description="whether the chips of a host divide the text encoders' weights among them; "
-        "auto: where all weights do not fit on each",
+        description="networks whose weights the chips of a host divide: text_encoders, denoiser, vae; "
+        "auto: in this order, as many as must be for the weights to fit",
     )
     shard_images: bool | Literal["auto"] = Field(
         default="auto",
@@ -146,7 +146,7 @@ class Args(Settings):
             batch_buckets=tuple(self.batch_buckets),
             decode_buckets=tuple(self.decode_buckets or ()),
             max_steps=self.limits.num_inference_steps[1],
-            shard_text_encoders=self.shard_text_encoders,
+            shard_weights=self.shard_weights if self.shard_weights == "auto" else tuple(self.shard_weights),
             shard_images=self.shard_images,
             edits=self.edits,
             references=self.references,

@@ -12,6 +12,7 @@ SEEDS = 2**32  # seeds are 32-bit: image i of a request uses (seed + i) % SEEDS
 # Slots of a size for each image of the largest batch: a request that shorter work overtakes stays in its slot.
 SLOTS_PER_IMAGE = 2
 Dtype = Literal["float32", "bfloat16"]  # of the networks; samplers compute in float32
+Sharded = Literal["text_encoders", "denoiser", "vae"]  # networks whose weights the chips of a host may divide
 Pixels: TypeAlias = npt.NDArray[np.uint8]  # [height, width, 3], sRGB
 Mask: TypeAlias = npt.NDArray[np.bool_]  # [height, width], true where an image is redrawn
 
@@ -29,7 +30,7 @@ class PipelineSpec:
     variant: str | None = None  # of the files with weights, such as fp16
     tokenizer: str | None = None  # of one file, which has none: a folder, or a repo id
     dtype: Dtype = "float32"
-    shard_text_encoders: bool | Literal["auto"] = "auto"  # whether the chips of a host divide their weights
+    shard_weights: Literal["auto"] | tuple[Sharded, ...] = "auto"  # which the chips of a host divide; auto: by memory
     # Whether the chips of a host divide an image where a step has fewer rows than chips; auto: where the model can.
     shard_images: bool | Literal["auto"] = "auto"
     edits: bool = False  # whether requests may have images; this loads the VAE's encoder and compiles its programs

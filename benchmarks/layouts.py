@@ -31,7 +31,7 @@ WHOLE = Pace(chips=4, step_s=0.044, decode_steps=0.35)
 DIVIDED = dataclasses.replace(WHOLE, divided=0.75)
 LOADS = {0.1: 30, 0.5: 60, 0.9: 100}  # requests of a run, by share of the capacity with whole rows
 BARS = {0.1: 0.6, 0.5: 1.0, 0.9: 1.0}  # of the mean latency
-RUSH = 128  # requests that arrive at once; the last four are drawn one after the other, which costs 0.6 %
+RUSH = 256  # requests that arrive at once; the last four are drawn one after the other, which costs 0.3 %
 
 
 def capacity() -> float:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -36,13 +35,12 @@ def shards_of(program: Program) -> int:
 
 
 def resident_bytes(pipeline: Pipeline) -> int:
-    """Bytes that stay on each chip: all weights, and the states of all sizes."""
-    states = [pipeline.shapes.state(size) for size in pipeline.sizes]
-    return sum(nbytes(leaf) for leaf in jax.tree.leaves((pipeline.params, states)))
-
-
-def nbytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * int(leaf.dtype.itemsize)
+    """Bytes that stay on each chip: its weights, and the states of all sizes."""
+    weights = zip(jax.tree.leaves(pipeline.params), jax.tree.leaves(pipeline.shardings), strict=True)
+    states = jax.tree.leaves([pipeline.shapes.state(size) for size in pipeline.sizes])
+    parts = [(leaf.dtype, sharding.shard_shape(leaf.shape)) for leaf, sharding in weights]
+    parts += [(leaf.dtype, leaf.shape) for leaf in states]
+    return sum(math.prod(shape) * int(dtype.itemsize) for dtype, shape in parts)
 
 
 def keys_of(programs: Sequence[Program], host: Host) -> dict[str, str]:

@@ -200,6 +200,7 @@ def declared(
     family = shapes.family
     encoders, denoisers, decoders = (part_of(family, params, role) for role in get_args(Role))
     encode, denoise, decode = (part_of(family, networks, role) for role in get_args(Role))
+    _, denoisers_placing, decoders_placing = (part_of(family, shardings, role) for role in get_args(Role))
     input_ids = {name: shape(texts, length, dtype=jnp.int32) for name, length in family.text_lengths.items()}
     programs = [program("encode", partial(encode_program, family, encode), encoders, input_ids, *counts)]
     options = step_options(family, mesh.devices.flat[0])
@@ -212,7 +213,7 @@ def declared(
             pixels = [shape(*size[::-1], 3, dtype=jnp.uint8)]
             if family.fills_masks:
                 pixels.append(shape(*size[::-1], dtype=jnp.bool_))
-            encode_image = partial(encode_image_program, family, decode, row_sharding(mesh, 1))
+            encode_image = partial(encode_image_program, family, decode, row_sharding(mesh, 1), decoders_placing)
             programs.append(program(f"encode image {label}", encode_image, decoders, *pixels))
         if shapes.references is not None:
             tokens, image = shape(*shapes.references.latents.shape), shape(*state.latents.shape[1:])
@@ -227,11 +228,13 @@ def declared(
             for looks in (False, True) if shapes.references is not None else (False,):
                 # The tokens of reference images are not divided, so rows that look at them stay whole.
                 sharding = row_sharding(mesh, bucket) if looks else shapes.sharding(mesh, "denoise", size, bucket)
-                step = partial(step_program, family, denoise, sharding, looks=looks)
+                step = partial(step_program, family, denoise, sharding, denoisers_placing, looks=looks)
                 named = program(step_name(label, bucket, looks=looks), step, *arguments, donate=(1,))
                 programs.append(replace(named, compiler_options=options))
         for bucket in spec.decode_buckets:
-            images = partial(decode_program, family, decode, shapes.sharding(mesh, "decode", size, bucket))
+            images = partial(
+                decode_program, family, decode, shapes.sharding(mesh, "decode", size, bucket), decoders_placing
+            )
             slots = shape(bucket, dtype=jnp.int32)
             programs.append(program(f"decode {label} images {bucket}", images, decoders, state.latents, slots))
         preview_map = shape(family.latent_channels + 1, 3)

@@ -138,6 +138,7 @@ def step_program(
     family: Family,
     networks: Networks,
     sharding: NamedSharding,
+    placing: Any,
     params: Any,
     state: DenoiseState,
     rows: Rows,
@@ -148,6 +149,7 @@ def step_program(
     """Gathers the active slots, `count` times denoises their rows and applies the tables, and scatters.
 
     Without a count there is no loop: it is one step. Where none of the slots looks at images, those need not be read.
+    `placing` is how the params lie on the chips.
     """
     active: DenoiseState = jax.tree.map(lambda x: x.at[rows.slots].get(mode="clip"), state)
     positions = jnp.arange(len(rows.slots))
@@ -157,7 +159,7 @@ def step_program(
     if active.edit and looks:
         conditioning = {**conditioning, REFERENCES: jax.tree.map(lambda x: x[rows.owner], active.edit.references)}
     predict_rows = partial(predict_noise, family, networks, together_on(sharding), shards=image_shards(sharding))
-    predict = divided(predict_rows, sharding)
+    predict = divided(predict_rows, sharding, placing)
     draw = jax.vmap(partial(slot_noise, shape=state.latents.shape[1:]))
     put_back = partial(blended, active.edit, draw(active.seed, jnp.zeros_like(active.step))) if active.edit else None
     replicated = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(sharding.mesh, PartitionSpec()))
@@ -215,11 +217,17 @@ def predict_noise(
 
 
 def decode_program(
-    family: Family, networks: Networks, sharding: NamedSharding, params: Any, latents: jax.Array, slots: jax.Array
+    family: Family,
+    networks: Networks,
+    sharding: NamedSharding,
+    placing: Any,
+    params: Any,
+    latents: jax.Array,
+    slots: jax.Array,
 ) -> jax.Array:
     """The images of these slots: uint8 [R, H, W, 3]."""
     rows = partial(decode_rows, family, networks, together_on(sharding), shards=image_shards(sharding))
-    return divided(rows, sharding)(params, latents.at[slots].get(mode="clip"))
+    return divided(rows, sharding, placing)(params, latents.at[slots].get(mode="clip"))
 
 
 def decode_rows(

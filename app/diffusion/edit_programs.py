@@ -55,16 +55,17 @@ def encode_image_program(
     family: Family,
     networks: Networks,
     sharding: NamedSharding,
+    placing: Any,
     params: Any,
     pixels: jax.Array,
     blank: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """uint8 [H, W, 3] -> mean and deviation of the latents, float32 [h, w, C]. Where `blank` [H, W] is true the image
-    is zero, which is mid-grey."""
+    is zero, which is mid-grey. `placing` is how the params lie on the chips."""
     colours = pixels.astype(jnp.float32) / 127.5 - 1
     if blank is not None:
         colours = jnp.where(blank[..., None], 0.0, colours)
-    moments = divided(partial(encode_rows, family, networks), sharding)(params, colours[None])
+    moments = divided(partial(encode_rows, family, networks), sharding, placing)(params, colours[None])
     return moments[0, 0], moments[0, 1]
 
 

@@ -78,7 +78,7 @@ class Pipeline:
         self.loops_on_device = loops_on_device(self.mesh)
         networks, params = split(checkpoint.networks)
         shardings = shardings_of(spec, family, params, self.mesh)
-        self.params = placed(params, shardings)
+        self.params, self.shardings = placed(params, shardings), shardings
         self.encoders, self.denoisers, self.decoders = (part_of(family, self.params, role) for role in get_args(Role))
         self.shapes = Shapes(spec, family, encoded_shapes(family, networks, self.params))
         self.zeros = zeros_of(self.shapes.encoded)

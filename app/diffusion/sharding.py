@@ -1,7 +1,7 @@
 """How the rows of a step, and their images, are divided: over the chips of a host, and on each into passes and strips.
 
-The state and the weights are on every chip, but for the weights of text encoders where they are to be divided. Knows
-nothing of samplers or of the networks' layers.
+The state and the weights are on every chip, but for the weights that are to be divided. Knows nothing of samplers or of
+the networks' layers.
 """
 
 import math
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from app.diffusion.divided_weights import any_divided, as_whole, specs_of
 from app.diffusion.models.image_shards import ImageShards
 
 # How many rows go through a network together on one chip. More bring no speed: these fill a TPU's matrix units, and
@@ -75,7 +76,7 @@ def memory_of(device: jax.Device) -> float:
     return float((stats or {}).get("bytes_limit", math.inf))
 
 
-def crowded(mesh: Mesh, nbytes: int) -> bool:
+def crowded(mesh: Mesh, nbytes: float) -> bool:
     """Whether so many bytes of weights on each chip leave too little room beside them."""
     return nbytes > (1 - ROOM) * memory_of(mesh.devices.flat[0])
 
@@ -98,18 +99,24 @@ def placed(params: Any, shardings: Any) -> Any:
     return jax.device_put(params, shardings)
 
 
-def divided(function: Callable[..., jax.Array], sharding: NamedSharding) -> Callable[..., jax.Array]:
+def divided(function: Callable[..., jax.Array], sharding: NamedSharding, placing: Any) -> Callable[..., jax.Array]:
     """`function(params, latents, *rows)` with each chip at its own rows, and its part of their images.
 
-    Only chips that share an image communicate. Pallas kernels need this even where all chips do the same.
+    `placing` is how the params lie on the chips. Only chips that share an image, or weights, communicate. Pallas
+    kernels need this even where all chips do the same.
     """
     if sharding.mesh.size == 1:
         return function
 
+    def on_chip(params: Any, latents: jax.Array, *rows: Any) -> jax.Array:
+        if any_divided(placing):
+            params, latents = as_whole(params, placing, latents)
+        return function(params, latents, *rows)
+
     def call(params: Any, latents: jax.Array, *rows: Any) -> jax.Array:
-        specs = (PartitionSpec(), sharding.spec, *[PartitionSpec(sharding.spec[0])] * len(rows))
+        specs = (specs_of(placing), sharding.spec, *[PartitionSpec(sharding.spec[0])] * len(rows))
         # shard_map's check does not support `platform_dependent`.
-        per_chip = jax.shard_map(function, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False)
+        per_chip = jax.shard_map(on_chip, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec, check_vma=False)
         return per_chip(params, latents, *rows)
 
     return call

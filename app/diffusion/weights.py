@@ -13,13 +13,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from app.diffusion.families.family import Component, Family, weight_count
+from app.diffusion.families.family import Component, Family, Role, weight_count
 from app.diffusion.models.loading import Checkpoint, load_checkpoint
 from app.diffusion.networks import network_of
 from app.diffusion.sharding import crowded, weight_sharding
-from app.types import PipelineSpec
+from app.types import PipelineSpec, Sharded
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+SHARDED: dict[Role, Sharded] = {"encode": "text_encoders", "denoise": "denoiser", "decode": "vae"}
 
 
 def load_onto(mesh: Mesh, spec: PipelineSpec) -> Checkpoint:
@@ -63,9 +64,25 @@ def shardings_of(spec: PipelineSpec, family: Family, params: Mapping[str, Any], 
 
 
 def divides(spec: PipelineSpec, family: Family, component: Component, mesh: Mesh) -> bool:
-    """Whether the chips divide the weights of a component: only of text encoders, which run once an image."""
-    if component.role != "encode" or mesh.size == 1:
+    """Whether the chips divide the weights of a component."""
+    if mesh.size == 1:
         return False
-    if spec.shard_text_encoders != "auto":
-        return spec.shard_text_encoders
-    return crowded(mesh, weight_count(family) * jnp.dtype(DTYPES[spec.dtype]).itemsize)
+    divided = spec.shard_weights
+    return SHARDED[component.role] in (what_must_be_divided(spec, family, mesh) if divided == "auto" else divided)
+
+
+def what_must_be_divided(spec: PipelineSpec, family: Family, mesh: Mesh) -> list[Sharded]:
+    """The fewest networks whose division leaves room on each chip: those first whose division costs least.
+
+    Text encoders run once an image; a denoiser's weights are gathered in each step.
+    """
+    nbytes = {
+        name: weight_count(family, role) * jnp.dtype(DTYPES[spec.dtype]).itemsize for role, name in SHARDED.items()
+    }
+    divided: list[Sharded] = []
+    for name in SHARDED.values():
+        on_each = sum(size / (mesh.size if name in divided else 1) for name, size in nbytes.items())
+        if not crowded(mesh, on_each):
+            break
+        divided.append(name)
+    return divided

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from app.diffusion.sharding import HBM_GIB, rows_at
-from app.diffusion.weights import divides
+from app.diffusion.weights import SHARDED, divides
 from app.types import PipelineSpec
 from capacity.chips import CHIPS
 from capacity.models import architecture_of
@@ -118,28 +118,25 @@ def test_one_four_and_eight_devices_draw_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "kind", "divided"),
     [
-        ("FLUX.2-klein-4B", "TPU v5 lite", True),
-        ("FLUX.2-klein-4B", "TPU v6 lite", False),
-        ("Z-Image-Turbo", "TPU v5 lite", True),
-        ("Z-Image-Turbo", "TPU v6 lite", False),
-        ("Z-Image-Turbo", "TPU v4", False),
-        ("stable-diffusion-xl-base-1.0", "TPU v5 lite", False),
-        ("Z-Image-Turbo", "cpu", False),
+        ("FLUX.2-klein-4B", "TPU v5 lite", ["text_encoders"]),
+        ("FLUX.2-klein-4B", "TPU v6 lite", []),
+        ("Z-Image-Turbo", "TPU v5 lite", ["text_encoders", "denoiser"]),
+        ("Z-Image-Turbo", "TPU v6 lite", []),
+        ("Z-Image-Turbo", "TPU v4", []),
+        ("stable-diffusion-xl-base-1.0", "TPU v5 lite", []),
+        ("Z-Image-Turbo", "cpu", []),
     ],
 )
-def test_text_encoders_are_divided_where_the_weights_do_not_fit_a_chip(model: str, kind: str, divided: bool) -> None:
+def test_as_few_networks_are_divided_as_leave_room_on_a_chip(model: str, kind: str, divided: list[str]) -> None:
     device = SimpleNamespace(device_kind=kind, platform="cpu" if kind == "cpu" else "tpu")
     mesh: Any = SimpleNamespace(size=4, devices=np.array([device] * 4))
     family = architecture_of(model)[1]
     spec = PipelineSpec(model, ((1024, 1024),), (1,), 50, dtype="bfloat16")
-    assert {component.role: divides(spec, family, component, mesh) for component in family.COMPONENTS.values()} == {
-        "encode": divided,
-        "denoise": False,
-        "decode": False,
-    }
-    chosen = replace(spec, shard_text_encoders=not divided)
-    encoders = [component for component in family.COMPONENTS.values() if component.role == "encode"]
-    assert all(divides(chosen, family, component, mesh) is not divided for component in encoders)
+    for component in family.COMPONENTS.values():
+        name = SHARDED[component.role]
+        assert divides(spec, family, component, mesh) is (name in divided)
+        assert divides(replace(spec, shard_weights=(name,)), family, component, mesh)
+        assert not divides(replace(spec, shard_weights=()), family, component, mesh)
 
 
 def test_the_memory_of_chips_is_that_of_the_compile_check() -> None:

@@ -178,10 +178,12 @@ def without_encoder(family: Family) -> Family:
     return changed
 
 
-def weight_count(family: Family) -> int:
-    """How many numbers the networks have."""
+def weight_count(family: Family, role: Role) -> int:
+    """How many numbers the networks of a role have."""
     total = 0
     for part, component in family.COMPONENTS.items():
+        if component.role != role:
+            continue
         config = getattr(family, part)
         tensors = component.tensors(config).items()
         total += sum(math.prod(shape) for name, shape in tensors if not component.unread(config, name))
