@@ -71,7 +71,15 @@ def test_the_load_test_prints_the_words_by_which_nodes_are_seen_to_come_and_go(
 ) -> None:
     latency: dict[str, float] = {}
     summary = {"complete": True, "requests": 1, "planned": 1, "failed": 0, "errors": [], "completed_per_s": 1.0}
-    summary |= {"images_per_s": 1.0, "latency": latency, "goodput_share": None, "scale_ups": [], "invalid": []}
+    summary |= {
+        "images_per_s": 1.0,
+        "latency": latency,
+        "moved": 0,
+        "restarted": 0,
+        "goodput_share": None,
+        "scale_ups": [],
+        "invalid": [],
+    }
     most = {"replicas": 2, "replicas_at_end": 1, "nodes": 2, "nodes_at_end": 1}
     print_summary(summary | {"most": most}, Path("folder"))
     assert full.SCALED in capsys.readouterr().out
