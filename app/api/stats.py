@@ -85,13 +85,13 @@ def total(replicas: Iterable[Stats]) -> dict[str, Any]:
 
 
 def with_queue(totals: Mapping[str, Any], queue: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the requests that wait in the ingress, or that it has refused, to those of the replicas."""
+    """Adds the requests that wait in the ingress, or that have ended there, to those of the replicas."""
     waiting, waiting_s = queue["waiting"], queue["waiting_s"]
     more = {"waiting": waiting, "unfinished": waiting, "backlog_s": waiting_s}
     sums = {name: value + more[name] if name in more else value for name, value in totals.items()}
     outcomes = totals["requests"]
-    refused = {name: outcomes.get(name, 0) + count for name, count in queue["refused"].items()}
-    return sums | {"requests": outcomes | refused}
+    ended = {name: outcomes.get(name, 0) + count for name, count in queue["ended"].items()}
+    return sums | {"requests": outcomes | ended}
 
 
 def number(value: object) -> float:

@@ -102,12 +102,12 @@ def test_a_rollout_with_different_statistics_has_a_total(stats: dict[str, Any]) 
     assert mixed["requests"]["completed"] in (3, 6)
 
 
-def test_the_total_counts_what_waits_in_the_ingress_and_what_it_refused() -> None:
-    queue = {"waiting": 3, "waiting_s": 1.5, "refused": {"queue_full": 2, "deadline": 1}}
-    alone = total([STATS | {"requests": {"completed": 3, "deadline": 4}}])
+def test_the_total_counts_what_waits_in_the_ingress_and_what_has_ended_there() -> None:
+    queue = {"waiting": 3, "waiting_s": 1.5, "ended": {"queue_full": 2, "deadline": 1, "cancelled": 3}}
+    alone = total([STATS | {"requests": {"completed": 3, "deadline": 4, "cancelled": 1}}])
     both = with_queue(alone, queue)
     assert (both["waiting"], both["unfinished"], both["backlog_s"]) == (4, 5, 2.0)
-    assert both["requests"] == {"completed": 3, "deadline": 5, "queue_full": 2}
+    assert both["requests"] == {"completed": 3, "deadline": 5, "queue_full": 2, "cancelled": 4}
     assert both["device_busy_s"] == alone["device_busy_s"]
 
 

@@ -9,7 +9,6 @@ import itertools
 import logging
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from contextvars import Context
@@ -19,6 +18,7 @@ from typing import Any
 
 from app.api.errors import ApiError
 from app.api.messages import Progress, QueueState, Report
+from app.api.routing.arriving import ArrivingLoad
 from app.api.routing.costs import Work
 from app.api.routing.moves import LetGo, Moves
 from app.api.routing.page import Sent
@@ -30,7 +30,6 @@ from app.types import Generation
 logger = logging.getLogger(f"ray.serve.{__name__}")  # the tree that Serve writes to its files
 
 POLL_S, WAITING_POLL_S = 1.0, 0.25  # between two polls: while requests run, and while some wait for a place
-ARRIVALS_S = 20.0  # the load that arrives is a mean over so long
 
 Poll = Callable[[], Coroutine[None, None, object]]
 
@@ -86,7 +85,7 @@ class Dispatch:
         self.places: set[Place] = set()
         self.numbers = itertools.count()
         self.moves = Moves(let_go)
-        self.arrivals: deque[tuple[float, float]] = deque()  # when, and how many device-seconds
+        self.arriving = ArrivingLoad()
         self.starts = Starts()
         self.hurry = asyncio.Event()  # a request waits, so the next poll comes sooner
         self.lacking = asyncio.Event()  # a request has come, and no replica is known: the next poll does not wait
@@ -112,7 +111,7 @@ class Dispatch:
         now = self.clock()
         ticket = self.router.ticket(Work.of(generation), now, key, again, age_s, left, siblings)
         if not again:
-            self.note_arrival(now, ticket.device_s)
+            self.arriving.note(now, ticket.device_s)
         if not again and not siblings:
             self.router.admit(ticket, timeout_s, now)
         future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
@@ -129,6 +128,8 @@ class Dispatch:
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and not future.exception():
                 future.result().leave()
+            else:
+                self.router.ended["cancelled"] += 1
             raise
         finally:
             self.waiting.pop(ticket, None)
@@ -243,11 +244,6 @@ class Dispatch:
 
     # What others want to know.
 
-    def note_arrival(self, now: float, device_s: float) -> None:
-        self.arrivals.append((now, device_s))
-        while self.arrivals[0][0] < now - ARRIVALS_S:
-            self.arrivals.popleft()
-
     def progress(self, generation: Generation) -> Progress | None:
         """How far a request is that waits; None for any other."""
         ticket = next((ticket for ticket, waiting in self.generations.items() if waiting is generation), None)
@@ -258,8 +254,7 @@ class Dispatch:
 
     def state(self) -> QueueState:
         now, queue = self.clock(), self.router.queue
-        arrived_s = sum(device_s for at, device_s in self.arrivals if at >= now - ARRIVALS_S)
-        return QueueState(self.id, len(queue), queue.total_s(), arrived_s / ARRIVALS_S)
+        return QueueState(self.id, len(queue), queue.total_s(), self.arriving.a_second(now))
 
     def stats(self) -> dict[str, Any]:
         return {**self.router.stats(self.clock()), "arriving": self.state().arriving}

@@ -34,7 +34,7 @@ class Router:
         self.book = Book()
         self.queue = Queue()
         self.starting: dict[str, float] = {}  # replicas that do not run yet, and when they should
-        self.refused = {"queue_full": 0, "deadline": 0}  # requests, under the engine's names for outcomes
+        self.ended = {"queue_full": 0, "deadline": 0, "cancelled": 0}  # requests, under the engine's names for outcomes
         self.rebalanced = 0  # requests that were to change replicas
 
     def ticket(
@@ -81,10 +81,10 @@ class Router:
         """Raises ApiError if the queue is full, or if the request cannot be answered in time."""
         replicas = max(1, len(self.book.replicas) + len(self.starting))
         if len(self.queue) >= self.max_waiting * replicas:
-            self.refused["queue_full"] += 1
+            self.ended["queue_full"] += 1
             raise queue_full(self.next_place_s(now))
         if timeout_s < math.inf and (estimate_s := self.answer_s(ticket, now)) > timeout_s:
-            self.refused["deadline"] += 1
+            self.ended["deadline"] += 1
             last_s = self.answer_s(ticket, now, last=True)
             raise deadline_unmeetable(estimate_s, timeout_s, max(last_s - timeout_s, LEAST_RETRY_S))
 
@@ -171,7 +171,7 @@ class Router:
         return {
             "waiting": len(self.queue),
             "waiting_s": self.queue.total_s(),
-            "refused": dict(self.refused),
+            "ended": dict(self.ended),
             "rebalanced": self.rebalanced,
             "oldest_s": max((now - ticket.since for ticket in self.queue), default=0.0),
             "replicas": {name: page(replica, now) for name, replica in sorted(self.book.replicas.items())},

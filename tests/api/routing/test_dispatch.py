@@ -80,7 +80,8 @@ def test_a_client_that_goes_takes_its_request_out_of_the_queue() -> None:
         entering.cancel()
         with pytest.raises(asyncio.CancelledError):
             await entering
-        assert ingress.dispatch.stats()["waiting"] == 0
+        stats = ingress.dispatch.stats()
+        assert (stats["waiting"], stats["ended"]["cancelled"]) == (0, 1)
 
     run(test)
 
