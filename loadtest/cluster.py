@@ -43,7 +43,8 @@ class Watcher:
         while not stop.is_set():
             await self.sample(source)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), interval_s)
+                async with asyncio.timeout(interval_s):
+                    await stop.wait()
         await self.sample(source)
 
     async def sample_once(self) -> None:

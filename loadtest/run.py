@@ -152,6 +152,7 @@ async def every(interval_s: float, stop: asyncio.Event, do: Callable[[], None]) 
     while not stop.is_set():
         do()
         try:
-            await asyncio.wait_for(stop.wait(), interval_s)
+            async with asyncio.timeout(interval_s):
+                await stop.wait()
         except TimeoutError:
             continue

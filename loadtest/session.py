@@ -207,4 +207,5 @@ async def settle(watcher: Watcher, longest_s: float, stop: asyncio.Event, displa
         left = deadline - time.monotonic()
         display.note = f"the load is over; waiting for replicas and nodes to go, {left:.0f} s at most"
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), 1.0)
+            async with asyncio.timeout(1.0):
+                await stop.wait()

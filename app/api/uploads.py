@@ -42,7 +42,8 @@ class Uploads:
         """The body. Its bytes count as held until the block ends. Raises ApiError or InvalidField."""
         check_form_or_json(request)
         try:
-            await asyncio.wait_for(self.places.acquire(), self.limits.timeout_s)
+            async with asyncio.timeout(self.limits.timeout_s):
+                await self.places.acquire()
         except TimeoutError:
             message = "Too many images are being read; try again."
             raise ApiError(503, message, None, "queue_full", FULL_RETRY_S) from None

@@ -81,7 +81,8 @@ async def end(parts: Mapping[str, Any]) -> None:
     if "profiler" in parts:
         await parts["profiler"].close()
     with suppress(TimeoutError):
-        await asyncio.wait_for(parts["unanswered"].none.wait(), END_S)
+        async with asyncio.timeout(END_S):
+            await parts["unanswered"].none.wait()
     if "encoders" in parts:
         await asyncio.to_thread(parts["encoders"].shutdown)
     if "compiles" in parts:

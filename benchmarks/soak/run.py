@@ -194,7 +194,8 @@ class Soak:
 
     async def wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.stop.wait(), max(0.0, seconds))
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self.stop.wait()
 
 
 async def soak(folder: Path, url: str, cluster: Cluster, model: Mapping[str, Any]) -> bool:

@@ -175,6 +175,20 @@ def test_a_worker_that_was_too_slow_stops_what_another_has_taken(tmp_path: Path)
     run(tmp_path, scenario)
 
 
+def test_a_worker_that_is_ended_just_as_it_wakes_up_ends(tmp_path: Path) -> None:
+    async def scenario(place: Place) -> None:
+        worker = place.worker()
+        working = asyncio.create_task(worker.work())
+        await asyncio.sleep(0.01)  # it waits
+        worker.awake.set()
+        await asyncio.sleep(0)
+        working.cancel()
+        ended, _ = await asyncio.wait([working], timeout=5)
+        assert ended and working.cancelled()
+
+    run(tmp_path, scenario)
+
+
 def test_a_job_that_is_cancelled_elsewhere_stops(tmp_path: Path) -> None:
     async def scenario(place: Place) -> None:
         job, worker = await place.add(), place.worker()

@@ -214,7 +214,8 @@ def test_a_client_that_disconnects_leaves_no_task_behind() -> None:
         listening = asyncio.ensure_future(anext(aiter(events(next_item, ASKED, "tiny"))))
         await asyncio.sleep(0.01)
         listening.cancel()
-        await asyncio.wait_for(cancelled.wait(), 5)
+        async with asyncio.timeout(5):
+            await cancelled.wait()
         return True
 
     assert asyncio.run(leave())

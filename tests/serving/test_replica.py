@@ -584,7 +584,8 @@ def test_a_device_that_hangs_lets_all_requests_go_at_once_and_its_replica_is_unh
         for _ in range(3):
             with pytest.raises(RuntimeError, match="^The device does not answer: "):
                 await replica.check_health()
-        await asyncio.wait_for(serve.call_destructor(), 20)
+        async with asyncio.timeout(20):
+            await serve.call_destructor()
         assert not replica.pipeline.gates[verb].is_set()
         replica.pipeline.open()
 

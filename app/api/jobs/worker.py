@@ -89,7 +89,8 @@ class Worker:
                 except Exception:
                     logger.exception("A turn of the worker of jobs failed.")
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self.awake.wait(), POLL_S)
+                    async with asyncio.timeout(POLL_S):
+                        await self.awake.wait()
                 self.awake.clear()
         finally:
             await self.let_go()
