@@ -480,7 +480,7 @@ def test_stats_are_for_each_replica_and_in_total(client: TestClient, monkeypatch
     assert answer["total"] == {
         "replicas": 2,
         **dict.fromkeys(SUMMED, 4),
-        "requests": {"completed": 6, "queue_full": 0, "deadline": 0},
+        "requests": {"completed": 6, "queue_full": 0, "deadline": 0, "cancelled": 0},
     }
 
 
