@@ -51,7 +51,7 @@ def served_by_engine(pipeline: Verbs) -> Iterator[Submit]:
         engine.close()
 
 
-def demo_pipeline(batch_buckets: Sequence[int] = (1, 2, 4), max_steps: int = 100) -> Verbs:
+def demo_pipeline(batch_buckets: Sequence[int] = (1, 2, 4), max_steps: int = 100, *, edits: bool = False) -> Verbs:
     """The bundled model on JAX's default device. The default buckets are those of serve_config.yaml."""
     from app.diffusion.pipeline import Pipeline
 
@@ -61,6 +61,7 @@ def demo_pipeline(batch_buckets: Sequence[int] = (1, 2, 4), max_steps: int = 100
         sizes=((128, 128),),
         batch_buckets=tuple(batch_buckets),
         max_steps=max_steps,
+        edits=edits,
         programs=ROOT / ".cache" / "programs",
     )
     pipeline = Pipeline.load(spec)

@@ -1,4 +1,4 @@
-"""Measures what HTTP costs, and what mixing unlike requests costs.
+"""Measures what HTTP costs, what mixing unlike requests costs, and what edits cost beside generations.
 
     python -m benchmarks.overhead          # starts and ends a local cluster of its own; exit 1 if a bar is missed
 
@@ -8,6 +8,8 @@ verbs in this process, with the batch size of the highest throughput. The two ta
 Mixed: UNet rows per second of the engine under requests with random steps, samplers and guidance. The baseline is a
 stream of equal guided requests and a stream of equal unguided ones, with the same mean number of steps. Each row of the
 mix is compared with a row of its own kind, so the ratio is the price of mixing alone.
+
+Edits: benchmarks/edits.py.
 """
 
 import asyncio
@@ -27,11 +29,12 @@ from app.builders import Args
 from app.diffusion.samplers import SAMPLERS
 from app.engine.verbs import Verbs
 from app.types import Generation, RequestDefaults
+from benchmarks import edits
 from benchmarks.devices import demo_pipeline, served_by_engine
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import GUIDANCE_SCALE, equal_requests, offer_all, request
 from benchmarks.local_cluster import TIMEOUT_S, leave, local_cluster
-from benchmarks.paced import Pace, PacedPipeline
+from benchmarks.paced import SD1_ENCODE_STEPS, Pace, PacedPipeline
 from benchmarks.report import log, machine
 from benchmarks.whole_batch import Images, Picture, draw
 from cluster import ROOT
@@ -40,6 +43,7 @@ from cluster.local.state import running
 
 RUN_DIR = ROOT / ".run" / "bench"
 REPLICA = ":StableDiffusion"  # in its process's title
+PACED, DEMO = "paced as a TPU host", "demo model"
 MIXED_STEPS = (5, 50)
 MIXED_SCALES = (1.5, 12.0)
 
@@ -55,7 +59,7 @@ def over_http(runs: int, count: int, concurrency: int) -> Figure:
         ]
         batch = best_batch(pipeline, requests[0])
         figure = Figure(
-            *("demo model", f"{concurrency} clients", "images/s over HTTP"),
+            *(DEMO, f"{concurrency} clients", "images/s over HTTP"),
             bar=0.95,
             at_most=False,
             against=f"encode, insert, steps, decode in batches of {batch}",
@@ -194,7 +198,7 @@ def read_config() -> dict[str, Any]:
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--part", choices=("http", "mixed", "all"), default="all", help="(%(default)s)")
+    parser.add_argument("--part", choices=("http", "mixed", "edits", "all"), default="all", help="(%(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="of each side (%(default)s)")
     parser.add_argument("--requests", type=int, default=48, help="in each run (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=12, help="HTTP clients (%(default)s)")
@@ -205,14 +209,20 @@ def main() -> int:
     signal.signal(signal.SIGTERM, leave)
 
     figures = []
-    if args.part != "mixed":
+    if args.part in ("http", "all"):
         figures.append(over_http(runs, count, args.concurrency))
-    if args.part != "http":
-        paced = PacedPipeline(Pace(step_s=0.005), batch_buckets=[1, 2, 4, 8])
-        figures.append(mixed("paced as a TPU host", paced, [None], runs, 8 * count))
-        figures.append(mixed("demo model", demo_pipeline(), SAMPLERS, runs, count))
+    if args.part in ("mixed", "edits", "all"):
+        paced = PacedPipeline(Pace(step_s=0.005, encode_steps=SD1_ENCODE_STEPS), batch_buckets=[1, 2, 4, 8])
+        demo = demo_pipeline(edits=True)
+        if args.part != "edits":
+            figures.append(mixed(PACED, paced, [None], runs, 8 * count))
+            figures.append(mixed(DEMO, demo, SAMPLERS, runs, count))
+        if args.part != "mixed":
+            figures += edits.measured(PACED, paced, runs, 8 * count)
+            figures += edits.measured(DEMO, demo, runs, count)
+        figures.sort(key=lambda figure: figure.device)
     complete = not args.quick and args.part == "all"
-    title = "What HTTP and mixing cost: ours over baseline"
+    title = "What HTTP, mixing and edits cost: ours over baseline"
     return conclude("overhead", title, figures, before, vars(args), complete)
 
 

@@ -11,8 +11,8 @@ from app.diffusion.timing import timed
 from app.engine.virtual import Clock, Done, RealClock, VirtualPipeline
 from app.types import DispatchCost, Size
 
-# By operations a decode of SD 1.x at 512x512 is 3.1 rows of its UNet (2.51 to 0.80 TFLOP).
-SD1_DECODE_STEPS = 3.1
+# By operations a decode of SD 1.x at 512x512 is 3.1 rows of its UNet (2.51 to 0.80 TFLOP), and an encode 1.4.
+SD1_DECODE_STEPS, SD1_ENCODE_STEPS = 3.1, 1.4
 SETTLED_S, HICCUP_EVERY_S = 1.0, 1.0  # device-seconds: until clocks have ramped up, and from one hiccup to the next
 
 
@@ -29,6 +29,7 @@ class Pace:
     cold: float = 1.0  # how many times slower the clocks are at first
     hiccup_s: float = 0.0  # what one dispatch takes longer, now and then
     divided: float = 0.0  # how much of their speed chips keep that divide an image; 0: fewer rows than chips stay whole
+    encode_steps: float = 0.0  # the encode of an image, as `decode_steps`
 
     def step(self, rows: int) -> float:
         if self.divided and rows < self.chips:
@@ -51,6 +52,7 @@ class PacedPipeline(VirtualPipeline):
             {(size, rows): pace.step(rows) for rows in row_buckets},
             {(size, images): pace.decode(images) for images in decode_buckets},
             num_slots=2 * max(batch_buckets),
+            encode_image_s=pace.encode_steps * pace.step(1),
             launch_s=pace.launch_s,
             dispatch_cost=DispatchCost(pace.blocks, pace.host_s),
             clock=clock or RealClock(),
