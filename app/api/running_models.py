@@ -55,7 +55,7 @@ class RunningModels:
     async def latest(self) -> list[tuple[Service, Description]]:
         """The replicas that run, by their latest descriptions."""
         if not (descriptions := await self.replicas.watch.descriptions(PATIENCE_S, BROADCAST_TIMEOUT_S)):
-            descriptions = (await self.describe(),)
+            descriptions = (await self.describe(READY_TIMEOUT_S),)
         return [(self.adapted(description), description) for description in descriptions]
 
     def adapted(self, description: Description) -> Service:
@@ -67,7 +67,7 @@ class RunningModels:
                 logger.warning(note)
         return service
 
-    async def describe(self, timeout_s: float = READY_TIMEOUT_S) -> Description:
+    async def describe(self, timeout_s: float) -> Description:
         """Asks as image requests do, where a broadcast has reached no replica: that starts one where the deployment has
         scaled to zero, and fails at once if none will start."""
         response: Pending[Description] = self.replicas.handle.describe.remote()
