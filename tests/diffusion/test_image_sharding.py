@@ -1,9 +1,6 @@
 """Images that the chips of a host divide: the same pictures on four and eight virtual devices, in a process of their
 own, as JAX counts them once."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ from app.diffusion.models.image_shards import ImageShards
 from app.diffusion.sharding import image_sharding, image_shards, row_sharding
 from app.types import PipelineSpec
 from capacity.models import architecture_of
-from cluster import ROOT
 from tests import tiny_flow
+from tests.diffusion.eight_devices import printed_lines
 
 CHILD = """
 import sys
@@ -72,15 +69,7 @@ for devices in (4, 8):
 @pytest.mark.slow
 def test_an_image_divided_over_chips_is_the_same_picture(tmp_path: Path) -> None:
     folder = tiny_flow.write_checkpoint(tmp_path, "tiny-klein", tiny_flow.tensor_tables()["tiny-klein"])
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in tests/conftest.py
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    if child.returncode:
-        pytest.fail(child.stdout + child.stderr[-3000:])
-    assert len(child.stdout.splitlines()) == 4
+    assert len(printed_lines(CHILD, str(folder))) == 4
 
 
 def mesh_of(halvings: int) -> Any:

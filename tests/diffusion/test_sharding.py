@@ -1,9 +1,6 @@
 """The same pictures from one, four and eight devices, in many passes of the UNet or in one, whole or cut into strips:
 virtual devices, in a process of their own, as JAX counts them once."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +14,7 @@ from app.diffusion.weights import SHARDED, divides
 from app.types import PipelineSpec
 from capacity.chips import CHIPS
 from capacity.models import architecture_of
-from cluster import ROOT
+from tests.diffusion.eight_devices import printed_lines
 from tests.tiny import tensor_shapes, write_checkpoint
 
 CHILD = """
@@ -105,15 +102,7 @@ def test_fewer_rows_of_large_latents_go_through_together(side: int, rows: int) -
 def test_one_four_and_eight_devices_draw_the_same(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "tiny-sd2", tensor_shapes()["tiny-sd2"])
     # Without its emitters for fusions XLA compiles in two thirds of the time.
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in tests/conftest.py
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder)], env=environment, capture_output=True, text=True, timeout=900
-    )
-    if child.returncode:
-        pytest.fail(child.stdout + child.stderr[-3000:])
-    assert len(child.stdout.splitlines()) == 9
+    assert len(printed_lines(CHILD, str(folder), flags="--xla_cpu_use_fusion_emitters=false")) == 9
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,11 @@
 """Networks whose weights are divided over four and eight virtual devices, in a process of their own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from cluster import ROOT
 from tests import tiny_flow
+from tests.diffusion.eight_devices import printed_lines
 
 pytestmark = pytest.mark.slow
 
@@ -50,16 +47,4 @@ for devices in (1, int(sys.argv[2])):
 @pytest.mark.parametrize(("model", "devices"), [("tiny-klein", 4), ("tiny-z-image", 8)])
 def test_divided_weights_draw_the_picture_of_whole_ones(model: str, devices: int, tmp_path: Path) -> None:
     folder = tiny_flow.write_checkpoint(tmp_path, model, tiny_flow.tensor_tables()[model])
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in tests/conftest.py
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), str(devices)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if child.returncode:
-        pytest.fail(child.stdout + child.stderr[-3000:])
-    assert len(child.stdout.splitlines()) == 2
+    assert len(printed_lines(CHILD, str(folder), str(devices))) == 2
