@@ -2,6 +2,7 @@
 
     python -m capacity.kernels --tpu v5litepod-1 --keys 4096 --heads 10 --size 64
     python -m capacity.kernels --tpu v5litepod-1 --keys 4608 --heads 24 --rotary
+    python -m capacity.kernels --tpu v5litepod-1 --keys 4608 --heads 24 --rotary --chips 4  # that divide an image
 
 compiles an attention kernel alone and counts the instruction bundles that libtpu scheduled for it, one a cycle, and at
 least the cycles of its products. Copies between HBM and VMEM are taken to be hidden. libtpu writes no estimate for a
@@ -29,6 +30,7 @@ SHARES = {
     "attention-kernel-128": {"v5e": 0.76},
     "attention-kernel-512": {"v5e": 0.95, "v6e": 0.56},
     "rotary-attention-kernel": {"v4": 0.72, "v5e": 0.84, "v6e": 0.67},
+    "rotary-attention-kernel-divided": {"v4": 0.65, "v5e": 0.76, "v6e": 0.65},  # over four chips
 }
 ASSUMED_SHARE = 0.7
 ROWS = 64  # so many that XLA leaves them in HBM
@@ -67,8 +69,8 @@ def attention_share(host: Host, keys: int, heads: int, size: int, folder: Path) 
     return flops / (chip.flops_a_cycle / chip.cores) / cycles  # a cell runs on one core
 
 
-def rotary_share(host: Host, tokens: int, heads: int, folder: Path) -> float:
-    """The same for the kernel of rotated heads, over one stream of so many tokens."""
+def rotary_share(host: Host, keys: int, heads: int, chips: int, folder: Path) -> float:
+    """The same for the kernel of rotated heads, over one stream whose tokens are divided over so many chips."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
@@ -82,11 +84,12 @@ def rotary_share(host: Host, tokens: int, heads: int, folder: Path) -> float:
     def shape(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    x, norm, table = shape(1, tokens, heads * rotary.LANES), shape(rotary.LANES), shape(1, tokens, rotary.LANES)
-    table = shape(*table.shape, dtype=jnp.float32)
-    streams = [Stream(x, x, x, norm, norm, Rotation(table, table))]
+    tokens, norm = keys // chips, shape(rotary.LANES)
+    q, k = (shape(1, count, heads * rotary.LANES) for count in (tokens, keys))
+    table = shape(1, keys, rotary.LANES, dtype=jnp.float32)
+    streams = [Stream(q, k, k, norm, norm, Rotation(table, table))]
     kernel = partial(rotary.attend_rotated, lengths=None, heads=heads, epsilon=1e-6, first=(0, 0, 0))
-    jax.jit(kernel, out_shardings=sharding).lower(streams).compile()
+    jax.jit(kernel, out_shardings=sharding).lower(streams, own=shape(dtype=jnp.int32)).compile()
     (path,) = [
         path for path in folder.glob("*rotary-attention-kernel*-final_bundles.txt") if "analysis" not in path.name
     ]
@@ -95,15 +98,15 @@ def rotary_share(host: Host, tokens: int, heads: int, folder: Path) -> float:
     with_exponents = [i for i, (depth, lines) in enumerate(regions) if depth == 2 and any("vpow2" in x for x in lines)]
     usual = regions[: with_exponents[1]]
     preparing = sum(len(lines) for depth, lines in usual[: with_exponents[0]] if depth == 2)
-    queries, keys = rotary.queries_of([tokens]), rotary.keys_of(tokens)
+    queries, block = rotary.queries_of([tokens]), rotary.keys_of(keys)
     chip = host.chip
-    products = (matrix(1, queries, rotary.LANES, keys, chip.tile), matrix(1, queries, keys, rotary.LANES, chip.tile))
+    products = (matrix(1, queries, rotary.LANES, block, chip.tile), matrix(1, queries, block, rotary.LANES, chip.tile))
     least = sum(product.padded_flops for product in products) / (chip.flops_a_cycle / chip.cores)
-    rows = rotary.block_of(tokens, rotary.MOST_ROWS, rotary.TILE)
+    rows = rotary.block_of(keys, rotary.MOST_ROWS, rotary.TILE)
     cycles = float(sum(len(lines) for depth, lines in usual if depth == 1))
-    cycles += preparing * (tokens // rows) / (tokens // queries)  # once a head
-    cycles += tokens // keys * max(least, len(regions[with_exponents[0]][1]))
-    return tokens // keys * least / cycles
+    cycles += preparing * (keys // rows) / (tokens // queries)  # once a head
+    cycles += keys // block * max(least, len(regions[with_exponents[0]][1]))
+    return keys // block * least / cycles
 
 
 def loop_regions(text: str) -> list[tuple[int, list[str]]]:
@@ -119,6 +122,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--size", type=int, default=64, help="features of a head")
     parser.add_argument("--rotary", action="store_true", help="the kernel with norms and rotations, heads of 128")
+    parser.add_argument("--chips", type=int, default=1, help="of that kernel: chips that divide an image's tokens")
     arguments = parser.parse_args()
     if reason := missing():
         raise UserError(reason)
@@ -130,7 +134,7 @@ def main() -> None:
         compile_only()
         os.environ[VARIABLE] += f" --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         if arguments.rotary:
-            share = rotary_share(host, arguments.keys, arguments.heads, Path(folder))
+            share = rotary_share(host, arguments.keys, arguments.heads, arguments.chips, Path(folder))
         else:
             share = attention_share(host, arguments.keys, arguments.heads, arguments.size, Path(folder))
     print(f"{100 * share:.1f} % of a {host.chip.name}'s peak on padded products (modelled)")

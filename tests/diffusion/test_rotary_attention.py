@@ -24,7 +24,8 @@ def stream(seed: int, rows: int, tokens: int, *, columns: int = HEADS, scale: fl
 
 
 def both(streams: list[Stream], **options: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    options = {"heads": HEADS, "epsilon": EPSILON, "first": (0, 0, 0), "lengths": None, **options}
+    defaults = {"heads": HEADS, "epsilon": EPSILON, "first": (0, 0, 0), "lengths": None, "own": jnp.int32(0)}
+    options = defaults | options
     answers, expected = attend_rotated(streams, interpret=True, **options), attend_joined(streams, **options)
     return [(np.asarray(x, np.float32), np.asarray(y, np.float32)) for x, y in zip(answers, expected, strict=True)]
 
@@ -52,12 +53,23 @@ def test_scales_so_large_that_float32_would_lose_the_weights_change_nothing() ->
     assert_close(both([outlier]))
 
 
+@pytest.mark.slow
+def test_the_kernel_attends_from_a_part_of_each_streams_tokens_to_all_of_them() -> None:
+    whole = [stream(5, 1, 256), stream(6, 1, 512)]
+    parts = [x._replace(q=x.q[:, x.q.shape[1] // 2 :]) for x in whole]
+    assert_close(pairs := both(parts, own=jnp.int32(1)))
+    expected = attend_joined(whole, None, jnp.int32(0), heads=HEADS, epsilon=EPSILON, first=(0, 0, 0))
+    for (_, part), x in zip(pairs, expected, strict=True):
+        np.testing.assert_array_equal(part, np.asarray(x[:, x.shape[1] // 2 :], np.float32))
+
+
 def test_the_kernel_takes_streams_that_divide_into_blocks() -> None:
-    assert takes([512, 4096], 128, jnp.bfloat16) and (queries_of([512, 4096]), keys_of(4608)) == (256, 2304)
-    assert not takes([512, 4096], 128, jnp.float32)
-    assert not takes([512, 4096], 64, jnp.bfloat16)
-    assert not takes([512, 2880], 128, jnp.bfloat16)  # blocks of 64 queries
-    assert not takes([512, 9216], 128, jnp.bfloat16)  # more than fit in VMEM
+    assert takes([512, 4096], 4608, 128, jnp.bfloat16) and (queries_of([512, 4096]), keys_of(4608)) == (256, 2304)
+    assert takes([128, 1024], 4608, 128, jnp.bfloat16) and takes([1152], 4608, 128, jnp.bfloat16)  # of four chips
+    assert not takes([512, 4096], 4608, 128, jnp.float32)
+    assert not takes([512, 4096], 4608, 64, jnp.bfloat16)
+    assert not takes([512, 2880], 3392, 128, jnp.bfloat16)  # blocks of 64 queries
+    assert not takes([512, 9216], 9728, 128, jnp.bfloat16)  # more than fit in VMEM
 
 
 @pytest.mark.parametrize("tokens", [[128], [128, 256]])

@@ -1,6 +1,7 @@
 """Flux2Transformer2DModel as FLUX.2-klein has it. Attribute names are diffusers' tensor names."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -85,15 +86,14 @@ class JointAttention(nnx.Module):
 
     @jax.named_scope("self-attention")
     def __call__(
-        self, text: jax.Array, image: jax.Array, rotation: Rotation, keys: Keys
+        self, text: jax.Array, image: jax.Array, rotations: tuple[Rotation, Rotation], keys: Keys
     ) -> tuple[jax.Array, jax.Array]:
-        tokens = text.shape[1]
         text_projected = (self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text))
         image_projected = (self.to_q(image), self.to_k(image), self.to_v(image))
         text_norms = (scales(self.norm_added_q), scales(self.norm_added_k))
         streams = [
-            Stream(*text_projected, *text_norms, rotation.part(0, tokens)),
-            Stream(*image_projected, scales(self.norm_q), scales(self.norm_k), rotation.part(tokens, None)),
+            Stream(*text_projected, *text_norms, rotations[0]),
+            Stream(*image_projected, scales(self.norm_q), scales(self.norm_k), rotations[1]),
         ]
         text, image = attend_streams(streams, self.heads, self.epsilon, **keys._asdict())
         return self.to_add_out(text), self.to_out[0](image)
@@ -125,7 +125,7 @@ class DoubleBlock(nnx.Module):
         image: jax.Array,
         text_modulation: list[Modulation],
         image_modulation: list[Modulation],
-        rotation: Rotation,
+        rotations: tuple[Rotation, Rotation],
         keys: Keys,
     ) -> tuple[jax.Array, jax.Array]:
         (shift, scale, gate), (mlp_shift, mlp_scale, mlp_gate) = image_modulation
@@ -133,7 +133,7 @@ class DoubleBlock(nnx.Module):
         of_text, of_image = self.attn(
             modulated(text, text_shift, text_scale, self.epsilon),
             modulated(image, shift, scale, self.epsilon),
-            rotation,
+            rotations,
             keys,
         )
         image = apart(image + gated(of_image, gate))
@@ -237,18 +237,25 @@ class Flux2(nnx.Module):
         rows, height, width, _ = x.shape
         time = timestep_embedding(timesteps, self.config.timestep_guidance_channels).astype(self.dtype)
         time = self.time_guidance_embed.timestep_embedder(time)
-        text_places = text_positions(prompt_embeds.shape[1])
-        places = image_positions(height * (shards.count if shards else 1), width)
+        turning = partial(rotation, dims=self.config.axes_dims_rope, theta=self.config.rope_theta)
+        places = [
+            text_positions(prompt_embeds.shape[1]),
+            image_positions(height * (shards.count if shards else 1), width),
+        ]
         if shards:
-            prompt_embeds, text_places, places = map(shards.part, (prompt_embeds, text_places, places))
+            prompt_embeds = shards.part(prompt_embeds)
         tokens, latents, keys = prompt_embeds.shape[1], height * width, Keys(shards=shards)
-        places = joined([text_places, places])
         x = x.astype(self.dtype).reshape(rows, latents, -1)
-        if references is not None:
-            places = with_references(places, references.positions)
-            keys = Keys(tokens + latents + references.length)
-            x = joined([x, references.latents.astype(self.dtype)])
-        turning = rotation(places, self.config.axes_dims_rope, self.config.rope_theta)
+        if shards:  # the tokens of all chips, in the order in which their keys are gathered
+            rotations, joint_rotation = (turning(places[0]), turning(places[1])), turning(shards.joined(places))
+        else:
+            all_places = joined(places)
+            if references is not None:
+                all_places = with_references(all_places, references.positions)
+                keys = Keys(tokens + latents + references.length)
+                x = joined([x, references.latents.astype(self.dtype)])
+            joint_rotation = turning(all_places)
+            rotations = joint_rotation.part(0, tokens), joint_rotation.part(tokens, None)
 
         image = self.x_embedder(x)
         text = self.context_embedder(prompt_embeds.astype(self.dtype))
@@ -257,12 +264,12 @@ class Flux2(nnx.Module):
             self.double_stream_modulation_img(time),
         )
         for block in self.transformer_blocks:
-            text, image = block(text, image, text_modulation, image_modulation, turning, keys)
+            text, image = block(text, image, text_modulation, image_modulation, rotations, keys)
 
         stream = joined([text, image])
         [modulation] = self.single_stream_modulation(time)
         for single in self.single_transformer_blocks:
-            stream = single(stream, modulation, turning, keys)
+            stream = single(stream, modulation, joint_rotation, keys)
 
         out = self.proj_out(self.norm_out(stream[:, tokens : tokens + latents], time))
         return out.reshape(rows, height, width, -1)

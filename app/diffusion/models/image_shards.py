@@ -3,9 +3,11 @@
 Knows nothing of networks, nor of how the chips are chosen.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class ImageShards:
         Attention gathers keys and values, as context parallelism of Llama 3 does (Dubey et al. 2024, section 3.3.2).
         """
         return jax.lax.all_gather(x, self.axes, axis=1, tiled=True)
+
+    def joined(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Tokens of all chips, [B, T_i, ...] -> [B, sum(T_i), ...], as `gathered` orders what each chip has joined."""
+        by_chip = [x.reshape(len(x), self.count, -1, *x.shape[2:]) for x in parts]
+        return jnp.concatenate(by_chip, axis=2).reshape(len(parts[0]), -1, *parts[0].shape[2:])
 
     def mean(self, x: jax.Array) -> jax.Array:
         """Over all chips."""

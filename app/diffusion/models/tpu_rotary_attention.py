@@ -35,17 +35,16 @@ class Refs(NamedTuple):
     """A stream inside the kernel."""
 
     q: Any  # [1, Q, LANES]: a block of one head
-    k: Any  # [1, T, LANES]: a head
+    k: Any  # [1, S, LANES]: a head
     v: Any
     norm_q: Any  # [1, LANES]
     norm_k: Any
-    cos: Any  # float32 [1, T, LANES]
+    cos: Any  # float32 [1, S, LANES]
     sin: Any
 
 
-def takes(tokens: Sequence[int], size: int, dtype: Any) -> bool:
-    """Whether the kernel takes streams of so many tokens, with heads of this size."""
-    keys = sum(tokens)
+def takes(tokens: Sequence[int], keys: int, size: int, dtype: Any) -> bool:
+    """Whether the kernel takes streams of so many tokens, which attend to so many in all, with heads of this size."""
     suits = dtype == jnp.bfloat16 and size == LANES and keys <= MOST_TOKENS
     return suits and queries_of(tokens) >= LEAST_QUERIES and keys_of(keys) >= LEAST_KEYS
 
@@ -53,16 +52,18 @@ def takes(tokens: Sequence[int], size: int, dtype: Any) -> bool:
 def attend_rotated(
     streams: Sequence[Any],
     lengths: jax.Array | None,
+    own: jax.Array,
     *,
     heads: int,
     epsilon: float,
     first: tuple[int, int, int],
     interpret: bool = False,
 ) -> list[jax.Array]:
-    """As rotary_attention.attend_streams, which has the types and shapes."""
+    """As rotary_attention.attend_joined, which has the types and shapes."""
     batch, dtype = len(streams[0].q), streams[0].q.dtype
     tokens = [stream.q.shape[1] for stream in streams]
-    keys, queries = sum(tokens), queries_of(tokens)
+    key_tokens = [stream.k.shape[1] for stream in streams]
+    keys, queries = sum(key_tokens), queries_of(tokens)
     blocks = [count // queries for count in tokens]
     starts = [sum(blocks[:i]) for i in range(len(blocks))]
     once: dict[str, Any] = {"pipeline_mode": pl.Buffered(1)}
@@ -73,22 +74,23 @@ def attend_rotated(
         )
 
     inputs, specs = [], []
-    for stream, start, count, length in zip(streams, starts, blocks, tokens, strict=True):
+    for stream, start, count, length in zip(streams, starts, blocks, key_tokens, strict=True):
         by_key = [
             pl.BlockSpec((1, length, LANES), lambda row, head, i, *_, column=column: (row, 0, column + head))
             for column in first[1:]
         ]
         scale = pl.BlockSpec((1, LANES), lambda *_: (0, 0))
-        own = len(stream.rotation.cos) > 1
-        table = pl.BlockSpec((1, length, LANES), lambda row, *_, own=own: (row if own else 0, 0, 0), **once)
+        by_row = len(stream.rotation.cos) > 1
+        table = pl.BlockSpec((1, length, LANES), lambda row, *_, by_row=by_row: (row if by_row else 0, 0, 0), **once)
         inputs += [*stream[:3], stream.norm_q[None], stream.norm_k[None], *stream.rotation]
         specs += [by_query(start, count, first[0]), *by_key, scale, scale, table, table]
     body = partial(kernel, starts=starts, blocks=blocks, epsilon=epsilon, masked=lengths is not None)
-    with jax.named_scope("rotary-attention-kernel"):  # capacity/kernels.py has its price by this name
+    divided = "-divided" if sum(tokens) < keys else ""
+    with jax.named_scope(f"rotary-attention-kernel{divided}"):  # capacity/kernels.py has its price by this name
         answers: tuple[jax.Array, ...] = pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2,
+                num_scalar_prefetch=3,
                 grid=(batch, heads, sum(blocks)),
                 in_specs=specs,
                 out_specs=[by_query(start, count, 0) for start, count in zip(starts, blocks, strict=True)],
@@ -96,13 +98,18 @@ def attend_rotated(
             ),
             out_shape=[jax.ShapeDtypeStruct((batch, count, heads * LANES), dtype) for count in tokens],
             cost_estimate=pl.CostEstimate(
-                flops=4 * batch * heads * keys * keys * LANES,
-                transcendentals=batch * heads * keys * keys,
-                bytes_accessed=4 * batch * heads * keys * LANES * dtype.itemsize,
+                flops=4 * batch * heads * sum(tokens) * keys * LANES,
+                transcendentals=batch * heads * sum(tokens) * keys,
+                bytes_accessed=2 * batch * heads * (sum(tokens) + keys) * LANES * dtype.itemsize,
             ),
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
             interpret=interpret,
-        )(jnp.full(batch, keys, jnp.int32) if lengths is None else lengths, shift_of(streams), *inputs)
+        )(
+            jnp.full(batch, keys, jnp.int32) if lengths is None else lengths,
+            shift_of(streams),
+            own[None],
+            *inputs,
+        )
     return list(answers)
 
 
@@ -120,6 +127,7 @@ def shift_of(streams: Sequence[Any]) -> jax.Array:
 def kernel(
     lengths: Any,
     shift_ref: Any,
+    own_ref: Any,
     *refs: Any,
     starts: Sequence[int],
     blocks: Sequence[int],
@@ -143,10 +151,10 @@ def kernel(
 
     def of_stream(run: Callable[[Refs, Any, jax.Array], None]) -> None:
         for stream, out, start, count in zip(streams, outs, starts, blocks, strict=True):
-            pl.when((i >= start) & (i < start + count))(partial(run, stream, out, i - start))
+            pl.when((i >= start) & (i < start + count))(partial(run, stream, out, own_ref[0] * count + i - start))
 
     def prepare_queries(stream: Refs, _: Any, at: jax.Array) -> None:
-        rows = pl.ds(at * queries, queries)
+        rows = pl.ds(pl.multiple_of(at * queries, TILE), queries)
         q = turned(stream.q[0], stream.norm_q, stream.cos[0, rows], stream.sin[0, rows], epsilon)
         q_ref[...] = (q * LOGITS).astype(q_ref.dtype)
 

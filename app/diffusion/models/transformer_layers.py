@@ -63,6 +63,12 @@ class Rotation(NamedTuple):
         """Of these tokens."""
         return Rotation(self.cos[:, first:end], self.sin[:, first:end])
 
+    def own(self, index: jax.Array, tokens: int) -> "Rotation":
+        """Of the part with this index, of parts with so many tokens each."""
+        if tokens == self.cos.shape[1]:
+            return self
+        return Rotation(*(jax.lax.dynamic_slice_in_dim(table, index * tokens, tokens, axis=1) for table in self))
+
 
 def rotation(positions: jax.Array, dims: Sequence[int], theta: float, *, halves: bool = False) -> Rotation:
     """Positions [B, T, A] -> rotations of heads of sum(dims) features (Su et al. 2021).
