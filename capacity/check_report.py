@@ -66,7 +66,7 @@ def throughput_table(costs: HostCosts, workload: Workload, sampler: str, evaluat
     for column in ("size", "sharing a step", "images/s", "images/s/chip", "of the padded bound", "$ per 1000"):
         table.add_column(column, justify="right")
     for size in workload.spec.sizes:
-        for throughput in costs.throughputs(size, workload.spec.batch_buckets, evaluations, rows):
+        for throughput in costs.throughputs(size, images_of_steps(workload, rows), evaluations, rows):
             table.add_row(
                 label(size),
                 str(throughput.images),
@@ -76,6 +76,11 @@ def throughput_table(costs: HostCosts, workload: Workload, sampler: str, evaluat
                 f"{costs.dollars_per_1000(throughput.image_s):.2f}",
             )
     return table
+
+
+def images_of_steps(workload: Workload, rows: int) -> tuple[int, ...]:
+    """How many images of so many rows fill a step: without guidance, twice as many as batch_buckets says."""
+    return tuple(bucket // rows for bucket in workload.spec.row_buckets if bucket % rows == 0)
 
 
 def verdicts(costs: HostCosts, workload: Workload) -> list[str]:
@@ -131,7 +136,7 @@ def report(workload: Workload, hosts: Sequence[HostCosts], sampler: str, evaluat
                 },
                 "rates": {
                     label(size): [
-                        asdict(r) for r in costs.throughputs(size, workload.spec.batch_buckets, evaluations, rows)
+                        asdict(r) for r in costs.throughputs(size, images_of_steps(workload, rows), evaluations, rows)
                     ]
                     for size in workload.spec.sizes
                 },

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from capacity import planner
-from capacity.check_report import verdicts
+from capacity.check_report import images_of_steps, verdicts
 from capacity.chips import host_of
 from capacity.compile_pool import CompileOutcome
 from capacity.configs import Workload, workload_of
@@ -63,6 +63,18 @@ def test_a_picture_costs_its_share_of_steps_a_decode_and_a_text(workload: Worklo
     assert throughputs[0].image_s == pytest.approx(51 * 0.04 + 0.05 + 0.002)
     assert throughputs[1].image_s == pytest.approx(51 * 0.06 / 2 + 0.05 + 0.002)
     assert throughputs[0].padded_s == pytest.approx(51 * 2_000_000 / 4 / host_of("v5litepod-4").chip.clock)
+
+
+def test_without_guidance_twice_as_many_pictures_share_a_step(workload: Workload) -> None:
+    spec = replace(workload.spec, batch_buckets=(1, 2), decode_buckets=(1, 2))
+    workload = replace(workload, spec=spec)
+    assert images_of_steps(workload, rows=2) == (1, 2)
+    assert images_of_steps(workload, rows=1) == (1, 2, 4)
+    assert [throughput.images for throughput in host_costs().throughputs(SIZE, (1, 2, 4), EVALUATIONS, rows=1)] == [
+        1,
+        2,
+        4,
+    ]
 
 
 def test_what_does_not_fit_is_reported_with_the_largest_bucket_that_does(workload: Workload) -> None:
