@@ -73,6 +73,7 @@ class ImageRequest:
     ahead_s: float = 0.0  # device-seconds by which it goes ahead of one that comes now: it has waited in the ingress
     progress: bool = False  # whether to stream Progress
     siblings: int = 0  # images of the same request that are made apart from it
+    counted: bool = True  # False: another part of the same request counts in the statistics
     # Of what the ingress does with the answer; no replica reads these.
     response_format: str | None = None  # b64_json or url; None: the client has not said
     asynchronous: bool = False  # a job answers it

@@ -15,12 +15,13 @@ COUNTED = ("moves", "restarts")
 
 
 def parts_of(request: ImageRequest, images: int) -> list[ImageRequest]:
+    """Requests for at most `images` images each. The last one, which tends to end last, counts in the statistics."""
     whole = request.generation
     if images >= whole.n:
         return [request]
-    return [
-        replace(request, generation=generation, siblings=whole.n - generation.n) for generation in whole.parts(images)
-    ]
+    *others, last = whole.parts(images)
+    parts = [replace(request, generation=other, siblings=whole.n - other.n, counted=False) for other in others]
+    return [*parts, replace(request, generation=last, siblings=whole.n - last.n)]
 
 
 async def answer_of_parts(parts: Sequence[ImageRequest], send: Send) -> Images:

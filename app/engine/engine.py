@@ -74,8 +74,6 @@ class Engine:
         outputs = Outputs(self._fetcher, self._dispatcher, self._failures, pipeline.default_sampler, clock)
         self._batcher = Batcher(self._intake, self._dispatcher, outputs, self._failures, self._prompt_cache)
 
-    # For any thread.
-
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -101,12 +99,14 @@ class Engine:
         age_s: float = 0.0,
         beyond_limits: bool = False,
         ahead_s: float = 0.0,
+        counted: bool = True,
     ) -> "Future[Generated]":
         """Raises QueueFull, DeadlineUnmeetable, EngineStopped, or InvalidField for what this checkpoint cannot do.
 
         A cancelled future frees its slots at the next step. A thread calls `on_preview`, at most `previews` times.
         A request from elsewhere has an `age_s`, and a place `beyond_limits`. With `resumed` it goes on, whatever its
         deadline; NotResumable for another model's. By `ahead_s` device-seconds it goes ahead of another that comes now.
+        The outcomes in `stats` have it where it is `counted`.
         """
         size = self._intake.declared_size(generation)
         if previews and on_preview is None:
@@ -115,7 +115,7 @@ class Engine:
         strength = generation.edit.strength if generation.edit else None
         table = self.pipeline.table(generation.sampler, generation.num_inference_steps, size, strength)
         request = Request.of(generation, table, self.clock() - age_s, previews, on_preview, ahead_s)
-        request.stretch = self._queues[size].stretch_of(request)
+        request.stretch, request.counted = self._queues[size].stretch_of(request), counted
         if resumed:
             resume(request, resumed, self.pipeline)
         with self._changed:

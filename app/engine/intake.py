@@ -50,7 +50,7 @@ class Intake:
         """Takes the request for the engine's next turn, or raises QueueFull or DeadlineUnmeetable."""
         with self.changed:
             if len(self.waiting()) >= self.max_waiting and not beyond_limits:
-                self._outcomes["queue_full"] += 1
+                self._count(request, "queue_full")
                 raise QueueFull(place_s(self.queued()))
             if timeout_s < math.inf:
                 self._check_deadline(request, timeout_s)
@@ -62,7 +62,7 @@ class Intake:
     def _check_deadline(self, request: Request, timeout_s: float) -> None:
         queue, queued = self.queues[request.size], self.queued()
         if (estimate_s := answer_s(request, queue, queued)) > timeout_s:
-            self._outcomes["deadline"] += 1
+            self._count(request, "deadline")
             # By then, the requests that it could overtake now have less work left, or have aged.
             last_s = answer_s(request, queue, queued, last=True)
             raise DeadlineUnmeetable(estimate_s, max(last_s - timeout_s, LEAST_RETRY_S))
@@ -72,8 +72,11 @@ class Intake:
         outcome = "cancelled" if future.cancelled() else outcome_of(future.exception())
         with self.changed:
             self.unfinished.discard(request)
-            self._outcomes[outcome] += 1
+            self._count(request, outcome)
             self.changed.notify_all()
+
+    def _count(self, request: Request, outcome: str) -> None:
+        self._outcomes[outcome] += request.counted
 
     def take_arrivals(self) -> None:
         """Moves new requests to the queues of their sizes. The engine's thread calls it."""

@@ -76,6 +76,7 @@ class Request:
     stretch: float = 1.0  # how many times as long a step takes as one of a request that looks at no images
     began: float | None = None  # when its first image got a slot
     stepped: float = math.inf  # when the device began the first step
+    counted: bool = True  # in the outcomes of requests
     leaving: bool = False  # it is to leave as soon as all its images are between two steps
     moved: bool = False
     truncated: tuple[bool, bool] = (False, False)  # the prompt and the negative prompt, once they are encoded

@@ -8,6 +8,8 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from app.api.messages import ImageRequest
+
 SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0]  # bounds of buckets
 
 
@@ -36,11 +38,21 @@ class Metrics:
         self.device = Histogram("imagine_request_device_seconds", "Device time that a request's images cost.", SECONDS)
         self._busy_s = 0.0
 
-    def finished(self, images: int, seconds: float, timings: Mapping[str, float]) -> None:
-        """Counts an answered request, with its whole duration and that of each phase."""
+    def ended(self, request: ImageRequest, outcome: str) -> None:
+        if request.counted:
+            self.requests.inc(tags={"outcome": outcome})
+
+    def finished(self, request: ImageRequest, seconds: float, timings: Mapping[str, float]) -> None:
+        """Counts an answered request, with its whole duration and that of each phase.
+
+        The part that counts stands for a request in parts, whose images cost alike.
+        """
+        images = request.generation.n
         self.images.inc(images)
+        if not request.counted:
+            return
         self.first_image.observe(seconds)
-        self.device.observe(timings["device_s"])
+        self.device.observe(timings["device_s"] * (1 + request.siblings / images))
         for phase in ("queue", "denoise", "decode", "encode"):
             self.phase.observe(timings[f"{phase}_s"], {"phase": phase})
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,18 +136,19 @@ class StableDiffusion:
                 on_preview=on_preview,
                 resumed=request.resumed,
                 age_s=request.age_s,
-                beyond_limits=request.moved,
                 ahead_s=request.ahead_s,
+                beyond_limits=request.moved,
+                counted=request.counted,
             )
         except (QueueFull, DeadlineUnmeetable, EngineStopped, NotResumable) as error:
-            self.metrics.requests.inc(tags={"outcome": outcome_of(error)})
+            self.metrics.ended(request, outcome_of(error))
             if isinstance(error, QueueFull | DeadlineUnmeetable):
                 return refusal(error, request)
             return Moved(accepted=False) if isinstance(error, EngineStopped) else Moved(lost=True)
         except InvalidField as error:  # only the checkpoint can refuse it, such as a sampler that does not suit it
-            self.metrics.requests.inc(tags={"outcome": "invalid"})
+            self.metrics.ended(request, "invalid")
             return api_error(error)
-        future.add_done_callback(self.count)
+        future.add_done_callback(partial(self.count, request))
         return self.places.hold(request.place, future)
 
     async def let_go(self, places: Sequence[str]) -> None:
@@ -160,12 +162,11 @@ class StableDiffusion:
             return Moved(error.resumed)
         except EngineStopped:
             return Moved(lost=True)
-        encoding = time.perf_counter()
-        generation = request.generation
+        encoding, generation = time.perf_counter(), request.generation
         encoded = await self.encoders.images(generation, generated, request.encoding)
         ended = time.perf_counter()
         facts, timings = facts_of(generation, generated), timings_of(generated, ended - encoding)
-        self.metrics.finished(generation.n, ended - began, timings)
+        self.metrics.finished(request, ended - began, timings)
         logger.info(
             "generated n=%d size=%s steps=%d sampler=%s %s",
             *(generation.n, facts["size"], generation.num_inference_steps, generated.sampler),
@@ -173,11 +174,11 @@ class StableDiffusion:
         )
         return Images(encoded, generated.seeds, facts, timings, self.name, self.load())
 
-    def count(self, future: Future[Generated]) -> None:
-        error = None if future.cancelled() else future.exception()
-        if not future.cancelled() and error is None:
+    def count(self, request: ImageRequest, future: Future[Generated]) -> None:
+        outcome = "cancelled" if future.cancelled() else outcome_of(future.exception())
+        if outcome == "completed":
             self.startup.reached("first_image")
-        self.metrics.requests.inc(tags={"outcome": "cancelled" if future.cancelled() else outcome_of(error)})
+        self.metrics.ended(request, outcome)
 
     async def describe(self) -> Description:
         return description_of(self.pipeline, self.name)

@@ -37,9 +37,9 @@ def client(replicas: Replicas) -> Iterator[TestClient]:
 def test_the_parts_make_the_same_images() -> None:
     request = replace(REQUEST, generation=replace(REQUEST.generation, seed=SEEDS - 1))
     parts = parts_of(request, 2)
-    assert [(part.generation.seed, part.generation.n, part.siblings) for part in parts] == [
-        (SEEDS - 1, 2, 1),
-        (1, 1, 2),
+    assert [(part.generation.seed, part.generation.n, part.siblings, part.counted) for part in parts] == [
+        (SEEDS - 1, 2, 1, False),
+        (1, 1, 2, True),
     ]
     assert parts_of(request, 3) == [request]
 

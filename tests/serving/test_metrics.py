@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 from ray.util.metrics import Metric
 
+from app.api.messages import ImageRequest
+from app.api.parts import parts_of
+from app.api.settings import Encoding
 from app.serving.metrics import SECONDS, Metrics
+from app.types import Generation
 
 Recorded = list[tuple[str, float, dict[str, str]]]
 
@@ -21,6 +25,7 @@ STATS = {
     "device_busy_s": 4.0,
     "compiles_after_ready": 0,
 }
+REQUEST = ImageRequest(Generation("a", "", 128, 128, 12, 3.5, 40, None, 2), Encoding(), 20.0)
 TIMINGS = {"queue_s": 0.5, "denoise_s": 2.0, "decode_s": 0.25, "encode_s": 0.125, "device_s": 1.0}
 
 
@@ -50,7 +55,7 @@ def test_each_metric_has_a_name_of_its_own_with_its_unit_and_says_what_it_is() -
 
 
 def test_a_finished_request_is_counted_and_its_phases_are_observed(recorded: Recorded) -> None:
-    Metrics().finished(2, 3.0, TIMINGS)
+    Metrics().finished(REQUEST, 3.0, TIMINGS)
     assert sorted(recorded, key=str) == sorted(
         [
             ("imagine_images", 2, {}),
@@ -63,6 +68,22 @@ def test_a_finished_request_is_counted_and_its_phases_are_observed(recorded: Rec
         ],
         key=str,
     )
+
+
+def test_a_request_in_parts_is_observed_once_with_what_all_its_images_cost(recorded: Recorded) -> None:
+    metrics = Metrics()
+    for part in parts_of(REQUEST, 1):
+        metrics.ended(part, "completed")
+        metrics.finished(part, 3.0, TIMINGS)
+    values = [(name, value) for name, value, tags in recorded if "phase" not in tags]
+    assert sorted(values) == [
+        ("imagine_images", 1),
+        ("imagine_images", 1),
+        ("imagine_request_device_seconds", 2 * TIMINGS["device_s"]),
+        ("imagine_requests", 1.0),
+        ("imagine_time_to_first_image_seconds", 3.0),
+    ]
+    assert len(recorded) - len(values) == 4
 
 
 def test_the_engines_state_becomes_gauges_by_size_and_bucket(recorded: Recorded) -> None:

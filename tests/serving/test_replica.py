@@ -24,6 +24,7 @@ from ray.serve._private.replica import UserCallableWrapper
 
 from app.api.errors import ApiError
 from app.api.messages import Accepted, Description, ImageRequest, Images, Moved, Preview, Progress
+from app.api.parts import parts_of
 from app.api.settings import Encoding
 from app.engine.engine import Engine
 from app.engine.errors import DeadlineUnmeetable, EngineStopped, QueueFull
@@ -399,6 +400,13 @@ def test_a_request_leaves_one_line_that_tells_times_and_not_the_prompt(
     assert f"n=2 size={WIDTH}x{HEIGHT} steps=5 sampler=ddim queue_s=0." in record.getMessage()
     assert "device_s=0." in record.getMessage()
     assert "secret" not in record.getMessage() and "fog" not in record.getMessage()
+
+
+def test_a_request_in_parts_has_one_outcome(replica: Any, recorded: Recorded) -> None:
+    for part in parts_of(ASKED, 1):
+        assert asyncio.run(replica.generate(part)).encoded
+    assert outcomes(recorded) == ["completed"]
+    assert replica.engine.stats()["requests"]["completed"] == 1
 
 
 def test_a_finished_request_is_measured_from_its_arrival_to_its_files(replica: Any, recorded: Recorded) -> None:

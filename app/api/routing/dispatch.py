@@ -101,15 +101,17 @@ class Dispatch:
         age_s: float = 0.0,
         left: Sequence[int] | None = None,
         siblings: int = 0,
+        counted: bool = True,
     ) -> Place:
         """Waits for a place. Raises ApiError if the queue is full or the time does not suffice.
 
         A request that comes `again` has been admitted before. It goes first, and to a full replica too.
         `age_s`: since it came first. `left`: the steps of each unfinished image of one that has begun.
-        `siblings`: images of the same request that come apart from it; all were admitted together.
+        `siblings`: images of the same request that come apart from it; all were admitted together, and one of
+        them is `counted` in the statistics.
         """
         now = self.clock()
-        ticket = self.router.ticket(Work.of(generation), now, key, again, age_s, left, siblings)
+        ticket = self.router.ticket(Work.of(generation), now, key, again, age_s, left, siblings, counted)
         if not again:
             self.arriving.note(now, ticket.device_s)
         if not again and not siblings:
@@ -129,7 +131,7 @@ class Dispatch:
             if future.done() and not future.cancelled() and not future.exception():
                 future.result().leave()
             else:
-                self.router.ended["cancelled"] += 1
+                self.router.ended["cancelled"] += counted
             raise
         finally:
             self.waiting.pop(ticket, None)
@@ -196,8 +198,6 @@ class Dispatch:
                 book.replicas[name].missed += 1
         self.pump()
 
-    # Polls.
-
     def keep_polling(self) -> None:
         if self.polling is None or self.polling.done():
             self.polling = asyncio.get_running_loop().create_task(self._keep_polling(), context=Context())
@@ -241,8 +241,6 @@ class Dispatch:
             return
         names = {*await self.list_replicas()}
         self.router.starting = self.starts.ready_at(names, self.router.book.replicas.keys(), self.clock())
-
-    # What others want to know.
 
     def progress(self, generation: Generation) -> Progress | None:
         """How far a request is that waits; None for any other."""

@@ -24,6 +24,7 @@ class Ticket:
     age_s: float = 0.0  # before it came again
     rest_s: float = 0.0  # device-seconds of the request's other images, where it is one of several parts
     left: tuple[float, ...] | None = None  # the steps of each unfinished image, of a request that has begun
+    counted: bool = True  # False: another part of the same request counts among those that wait
 
     @property
     def order_s(self) -> float:
@@ -43,7 +44,8 @@ class Queue:
         self.held: Counter[str | None] = Counter()  # requests that replicas have
 
     def __len__(self) -> int:
-        return sum(map(len, self.waiting.values()))
+        """The requests: one in parts counts once."""
+        return sum(ticket.counted for ticket in self)
 
     def __iter__(self) -> Iterator[Ticket]:
         for tickets in self.waiting.values():

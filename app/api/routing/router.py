@@ -46,14 +46,15 @@ class Router:
         age_s: float = 0.0,
         left: Sequence[int] | None = None,
         siblings: int = 0,
+        counted: bool = True,
     ) -> Ticket:
         """`left`: the evaluations that each unfinished image needs, of a request that has begun elsewhere. `siblings`:
-        images of the same request that have tickets of their own."""
+        images of the same request that have tickets of their own, of which one is `counted`."""
         rest_s = self.device_s(replace(work, images=siblings)) if siblings else 0.0
         if left is None or not (model := self.model(work)):
-            return Ticket(work, self.device_s(work), now, key, again, age_s, rest_s)
+            return Ticket(work, self.device_s(work), now, key, again, age_s, rest_s, counted=counted)
         steps = tuple(model.steps(replace(work, steps=count, encodes=0)) for count in left) or (LEAST_STEPS,)
-        return Ticket(work, model.device_s(work, sum(steps)), now, key, again, age_s, rest_s, steps)
+        return Ticket(work, model.device_s(work, sum(steps)), now, key, again, age_s, rest_s, steps, counted)
 
     def images_together(self, work: Work, now: float, timeout_s: float = math.inf, key: str | None = None) -> int:
         """How many images of a request go to a replica together.

@@ -72,6 +72,23 @@ def test_a_request_waits_until_a_replica_reports() -> None:
     run(test)
 
 
+def test_a_request_in_parts_waits_and_ends_once_in_the_statistics() -> None:
+    async def test(ingress: Ingress) -> None:
+        ingress.reports = []
+        parts = [
+            asyncio.ensure_future(ingress.dispatch.enter(GENERATION, 600.0, siblings=1, counted=counted))
+            for counted in (False, True)
+        ]
+        await asyncio.sleep(0)
+        assert len(ingress.dispatch.waiting) == 2 and ingress.dispatch.stats()["waiting"] == 1
+        for part in parts:
+            part.cancel()
+        await asyncio.wait(parts)
+        assert ingress.dispatch.stats()["ended"]["cancelled"] == 1
+
+    run(test)
+
+
 def test_a_client_that_goes_takes_its_request_out_of_the_queue() -> None:
     async def test(ingress: Ingress) -> None:
         ingress.reports = []
