@@ -213,7 +213,9 @@ def declared(
             pixels = [shape(*size[::-1], 3, dtype=jnp.uint8)]
             if family.fills_masks:
                 pixels.append(shape(*size[::-1], dtype=jnp.bool_))
-            encode_image = partial(encode_image_program, family, decode, row_sharding(mesh, 1), decoders_placing)
+            # The encoder is of the networks that decode, so what divides a decode divides an encode.
+            sharding = shapes.sharding(mesh, "decode", size, 1)
+            encode_image = partial(encode_image_program, family, decode, sharding, decoders_placing)
             programs.append(program(f"encode image {label}", encode_image, decoders, *pixels))
         if shapes.references is not None:
             tokens, image = shape(*shapes.references.latents.shape), shape(*state.latents.shape[1:])

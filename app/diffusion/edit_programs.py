@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from app.diffusion.families.family import Family, Networks
+from app.diffusion.models.image_shards import ImageShards
 from app.diffusion.models.references import References
+from app.diffusion.models.strips import Strips
 from app.diffusion.networks import modules_of
-from app.diffusion.sharding import divided
+from app.diffusion.sharding import divided, image_shards, strips_of, together_on
 
 # The numbers of the noises that sample the posteriors of an image, and of what is outside its mask. No step has them.
 POSTERIOR, OUTSIDE_POSTERIOR = -1, -2
@@ -65,13 +67,26 @@ def encode_image_program(
     colours = pixels.astype(jnp.float32) / 127.5 - 1
     if blank is not None:
         colours = jnp.where(blank[..., None], 0.0, colours)
-    moments = divided(partial(encode_rows, family, networks), sharding, placing)(params, colours[None])
-    return moments[0, 0], moments[0, 1]
+    moments_of = partial(encode_rows, family, networks, together_on(sharding), shards=image_shards(sharding))
+    mean, deviation = jnp.split(divided(moments_of, sharding, placing)(params, colours[None])[0], 2, axis=-1)
+    return mean, deviation
 
 
-def encode_rows(family: Family, networks: Networks, params: Any, colours: jax.Array) -> jax.Array:
-    """[B, H, W, 3] in [-1, 1] -> means and deviations, float32 [B, 2, h, w, C]."""
-    return jnp.stack(family.encode_image(modules_of(networks, params), colours), axis=1)
+def encode_rows(
+    family: Family,
+    networks: Networks,
+    together: int | None,
+    params: Any,
+    colours: jax.Array,
+    *,
+    shards: ImageShards | None = None,
+) -> jax.Array:
+    """[B, H, W, 3] in [-1, 1] -> means and deviations, float32 [B, h, w, 2 * C].
+
+    With `shards` the colours are this chip's part of their images.
+    """
+    strips = Strips(strips_of(1, colours.shape[1] // family.pixels_per_latent, together), shards)
+    return jnp.concatenate(family.encode_image(modules_of(networks, params), colours, strips=strips), axis=-1)
 
 
 def reference_program(references: jax.Array, latents: jax.Array, at: jax.Array) -> jax.Array:

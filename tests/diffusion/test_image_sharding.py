@@ -1,5 +1,5 @@
-"""Images that the chips of a host divide: the same pictures on four and eight virtual devices, in a process of their
-own, as JAX counts them once."""
+"""Images that the chips of a host divide: the same pictures and latents on four and eight virtual devices, in processes
+of their own, as JAX counts them once."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from app.diffusion.models.image_shards import ImageShards
 from app.diffusion.sharding import image_sharding, image_shards, row_sharding
 from app.types import PipelineSpec
 from capacity.models import architecture_of
-from tests import tiny_flow
+from tests import tiny, tiny_flow
 from tests.diffusion.eight_devices import printed_lines
 
 CHILD = """
@@ -64,6 +64,48 @@ for devices in (4, 8):
         # A chip computes its part, and what images have in common.
         assert step < 1.6 * rows / devices and decode < 2 / devices, (step, decode)
 """
+
+ENCODES = """
+import sys
+import jax, numpy as np
+from app.diffusion.families import flux2_klein
+from app.diffusion.pipeline import Pipeline
+from app.diffusion.sharding import ROWS_TOGETHER
+from app.types import Edit, PipelineSpec
+from tests.diffusion.some_programs import compile_some
+
+flux2_klein.HIDDEN_STATES, flux2_klein.TEXT_LENGTH = (1, 2, 4), 32
+SIZE = (16, 64)
+image = np.random.default_rng(0).integers(0, 256, (64, 16, 3), np.uint8)
+
+def encoded(model, devices):
+    pipeline = Pipeline.load(PipelineSpec(model, (SIZE,), (1,), 4, edits=True), devices=jax.devices()[:devices])
+    compile_some(pipeline, "encode image", "place")
+    latents = np.stack(pipeline.encode_image(Edit(image), SIZE).posterior)
+    return latents, pipeline.run["encode image 16x64"].cost_analysis()["flops"]
+
+for model in sys.argv[1:]:
+    whole, flops = encoded(model, 1)
+    assert np.abs(np.diff(whole[0], axis=0)).max() > 0.1
+    for devices, together in ((4, 2), (8, None)):
+        ROWS_TOGETHER["cpu"] = together  # Two: each chip cuts its part into two strips, as on TPUs into eight.
+        latents, part = encoded(model, devices)
+        apart = np.abs(latents - whole).max()
+        print(model, devices, apart, part / flops)
+        assert apart < 1e-5, (model, devices, apart)
+        assert part < 1.5 * flops / devices, (model, devices, part / flops)
+    ROWS_TOGETHER.pop("cpu")
+"""
+
+
+@pytest.mark.slow
+def test_an_image_encoded_by_several_chips_has_the_same_latents(tmp_path: Path) -> None:
+    """Of an AutoencoderKL, and of klein's, which has patches behind it."""
+    folders = [
+        tiny.write_checkpoint(tmp_path / "sd", "tiny-sd2", tiny.tensor_shapes()["tiny-sd2"]),
+        tiny_flow.write_checkpoint(tmp_path, "tiny-klein", tiny_flow.tensor_tables()["tiny-klein"]),
+    ]
+    assert len(printed_lines(ENCODES, *map(str, folders))) == 4
 
 
 @pytest.mark.slow

@@ -143,8 +143,8 @@ class AutoencoderFamily(FamilyDefaults):
     def pixels_per_latent(self) -> int:
         return self.vae.scale_factor
 
-    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
-        mean, deviation = networks["vae"].posterior(pixels)
+    def encode_image(self, networks: Networks, pixels: Array, *, strips: Strips) -> tuple[Array, Array]:
+        mean, deviation = networks["vae"].posterior(pixels, strips=strips)
         return mean, deviation
 
     def decode(self, networks: Networks, latents: Array, *, strips: Strips) -> Array:

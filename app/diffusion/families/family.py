@@ -143,7 +143,7 @@ class Family(Protocol):
         """Whether the denoiser was trained to fill masks: it gets OUTSIDE, and draws nothing without a mask."""
         ...
 
-    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
+    def encode_image(self, networks: Networks, pixels: Array, *, strips: Strips) -> tuple[Array, Array]:
         """Pixels [B, H, W, 3] in [-1, 1] -> float32 mean and deviation [B, h, w, C] of latents as the denoiser knows
         them. It gets the networks that decode. Only where `capabilities` has edits."""
         ...
@@ -163,7 +163,7 @@ class Family(Protocol):
         ...
 
     def divides_images(self, verb: Role, size: Size, chips: int) -> bool:
-        """Whether `denoise` or `decode` can have images of this size divided over so many chips.
+        """Whether `denoise` can have images of this size divided over so many chips, or `decode` and `encode_image`.
 
         Each has h / chips rows of the latents then, and `strips` says which chips share an image.
         """
@@ -218,7 +218,7 @@ class FamilyDefaults:
     def fills_masks(self) -> bool:
         return False
 
-    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
+    def encode_image(self, networks: Networks, pixels: Array, *, strips: Strips) -> tuple[Array, Array]:
         raise NotImplementedError(f"{type(self).__name__} encodes no images.")
 
     def latent_mask(self, mask: Mask) -> npt.NDArray[np.float32]:

@@ -134,8 +134,8 @@ class Flux2Klein(FamilyDefaults):
         """With the strength of Flux2KleinInpaintPipeline. diffusers has no pipeline that begins from a whole image."""
         return Capabilities(edits=True, masks=True, references=MOST_REFERENCES, strength=0.8, mask_strength=0.8)
 
-    def encode_image(self, networks: Networks, pixels: Array) -> tuple[Array, Array]:
-        mean, deviation = networks["vae"].posterior(pixels)
+    def encode_image(self, networks: Networks, pixels: Array, *, strips: Strips) -> tuple[Array, Array]:
+        mean, deviation = networks["vae"].posterior(pixels, strips=strips)
         return mean, deviation
 
     def latent_mask(self, mask: Mask) -> npt.NDArray[np.float32]:

@@ -24,12 +24,12 @@ class Flux2VAE(VAE):
         self.epsilon = config.batch_norm_eps
         self.bn = Statistics(config.patch_channels)
 
-    def posterior(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def posterior(self, pixels: jax.Array, *, strips: Strips = WHOLE) -> tuple[jax.Array, jax.Array]:
         """Pixels [B, 16 * h, 16 * w, 3] in [-1, 1] -> mean [B, h, w, 4 * C] of latents as the denoiser knows them.
 
         The deviation is zero: FLUX.2's pipelines take the mean of the posterior.
         """
-        mean, _ = self.encode(pixels)
+        mean, _ = self.encode(pixels, strips=strips)
         deviation = jnp.sqrt(self.bn.running_var[...] + self.epsilon)[None, None, None]
         latents = (to_patches(mean).astype(jnp.float32) - self.bn.running_mean[...][None, None, None]) / deviation
         return latents, jnp.zeros_like(latents)

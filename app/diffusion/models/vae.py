@@ -122,12 +122,12 @@ class Encoder(nnx.Module):
         self.conv_norm_out = group_norm(channels[-1], groups, EPSILON, dtype=dtype, rngs=rngs)
         self.conv_out = conv(channels[-1], 2 * config.latent_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv_in(x)
+    def __call__(self, x: jax.Array, *, strips: Strips) -> jax.Array:
+        x = self.conv_in(x, strips=strips)
         for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+            x = block(x, strips=strips)
+        x = self.mid_block(x, strips=strips)
+        return normed_conv(self.conv_norm_out, self.conv_out, [x], strips)
 
 
 class Decoder(nnx.Module):
@@ -171,17 +171,20 @@ class VAE(nnx.Module):
         if config.use_post_quant_conv:
             self.post_quant_conv = conv(config.latent_channels, config.latent_channels, 1, dtype=dtype, rngs=rngs)
 
-    def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance [B, h, w, C] of unscaled latents."""
-        x = self.encoder(pixels.astype(self.dtype))
+    def encode(self, pixels: jax.Array, *, strips: Strips = WHOLE) -> tuple[jax.Array, jax.Array]:
+        """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance [B, h, w, C] of unscaled latents.
+
+        h must be a multiple of the strips, as in `decode`.
+        """
+        x = self.encoder(cut(pixels.astype(self.dtype), strips), strips=strips)
         if hasattr(self, "quant_conv"):
             x = self.quant_conv(x)
-        mean, log_variance = jnp.split(x, 2, axis=-1)
+        mean, log_variance = jnp.split(joined(x, strips), 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
-    def posterior(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def posterior(self, pixels: jax.Array, *, strips: Strips = WHOLE) -> tuple[jax.Array, jax.Array]:
         """Pixels [B, H, W, 3] in [-1, 1] -> float32 mean and deviation [B, h, w, C] of scaled latents."""
-        mean, log_variance = (x.astype(jnp.float32) for x in self.encode(pixels))
+        mean, log_variance = (x.astype(jnp.float32) for x in self.encode(pixels, strips=strips))
         scaling_factor = self.config.scaling_factor
         return (mean - self.config.shift_factor) * scaling_factor, jnp.exp(log_variance / 2) * scaling_factor
 
