@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from app.diffusion.timing import timed
 from app.engine.virtual import Clock, Done, RealClock, VirtualPipeline
 from app.types import DispatchCost, Size
+from capacity.chips import CHIPS
 
-# By operations a decode of SD 1.x at 512x512 is 3.1 rows of its UNet (2.51 to 0.80 TFLOP), and an encode 1.4.
-SD1_DECODE_STEPS, SD1_ENCODE_STEPS = 3.1, 1.4
+# By operations a decode of SD 1.x at 512x512 is 3.1 rows of its UNet (2.51 to 0.80 TFLOP).
+SD1_DECODE_STEPS = 3.1
+# Its encode over the eight chips of a v5litepod-8 is 0.28 rows, of which a chip takes two a step: cycles that libtpu
+# estimates for each chip (docs/measured.md), and what the chips exchange, which it does not estimate. They wait for a
+# neighbour's rows before each of 25 convolutions, for a sum at each of 22 group norms, and for keys and values.
+V5E_HZ, ROW_CYCLES, ENCODE_CYCLES = CHIPS["v5e"].clock, 24.1e6 / 2, 2.78e6
+EXCHANGES, EXCHANGE_S = 25 + 22, 5e-6  # assumed: an exchange of few bytes takes five microseconds
+GATHERED, LINK_BYTES_S = 2 * 4 * 2**20, 45e9  # bytes that reach a chip, and one direction of a link
+SD1_ENCODE_STEPS = (ENCODE_CYCLES + V5E_HZ * (EXCHANGES * EXCHANGE_S + GATHERED / LINK_BYTES_S)) / ROW_CYCLES
 SETTLED_S, HICCUP_EVERY_S = 1.0, 1.0  # device-seconds: until clocks have ramped up, and from one hiccup to the next
 
 
@@ -29,7 +37,7 @@ class Pace:
     cold: float = 1.0  # how many times slower the clocks are at first
     hiccup_s: float = 0.0  # what one dispatch takes longer, now and then
     divided: float = 0.0  # how much of their speed chips keep that divide an image; 0: fewer rows than chips stay whole
-    encode_steps: float = 0.0  # the encode of an image, as `decode_steps`
+    encode_steps: float = 0.0  # the encode of an image over all chips, in steps as `decode_steps`
 
     def step(self, rows: int) -> float:
         if self.divided and rows < self.chips:
