@@ -4,8 +4,8 @@ import base64
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,14 @@ def paced_config(port: int, replicas: int, chips: int) -> dict[str, Any]:
     return content
 
 
-def config(verbs: Verbs, folder: Path, replicas: int) -> Path:
-    """Of replicas that share a node."""
-    path = folder / f"paced-{replicas}.yaml"
-    path.write_text(yaml.safe_dump(paced_config(verbs.serve_port, replicas, chips=1)))
-    return path
+@pytest.fixture(scope="module")
+def api(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two replicas that share a node."""
+    path = tmp_path_factory.mktemp("moves") / "paced.yaml"
+    path.write_text(yaml.safe_dump(paced_config(verbs.serve_port, 2, chips=1)))
+    succeeds(verbs("deploy", "undeploy"))  # whose replica would hold the chips of the only node
+    succeeds(verbs.deploy(path))
+    return f"http://127.0.0.1:{verbs.serve_port}"
 
 
 def drawn(encoded: str) -> int:
@@ -72,13 +75,38 @@ def running(api: str) -> dict[str, Any]:
     return {name: stats for name, stats in answer["replicas"].items() if stats.get("active_slots")}
 
 
+def queue(api: str) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(fetch(f"{api}/v1/stats")[1])["queue"]
+    return answer
+
+
+def test_a_request_that_waits_in_a_replica_goes_to_one_that_becomes_free(verbs: Verbs, api: str) -> None:
+    """The third request waits behind the first, which ends sooner than the second. The second's client hangs up."""
+
+    def first_is_ahead() -> bool:
+        pages = queue(api)["replicas"].values()
+        return sum(page["usable"] for page in pages) == 2 and 0 < max(page["backlog_s"] for page in pages) < ahead_s
+
+    ahead_s = 0.95 * STEPS * STEP_S
+    second = HTTPConnection("127.0.0.1", verbs.serve_port, timeout=30)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(whole, api, 10_000)
+        assert soon(first_is_ahead)
+        body = json.dumps({"prompt": "a", "num_inference_steps": STEPS, "seed": 20_000})
+        second.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+        assert soon(lambda: len(running(api)) == 2)
+        third = pool.submit(whole, api, 30_000)
+        assert soon(lambda: sum(page["requests"] for page in queue(api)["replicas"].values()) == 3)
+        second.close()
+        answers = [first.result(), third.result()]
+    assert [(answer.get("moves", 0), answer.get("restarts", 0)) for answer in answers] == [(0, 0), (1, 0)]
+    assert queue(api)["rebalanced"] == 1
+
+
 def test_a_replica_that_is_taken_away_is_empty_at_once_and_its_images_are_finished_elsewhere(
-    verbs: Verbs, tmp_path: Path
+    verbs: Verbs, api: str
 ) -> None:
     """A picture takes 4 s alone, and the eight of them 16 s on two replicas. Serve ends one replica meanwhile."""
-    succeeds(verbs("deploy", "undeploy"))  # whose replica would hold the chips of the only node
-    succeeds(verbs.deploy(config(verbs, tmp_path, 2)))
-    api = f"http://127.0.0.1:{verbs.serve_port}"
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(streamed if seed % 2 else whole, api, 1000 * seed) for seed in range(8)]
         assert soon(lambda: len(running(api)) == 2)
