@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from tests.compiling import compile_in_the_least_time
+
 pytest_plugins = ["tests.skips", "tests.scheduling"]
 
 # What is tested is the CPU, also where JAX for CUDA is installed: tests compare bits, and run in several processes.
@@ -16,8 +18,8 @@ jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 # An accidental broadcast between ranks is an error, also in the processes that tests start.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile much and compute little, so they leave out the slow passes of LLVM. Processes that they start do not.
-jax.config.update("jax_disable_most_optimizations", True)
+# Tests compile much and compute little.
+compile_in_the_least_time(True)
 
 # A shell that starts the tests in the background has Ctrl-C ignored, which the commands that tests stop would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,14 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def fully_optimized() -> Iterator[None]:
     """Compiles as a replica does, for claims about single bits: these depend on how loops are vectorized."""
-    jax.config.update("jax_disable_most_optimizations", False)
+    compile_in_the_least_time(False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    compile_in_the_least_time(True)
 
 
 @pytest.fixture
 def compiled_quickly(fully_optimized: None) -> Iterator[None]:
     """Of a module with claims about single bits, a test that makes none and compiles programs of its own."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    compile_in_the_least_time(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    compile_in_the_least_time(False)

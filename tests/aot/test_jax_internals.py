@@ -15,6 +15,7 @@ from jax.stages import Compiled
 from app.aot import jax_internals
 from app.aot.jax_internals import BACKEND_COMPILE, ENVELOPE, UnknownClass, Unpickler, devices_of, load_executable
 from cluster import ROOT
+from tests import compiling
 
 PACKAGES = ("app", "benchmarks", "capacity", "cluster", "demo", "jobs", "loadtest")
 PRIVATE = re.compile(r"jax(lib)?(\.\w+)*\.(_\w+)")  # jax._src.core, jax.experimental.x._Y, jaxlib._jax
@@ -84,3 +85,9 @@ def test_jax_reports_a_compile_by_its_event() -> None:
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert BACKEND_COMPILE in events
+
+
+def test_what_tests_compile_has_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compiling.options, "xla_cpu_no_such_option", True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_cpu_no_such_option'"):
+        jax.jit(lambda x: x + 2).lower(jax.ShapeDtypeStruct((5,), jnp.float32)).compile()
