@@ -200,6 +200,7 @@ def test_the_log_has_no_prompts_and_has_the_apis_request_id(nginx: Nginx) -> Non
     assert "secret" not in log and re.search(r'"GET /imagine" 200 \d+ [\d.]+ [0-9a-f]{32}\n', log)
 
 
+@pytest.mark.slow
 def test_slow_clients_are_disconnected(api: str, tmp_path: Path) -> None:
     seconds = {
         "client_header_timeout 10s": "client_header_timeout 1s",

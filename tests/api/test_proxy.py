@@ -254,6 +254,7 @@ def test_a_client_that_reads_nothing_of_its_answer_is_disconnected(
         assert soon(lambda: bool(application.ended), 20)
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_slowly_gets_the_whole_answer(
     application: Application, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_each_program_is_reported_when_it_starts_and_when_it_ends(tmp_path: Path
     assert reports == [("a", True), ("a", False), ("b", True), ("b", False)]
 
 
+@pytest.mark.slow
 def test_an_interruption_ends_the_workers_at_once(tmp_path: Path, started: Started) -> None:
     def interrupt() -> None:
         if started:
@@ -128,6 +129,7 @@ def test_an_interruption_ends_the_workers_at_once(tmp_path: Path, started: Start
     assert len(started) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, started: Started) -> None:
     def interrupt() -> None:
         if list(tmp_path.iterdir()):

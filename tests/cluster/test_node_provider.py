@@ -178,6 +178,7 @@ def test_a_stock_out_refuses_about_as_many_as_it_should(
     assert provider.workers() == ["ray_tpu-1", "ray_tpu-2"]
 
 
+@pytest.mark.slow
 def test_a_node_takes_its_time_to_come(provider: LocalNodeProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", slept.append)

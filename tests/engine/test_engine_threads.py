@@ -215,6 +215,7 @@ def test_a_verb_that_fails_now_and_then_stops_nothing(fake: FakePipeline, engine
     assert engine.healthy
 
 
+@pytest.mark.slow
 def test_a_request_that_comes_while_none_waits_joins_the_next_step() -> None:
     """The thread does not dispatch a second step while the first one runs."""
     fake = FakePipeline(step_time=lambda size, rows: 2.0, row_buckets=(1, 2, 4, 8), num_slots=8)
