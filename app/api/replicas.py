@@ -86,8 +86,7 @@ class Replicas:
         again, resumed = request.moved or request.age_s > 0, request.resumed
         left = [image.steps_left for image in resumed.images] if resumed else None
         return await self.dispatch.enter(
-            *(request.generation, request.timeout_s, key, again, request.age_s),
-            *(left, request.siblings, request.counted),
+            request.generation, request.timeout_s, key, again, request.age_s, left, request.siblings, request.counted
         )
 
 
