@@ -33,9 +33,10 @@ PATIENCE_S = 180.0
 PROMPT = "a red house under a yellow sun at dusk"
 LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "seed": 7}  # long enough for things to happen to it
 QUICK = {"metrics_interval_s": 1, "look_back_period_s": 2, "max_replicas": 3}
+POLICY = {"objective_s": 10, "hold_s": 5, "start_s": 5}  # one client at a time wants one replica
 # With the least objective that the policy takes, half of what nine clients ask for wants three replicas. With 0.5 s it
 # took nearly all: a machine whose clients are slow beside its replicas never wanted the third.
-POLICY = {"objective_s": 0.1, "hold_s": 5, "start_s": 5}
+EAGER = POLICY | {"objective_s": 0.1}
 # More than the clients of `load`, who all may wait in the ingress.
 WAITING = 12
 Answer = tuple[int, bytes, dict[str, str]]
@@ -52,14 +53,18 @@ def verbs() -> Iterator[Verbs]:
 
 @pytest.fixture(scope="module")
 def config(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"), verbs, POLICY)
+
+
+def write_config(folder: Path, verbs: Verbs, policy: dict[str, float]) -> Path:
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     content["http_options"]["port"] = verbs.serve_port
     deployments = content["applications"][0]["deployments"]
     (model,) = [deployment for deployment in deployments if "autoscaling_config" in deployment]
     model["autoscaling_config"] |= QUICK
-    model["autoscaling_config"]["policy"]["policy_kwargs"] = POLICY
+    model["autoscaling_config"]["policy"]["policy_kwargs"] = policy
     model["max_queued_requests"] = content["applications"][0]["args"]["max_waiting"] = WAITING
-    path = tmp_path_factory.mktemp("config") / "serve_config.yaml"
+    path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
 
@@ -103,14 +108,14 @@ def generate(api: str, body: dict[str, Any]) -> Answer:
 
 
 @contextmanager
-def load(api: str, clients: int) -> Iterator[list[Answer]]:
+def load(api: str, clients: int, steps: int = 10) -> Iterator[list[Answer]]:
     """So many clients, each of which asks again as soon as it has its answer; all answers, complete after the block."""
     answers: list[Answer] = []
     stop = threading.Event()
 
     def client() -> None:
         while not stop.is_set():
-            answers.append(generate(api, {"prompt": PROMPT, "num_inference_steps": 25}))
+            answers.append(generate(api, {"prompt": PROMPT, "num_inference_steps": steps}))
 
     with ThreadPoolExecutor(clients) as pool:
         running = [pool.submit(client) for _ in range(clients)]
@@ -130,8 +135,11 @@ def retry_after(answer: Answer) -> int:
     return int({name.lower(): value for name, value in answer[2].items()}["retry-after"])
 
 
-def test_replicas_and_nodes_follow_the_load_up_and_down_and_no_request_fails(api: str, verbs: Verbs) -> None:
-    with load(api, clients=9) as answers:
+def test_replicas_and_nodes_follow_the_load_up_and_down_and_no_request_fails(
+    api: str, verbs: Verbs, tmp_path: Path
+) -> None:
+    succeeds(verbs.deploy(write_config(tmp_path, verbs, EAGER)))
+    with load(api, clients=9, steps=25) as answers:
         assert soon(lambda: len(replicas(api)) == 3 and tpu_nodes(verbs) == 3, PATIENCE_S)
         assert "Adding " in succeeds(verbs("local", "monitor", "--once"))
         status = succeeds(verbs("deploy", "status"))
