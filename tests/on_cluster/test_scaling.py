@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -56,7 +56,7 @@ def config(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(tmp_path_factory.mktemp("config"), verbs, POLICY)
 
 
-def write_config(folder: Path, verbs: Verbs, policy: dict[str, float]) -> Path:
+def write_config(folder: Path, verbs: Verbs, policy: Mapping[str, float]) -> Path:
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     content["http_options"]["port"] = verbs.serve_port
     deployments = content["applications"][0]["deployments"]
