@@ -1,5 +1,6 @@
 """How XLA compiles in a process of pytest: in the least time, or as a replica does. Processes that tests start do the
-latter. The private function of JAX was seen in 0.10.2; a test in tests/aot/test_jax_internals.py holds it to that."""
+latter, but for those of tests/diffusion/eight_devices.py. The private function of JAX was seen in 0.10.2; a test in
+tests/aot/test_jax_internals.py holds it to that."""
 
 from typing import Any
 

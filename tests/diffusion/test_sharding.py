@@ -101,8 +101,7 @@ def test_fewer_rows_of_large_latents_go_through_together(side: int, rows: int) -
 @pytest.mark.slow
 def test_one_four_and_eight_devices_draw_the_same(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "tiny-sd2", tensor_shapes()["tiny-sd2"])
-    # Without its emitters for fusions XLA compiles in two thirds of the time.
-    assert len(printed_lines(CHILD, str(folder), flags="--xla_cpu_use_fusion_emitters=false")) == 9
+    assert len(printed_lines(CHILD, str(folder))) == 9
 
 
 @pytest.mark.parametrize(
