@@ -129,7 +129,7 @@ pytest := env -u MAKEFLAGS -u MFLAGS $(py) -m pytest --durations=10 --durations-
 by_file := --dist loadfile --no-loadscope-reorder
 beside := -n auto --maxprocesses 4 $(by_file)
 over_ssh := tests/cluster/test_remote_ssh.py
-clusters := -n 2 --dist loadscope --ignore $(over_ssh)
+clusters := -n 2 --dist loadscope tests/on_cluster
 elsewhere := not jobs and not scaling and not parity and not faults and not chaos and not browser
 
 test: dev ## Run all tests but those with a target of their own; TESTS="tests/test_x.py -k name" for some

@@ -29,7 +29,7 @@ from app.types import ActiveSlot, DispatchCost, Generation, InvalidField, Size
 
 SMALL, LARGE = (8, 8), (16, 8)
 VERBS = ("encode", "encode_image", "insert", "step", "decode", "preview", "export", "import", "wait", "read")
-WAIT_S = 20.0  # no test waits so long unless it fails
+WAIT_S = 60.0  # no test waits so long unless it fails
 START = 1000.0  # on the clock
 
 Seconds = Callable[[Size, int], float]  # by size and bucket

@@ -246,12 +246,12 @@ def test_finding_a_key_reads_no_disk_and_a_thread_reads_changes(file: Path, monk
     assert readers.get() is threading.current_thread()
     assert name_of(known, "key of alice") == "alice" and readers.empty()
     known.start_refreshing()
-    reader = readers.get(timeout=60)
+    reader = readers.get(timeout=120)
     assert reader is not threading.current_thread()
     write(file, entry("bob", "key of bob"))
     for _ in range(2):  # the first may have begun before
-        readers.get(timeout=60)
-    readers.get(timeout=60)
+        readers.get(timeout=120)
+    readers.get(timeout=120)
     assert [name_of(known, f"key of {name}") for name in ("alice", "bob")] == [None, "bob"]
     del known
     reader.join(60)

@@ -85,7 +85,7 @@ class Nginx:
             yield self
         finally:
             process.terminate()
-            process.communicate(timeout=20)
+            process.communicate(timeout=60)
 
     @contextlib.contextmanager
     def connected(self, host: str = "127.0.0.1") -> Iterator[socket.socket]:

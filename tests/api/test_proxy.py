@@ -4,10 +4,12 @@ in front of a test application. tests/on_cluster/test_front.py tests both in Ser
 import ast
 import asyncio
 import contextlib
+import operator
 import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -167,12 +169,15 @@ def test_each_request_on_a_connection_has_its_own_limits(port: int) -> None:
 )
 def test_an_unfinished_head_times_out(port: int, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     """A byte from time to time does not extend the deadline."""
-    monkeypatch.setattr(proxy_protocol, "HEAD_S", 0.4)
-    with connected(port) as connection:
-        first, separator, second = sent.rpartition(b"\r\n\r\n")
-        connection.sendall(first + separator)
+    first, separator, second = sent.rpartition(b"\r\n\r\n")
+    with contextlib.ExitStack() as stack:
         if separator:
+            connection = stack.enter_context(connected(port))
+            connection.sendall(first + separator)
             assert answers(received(connection, 1))[0].status == 200
+        monkeypatch.setattr(proxy_protocol, "HEAD_S", 0.4)
+        if not separator:
+            connection = stack.enter_context(connected(port))
         connection.sendall(second)
         connection.settimeout(0.1)
         data = b""
@@ -197,8 +202,8 @@ def test_an_unfinished_head_times_out(port: int, monkeypatch: pytest.MonkeyPatch
 def test_a_body_may_take_as_long_as_the_application_allows(
     application: Application, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy_protocol, "HEAD_S", 0.2)
-    monkeypatch.setattr(proxy_protocol, "UNREAD_BODY_S", 0.2)
+    monkeypatch.setattr(proxy_protocol, "HEAD_S", 1.0)
+    monkeypatch.setattr(proxy_protocol, "UNREAD_BODY_S", 1.0)
 
     async def echo(scope: Scope, receive: Receive, send: Send) -> None:
         body = b""
@@ -210,7 +215,7 @@ def test_a_body_may_take_as_long_as_the_application_allows(
     with connected(port) as connection:
         connection.sendall(head("POST", "/", "Content-Length: 5"))
         for byte in b"hello":
-            assert not closed_within(connection, 0.1)
+            assert not closed_within(connection, 0.4)
             connection.sendall(bytes([byte]))
         assert answers(received(connection, 1))[0].body == b"hello"
 
@@ -254,26 +259,32 @@ def test_a_client_that_reads_nothing_of_its_answer_is_disconnected(
         assert soon(lambda: bool(application.ended), 20)
 
 
-@pytest.mark.slow
 def test_a_client_that_reads_slowly_gets_the_whole_answer(
     application: Application, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy_protocol, "WRITE_S", 0.3)
+    """Deadlines pass one after another, each as soon as something has been read since the one before."""
+    due: deque[tuple[BoundedProtocol, int]] = deque()
+    unsent = operator.methodcaller("get_write_buffer_size")
+    monkeypatch.setattr(BoundedProtocol, "expect_reading", lambda self: due.append((self, unsent(self.transport))))
 
     async def large(scope: Scope, receive: Receive, send: Send) -> None:
         await say(send, 200, b"a" * (24 << 20), "text/plain")
 
     application.answer = large
+    deadlines = 0
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         connection.connect(("127.0.0.1", port))
         connection.sendall(head("GET", "/", "Connection: close"))
-        taken, ended = 0, False
-        while not ended:
+        taken, piece = 0, b"a"
+        while piece:
             piece = connection.recv(1 << 20, socket.MSG_WAITALL)
-            taken, ended = taken + len(piece), not piece
-            threading.Event().wait(0.05)
-    assert taken > 24 << 20
+            taken += len(piece)
+            if due and unsent(due[0][0].transport) < due[0][1]:
+                protocol, before = due.popleft()
+                protocol.loop.call_soon_threadsafe(protocol.check_reading, before)
+                deadlines += 1
+    assert taken > 24 << 20 and deadlines > 3
 
 
 # Pipelining, trailers, upgrades, nonsense

@@ -36,7 +36,7 @@ from benchmarks.whole_batch import (
 from loadtest.arrivals import poisson
 
 SIZE = (16, 8)
-WAIT_S = 20.0
+WAIT_S = 60.0
 FAST = Pace(chips=2, step_s=1e-4, decode_steps=1.0)
 
 

@@ -215,7 +215,7 @@ def shell(home: Path, command: str) -> subprocess.CompletedProcess[str]:
     """Runs a command as Ray would over SSH, without login and terminal."""
     text = _with_environment_variables(f"export RAY_HEAD_IP=10.0.0.2; {command}", {"RAY_USAGE_STATS_ENABLED": 1})
     environment = {"HOME": str(home), "PATH": f"{home}/imagine/.venv/bin:{os.environ['PATH']}"}
-    return subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, cwd=home, timeout=60)
+    return subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, cwd=home, timeout=120)
 
 
 def set_up(home: Path) -> None:
@@ -292,7 +292,7 @@ def test_the_watcher_starts_after_ray_in_a_session_of_its_own(home: Path) -> Non
     command = config(BASE)["worker_start_ray_commands"][-1]
     started = shell(home, command.replace("/tmp/ray/session_latest/logs", str(logs)))
     assert (started.returncode, started.stdout, started.stderr) == (0, "", "")
-    words = subprocess.run(["cat", done], capture_output=True, text=True, timeout=60).stdout.split()
+    words = subprocess.run(["cat", done], capture_output=True, text=True, timeout=120).stdout.split()
     assert words[:3] == ["-m", "cluster.node_watcher", "token"]
     assert words[3] == words[4]  # the leader of its session
     assert (logs / "watcher.log").read_text() == "watching\n"

@@ -166,7 +166,7 @@ class Far:
             yield process
         finally:
             process.terminate()
-            process.communicate(timeout=30)
+            process.communicate(timeout=60)
 
     def write(self, name: str, text: str, mode: int = 0o600) -> None:
         file = self.base / name
@@ -242,7 +242,7 @@ def test_up_that_is_interrupted_goes_on_when_it_is_run_again(far: Far) -> None:
     with far.start("remote", "up") as first:
         assert soon(lambda: (far.base / "home/setting-up").exists())
         os.killpg(first.pid, signal.SIGINT)
-        output = first.communicate(timeout=60)[0]
+        output = first.communicate(timeout=120)[0]
     assert first.returncode == 130 and output.endswith("Interrupted.\n"), output
     assert "gcs_server" not in head(far)
     # Ray's provider for machines at hand writes its state in place, so an interrupt may leave an empty file, which Ray
@@ -300,7 +300,7 @@ def test_monitor_follows_the_autoscaler(far: Far) -> None:
     with far.start("remote", "monitor") as watching:
         assert line(watching, "<==")  # which tail writes on the head
         os.killpg(watching.pid, signal.SIGINT)
-        watching.communicate(timeout=10)
+        watching.communicate(timeout=60)
 
 
 def test_plain_clients_reach_dashboard_and_api_through_tunnels_that_are_built_again(far: Far) -> None:
@@ -321,7 +321,7 @@ def test_plain_clients_reach_dashboard_and_api_through_tunnels_that_are_built_ag
         sshs = psutil.Process(tunnels.pid).children(recursive=True)
         tunnels.kill()  # worse than Ctrl-C
         tunnels.wait()
-    gone, alive = psutil.wait_procs(sshs, timeout=10)
+    gone, alive = psutil.wait_procs(sshs, timeout=60)
     assert len(gone) >= 2 and not alive
     assert all(processes.free(port) for port in ports)
     assert "These lead nowhere until another terminal" in far("remote", "address").stderr

@@ -32,7 +32,7 @@ STRAY = {name: "1" for name in processes.PYTHON_VARIABLES} | {"PYTHONPATH": "/an
 def test_no_command_takes_another_pythons_packages(tmp_path: Path, command: str) -> None:
     command_line = [sys.executable, "-m", *command.split(), "--help"]
     environment = os.environ | surroundings(tmp_path)
-    done = subprocess.run(command_line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command_line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
 
 

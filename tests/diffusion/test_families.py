@@ -57,7 +57,7 @@ def test_a_family_in_one_file_is_loaded_and_served(tmp_path: Path, monkeypatch: 
     with pytest.raises(InvalidField, match="original_size is not a field of this model"):
         engine.submit(replace(generation, fields=(("original_size", (64, 64)),)))
     try:
-        generated = engine.submit(generation).result(timeout=60)
+        generated = engine.submit(generation).result(timeout=120)
     finally:
         engine.close()
     assert np.abs(generated.pixels[0].astype(int) - picture(folder, pipeline, generation)).max() <= 1

@@ -92,7 +92,7 @@ def test_the_engine_hands_the_size_fields_of_a_request_to_the_model(pipeline: Pi
     engine.start()
     try:
         futures = [engine.submit(replace(plain, fields=tuple(chosen.items()))) for chosen in ({}, fields)]
-        served = [future.result(timeout=60).pixels[0] for future in futures]
+        served = [future.result(timeout=120).pixels[0] for future in futures]
     finally:
         engine.close()
     (prompt, empty), table = pipeline.encode([plain.prompt, ""]), pipeline.table("euler", 3)

@@ -10,7 +10,7 @@ import pytest
 
 from app.engine.worker import Worker
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def test_jobs_run_in_order_in_one_daemon_thread() -> None:

@@ -33,7 +33,7 @@ def killed(out: Path) -> Path:
         "with unfinished_folder(Path(sys.argv[1])) as folder:\n    (folder / 'half').touch()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, timeout=60).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, timeout=120).returncode == -9
     (folder,) = out.glob(f"{PREFIX}*")
     assert (folder / "half").exists()
     return folder

@@ -117,9 +117,10 @@ def test_the_model_is_described(api: str) -> None:
     assert fetch(f"{api}/healthz")[0] == 200
 
 
-# What the engine promises, over real HTTP. LONG is long enough for things to happen to it.
+# What the engine promises, over real HTTP. LONG is long enough for things to happen to it, on a busy machine, too: heun
+# evaluates the denoiser twice a step.
 
-LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "seed": 7}
+LONG = {"prompt": PROMPT, "sampler": "heun", "num_inference_steps": 100, "n": 4, "seed": 7}
 
 
 def stats(api: str) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def test_a_client_that_goes_away_frees_its_slots_and_harms_nobody(
     alone = fetch(f"{api}/v1/images/generations", staying)[1]
     before = stats(api)["total"]
     with ThreadPoolExecutor(1) as pool:
-        with posted(api, LONG | streaming | ({"n": 1} if streaming else {})) as leaver:
+        with posted(api, LONG | streaming) as leaver:
             seen = b""
             while heard not in seen:
                 seen += leaver.recv(65536)
@@ -345,7 +346,7 @@ def test_a_new_config_lets_requests_finish_on_the_old_replica(api: str, verbs: V
     config.write_text(verbs.config.read_text().replace("max_waiting: 32", "max_waiting: 31"))
     with ThreadPoolExecutor(2) as pool:
         plain = pool.submit(fetch, f"{api}/v1/images/generations", LONG)
-        with posted(api, LONG | {"n": 1, "stream": True}) as streaming:
+        with posted(api, LONG | {"stream": True}) as streaming:
             assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
             arguments = ("--config", str(config), "--serve-port", str(verbs.serve_port))
             deploying = pool.submit(verbs, "deploy", "deploy", *arguments)
@@ -361,7 +362,7 @@ def test_a_replica_that_is_killed_is_replaced_and_its_requests_begin_again(api: 
     before = the_replica(api)
     with ThreadPoolExecutor(2) as pool:
         plain = pool.submit(fetch, f"{api}/v1/images/generations", LONG)
-        with posted(api, LONG | {"n": 1, "stream": True}) as streaming:
+        with posted(api, LONG | {"stream": True}) as streaming:
             assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
             os.kill(before["pid"], signal.SIGKILL)
             streamed = b"".join(iter(lambda: streaming.recv(65536), b""))
@@ -452,7 +453,7 @@ def test_with_keys_only_their_holders_are_let_in_until_the_file_changes(
                 return False
             return False
 
-        assert soon(revoked, timeout_s=20)
+        assert soon(revoked)
     assert not found_in_logs(verbs.cluster, key), "in a log"
     arguments = ("--config", str(verbs.config), "--serve-port", str(verbs.serve_port))
     succeeds(verbs("deploy", "deploy", *arguments))

@@ -89,7 +89,7 @@ def test_ctrl_c_stops_the_job(verbs: Verbs, tmp_path: Path) -> None:
     until(process, "Running entrypoint")
     (driver,) = running(verbs, "python -m demo.quality ")
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and output.splitlines()[-1].endswith("is stopped.")
     assert soon(lambda: not driver.is_running())
     assert "stopped  demo_quality --count 9999" in succeeds(verbs("job", "list"))
@@ -103,7 +103,7 @@ def test_one_that_runs_can_be_followed_again_and_stopped(verbs: Verbs, tmp_path:
     again = beside(verbs, "--id", job)
     until(again, "Running entrypoint")
     assert f"{job} is stopped." in succeeds(verbs("job", "stop", "--id", job))
-    output, _ = again.communicate(timeout=60)
+    output, _ = again.communicate(timeout=120)
     assert again.returncode == 1 and f"{job} was stopped after" in output
     assert "had ended already" in succeeds(verbs("job", "stop", "--id", job))
 
@@ -156,7 +156,7 @@ def test_a_batch_that_is_killed_twice_is_whole_and_drawn_once(verbs: Verbs, prom
 
     first = started(verbs, "batch_generate", "--prompts", prompts, "--out", out)
     drawing(first, 8, "python -m jobs.batch_generate ").kill()  # the driver
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=120)
     assert first.returncode not in (0, 2) and "has failed after" in output
     assert soon(lambda: not running(verbs, "ray::MapWorker"))
     kept = records()
@@ -264,7 +264,7 @@ def test_a_training_that_is_stopped_goes_on_and_what_it_made_is_judged(verbs: Ve
     until(process, "VAE  training  step 1 of 30")
     assert soon((work / "vae.msgpack").is_file)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 130 and not out.exists()
 
     other = submitted(verbs, "train_demo", *options, "--seed", 1)

@@ -31,7 +31,8 @@ pytestmark = pytest.mark.scaling
 RUN_DIR = ROOT / ".run" / "test-scaling"
 PATIENCE_S = 180.0
 PROMPT = "a red house under a yellow sun at dusk"
-LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "seed": 7}  # long enough for things to happen to it
+# Long enough for things to happen to it: heun evaluates the denoiser twice a step.
+LONG = {"prompt": PROMPT, "sampler": "heun", "num_inference_steps": 100, "n": 4, "seed": 7}
 QUICK = {"metrics_interval_s": 1, "look_back_period_s": 2, "max_replicas": 3}
 POLICY = {"objective_s": 10, "hold_s": 5, "start_s": 5}  # one client at a time wants one replica
 # With the least objective that the policy takes, half of what nine clients ask for wants three replicas. With 0.5 s it
@@ -276,7 +277,7 @@ def test_down_under_load_leaves_nothing_and_nobody_hangs(api: str, verbs: Verbs)
     assert soon(lambda: busy(api))
     began = time.monotonic()
     assert succeeds(verbs.down()).startswith("The local cluster is down: ")
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < PATIENCE_S
     for client in clients:
         client.join(PATIENCE_S)
     assert len(ended) == len(clients)
