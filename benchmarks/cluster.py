@@ -3,7 +3,7 @@
 Four replicas keep the time of a TPU host of four chips instead of computing, behind the real replica, engine, router,
 Serve and HTTP (benchmarks/paced_cluster.py). The baseline is the same with Serve's default router, where requests wait
 in the replicas. Both get the same requests at the same times and take turns. The slowdown of a request is its latency
-over what it takes alone.
+over what it takes alone. Backlog and trace: benchmarks/cluster_scaling.py; the trace runs only by its name.
 
 One key floods: another one's 95th percentile, over what it is without the flood. Router: the processor time of a
 request's way through queue and book with 64 requests in flight, in this process.
@@ -13,36 +13,29 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import aiohttp
 import numpy as np
-import ray
-from ray import serve
 
-from app.api.api_keys import digest_of
 from app.api.routing.costs import Work
 from app.api.routing.page import Sent
 from app.api.routing.router import Router
 from app.engine.virtual import VirtualClock
 from app.types import Generation
+from benchmarks import cluster_scaling
+from benchmarks.cluster_load import KEYS, SYSTEMS, alone_s, ask, bearer, local_serve, offer
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import equal_requests, mixed_requests, request
 from benchmarks.paced import Pace, PacedPipeline
-from benchmarks.paced_cluster import BUCKETS, SIZE, application
+from benchmarks.paced_cluster import BUCKETS, SIZE
 from benchmarks.report import log, machine
 from capacity.cluster_simulation import Arrival, Cluster
 from capacity.simulated_replica import report_of
-from cluster import ROOT, processes
 from cluster.cli import Parser, run_command
 from loadtest.arrivals import Seconds, poisson
 
 REPLICAS = 4
-PORTS = range(19000, 20000)
-KEYS = ("flood", "rare")
 IN_FLIGHT = 64
-TIMEOUT_S = 300.0
 BARS = {("mixed", 0.8): (0.75, 0.85), ("mixed", 0.6): (0.88, 0.88), ("equal", 0.8): (1.03, 1.03)}
 DEVICE = "four paced hosts of four chips"
 
@@ -50,73 +43,14 @@ DEVICE = "four paced hosts of four chips"
 @contextmanager
 def deployed(pace: Pace) -> Iterator[dict[str, str]]:
     """Both applications in a Ray of their own; the URL of each."""
-    port = next(port for port in PORTS if processes.free(port))
-    with TemporaryDirectory(prefix="bench-cluster-") as folder:
-        keys = Path(folder) / "keys.yaml"
-        entries = [f"- name: {key}\n  sha256: {digest_of(key.encode())}\n" for key in KEYS]
-        keys.write_text("".join(entries) + "...\n")
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=150_000_000,
-            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-        )
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            for name in ("ours", "serve"):
-                routed = name == "ours"
-                app = application(pace, REPLICAS, routed=routed, api_keys_file=keys if routed else None)
-                serve.run(app, name=name, route_prefix=f"/{name}")
-            yield {name: f"http://127.0.0.1:{port}/{name}/v1/images/generations" for name in ("ours", "serve")}
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-
-
-async def ask(session: aiohttp.ClientSession, url: str, generation: Generation, key: str) -> None:
-    body = {
-        "prompt": generation.prompt,
-        "seed": generation.seed,
-        "num_inference_steps": generation.num_inference_steps,
-        "guidance_scale": generation.guidance_scale,
-        "n": generation.n,
-    }
-    async with session.post(url, json=body, headers=bearer(key)) as response:
-        content = await response.read()
-        if response.status != 200:
-            raise RuntimeError(f"The server answers {response.status}: {content[:300]!r}")
-
-
-async def offer(url: str, requests: Sequence[Generation], arrivals: Seconds, key: str = KEYS[0]) -> Seconds:
-    """Sends each request at its time, whether or not earlier ones are done. Latencies count from that time."""
-    latencies = np.zeros(len(requests))
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        began = time.monotonic() + 0.1
-
-        async def send(index: int) -> None:
-            await asyncio.sleep(began + arrivals[index] - time.monotonic())
-            await ask(session, url, requests[index], key)
-            latencies[index] = time.monotonic() - began - arrivals[index]
-
-        await asyncio.gather(*map(send, range(len(requests))))
-    return latencies
+    with local_serve() as place:
+        yield {system: place.deploy(system, pace, REPLICAS) for system in SYSTEMS}
 
 
 async def moved(url: str) -> int:
     """How many requests were to change replicas."""
-    stats = url.replace("/images/generations", "/stats")
-    async with aiohttp.ClientSession() as session, session.get(stats, headers=bearer(KEYS[0])) as response:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/stats", headers=bearer(KEYS[0])) as response:
         return int((await response.json())["queue"]["rebalanced"])
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
-
-
-def alone_s(generation: Generation, pace: Pace) -> float:
-    return generation.num_inference_steps * pace.step(generation.rows * generation.n) + pace.decode(generation.n)
 
 
 def capacity(requests: Sequence[Generation], pace: Pace) -> float:
@@ -235,8 +169,8 @@ def simulated(pace: Pace, load: float, count: int, runs: int) -> list[Figure]:
 
 def main() -> int:
     parser = Parser(__doc__)
-    parts = ("mixed80", "mixed60", "equal", "flood", "router", "simulated")
-    parser.add_argument("--part", choices=(*parts, "all"), default="all", help="(%(default)s)")
+    parts = ("mixed80", "mixed60", "equal", "flood", "backlog", "router", "simulated")
+    parser.add_argument("--part", choices=(*parts, "trace", "all"), default="all", help="(%(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="of each side (%(default)s)")
     parser.add_argument("--requests", type=int, default=160, help="in each run (%(default)s)")
     parser.add_argument("--pace-ms", type=float, default=20.0, help="of a step of up to four rows (%(default)s)")
@@ -255,6 +189,10 @@ def main() -> int:
             if "flood" in wanted:
                 figures.append(flood(urls["ours"], 40))
             log(f"{asyncio.run(moved(urls['ours']))} requests were to change replicas")
+    if "backlog" in wanted:
+        figures.append(cluster_scaling.backlog(pace, args.runs))
+    if "trace" in wanted:
+        figures += cluster_scaling.wave(pace, args.runs)
     if "router" in wanted:
         figures.append(overhead(pace))
     if "simulated" in wanted:

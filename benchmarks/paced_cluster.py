@@ -4,11 +4,13 @@
 """
 
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 from ray import serve
 from ray.serve import Application
 
@@ -16,7 +18,7 @@ from app.api.ingress import APIIngress
 from app.api.journey import Unary
 from app.api.messages import ImageRequest
 from app.api.replica_calls import Items
-from app.api.replicas import Replicas
+from app.api.replicas import Replicas as RoutedReplicas
 from app.api.running_models import RunningModels
 from app.api.settings import Defaults, Encoding, Limits, Service
 from app.serving.replica import StableDiffusion
@@ -27,6 +29,7 @@ SIZE = (8, 8)
 BUCKETS = (1, 2, 4, 8)
 STEPS = (1, 100)
 MOST_WAITING = 10_000
+Replicas = int | dict[str, Any]  # how many, or Serve's autoscaling_config
 
 
 @dataclass(frozen=True)
@@ -67,22 +70,26 @@ class NoCompiles:
 
 
 class PacedReplica(StableDiffusion):
-    """The real replica. Two modules that import JAX are replaced, as there is nothing to compile."""
+    """The real replica. Two modules that import JAX are replaced, as there is nothing to compile.
 
-    def __init__(self, spec: PacedSpec, **settings: Any) -> None:
+    It is up after `start_s`, as a node and a model would be, if it takes no longer by itself.
+    """
+
+    def __init__(self, spec: PacedSpec, start_s: float, **settings: Any) -> None:
         replaced: Mapping[str, Any] = {
             "app.diffusion.pipeline": SimpleNamespace(Pipeline=ServedPipeline),
             "app.aot.compile": SimpleNamespace(CompileWatch=NoCompiles),
         }
         sys.modules.update(replaced)
         super().__init__(spec, **settings)  # type: ignore[arg-type]
+        time.sleep(max(0.0, start_s + psutil.Process().create_time() - time.time()))
 
     async def stats(self) -> dict[str, Any]:
         name = serve.get_replica_context().replica_tag
         return {"replica": name, "compiles_after_ready": 0, **self.engine.stats()}
 
 
-class ServeRouted(Replicas):
+class ServeRouted(RoutedReplicas):
     """Sends at once, as Serve's own router chooses: requests wait in the replicas."""
 
     def parts(self, request: ImageRequest, key: str | None) -> list[ImageRequest]:
@@ -104,7 +111,9 @@ class ServeRoutedIngress(APIIngress):
         self.running_models = RunningModels(service, self.routed)
 
 
-def application(pace: Pace, replicas: int, *, routed: bool, api_keys_file: Any = None) -> Application:
+def application(
+    pace: Pace, replicas: Replicas, *, routed: bool, api_keys_file: Any = None, start_s: float = 0.0
+) -> Application:
     """With `routed`, the ingress chooses the replicas."""
     service = Service(
         "paced",
@@ -115,14 +124,15 @@ def application(pace: Pace, replicas: int, *, routed: bool, api_keys_file: Any =
     )
     router: dict[str, Any] = {"request_router_class": "app.serving.router:ReplicaRouter"}
     options: dict[str, Any] = {"request_router_config": router} if routed else {}
+    options |= {"num_replicas": replicas} if isinstance(replicas, int) else {"autoscaling_config": replicas}
     model = serve.deployment(
         name="StableDiffusion",
-        num_replicas=replicas,
         max_ongoing_requests=1000,
         **options,
         ray_actor_options={"num_cpus": 0},
     )(PacedReplica).bind(
         PacedSpec(pace),
+        start_s,
         name="paced",
         max_waiting=MOST_WAITING,
         images_at_once=None,

@@ -57,7 +57,10 @@ def drain_with_serve(engine: Engine) -> Drain:
 
     def others_run() -> bool:
         try:
-            deployment = serve.status().applications[context.app_name].deployments[context.deployment]
+            application = serve.status().applications.get(context.app_name)
+            deployment = application.deployments.get(context.deployment) if application else None
+            if deployment is None:  # the application is being deleted
+                return False
             # This one is STOPPING. Ray declares an enum of strings, and gives plain strings.
             return any(state == "RUNNING" for state in deployment.replica_states)
         except Exception:  # the controller may be lost, or another one has just begun

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import yaml
 from ray.scripts.scripts import cli
 
 from cluster import ROOT, connection, deploy, processes
-from cluster.cli import UserError
+from cluster.cli import UserError, run_command
 from cluster.dashboard import Dashboard
 from cluster.local.state import new
 from cluster.remote import preflight, verbs
 from cluster.remote.tunnel import tunnel
 from cluster.terminal import make_command
+from tests.clusters import in_this_process
 
 TOKEN = "5ec2e7" * 10
 BASE = (ROOT / "cluster.yaml").read_text()
@@ -148,7 +150,6 @@ def test_all_that_is_missing_is_told_at_once(home: Path, monkeypatch: pytest.Mon
     assert len(missing(preflight.ready_to_start, write(home / "cluster.yaml", BASE))) == 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -161,15 +162,10 @@ def test_all_that_is_missing_is_told_at_once(home: Path, monkeypatch: pytest.Mon
 def test_a_file_that_is_none_is_one_sentence(home: Path, text: str | None, sentence: str) -> None:
     path = home / "x.yaml" if text is None else write(home / "x.yaml", text)
     for verb in ("up", "down", "monitor", "attach", "dashboard", "address"):
-        done = called("remote", verb, "--cluster", str(path), "--run-dir", str(home / "run"))
+        command = ["cluster.remote", verb, "--cluster", str(path), "--run-dir", str(home / "run")]
+        done = in_this_process(partial(run_command, verbs.main), command)
         assert done.returncode == 1 and done.stdout == "" and sentence in done.stderr
         assert len(done.stderr.splitlines()) == 1
-
-
-def called(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"cluster.{module}", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
 
 
 def test_a_mistake_in_the_file_stops_up_before_anything_begins(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

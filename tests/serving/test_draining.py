@@ -83,7 +83,11 @@ def test_a_drain_ends_with_its_replica(engine: Engine, fake: FakePipeline) -> No
     ("states", "leaves"), [({"STOPPING": 1, "RUNNING": 2}, True), ({"STOPPING": 1}, False), ({}, False)]
 )
 def test_whether_another_replica_runs_is_what_serves_status_says(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, states: dict[str, int], leaves: bool
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    states: dict[str, int],
+    leaves: bool,
 ) -> None:
     """Serve's own status, whose states are plain strings where they are declared as an enum."""
     deployment = SimpleNamespace(replica_states=states)
@@ -93,5 +97,5 @@ def test_whether_another_replica_runs_is_what_serves_status_says(
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"app": application}))
     monkeypatch.setattr("app.serving.draining.on_shutdown", lambda callback: None)
     assert drain_with_serve(engine).others_run() is leaves
-    monkeypatch.setattr(serve, "status", ServeStatus)  # which has no applications
-    assert drain_with_serve(engine).others_run() is False
+    monkeypatch.setattr(serve, "status", ServeStatus)  # which has no applications, as while one is undeployed
+    assert drain_with_serve(engine).others_run() is False and not caplog.records
