@@ -4,9 +4,9 @@ Both over HTTP, with paced replicas, ours and Serve's own rules in turn; `benchm
 Backlog: 200 mixed requests come at once to one replica, and three more start. What counts is the time from when they
 run until the last answer.
 
-Trace: the day's wave of `python -m capacity.policies` with all its times a fifth, at most four replicas, each up after
-18 s. Ours is the policy of predicted waits, Serve's own has a target of requests. Over the objective is what waits
-longer than 2 s beyond what it takes alone.
+Trace: the day's wave of `python -m capacity.policies` with all its times a fifth and 0.7 of its rates, and at most four
+replicas, each up after 18 s. Ours is the policy of predicted waits, Serve's own has a target of requests. Over the
+objective is what waits longer than 2 s beyond what it takes alone.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from loadtest.arrivals import Seconds
 REQUESTS = 200
 REPLICAS = 4
 FASTER = 5  # than the simulated trace
+SCALE = 0.7  # of the simulated rates, so that four replicas suffice at its height
 OBJECTIVE_S, START_S, HOLD_S = 10 / FASTER, 90 / FASTER, 180 / FASTER
 TARGET = 4  # of the requests of a replica: with the simulated wave it costs what ours does
 POLL_S = 0.25
@@ -103,7 +105,7 @@ def wave(pace: Pace, runs: int) -> list[Figure]:
         for name, bar in (("share over the objective", 0.5), ("replica-hours", None), ("mean latency s", None))
     ]
     for run in range(runs):
-        arrivals = traces(pace, run)["wave"]
+        arrivals = traces(replace(pace, step_s=pace.step_s * FASTER), run, SCALE)["wave"]
         at = np.array([arrival.at for arrival in arrivals]) / FASTER
         requests = [arrival.generation for arrival in arrivals]
         alone = np.array([alone_s(generation, pace) for generation in requests])

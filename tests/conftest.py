@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ import jax
 import pytest
 
 from tests.compiling import compile_in_the_least_time
+
+# Imports and collection leave a million objects that stay, and little garbage. To look for it is a third of their time.
+gc.disable()
 
 pytest_plugins = ["tests.skips", "tests.scheduling"]
 
@@ -23,6 +27,11 @@ compile_in_the_least_time(True)
 
 # A shell that starts the tests in the background has Ctrl-C ignored, which the commands that tests stop would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
