@@ -103,10 +103,15 @@ def divided(function: Callable[..., jax.Array], sharding: NamedSharding, placing
     """`function(params, latents, *rows)` with each chip at its own rows, and its part of their images.
 
     `placing` is how the params lie on the chips. Only chips that share an image, or weights, communicate. Pallas
-    kernels need this even where all chips do the same.
+    kernels need this even where all chips do the same, and with one chip to know its kind.
     """
     if sharding.mesh.size == 1:
-        return function
+
+        def on_one_chip(*arguments: Any) -> jax.Array:
+            with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+                return function(*arguments)
+
+        return on_one_chip
 
     def on_chip(params: Any, latents: jax.Array, *rows: Any) -> jax.Array:
         if any_divided(placing):

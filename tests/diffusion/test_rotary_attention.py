@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
+from app.diffusion.models import tpu_attention
 from app.diffusion.models.rotary_attention import Stream, attend_joined, attend_streams
 from app.diffusion.models.tpu_rotary_attention import attend_rotated, keys_of, queries_of, takes
 from app.diffusion.models.transformer_layers import rotation
@@ -70,6 +72,16 @@ def test_the_kernel_takes_streams_that_divide_into_blocks() -> None:
     assert not takes([512, 4096], 4608, 64, jnp.bfloat16)
     assert not takes([512, 2880], 3392, 128, jnp.bfloat16)  # blocks of 64 queries
     assert not takes([512, 9216], 9728, 128, jnp.bfloat16)  # more than fit in VMEM
+
+
+def test_a_chip_that_gains_by_larger_blocks_has_them() -> None:
+    def traced_for(kind: str) -> tuple[int, int, int, int]:
+        mesh = AbstractMesh((1,), ("chip",), abstract_device=AbstractDevice(kind, 1, "tpu"))
+        with jax.sharding.use_abstract_mesh(mesh):
+            return queries_of([512, 4096]), *tpu_attention.largest()
+
+    assert traced_for("TPU v6 lite") == (512, 1024, 4096, 2048)
+    assert traced_for("TPU v5 lite") == traced_for("TPU v4") == (256, 512, 2304, 1024)
 
 
 @pytest.mark.parametrize("tokens", [[128], [128, 256]])

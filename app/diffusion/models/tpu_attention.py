@@ -5,7 +5,7 @@ softmax runs over blocks of keys (Milakov & Gimelshein 2018), in float32.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,22 @@ LANES = 128
 # sizes it is where XLA's ends, after CLIFF features of a head: beyond, XLA takes four to twenty times as long.
 SINCE = {64: 576}
 CLIFF = 4096 * 64
-MOST_QUERIES = 512  # of a block
-MOST_KEYS = 2304  # of a block
-MOST_WIDE_KEYS = 1024  # of a block, where a head has more than LANES features
 LARGEST_HEAD = 512
 LEAST_KEYS = 256  # a shorter block costs more than it saves
 RESIDENT = 9 << 20  # bytes of VMEM for keys and values; with blocks of logits it stays below the 16 MiB of every chip
+
+
+class Largest(NamedTuple):
+    """The largest block of logits."""
+
+    queries: int
+    keys: int
+    wide_keys: int  # where a head has more than LANES features
+
+
+LARGEST = Largest(512, 2304, 1024)
+# Of chips that gain by more and have the VMEM, by JAX's name of their kind.
+LARGEST_OF = {"TPU v6 lite": Largest(1024, 4096, 2048)}
 
 
 def takes(keys: int, size: int, dtype: Any) -> bool:
@@ -131,6 +141,16 @@ def kernel(
         pl.when(pl.program_id(1) * len(own) + head < heads)(partial(attend_head, head))
 
 
+def largest() -> Largest:
+    return LARGEST_OF.get(chip_kind(), LARGEST)
+
+
+def chip_kind() -> str:
+    """JAX's name of the chips for which the program is traced; empty where it is traced for no mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else ""
+
+
 def width_of(size: int) -> int:
     """Lanes of a head: a power of two that divides a column, or whole columns."""
     return 1 << (size - 1).bit_length() if size < LANES else -(-size // LANES) * LANES
@@ -138,12 +158,12 @@ def width_of(size: int) -> int:
 
 def queries_of(queries: int) -> int:
     """Queries of a block: the fewest blocks, alike, of whole tiles."""
-    return -(-queries // pl.cdiv(queries, MOST_QUERIES) // 16) * 16
+    return -(-queries // pl.cdiv(queries, largest().queries) // 16) * 16
 
 
 def block_of(keys: int, size: int) -> int:
     """The largest block of whole tiles that the keys divide into; 0 if there is none."""
-    most = min(keys, MOST_KEYS if size <= LANES else MOST_WIDE_KEYS)
+    most = min(keys, largest().keys if size <= LANES else largest().wide_keys)
     return next((block for block in range(most // 16 * 16, 0, -16) if keys % block == 0), 0)
 
 

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from app.diffusion.models.tpu_attention import chip_kind
+
 LANES = 128  # features of a head
 MOST_QUERIES = 256  # of a block
+QUERIES = {"TPU v6 lite": 512}  # of chips that gain by more, by JAX's name of their kind; they need 19 MiB of VMEM
 MOST_KEYS = 2304  # of a block
 MOST_ROWS = 512  # of keys that are rotated together
 LEAST_QUERIES = 128  # of a block; a shorter one costs more than it saves
@@ -235,8 +238,8 @@ def swapped(x: jax.Array) -> jax.Array:
 
 
 def queries_of(tokens: Sequence[int]) -> int:
-    """Queries of a block, which all streams divide into."""
-    return block_of(math.gcd(*tokens), MOST_QUERIES, TILE)
+    """Queries of a block, which all streams divide into, on the chips that the program is traced for."""
+    return block_of(math.gcd(*tokens), QUERIES.get(chip_kind(), MOST_QUERIES), TILE)
 
 
 def keys_of(keys: int) -> int:
