@@ -159,10 +159,11 @@ def test_a_client_that_goes_away_frees_its_slots_and_harms_nobody(
     alone = fetch(f"{api}/v1/images/generations", staying)[1]
     before = stats(api)["total"]
     with ThreadPoolExecutor(1) as pool:
-        with posted(api, LONG | streaming) as leaver:
+        with posted(api, LONG | streaming | ({"n": 1} if streaming else {})) as leaver:
             seen = b""
-            while heard not in seen:
-                seen += leaver.recv(65536)
+            while heard not in seen and (piece := leaver.recv(65536)):
+                seen += piece
+            assert heard in seen
             assert soon(lambda: stats(api)["total"]["active_slots"] > 0)
             stayed = pool.submit(fetch, f"{api}/v1/images/generations", staying)
             assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
@@ -346,7 +347,7 @@ def test_a_new_config_lets_requests_finish_on_the_old_replica(api: str, verbs: V
     config.write_text(verbs.config.read_text().replace("max_waiting: 32", "max_waiting: 31"))
     with ThreadPoolExecutor(2) as pool:
         plain = pool.submit(fetch, f"{api}/v1/images/generations", LONG)
-        with posted(api, LONG | {"stream": True}) as streaming:
+        with posted(api, LONG | {"n": 1, "stream": True}) as streaming:
             assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
             arguments = ("--config", str(config), "--serve-port", str(verbs.serve_port))
             deploying = pool.submit(verbs, "deploy", "deploy", *arguments)
@@ -361,13 +362,13 @@ def test_a_new_config_lets_requests_finish_on_the_old_replica(api: str, verbs: V
 def test_a_replica_that_is_killed_is_replaced_and_its_requests_begin_again(api: str) -> None:
     before = the_replica(api)
     with ThreadPoolExecutor(2) as pool:
-        plain = pool.submit(fetch, f"{api}/v1/images/generations", LONG)
-        with posted(api, LONG | {"stream": True}) as streaming:
-            assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
+        plain = [pool.submit(fetch, f"{api}/v1/images/generations", LONG) for _ in range(2)]
+        with posted(api, LONG | {"n": 1, "stream": True}) as streaming:
+            assert soon(lambda: stats(api)["total"]["unfinished"] == 3)
             os.kill(before["pid"], signal.SIGKILL)
             streamed = b"".join(iter(lambda: streaming.recv(65536), b""))
-        status, body, _ = plain.result()
-    assert (status, json.loads(body)["restarts"]) == (200, 1)
+        answers = [request.result() for request in plain]
+    assert [(status, json.loads(body)["restarts"]) for status, body, _ in answers] == [(200, 1)] * 2
     assert b"image_generation.completed" in streamed and b'"restarts":1' in streamed.replace(b" ", b"")
     assert soon(lambda: imagine(api, prompt=PROMPT, seed=7)[0] == 200, timeout_s=600)
     after = the_replica(api)
