@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from app.diffusion.models import attention, tpu_attention
-from app.diffusion.models.tpu_attention import at_once, attend_in_vmem, block_of, queries_of, takes
+from app.diffusion.models.tpu_attention import Largest, at_once, attend_in_vmem, block_of, queries_of, takes
 
 
 @pytest.mark.slow
@@ -28,9 +28,8 @@ def test_the_kernel_attends_as_jax_does(
     monkeypatch: pytest.MonkeyPatch, heads: int, size: int, all_at_once: bool, dtype: Any, tolerance: float
 ) -> None:
     monkeypatch.setattr(tpu_attention, "RESIDENT", 1 << 20 if all_at_once else 0)  # bytes of keys and values
-    monkeypatch.setattr(tpu_attention, "MOST_KEYS", 16)  # three blocks of keys
-    monkeypatch.setattr(tpu_attention, "MOST_WIDE_KEYS", 16)
-    monkeypatch.setattr(tpu_attention, "MOST_QUERIES", 32)  # two of queries, of which the second is not full
+    # Three blocks of keys, and two of queries, of which the second is not full.
+    monkeypatch.setattr(tpu_attention, "LARGEST", Largest(queries=32, keys=16, wide_keys=16))
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, length, heads, size)), dtype) for length in (40, 48, 48))
     answer, expected = attend_in_vmem(q, k, v, interpret=True), jax.nn.dot_product_attention(q, k, v)

@@ -164,7 +164,7 @@ def test_a_client_that_goes_away_frees_its_slots_and_harms_nobody(
             while heard not in seen and (piece := leaver.recv(65536)):
                 seen += piece
             assert heard in seen
-            assert soon(lambda: stats(api)["total"]["active_slots"] > 0)
+            assert soon(lambda: stats(api)["total"]["active_slots"] > 0), leaver.recv(65536)
             stayed = pool.submit(fetch, f"{api}/v1/images/generations", staying)
             assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
         assert soon(lambda: stats(api)["total"]["requests"]["cancelled"] == before["requests"]["cancelled"] + 1)
