@@ -23,13 +23,14 @@ from app.api.routing.router import Router
 from app.engine.virtual import VirtualClock
 from app.types import Generation
 from benchmarks import cluster_scaling
-from benchmarks.cluster_load import KEYS, SYSTEMS, alone_s, ask, bearer, local_serve, offer
+from benchmarks.cluster_load import KEYS, SYSTEMS, ask, bearer, in_turn, local_serve, offer
 from benchmarks.figures import Figure, conclude
 from benchmarks.load import equal_requests, mixed_requests, request
 from benchmarks.paced import Pace, PacedPipeline
 from benchmarks.paced_cluster import BUCKETS, SIZE
 from benchmarks.report import log, machine
 from capacity.cluster_simulation import Arrival, Cluster
+from capacity.policies import alone_s
 from capacity.simulated_replica import report_of
 from cluster.cli import Parser, run_command
 from loadtest.arrivals import Seconds, poisson
@@ -76,7 +77,7 @@ def measure(urls: dict[str, str], pace: Pace, kind: str, load: float, count: int
         arrivals = poisson(count, np.random.default_rng([run, 3])) / (load * capacity(requests, pace))
         alone = np.array([alone_s(generation, pace) for generation in requests])
         latencies = {}
-        for system in ("serve", "ours") if run % 2 else ("ours", "serve"):
+        for system in in_turn(run):
             latencies[system] = asyncio.run(offer(urls[system], requests, arrivals))
         ours, baseline = latencies["ours"], latencies["serve"]
         figures[0].add(np.mean(ours / alone), np.mean(baseline / alone))

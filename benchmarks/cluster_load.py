@@ -16,7 +16,7 @@ from ray import serve
 from app.api.api_keys import digest_of
 from app.types import Generation
 from benchmarks.paced import Pace
-from benchmarks.paced_cluster import Replicas, application
+from benchmarks.paced_cluster import Scaling, application
 from cluster import ROOT, processes
 from loadtest.arrivals import Seconds
 
@@ -32,7 +32,7 @@ class LocalServe:
     port: int
     folder: Path
 
-    def deploy(self, system: str, pace: Pace, replicas: Replicas, start_s: float = 0.0) -> str:
+    def deploy(self, system: str, pace: Pace, replicas: Scaling, start_s: float = 0.0) -> str:
         """Brings up a system of paced replicas. Returns the URL of its API."""
         routed = system == "ours"
         keys = self.folder / API_KEYS if routed else None
@@ -69,6 +69,11 @@ def replicas_of(system: str) -> tuple[int, int]:
     return sum(states.values()), sum(count for state, count in states.items() if str(state) == "RUNNING")
 
 
+def in_turn(run: int) -> tuple[str, ...]:
+    """The systems in the order of a run: each goes first as often as the other."""
+    return SYSTEMS[::-1] if run % 2 else SYSTEMS
+
+
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
@@ -101,7 +106,3 @@ async def offer(url: str, requests: Sequence[Generation], arrivals: Seconds, key
 
         await asyncio.gather(*map(send, range(len(requests))))
     return latencies
-
-
-def alone_s(generation: Generation, pace: Pace) -> float:
-    return generation.num_inference_steps * pace.step(generation.rows * generation.n) + pace.decode(generation.n)

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cluster_load import SYSTEMS, LocalServe, alone_s, local_serve, offer, replicas_of
+from benchmarks.cluster_load import SYSTEMS, LocalServe, in_turn, local_serve, offer, replicas_of
 from benchmarks.figures import Figure
 from benchmarks.load import mixed_requests
 from benchmarks.paced import Pace
 from benchmarks.paced_cluster import SIZE
 from benchmarks.report import log
-from capacity.policies import traces
+from capacity.policies import alone_s, traces
 from loadtest.arrivals import Seconds
 
 REQUESTS = 200
@@ -66,7 +66,7 @@ def backlog(pace: Pace, runs: int) -> Figure:
     figure = Figure("paced hosts of four chips", "backlog of 200, 1 to 4 replicas", "s to drain", 0.35)
     for run in range(runs):
         seconds = {}
-        for system in SYSTEMS[::-1] if run % 2 else SYSTEMS:
+        for system in in_turn(run):
             with local_serve() as place:
                 left, seconds[system] = drained(place, system, pace, run)
             log(f"backlog, {system}, run {run + 1} of {runs}: {seconds[system]:.1f} s for the last {left}")
@@ -110,7 +110,7 @@ def wave(pace: Pace, runs: int) -> list[Figure]:
         requests = [arrival.generation for arrival in arrivals]
         alone = np.array([alone_s(generation, pace) for generation in requests])
         outcomes = {}
-        for system in SYSTEMS[::-1] if run % 2 else SYSTEMS:
+        for system in in_turn(run):
             with local_serve() as place:
                 url = place.deploy(system, pace, SCALING[system], START_S)
                 with counted(system) as replica_s:

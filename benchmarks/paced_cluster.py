@@ -18,7 +18,7 @@ from app.api.ingress import APIIngress
 from app.api.journey import Unary
 from app.api.messages import ImageRequest
 from app.api.replica_calls import Items
-from app.api.replicas import Replicas as RoutedReplicas
+from app.api.replicas import Replicas
 from app.api.running_models import RunningModels
 from app.api.settings import Defaults, Encoding, Limits, Service
 from app.serving.replica import StableDiffusion
@@ -29,7 +29,7 @@ SIZE = (8, 8)
 BUCKETS = (1, 2, 4, 8)
 STEPS = (1, 100)
 MOST_WAITING = 10_000
-Replicas = int | dict[str, Any]  # how many, or Serve's autoscaling_config
+Scaling = int | dict[str, Any]  # how many replicas, or Serve's autoscaling_config
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class PacedReplica(StableDiffusion):
         return {"replica": name, "compiles_after_ready": 0, **self.engine.stats()}
 
 
-class ServeRouted(RoutedReplicas):
+class ServeRouted(Replicas):
     """Sends at once, as Serve's own router chooses: requests wait in the replicas."""
 
     def parts(self, request: ImageRequest, key: str | None) -> list[ImageRequest]:
@@ -112,7 +112,7 @@ class ServeRoutedIngress(APIIngress):
 
 
 def application(
-    pace: Pace, replicas: Replicas, *, routed: bool, api_keys_file: Any = None, start_s: float = 0.0
+    pace: Pace, replicas: Scaling, *, routed: bool, api_keys_file: Any = None, start_s: float = 0.0
 ) -> Application:
     """With `routed`, the ingress chooses the replicas."""
     service = Service(
