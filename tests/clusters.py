@@ -156,6 +156,6 @@ def fetch(url: str, body: object = None, timeout_s: float = 120) -> tuple[int, b
 
 def soon(true: Callable[[], bool], timeout_s: float = 60) -> bool:
     deadline = time.monotonic() + timeout_s
-    while not true() and time.monotonic() < deadline:
+    while not (seen := true()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return true()
+    return seen

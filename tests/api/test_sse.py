@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from app.api.messages import Accepted, Images, Preview, Progress
 from app.api.protocol import parse_body
 from app.api.sse import events
 from tests.api.test_ingress import SERVICE, Replicas, local_client, pictures, stream_of
+from tests.clusters import soon
 
 PATIENT = replace(SERVICE, limits=SERVICE.limits.model_copy(update={"timeout_s": 30.0}))
 ASKED = parse_body(b'{"prompt": "a", "seed": 7, "stream": true, "partial_images": 2}', SERVICE)
@@ -120,13 +121,6 @@ def test_a_client_that_disconnects_before_the_first_event_stops_the_work(address
         assert soon(lambda: bool(replicas.generate_stream.answers))
         assert connection.recv(15) == b"HTTP/1.1 200 OK"  # accepted
     assert soon(lambda: replicas.generate_stream.answers[0].cancelled)
-
-
-def soon(true: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return true()
 
 
 FAILURES: list[tuple[Any, str]] = [
