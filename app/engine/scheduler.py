@@ -24,6 +24,7 @@ AGEING = 0.2
 # would join the next dispatch, and while it would not. More steps cost less, but a newcomer, a request that overtakes
 # and a cancelled one in its slot wait for the dispatch to end.
 OVERHEAD, CLOSED_OVERHEAD = 0.03, 0.015
+MOST_S = 1.0  # of a dispatch of several steps: what it costs may have been measured while the machine stood still
 KEEPS_UP = 2  # the host keeps up with a device whose dispatches take so many times as long as the host's work for them
 NEWCOMER_ROWS = 2  # of a guided image
 ROUNDING = 1e-9
@@ -168,7 +169,7 @@ def steps_in_dispatch(images: Sequence[Image], step_s: float, overhead: Overhead
     """Returns how many steps a dispatch has: as few as its overhead allows, up to an image's end or preview.
 
     While a newcomer would join, it is enough that the host can keep up. Else its work is bounded too, as it has other
-    things to do.
+    things to do. Never more than `MOST_S` long, as newcomers and those who cancel wait for its end.
     """
     until = min(image.steps_left - (image.previews_due[-1] if image.previews_due else 0) for image in images)
     keeps_up_s = overhead.lead_s * KEEPS_UP
@@ -176,7 +177,7 @@ def steps_in_dispatch(images: Sequence[Image], step_s: float, overhead: Overhead
         least_s = max(overhead.device_s / OVERHEAD, keeps_up_s)
     else:
         least_s = max(overhead.device_s / CLOSED_OVERHEAD, overhead.host_s / OVERHEAD, keeps_up_s)
-    return min(until, max(1, math.ceil(least_s / step_s - ROUNDING)))
+    return min(until, max(1, math.ceil(min(least_s, MOST_S) / step_s - ROUNDING)))
 
 
 def decode_due(cost: DecodeCost, images: int, next_s: float, others: int) -> bool:

@@ -438,6 +438,10 @@ def test_a_size_gains_nothing_by_leaving_and_coming_back() -> None:
 # Several steps in a dispatch
 
 
+def slow(size: Size, rows: int) -> float:
+    return 0.1
+
+
 @pytest.mark.parametrize(
     ("launch_s", "dispatch_cost", "step_time", "count"),
     [
@@ -447,6 +451,8 @@ def test_a_size_gains_nothing_by_leaving_and_coming_back() -> None:
         (0.002, DispatchCost(), flat, 7),  # the launch is 3 % of the steps
         (0.002, DispatchCost(), serial, 7),  # 1.5 % where no newcomer would join
         (0.5, DispatchCost(), flat, 20),
+        (0.5, DispatchCost(), slow, 10),  # a newcomer waits a second at most, whatever was measured
+        (0.0, DispatchCost(host_s=0.5), slow, 10),
         (0.002, DispatchCost(blocks=True), flat, 7),
     ],
 )
