@@ -20,7 +20,8 @@ from app.api.ingress import APIIngress
 from app.api.messages import Accepted, Preview
 from tests.api.test_api_keys import entry, write
 from tests.api.test_ingress import FAILURES, SERVICE, Replicas, local_client, post, raw_post
-from tests.api.test_sse import PATIENT, serving, soon
+from tests.api.test_sse import PATIENT, serving
+from tests.clusters import soon
 
 KEY = "imagine-key-of-alice"
 BEARER = {"Authorization": f"Bearer {KEY}"}
