@@ -126,7 +126,7 @@ loadtest: runtime ## Load the local cluster (start it if none is up) or URL=: SC
 # What shares a cluster is in one process (tests/scheduling.py). Those over SSH come last: started beside two other
 # clusters, Ray's head gives up after a minute. In CI a skip is a failure.
 pytest := env -u MAKEFLAGS -u MFLAGS $(py) -m pytest --durations=10 --durations-min=5 $(if $(CI),--no-skips-but "$(EXPECTED_SKIPS)")
-by_file := -n 4 --dist loadfile --no-loadscope-reorder # a third of the quick tests waits: four on two cores
+by_file := --dist loadfile --no-loadscope-reorder
 over_ssh := tests/cluster/test_remote_ssh.py
 clusters := -n 2 --dist loadscope tests/on_cluster
 elsewhere := not jobs and not scaling and not parity and not faults and not chaos and not browser
@@ -136,13 +136,13 @@ test: dev ## Run all tests but those with a target of their own; TESTS="tests/te
 		test-computing test-waiting)
 
 test-computing: dev
-	@nice -n 10 $(pytest) $(by_file) -m "$(elsewhere) and not cluster"
+	@nice -n 10 $(pytest) -n 3 $(by_file) -m "$(elsewhere) and not cluster" # some wait: three on two cores
 
 test-waiting: dev
 	@$(pytest) $(clusters) -m "$(elsewhere) and cluster" && $(pytest) $(over_ssh)
 
 test-quick: dev ## Run the tests that need neither a cluster nor much computing: about a minute, for the inner loop
-	@$(pytest) -q $(by_file) -m "$(elsewhere) and not cluster and not slow"
+	@$(pytest) -q -n 4 $(by_file) -m "$(elsewhere) and not cluster and not slow" # a third of it waits: four on two cores
 
 test-jobs: dev ## Run the tests that submit jobs to a local cluster, a small training among them
 	@$(pytest) -m jobs tests/on_cluster/test_jobs.py

@@ -67,7 +67,7 @@ def test_a_queue_of_one_server_is_what_theory_says() -> None:
     """M/D/1 at 60 %: the mean wait is 0.6 / (2 * 0.4) of a service time (Pollaczek and Khinchin)."""
     service_s = 10 * 0.02 + 0.1
     timings = Timings({1: 0.01, 2: 0.02}, {1: 0.1})
-    load = Load(poisson(4000, np.random.default_rng(3)) * service_s / 0.6, 10)
+    load = Load(poisson(2000, np.random.default_rng(3)) * service_s / 0.6, 10)
     outcome = simulate(timings, load, gain=0.05, max_waiting=1000)
     assert outcome.latencies.mean() / service_s == pytest.approx(1.75, rel=0.1)
 
