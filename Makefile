@@ -228,7 +228,7 @@ bench-overhead: runtime ## Measure what HTTP and mixed requests cost over the pi
 bench-plan: runtime ## Hold the planner's simulation against the engine with the demo model, under three loads
 	@$(py) -m benchmarks.planner
 
-bench-cluster: runtime ## Measure the cluster's queue and router against Serve's own, with four paced replicas (about 20 minutes)
+bench-cluster: runtime ## Measure the cluster's queue and router against Serve's own, with four paced replicas (about half an hour)
 	@$(py) -m benchmarks.cluster
 
 bench-coldstart: dev ## Measure a start with compiled programs at hand against one without

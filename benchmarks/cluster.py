@@ -173,7 +173,7 @@ def main() -> int:
     parts = ("mixed80", "mixed60", "equal", "flood", "backlog", "router", "simulated")
     parser.add_argument("--part", choices=(*parts, "trace", "all"), default="all", help="(%(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="of each side (%(default)s)")
-    parser.add_argument("--requests", type=int, default=160, help="in each run (%(default)s)")
+    parser.add_argument("--requests", type=int, default=480, help="in each run (%(default)s)")
     parser.add_argument("--pace-ms", type=float, default=20.0, help="of a step of up to four rows (%(default)s)")
     args = parser.parse_args()
     before = machine()
