@@ -215,6 +215,7 @@ def main() -> int:
     loads = [{str(args.trace): recorded(args.trace)}] if args.trace else [traces(pace, i) for i in range(args.runs)]
     policies: dict[str, Callable[[], tuple[Policy, Routing]]] = {
         "predicted wait": lambda: (Ours(Rule(args.objective, args.hold, args.start), args.most), "book"),
+        "Serve's defaults": lambda: (Default(2, 30.0, 600.0, args.most), "serve"),
         **{
             f"Serve, target {target}": lambda target=target: (Default(target, 10.0, 300.0, args.most), "serve")  # type: ignore[misc]
             for target in (2, 4, 8)
