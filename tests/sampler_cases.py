@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.diffusion.samplers import SAMPLERS
-from tests.published import CHECKPOINTS
+from tests.published import CHECKPOINTS, FLOW_CHECKPOINTS
 
 Float32 = npt.NDArray[np.float32]
 
@@ -106,25 +106,7 @@ class Flow(NamedTuple):
     image_tokens: int
 
 
-_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
-# As published with black-forest-labs/FLUX.2-klein-4B.
-KLEIN = _FLOW | {
-    "_diffusers_version": "0.37.0.dev0",
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "invert_sigmas": False,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-    "shift_terminal": None,
-    "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": True,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-}
-# As published with Tongyi-MAI/Z-Image-Turbo.
-Z_IMAGE = _FLOW | {"_diffusers_version": "0.36.0.dev0", "use_dynamic_shifting": False}
+KLEIN, Z_IMAGE = (FLOW_CHECKPOINTS[name]["scheduler"] for name in ("FLUX.2-klein-4B", "Z-Image-Turbo"))
 
 FLOWS = {
     "z-image": Flow(Z_IMAGE, "linear", 4096),
