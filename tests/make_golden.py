@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -328,19 +328,29 @@ def networks(model: str) -> Arrays:
         checkpoint_scheduler = pipe.scheduler
         for sampler, steps, guidance_scale in tiny.RUNS[model]:
             pipe.scheduler = scheduler_for(sampler, dict(checkpoint_scheduler.config))
-            height, width = tiny.IMAGE_SIZES[model]
-            images = pipe(
-                tiny.PROMPTS,
-                negative_prompt=tiny.NEGATIVE_PROMPTS,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                latents=first(torch.from_numpy(tiny.latents(model))),
-                output_type="np",
-            ).images
-            answers[f"{sampler} {steps} {guidance_scale}"] = (images * 255).round().astype(np.uint8)
+            noise = first(torch.from_numpy(tiny.latents(model)))
+            answers[f"{sampler} {steps} {guidance_scale}"] = pictures(
+                pipe, model, tiny.PROMPTS, steps, guidance_scale, noise, negative_prompt=tiny.NEGATIVE_PROMPTS
+            )
     return answers
+
+
+def pictures(
+    pipe: Any, model: str, prompts: Sequence[str], steps: int, guidance_scale: float, noise: Any, **fields: Any
+) -> Any:
+    """uint8 [B, H, W, 3] that a pipeline of diffusers draws from `noise`."""
+    height, width = tiny.IMAGE_SIZES[model]
+    images = pipe(
+        prompts,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        latents=noise,
+        output_type="np",
+        **fields,
+    ).images
+    return (images * 255).round().astype(np.uint8)
 
 
 def networks_xl(model: str) -> Arrays:
@@ -366,19 +376,9 @@ def networks_xl(model: str) -> Arrays:
         scheduler = dict(pipe.scheduler.config)
         for number, (sampler, steps, guidance_scale, negative_prompts, fields) in enumerate(tiny.XL_RUNS):
             pipe.scheduler = scheduler_for(sampler, scheduler)
-            height, width = tiny.IMAGE_SIZES[model]
-            images = pipe(
-                tiny.XL_PROMPTS,
-                negative_prompt=negative_prompts,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                latents=first(torch.from_numpy(tiny.latents(model))),
-                output_type="np",
-                **fields,
-            ).images
-            answers[f"picture {number}"] = (images * 255).round().astype(np.uint8)
+            noise = first(torch.from_numpy(tiny.latents(model)))
+            every: dict[str, Any] = {"negative_prompt": negative_prompts, **fields}
+            answers[f"picture {number}"] = pictures(pipe, model, tiny.XL_PROMPTS, steps, guidance_scale, noise, **every)
     return answers
 
 
@@ -390,20 +390,9 @@ def lcm() -> Arrays:
         pipe = pipeline_class.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
         initial, *after = (first(torch.from_numpy(noise)) for noise in tiny.lcm_noises())
-        steps, guidance_scale = tiny.LCM_RUN
-        height, width = tiny.IMAGE_SIZES["tiny-sd2"]
         left = iter(after)
         with patch.object(sys.modules[type(pipe.scheduler).__module__], "randn_tensor", lambda *_, **__: next(left)):
-            images = pipe(
-                tiny.PROMPTS,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                latents=initial,
-                output_type="np",
-            ).images
-    return {"picture": (images * 255).round().astype(np.uint8)}
+            return {"picture": pictures(pipe, "tiny-sd2", tiny.PROMPTS, *tiny.LCM_RUN, initial)}
 
 
 def guided_time_embedding() -> Any:
