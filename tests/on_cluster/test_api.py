@@ -146,6 +146,14 @@ def posted(api: str, body: dict[str, Any]) -> Iterator[socket.socket]:
         yield connection
 
 
+def read_up_to(connection: socket.socket, words: bytes) -> bytes:
+    """What comes until it has these words, or until the server closes."""
+    data = b""
+    while words not in data and (piece := connection.recv(65536)):
+        data += piece
+    return data
+
+
 @pytest.mark.parametrize(
     ("streaming", "heard"),
     [({}, b""), ({"stream": True}, b"200 OK"), ({"stream": True, "partial_images": 3}, b"image_generation.partial")],
@@ -159,10 +167,7 @@ def test_a_client_that_goes_away_frees_its_slots_and_harms_nobody(
     before = stats(api)["total"]
     with ThreadPoolExecutor(1) as pool:
         with posted(api, LONG | streaming | ({"n": 1} if streaming else {})) as leaver:
-            seen = b""
-            while heard not in seen and (piece := leaver.recv(65536)):
-                seen += piece
-            assert heard in seen
+            assert heard in read_up_to(leaver, heard)
             assert soon(lambda: stats(api)["total"]["active_slots"] > 0), leaver.recv(65536)
             stayed = pool.submit(fetch, f"{api}/v1/images/generations", staying)
             assert soon(lambda: stats(api)["total"]["unfinished"] == 2)
@@ -365,9 +370,7 @@ def test_a_replica_that_is_killed_is_replaced_and_its_requests_begin_again(api: 
         plain = pool.submit(fetch, f"{api}/v1/images/generations", LONG)
         assert soon(lambda: stats(api)["total"]["unfinished"] == 1)
         with posted(api, stream) as streaming:
-            streamed = b""
-            while b"image_generation.partial" not in streamed and (piece := streaming.recv(65536)):
-                streamed += piece
+            streamed = read_up_to(streaming, b"image_generation.partial")
             os.kill(before["pid"], signal.SIGKILL)  # a quarter of the stream's steps are done
             streamed += b"".join(iter(lambda: streaming.recv(65536), b""))
         status, body, _ = plain.result()
