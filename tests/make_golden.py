@@ -377,8 +377,9 @@ def networks_xl(model: str) -> Arrays:
         for number, (sampler, steps, guidance_scale, negative_prompts, fields) in enumerate(tiny.XL_RUNS):
             pipe.scheduler = scheduler_for(sampler, scheduler)
             noise = first(torch.from_numpy(tiny.latents(model)))
-            every: dict[str, Any] = {"negative_prompt": negative_prompts, **fields}
-            answers[f"picture {number}"] = pictures(pipe, model, tiny.XL_PROMPTS, steps, guidance_scale, noise, **every)
+            answers[f"picture {number}"] = pictures(
+                pipe, model, tiny.XL_PROMPTS, steps, guidance_scale, noise, negative_prompt=negative_prompts, **fields
+            )
     return answers
 
 
