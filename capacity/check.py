@@ -15,7 +15,7 @@ from pathlib import Path
 from app.diffusion.samplers import FlowSchedule, Schedule, default_sampler, make_table
 from capacity.check_report import programs_table, report, throughput_table, verdicts, wide_console
 from capacity.chips import PRICES_OF, Host
-from capacity.compile_pool import CompileOutcome, CompileTask, compile_all
+from capacity.compile_pool import POSTPONED, CompileOutcome, CompileTask, compile_all
 from capacity.configs import Workload, hosts_of, workload_of
 from capacity.host_costs import HostCosts, costs_by_host
 from capacity.libtpu import compile_only, missing
@@ -57,8 +57,9 @@ class CompileProgress:
         with self.lock:
             if outcome is None:
                 self.running[task.label] = None
-            else:
-                self.running.pop(task.label, None)
+                return
+            self.running.pop(task.label, None)
+            if outcome is not POSTPONED:
                 self.done += 1
                 self.cached += outcome.cached
 

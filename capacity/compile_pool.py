@@ -8,10 +8,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from app.types import PipelineSpec
 from capacity.chips import Host
@@ -19,7 +22,8 @@ from capacity.program_cost import ProgramCost
 from cluster import ROOT
 
 ATTEMPTS = 2  # a crash may not happen again
-WORKERS = 2  # each compiles with more than one thread, and needs up to 3 GB for a full-size UNet
+WORKERS = 2  # each compiles with more than one thread, and needs 2 to 6 GB for a full-size model, 14 for SDXL on a v4
+SPARE_BYTES = 3 << 29  # with less left of the machine's memory, one worker fewer compiles
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class CompileOutcome:
     cached: bool = False
 
 
+POSTPONED = CompileOutcome()  # it was stopped for want of memory, and will start again
 Report = Callable[[CompileTask, CompileOutcome | None], None]  # None: it has started
 
 
@@ -52,7 +57,8 @@ def compile_all(
 ) -> dict[CompileTask, CompileOutcome]:
     """Returns an outcome for each task. A worker that crashes counts as a refusal.
 
-    Calls `report` from other threads, and `alive` every second while it waits.
+    Where memory is short, what began last is stopped, and compiled when what else is compiled has ended. Calls `report`
+    from other threads, and `alive` every second while it waits.
     """
     outcomes: dict[CompileTask, CompileOutcome] = {}
     waiting: queue.SimpleQueue[CompileTask] = queue.SimpleQueue()
@@ -69,7 +75,12 @@ def compile_all(
             while not failures and not worker.stopped:
                 task = waiting.get_nowait()
                 report(task, None)
-                outcomes[task] = worker.compile(task)
+                try:
+                    outcomes[task] = worker.compile(task)
+                except Stopped:
+                    report(task, POSTPONED)
+                    waiting.put(task)
+                    return
                 save(cache, task, outcomes[task])
                 report(task, outcomes[task])
         except queue.Empty:
@@ -79,18 +90,26 @@ def compile_all(
         finally:
             worker.end()
 
-    workers = [Worker() for _ in range(min(WORKERS, waiting.qsize()))]
-    threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
-    try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            alive()
-            threads[-1 if threads[-1].is_alive() else 0].join(1.0)
-    except BaseException:  # such as Ctrl-C
-        for worker in workers:
-            worker.stop()
-        raise
+    def work_together(count: int) -> None:
+        workers = [Worker() for _ in range(min(count, waiting.qsize()))]
+        threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                alive()
+                compiling = [worker for worker in workers if worker.began and not worker.stopped]
+                if len(compiling) > 1 and psutil.virtual_memory().available < SPARE_BYTES:
+                    max(compiling, key=lambda worker: worker.began).stop()
+                threads[-1 if threads[-1].is_alive() else 0].join(1.0)
+        except BaseException:  # such as Ctrl-C
+            for worker in workers:
+                worker.stop()
+            raise
+
+    work_together(WORKERS)
+    while not failures and not waiting.empty():  # stopped when the others had just ended
+        work_together(1)
     if failures:
         raise failures[0]
     return {task: outcomes[task] for task in tasks}
@@ -102,20 +121,26 @@ class Worker:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.stopped = False
+        self.began = 0.0  # when it began with what it compiles now; 0 between programs
 
     def compile(self, task: CompileTask) -> CompileOutcome:
         request = {"spec": asdict(task.spec), "tpu": task.host.accelerator_type, "program": task.program}
         status: int | None = None
+        self.began = time.monotonic()
         for _ in range(ATTEMPTS):
             if self.stopped:
-                raise Stopped
+                break
             process = self.process = self.process or start()
             assert process.stdin is not None and process.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps(request), file=process.stdin, flush=True)
             if line := process.stdout.readline():
+                self.began = 0.0
                 return outcome_of(json.loads(line))  # raises for a bug, with the worker's traceback
             status = self.end()
+        self.began = 0.0
+        if self.stopped:
+            raise Stopped
         return CompileOutcome(refused=f"libtpu ended the process that compiled it, with status {status}.")
 
     def end(self) -> int | None:

@@ -10,7 +10,7 @@ import pytest
 from app.types import PipelineSpec
 from capacity import compile_pool, libtpu
 from capacity.chips import host_of
-from capacity.compile_pool import CompileOutcome, CompileTask, compile_all
+from capacity.compile_pool import POSTPONED, CompileOutcome, CompileTask, compile_all
 from capacity.model_names import MODEL_NAMES
 from capacity.program_cost import ProgramCost
 
@@ -33,13 +33,15 @@ COST = ProgramCost(
     notes=("a note",),
 )
 ANSWERS = f"""\
-import json, sys, time
+import json, os, sys, time
 for line in sys.stdin:
     program = json.loads(line)["program"]
     if program == "crash":
         sys.exit(7)
     if program == "slow":
         time.sleep(600)
+    while program.startswith("held") and not os.path.exists(sys.argv[1]):
+        time.sleep(0.01)
     answers = {{"large": {{"too_large": "Used 20G"}}, "odd": {{"refused": "no"}}, "ours": {{"failed": "Traceback"}}}}
     print(json.dumps(answers.get(program, {{"cost": {asdict(COST)!r}}})), flush=True)
 """
@@ -48,11 +50,11 @@ Started = list[subprocess.Popen[str]]
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
     processes: Started = []
 
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", ANSWERS]
+        command = [sys.executable, "-c", ANSWERS, str(tmp_path / "go on")]
         processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         return processes[-1]
 
@@ -115,6 +117,29 @@ def test_each_program_is_reported_when_it_starts_and_when_it_ends(tmp_path: Path
 
     compile_all(tasks("a", "b"), tmp_path, report)
     assert reports == [("a", True), ("a", False), ("b", True), ("b", False)]
+
+
+def test_where_memory_is_short_what_began_last_waits_until_the_other_has_ended(
+    tmp_path: Path, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[tuple[str, str]] = []
+
+    def report(task: CompileTask, outcome: CompileOutcome | None) -> None:
+        word = "began" if outcome is None else "postponed" if outcome is POSTPONED else "ended"
+        reports.append((task.program, word))
+        if word == "postponed":
+            (tmp_path / "go on").touch()
+
+    class Memory:
+        available = 0  # whoever else needs it: one program is compiled all the same
+
+    monkeypatch.setattr(compile_pool, "WORKERS", 2)
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
+    outcomes = compile_all(tasks("held 1", "held 2", "step"), tmp_path, report)
+    assert [outcome.cost for outcome in outcomes.values()] == [COST] * 3
+    assert reports[:3] == [("held 1", "began"), ("held 2", "began"), ("held 2", "postponed")]
+    assert [program for program, word in reports if word == "ended"] == ["held 1", "step", "held 2"]
+    assert all(process.poll() is not None for process in started)
 
 
 @pytest.mark.slow
