@@ -264,6 +264,20 @@ def test_the_curls_of_the_documentation_work(api: str, tmp_path: Path, page: str
     assert (tmp_path / "boat.png").exists()
 
 
+def run_python(page: Path, api: str) -> dict[str, Any]:
+    """Runs the one Python program of a page, as a reader would, and returns its names."""
+    (program,) = (block.text for block in blocks(page) if block.language == "python")
+    names: dict[str, Any] = {}
+    exec(program.replace("http://127.0.0.1:8000", api), names)
+    return names
+
+
+def test_the_python_of_the_page_of_the_api_draws_what_it_asks_for(api: str) -> None:
+    (image,) = run_python(ROOT / "docs" / "api.md", api)["answer"].data
+    _, body, _ = imagine(api, prompt="a red boat at dusk", seed=7, num_inference_steps=30)
+    assert (pixels(image.to_dict()) == np.asarray(Image.open(BytesIO(body)))).all()
+
+
 def test_the_commands_of_the_page_of_edits_work(api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs" / "edits.md"
     (tmp_path / "assets").symlink_to(ROOT / "assets")
@@ -271,9 +285,8 @@ def test_the_commands_of_the_page_of_edits_work(api: str, tmp_path: Path, monkey
         curl = command.replace("http://127.0.0.1:8000", api).replace("curl ", "curl --fail ", 1)
         done = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, (command, done.stdout[-500:], done.stderr)
-    (program,) = (block.text for block in blocks(page) if block.language == "python")
     monkeypatch.chdir(tmp_path)
-    exec(program.replace("http://127.0.0.1:8000", api), {})  # as a reader would run it
+    run_python(page, api)
     before, after = (
         np.asarray(Image.open(file)).astype(int) for file in ("assets/edits/red-boat.png", "blue-boat.png")
     )
@@ -366,15 +379,15 @@ def test_a_replica_that_is_killed_is_replaced_and_its_requests_begin_again(api: 
     before = the_replica(api)
     stream = LONG | {"n": 1, "stream": True, "partial_images": 3}
     # One after another from two clients, so that whenever the stream's first preview comes, something else is drawn.
-    asked = [LONG | {"n": 1, "num_inference_steps": steps} for steps in (100, 70) * 4]
+    bodies = [LONG | {"n": 1, "num_inference_steps": steps} for steps in (100, 70) * 4]
     with ThreadPoolExecutor(2) as pool:
-        plain = [pool.submit(fetch, f"{api}/v1/images/generations", body) for body in asked]
+        plain = [pool.submit(fetch, f"{api}/v1/images/generations", body) for body in bodies]
         with posted(api, stream) as streaming:
             streamed = read_up_to(streaming, b"image_generation.partial")
             os.kill(before["pid"], signal.SIGKILL)  # a quarter of the stream's steps are done
             streamed += b"".join(iter(lambda: streaming.recv(65536), b""))
         answers = [answer.result() for answer in plain]
-    assert [status for status, _, _ in answers] == [200] * len(asked)
+    assert [status for status, _, _ in answers] == [200] * len(bodies)
     assert any(json.loads(body).get("restarts") == 1 for _, body, _ in answers)
     assert b"image_generation.completed" in streamed and b'"restarts":1' in streamed.replace(b" ", b"")
     assert soon(lambda: imagine(api, prompt=PROMPT, seed=7)[0] == 200, timeout_s=600)
