@@ -66,6 +66,7 @@ _TEXT: dict[str, Any] = {
     "tie_word_embeddings": True,
     "use_sliding_window": False,
     "vocab_size": 280,
+    "max_sequence_length": TEXT_LENGTH,
 }
 _VAE: dict[str, Any] = {
     "block_out_channels": [8, 16],
@@ -76,10 +77,12 @@ _VAE: dict[str, Any] = {
     "up_block_types": ["UpDecoderBlock2D"] * 2,
 }
 
+HIDDEN_STATES = {"tiny-klein": (1, 2, 4), "tiny-z-image": (-2,)}
+
 # Widths, heads and axes all differ, so that none can stand in for another.
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny-klein": {
-        "text_encoder": _TEXT,
+        "text_encoder": _TEXT | {"text_encoder_out_layers": [*HIDDEN_STATES["tiny-klein"]]},
         "transformer": {
             "_class_name": "Flux2Transformer2DModel",
             "attention_head_dim": 16,
@@ -144,8 +147,6 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-HIDDEN_STATES = {"tiny-klein": (1, 2, 4), "tiny-z-image": (-2,)}
-
 # Whole pictures: num_inference_steps and guidance_scale, as this project counts it; klein's first is distilled.
 RUNS = {"tiny-klein": [(4, 1.0), (3, 4.0)], "tiny-z-image": [(4, 1.0), (3, 4.0)]}
 IMAGE_SIZES = {"tiny-klein": (16, 24), "tiny-z-image": (24, 16)}  # height, width

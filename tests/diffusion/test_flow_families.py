@@ -22,18 +22,7 @@ from tests import edit_cases, tiny_flow
 from tests.diffusion.edits import assert_edits_are_those_of_diffusers, recorded_noise
 from tests.diffusion.test_flow_models import golden
 
-FAMILIES: dict[str, Any] = {"tiny-klein": flux2_klein, "tiny-z-image": z_image}
 GENERATION = Generation("a house", "", 24, 16, 4, 1.0, 0, None, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_families() -> Any:
-    """Reads the hidden states that tiny text encoders have, of short texts."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for model, family in FAMILIES.items():
-            monkeypatch.setattr(family, "HIDDEN_STATES", tiny_flow.HIDDEN_STATES[model])
-            monkeypatch.setattr(family, "TEXT_LENGTH", tiny_flow.TEXT_LENGTH)
-        yield
 
 
 def write(folder: Path, model: str, **options: Any) -> Path:
@@ -206,6 +195,12 @@ def test_models_that_are_not_distilled_take_guidance(model: str) -> None:
         ("tiny-klein", "vae", {"latent_channels": 8}, "in_channels must be 32, 4 times the VAE's latent_channels"),
         ("tiny-z-image", "transformer", {"cap_feat_dim": 8}, "cap_feat_dim must be the text encoder's hidden_size 24"),
         ("tiny-z-image", "vae", {"latent_channels": 8}, "in_channels must be the VAE's latent_channels 8, got 4."),
+        (
+            "tiny-z-image",
+            "text_encoder",
+            {"max_sequence_length": 40},
+            "max_sequence_length must be a multiple of 32",
+        ),
     ],
 )
 def test_what_networks_do_not_agree_on_is_a_problem(
@@ -234,6 +229,36 @@ def test_layers_behind_the_last_hidden_state_are_not_read_and_unknown_ones_are_p
         *(False, True, False),
         *(True, True, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"text_encoder_out_layers": "3"}, "text_encoder_out_layers must be a list of layers' numbers, got '3'."),
+        ({"text_encoder_out_layers": []}, "text_encoder_out_layers must be a list of layers' numbers, got []."),
+        ({"text_encoder_out_layers": [-6]}, "text_encoder_out_layers must be a list of layers' numbers, got [-6]."),
+        ({"text_encoder_out_layers": [9, 18, 27]}, "num_hidden_layers must be at least 28, got 5."),
+        ({"max_sequence_length": 0}, "max_sequence_length must be a positive integer, got 0."),
+        ({"max_sequence_length": "32"}, "max_sequence_length must be a positive integer, got '32'."),
+    ],
+)
+def test_a_small_text_encoder_names_its_hidden_states_and_its_length(change: dict[str, Any], problem: str) -> None:
+    read, config = (
+        flux2_klein.Flux2Klein.COMPONENTS["text_encoder"].read,
+        tiny_flow.MODELS["tiny-klein"]["text_encoder"],
+    )
+    problems: list[str] = []
+    tiny = read(config, problems, "text_encoder")
+    assert (tiny.hidden_states, tiny.text_length, problems) == ((1, 2, 4), tiny_flow.TEXT_LENGTH, [])
+    own = ("text_encoder_out_layers", "max_sequence_length")
+    published = read(
+        {name: value for name, value in config.items() if name not in own} | {"num_hidden_layers": 36},
+        problems,
+        "published",
+    )
+    assert (published.hidden_states, published.text_length, problems) == ((9, 18, 27), 512, [])
+    read(config | change, problems, "text_encoder")
+    assert problems == [f"text_encoder: {problem}"]
 
 
 def test_a_pipeline_with_another_transformer_is_of_no_family() -> None:

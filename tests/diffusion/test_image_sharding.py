@@ -19,11 +19,9 @@ CHILD = """
 import sys
 import jax, numpy as np
 from app.aot.compile import compiled
-from app.diffusion.families import flux2_klein
 from app.diffusion.pipeline import Pipeline
 from app.types import ActiveSlot, PipelineSpec
 
-flux2_klein.HIDDEN_STATES, flux2_klein.TEXT_LENGTH = (1, 2, 4), 32
 SIZE, STEPS = (32, 64), 3  # eight by sixteen latents
 spec = PipelineSpec(sys.argv[1], (SIZE,), (1,), STEPS)
 
@@ -68,13 +66,11 @@ for devices in (4, 8):
 ENCODES = """
 import sys
 import jax, numpy as np
-from app.diffusion.families import flux2_klein
 from app.diffusion.pipeline import Pipeline
 from app.diffusion.sharding import ROWS_TOGETHER
 from app.types import Edit, PipelineSpec
 from tests.diffusion.some_programs import compile_some
 
-flux2_klein.HIDDEN_STATES, flux2_klein.TEXT_LENGTH = (1, 2, 4), 32
 SIZE = (16, 64)
 image = np.random.default_rng(0).integers(0, 256, (64, 16, 3), np.uint8)
 

@@ -13,12 +13,9 @@ CHILD = """
 import sys
 import jax, numpy as np
 from app.aot.compile import compiled
-from app.diffusion.families import flux2_klein, z_image
 from app.diffusion.pipeline import Pipeline
 from app.types import ActiveSlot, PipelineSpec
 
-flux2_klein.HIDDEN_STATES, flux2_klein.TEXT_LENGTH = (1, 2, 4), 32
-z_image.HIDDEN_STATES, z_image.TEXT_LENGTH = (-2,), 32
 SIZE, STEPS = (16, 16), 2
 spec = PipelineSpec(sys.argv[1], (SIZE,), (1,), STEPS, shard_weights=("text_encoders", "denoiser", "vae"))
 

@@ -1,6 +1,5 @@
 """What several families have in common. Modules are imported where they are built, so this needs no JAX."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,11 +45,11 @@ def clip_text(config: CLIPTextConfig, **options: Any) -> Any:
     return CLIPText(config, **options)
 
 
-def qwen3(hidden_states: Callable[[], tuple[int, ...]]) -> Component:
-    """A text encoder that gives these hidden states of Qwen3."""
+def qwen3(hidden_states: tuple[int, ...]) -> Component:
+    """A text encoder that gives these hidden states of Qwen3, unless its config.json names others."""
 
     def read(content: Json, problems: list[str], where: str) -> Qwen3Config:
-        return Qwen3Config.from_json(content, problems, where, hidden_states())
+        return Qwen3Config.from_json(content, problems, where, hidden_states)
 
     def network(config: Qwen3Config, **options: Any) -> Any:
         from app.diffusion.models.qwen3 import Qwen3

@@ -25,8 +25,6 @@ from app.diffusion.models.flow_shapes import flux2_tensors, flux2_vae_tensors
 from app.diffusion.samplers import FlowSchedule, Schedule
 from app.types import Capabilities, Generation, InvalidField, Mask, RequestDefaults, Size
 
-HIDDEN_STATES = (9, 18, 27)
-TEXT_LENGTH = 512
 MOST_REFERENCES = 4  # as Black Forest Labs' documentation has it
 
 
@@ -55,7 +53,7 @@ class Flux2Klein(FamilyDefaults):
             flux2_vae,
             unread=Flux2VAEConfig.unread,
         ),
-        "text_encoder": qwen3(lambda: HIDDEN_STATES),
+        "text_encoder": qwen3((9, 18, 27)),
     }
     TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
     TOKENIZER: ClassVar[TokenizerKind] = CHAT_TOKENIZER
@@ -65,11 +63,10 @@ class Flux2Klein(FamilyDefaults):
     vae: Flux2VAEConfig
     text_encoder: Qwen3Config
     is_distilled: bool
-    text_length: int
 
     @classmethod
     def of(cls, configs: Mapping[str, Any], index: Json) -> "Flux2Klein":
-        return cls(**configs, is_distilled=index.get("is_distilled") is True, text_length=TEXT_LENGTH)
+        return cls(**configs, is_distilled=index.get("is_distilled") is True)
 
     @classmethod
     def schedule(cls, config: Json) -> tuple[FlowSchedule, list[str]]:
@@ -123,7 +120,7 @@ class Flux2Klein(FamilyDefaults):
 
     @property
     def text_lengths(self) -> Mapping[str, int]:
-        return {"tokenizer": self.text_length}
+        return {"tokenizer": self.text_encoder.text_length}
 
     def encode(self, networks: Networks, input_ids: Mapping[str, Array]) -> Conditioning:
         """Padding counts: the transformer attends to all of its tokens, as it was trained."""
@@ -158,4 +155,4 @@ class Flux2Klein(FamilyDefaults):
     def divides_images(self, verb: Role, size: Size, chips: int) -> bool:
         """The denoiser's text is divided too."""
         rows = size[1] // self.pixels_per_latent
-        return rows % chips == 0 and (verb == "decode" or self.text_length % chips == 0)
+        return rows % chips == 0 and (verb == "decode" or self.text_encoder.text_length % chips == 0)

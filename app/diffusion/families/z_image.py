@@ -12,8 +12,7 @@ from app.diffusion.models.flow_shapes import z_image_tensors
 from app.diffusion.samplers import FlowSchedule, Schedule
 from app.types import Capabilities, RequestDefaults, Size
 
-HIDDEN_STATES = (-2,)
-TEXT_LENGTH = 512  # a multiple of 32
+TEXT_MULTIPLE = 32  # the denoiser's text is padded to multiples of so many tokens
 
 
 def z_image(config: ZImageConfig, **options: Any) -> Any:
@@ -30,7 +29,7 @@ class ZImage(AutoencoderFamily):
             "ZImageTransformer2DModel", "denoise", ZImageConfig.from_json, z_image_tensors, z_image
         ),
         "vae": VAE,
-        "text_encoder": qwen3(lambda: HIDDEN_STATES),
+        "text_encoder": qwen3((-2,)),
     }
     TOKENIZERS: ClassVar[Mapping[str, str]] = {"tokenizer": "text_encoder"}
     TOKENIZER: ClassVar[TokenizerKind] = THINKING_TOKENIZER
@@ -39,11 +38,10 @@ class ZImage(AutoencoderFamily):
     transformer: ZImageConfig
     vae: VAEConfig
     text_encoder: Qwen3Config
-    text_length: int
 
     @classmethod
     def of(cls, configs: Mapping[str, Any], index: Json) -> "ZImage":
-        return cls(**configs, text_length=TEXT_LENGTH)
+        return cls(**configs)
 
     @classmethod
     def schedule(cls, config: Json) -> tuple[FlowSchedule, list[str]]:
@@ -59,11 +57,17 @@ class ZImage(AutoencoderFamily):
             ),
             ("in_channels", self.transformer.in_channels, "the VAE's latent_channels", self.vae.latent_channels),
         ]
-        return [
+        problems = [
             f"transformer/config.json: {name} must be {what} {wanted}, got {got}."
             for name, got, what, wanted in pairs
             if got != wanted
         ]
+        if self.text_encoder.text_length % TEXT_MULTIPLE:
+            problems.append(
+                f"text_encoder/config.json: max_sequence_length must be a multiple of {TEXT_MULTIPLE}, "
+                f"got {self.text_encoder.text_length}."
+            )
+        return problems
 
     def defaults(self, schedule: Schedule | FlowSchedule) -> RequestDefaults:
         """ZImagePipeline's, whose guidance counts from 0. No file says that Turbo is distilled."""
@@ -79,7 +83,7 @@ class ZImage(AutoencoderFamily):
 
     @property
     def text_lengths(self) -> Mapping[str, int]:
-        return {"tokenizer": self.text_length}
+        return {"tokenizer": self.text_encoder.text_length}
 
     def encode(self, networks: Networks, input_ids: Mapping[str, Array]) -> Conditioning:
         ids = input_ids["tokenizer"]

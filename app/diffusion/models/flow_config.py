@@ -30,7 +30,10 @@ Z_IMAGE_FIXED: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config:
-    """Qwen3ForCausalLM as a text encoder that reads `hidden_states`: 0 is the embedding, i the output of layer i."""
+    """Qwen3ForCausalLM as a text encoder of texts of `text_length` tokens, padded.
+
+    It reads `hidden_states`: 0 is the embedding, i the output of layer i.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -42,6 +45,7 @@ class Qwen3Config:
     rms_norm_eps: float
     rope_theta: float
     hidden_states: tuple[int, ...]
+    text_length: int = 512  # as diffusers' pipelines have it
 
     @property
     def layers_read(self) -> int:
@@ -62,7 +66,11 @@ class Qwen3Config:
     def from_json(
         cls, json: Mapping[str, Any], problems: list[str], where: str, hidden_states: Sequence[int]
     ) -> "Qwen3Config":
-        """A negative hidden state counts from the last one, -1."""
+        """A negative hidden state counts from the last one, -1.
+
+        A small checkpoint may say otherwise, by the names of arguments that diffusers' pipelines take:
+        `text_encoder_out_layers` and `max_sequence_length`.
+        """
         got = json.get("model_type", "qwen3")
         if got != "qwen3":
             problems.append(f"{where}: model_type must be qwen3, got {got}.")
@@ -89,11 +97,19 @@ class Qwen3Config:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
                 problems.append(f"{where}: {name} must be a positive number, got {value!r}.")
                 return cls(**{field: 1 for field in numbers}, hidden_states=(1,))
-        counted = tuple(i if i >= 0 else layers + 1 + i for i in hidden_states)
+        states = json.get("text_encoder_out_layers", [*hidden_states])
+        if not isinstance(states, list) or not states or not all(type(i) is int and i >= -layers for i in states):
+            problems.append(f"{where}: text_encoder_out_layers must be a list of layers' numbers, got {states!r}.")
+            states = [1]
+        text_length = json.get("max_sequence_length", cls.text_length)
+        if type(text_length) is not int or text_length < 1:
+            problems.append(f"{where}: max_sequence_length must be a positive integer, got {text_length!r}.")
+            text_length = cls.text_length
+        counted = tuple(i if i >= 0 else layers + 1 + i for i in states)
         # The last hidden state is behind the final norm, which nobody reads.
         if max(counted) >= layers:
             problems.append(f"{where}: num_hidden_layers must be at least {max(counted) + 1}, got {layers}.")
-        config = cls(**numbers, hidden_states=counted)
+        config = cls(**numbers, hidden_states=counted, text_length=text_length)
         if config.num_attention_heads % config.num_key_value_heads:
             problems.append(
                 f"{where}: {config.num_attention_heads} heads (num_attention_heads) cannot share "
