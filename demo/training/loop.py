@@ -18,6 +18,7 @@ from flax import serialization
 from cluster.cli import UsageError, UserError
 from cluster.terminal import Progress, format_duration, say
 from demo.training.files import write_json
+from demo.training.flow_recipe import FlowRecipe
 from demo.training.recipe import STAGES, Recipe
 
 State = dict[str, Any]
@@ -48,7 +49,7 @@ def make_step(
 def train(
     stage: str,
     work: Path,
-    recipe: Recipe,
+    recipe: Recipe | FlowRecipe,
     state: State,
     step: Callable[[State, Any, jax.Array], tuple[State, jax.Array]],
     batches: Callable[[int], Any],
@@ -90,14 +91,14 @@ def train(
     return state
 
 
-def claim_folder(work: Path, recipe: Recipe, start_from: Path | None) -> None:
+def claim_folder(work: Path, recipe: Recipe | FlowRecipe, start_from: Path | None) -> None:
     """Records the recipe in `work`. Raises UsageError if the checkpoints there belong to another recipe."""
     file = work / "recipe.json"
     ours: dict[str, Any] = {**dataclasses.asdict(recipe), "start_from": start_from and str(start_from)}
     del ours["checkpoint_steps"]  # it does not change the result
     if file.exists():
         # A folder that was written before an option existed has that option's default.
-        saved = {**dataclasses.asdict(Recipe()), **json.loads(file.read_text())}
+        saved = {**dataclasses.asdict(type(recipe)()), **json.loads(file.read_text())}
         differ = [f"{name} ({saved.get(name)}, here {ours[name]})" for name in ours if saved.get(name) != ours[name]]
         if differ:
             raise UsageError(f"--work: {work} is another training's, which differs in {', '.join(differ)}.")

@@ -30,4 +30,10 @@ class Recipe:
     checkpoint_steps: int = 200
 
 
-STAGES = {"vae": "VAE", "text": "text encoder", "unet": "UNet and text encoder", "decoder": "decoder, sharpened"}
+STAGES = {
+    "vae": "VAE",
+    "text": "text encoder",
+    "unet": "UNet and text encoder",
+    "decoder": "decoder, sharpened",
+    "flow": "transformer and text encoder",
+}

@@ -12,6 +12,7 @@ from flax import nnx
 from app.diffusion.models.clip import CLIPText
 from app.diffusion.models.tokenizer import Tokenizer
 from demo import scenes
+from demo.training.layout import BACKGROUNDS, CELL_CLASSES, layout
 from demo.training.loop import adamw, initial_state, make_step, train
 from demo.training.networks import ARCHITECTURES
 from demo.training.recipe import Recipe
@@ -27,8 +28,7 @@ def train_text_encoder(recipe: Recipe, work: Path, tokenizer: Tokenizer, steps: 
     """
     config = ARCHITECTURES[recipe.architecture].text_encoder(tokenizer)
     rngs = nnx.Rngs(recipe.seed + 2)
-    kinds, colours, backgrounds = [*scenes.KINDS], [*scenes.COLOURS], [*scenes.BACKGROUNDS]
-    classes = [len(backgrounds)] + [len(kinds) + 1] * GRID**2 + [len(colours) + 1] * GRID**2
+    classes = [BACKGROUNDS] + [count for count in CELL_CLASSES for _ in range(GRID**2)]
     probe = nnx.Linear(config.hidden_size, sum(classes), rngs=rngs)
     graph, params = nnx.split((CLIPText(config, rngs=rngs), probe))
     optimizer = adamw(recipe.text_learning_rate, recipe.text_steps, recipe.warmup_steps)
@@ -38,13 +38,7 @@ def train_text_encoder(recipe: Recipe, work: Path, tokenizer: Tokenizer, steps: 
         rng = np.random.default_rng([recipe.seed, 5, step])
         sampled = [scenes.sample_scene(rng) for _ in range(recipe.text_batch)]
         input_ids = tokenizer([scenes.caption(scene, rng) for scene in sampled]).input_ids
-        labels = np.zeros((len(sampled), len(classes)), np.int32)  # 0 in a cell: no thing
-        for row, scene in zip(labels, sampled, strict=True):
-            row[0] = backgrounds.index(scene.background)
-            for thing in scene.things:
-                where = covered(thing)
-                row[1:][: GRID**2][where] = kinds.index(thing.kind) + 1
-                row[1 + GRID**2 :][where] = colours.index(thing.colour) + 1
+        labels = np.stack([layout(scene, GRID) for scene in sampled])
         return jnp.asarray(input_ids), jnp.asarray(labels)
 
     def loss_of(params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
@@ -62,10 +56,3 @@ def train_text_encoder(recipe: Recipe, work: Path, tokenizer: Tokenizer, steps: 
     state = train("text", work, recipe, initial_state(params, optimizer), step, batches, steps)
     text_encoder, _ = nnx.merge(graph, state["ema"])
     return text_encoder
-
-
-def covered(thing: scenes.Thing) -> np.ndarray:
-    """For each cell of the grid, row by row, whether its centre is within the thing's square."""
-    centres = (np.arange(GRID) + 0.5) / GRID
-    across, down = (np.abs(centres - middle) < thing.size / 2 for middle in (thing.x, thing.y))
-    return (down[:, None] & across[None]).ravel()
