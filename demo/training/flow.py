@@ -81,7 +81,9 @@ def train_flow(
             optax.softmax_cross_entropy_with_integer_labels(part, labels).mean()
             for part, labels in zip(logits, truth, strict=True)
         ]
-        return jnp.square(velocity - (noise - latents)).mean() + recipe.probe_weight * sum(wrong)
+        error = jnp.square(velocity - (noise - latents)).mean(axis=-1).reshape(count, -1)
+        weight = jnp.where(truth[0] > 0, recipe.thing_weight, 1.0)
+        return (error * weight).sum() / weight.sum() + recipe.probe_weight * sum(wrong)
 
     latents, mean, deviation = scaled_patches(pool["latents"])
 

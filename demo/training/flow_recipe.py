@@ -16,6 +16,7 @@ class FlowRecipe:
     ema: float = 0.999
     prompt_dropout: float = 0.1
     probe_weight: float = 0.3  # of telling what stands where, beside the flow's loss
+    thing_weight: float = 3.0  # of a patch in which a thing stands, of one of the background
     shift: float = 1.8  # of the noise levels, towards noise
     warmup_steps: int = 100
     checkpoint_steps: int = 200
