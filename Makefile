@@ -57,7 +57,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo up deploy status monitor logs dashboard address attach preempt undeploy down test test-quick test-jobs test-cluster check
 .PHONY: test-faults test-chaos test-http-jobs-faults rehearse rehearse-faults rehearse-variants rehearse-gke rehearse-calls gke
-.PHONY: format golden demo-quality demo-edits train-demo lock clean runtime dev parity gcp check-config api-key bench-engine bench-cluster
+.PHONY: format golden demo-quality demo-edits train-demo train-flow lock clean runtime dev parity gcp check-config api-key bench-engine bench-cluster
 .PHONY: bench-devices bench-overhead bench-coldstart bench-plan libtpu tpu-check tpu-plan job jobs stop-job bench-batch
 .PHONY: test-computing test-waiting test-browser page-pictures browser
 .PHONY: bench-loadgen loadtest bench-torch test-parity fuzz soak cuda bench-gpu
@@ -215,6 +215,9 @@ demo-edits: runtime ## Measure how often an edit by the demo model changes a thi
 
 train-demo: dev ## Train the demo model (hours; goes on where it was interrupted)
 	@$(py) -m demo.train
+
+train-flow: dev ## Train a small flow model of FLUX.2-klein's form on the demo's pictures, into outputs/demo-flow (hours; goes on too)
+	@$(py) -m demo.train_flow
 
 bench-engine: runtime ## Measure the engine against whole batches: latency, slowdown, throughput (about 12 minutes)
 	@$(py) -m benchmarks.engine

@@ -10,7 +10,6 @@ decoder is trained further for sharper pictures. Each stage resumes from its las
 are the ones that are served, and the result is a folder in diffusers layout.
 """
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -22,11 +21,12 @@ from app.aot.cache_key import digest, host
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.models.tokenizer import Tokenizer
 from app.diffusion.models.unet import UNet
-from cluster.cli import Parser, UsageError, integer_between
+from cluster.cli import Parser, UsageError
 from demo.training.export import export
 from demo.training.loop import claim_folder
 from demo.training.model_card import write_card
 from demo.training.networks import ARCHITECTURES, TEXT_JSON
+from demo.training.options import add_options, recipe_of
 from demo.training.pool import encoded_pool
 from demo.training.recipe import STAGES, Recipe
 from demo.training.text_encoder import train_text_encoder
@@ -41,7 +41,7 @@ def main() -> str:
     args = arguments.parse_args()
     if args.average and not args.start_from:
         arguments.error("--average needs --start-from: the weights to average with.")
-    recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
+    recipe = recipe_of(Recipe, args)
     architecture = ARCHITECTURES[recipe.architecture]
     try:
         earlier = load_checkpoint(args.start_from) if args.start_from else None
@@ -92,13 +92,7 @@ def parser() -> Parser:
         action="store_true",
         help="write the mean of the networks of --start-from and of the trained ones (UNet, text encoder)",
     )
-    for field in dataclasses.fields(Recipe):
-        option, default = f"--{field.name.replace('_', '-')}", field.default
-        if field.name == "architecture":
-            parser.add_argument(option, choices=list(ARCHITECTURES), default=default, help="%(default)s")
-        else:
-            kind = float if isinstance(default, float) else integer_between(0, 10**9)
-            parser.add_argument(option, type=kind, default=default, help="%(default)s")
+    add_options(parser, Recipe, ARCHITECTURES)
     return parser
 
 

@@ -9,19 +9,19 @@ trained together from nothing. It resumes from its last checkpoint in `--work`. 
 served, and the result is a folder in diffusers layout.
 """
 
-import dataclasses
 import shutil
 
 from app.diffusion.models.chat_tokenizer import ChatTokenizer
 from app.diffusion.models.loading import load_checkpoint
 from app.diffusion.models.vae import VAE
-from cluster.cli import Parser, UsageError, integer_between
+from cluster.cli import Parser, UsageError
 from demo.train import keep_compiled_programs
 from demo.training.export import export_flow
 from demo.training.flow import scaled_patches, train_flow
 from demo.training.flow_networks import ARCHITECTURES, TEXT_LENGTH
 from demo.training.flow_recipe import FlowRecipe
 from demo.training.loop import claim_folder
+from demo.training.options import add_options, recipe_of
 from demo.training.pool import encoded_pool
 from demo.training.tokenizer import write_chat_tokenizer
 from jobs.entry import path, run
@@ -31,7 +31,7 @@ LATENTS = 16  # along each side of a picture, in patches of 2x2
 
 def main() -> str:
     args = parser().parse_args()
-    recipe = FlowRecipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(FlowRecipe)})
+    recipe = recipe_of(FlowRecipe, args)
     try:
         earlier = load_checkpoint(args.vae)
     except ValueError as error:
@@ -61,13 +61,7 @@ def parser() -> Parser:
     parser.add_argument("--work", type=path, default=".cache/train-flow", help="checkpoints (%(default)s)")
     parser.add_argument("--vae", type=path, default="assets/demo-model", help="folder whose VAE is kept (%(default)s)")
     parser.add_argument("--export-only", action="store_true", help="write the folder from the last checkpoint")
-    for field in dataclasses.fields(FlowRecipe):
-        option, default = f"--{field.name.replace('_', '-')}", field.default
-        if field.name == "architecture":
-            parser.add_argument(option, choices=list(ARCHITECTURES), default=default, help="%(default)s")
-        else:
-            kind = float if isinstance(default, float) else integer_between(0, 10**9)
-            parser.add_argument(option, type=kind, default=default, help="%(default)s")
+    add_options(parser, FlowRecipe, ARCHITECTURES)
     return parser
 
 
