@@ -121,6 +121,7 @@ class Worker:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
         self.stopped = False
+        self.starting = threading.Lock()  # so that `stop` never misses a process
         self.began = 0.0  # when it began with what it compiles now; 0 between programs
 
     def compile(self, task: CompileTask) -> CompileOutcome:
@@ -128,9 +129,10 @@ class Worker:
         status: int | None = None
         self.began = time.monotonic()
         for _ in range(ATTEMPTS):
-            if self.stopped:
-                break
-            process = self.process = self.process or start()
+            with self.starting:
+                if self.stopped:
+                    break
+                process = self.process = self.process or start()
             assert process.stdin is not None and process.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps(request), file=process.stdin, flush=True)
@@ -155,9 +157,10 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the process at once. May be called from another thread."""
-        self.stopped = True
-        if process := self.process:
-            process.kill()
+        with self.starting:
+            self.stopped = True
+            if process := self.process:
+                process.kill()
 
 
 class Stopped(Exception):
