@@ -58,6 +58,7 @@ def test_noise_levels_cover_all_and_lean_towards_noise() -> None:
 
 def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(sys, "argv", ["train_flow", *arguments])
+    monkeypatch.setattr(train_flow, "keep_compiled_programs", lambda work: None)  # it would outlast the test
     return train_flow.main()
 
 
