@@ -20,3 +20,6 @@ class FlowRecipe:
     shift: float = 1.8  # of the noise levels, towards noise
     warmup_steps: int = 100
     checkpoint_steps: int = 200
+
+
+FLOW_STAGES = {"flow": "transformer and text encoder"}

@@ -18,10 +18,11 @@ from flax import serialization
 from cluster.cli import UsageError, UserError
 from cluster.terminal import Progress, format_duration, say
 from demo.training.files import write_json
-from demo.training.flow_recipe import FlowRecipe
+from demo.training.flow_recipe import FLOW_STAGES, FlowRecipe
 from demo.training.recipe import STAGES, Recipe
 
 State = dict[str, Any]
+TITLES = STAGES | FLOW_STAGES
 
 
 def adamw(learning_rate: float, steps: int, warmup: int) -> optax.GradientTransformation:
@@ -62,7 +63,7 @@ def train(
         restored = serialization.from_bytes({"done": 0, "state": leaves_of(state)}, file.read_bytes())
         done, state = restored["done"], with_leaves(state, restored["state"])
     if done:
-        say(f"{STAGES[stage]}: {f'goes on after step {done} of {steps}' if done < steps else 'trained before'}")
+        say(f"{TITLES[stage]}: {f'goes on after step {done} of {steps}' if done < steps else 'trained before'}")
     recent: list[jax.Array] = []
     shown_loss, pace = "", 0.0
     with Progress() as progress, (work / f"{stage}.jsonl").open("a") as losses:
@@ -81,9 +82,9 @@ def train(
                 losses.flush()
                 shown_loss = f", loss {mean:.4f}"
                 if not math.isfinite(mean):
-                    raise UserError(f"{STAGES[stage]}: the loss is {mean} at step {number + 1}.")
+                    raise UserError(f"{TITLES[stage]}: the loss is {mean} at step {number + 1}.")
             remaining = f", {pace:.2f} s a step, {format_duration(pace * (steps - number - 1))} left" if pace else ""
-            progress.show({STAGES[stage]: ("training", f"step {number + 1} of {steps}{shown_loss}{remaining}")})
+            progress.show({TITLES[stage]: ("training", f"step {number + 1} of {steps}{shown_loss}{remaining}")})
             if (number + 1) % recipe.checkpoint_steps == 0 or number + 1 == steps:
                 partial = file.with_suffix(".partial")
                 partial.write_bytes(serialization.to_bytes({"done": number + 1, "state": leaves_of(state)}))

@@ -30,10 +30,4 @@ class Recipe:
     checkpoint_steps: int = 200
 
 
-STAGES = {
-    "vae": "VAE",
-    "text": "text encoder",
-    "unet": "UNet and text encoder",
-    "decoder": "decoder, sharpened",
-    "flow": "transformer and text encoder",
-}
+STAGES = {"vae": "VAE", "text": "text encoder", "unet": "UNet and text encoder", "decoder": "decoder, sharpened"}
