@@ -43,12 +43,13 @@ def main() -> str:
     claim_folder(args.work, recipe, args.vae)
     keep_compiled_programs(args.work)
     words = args.work / "tokenizer"
-    words.mkdir(exist_ok=True)
-    vocabulary = write_chat_tokenizer(words)
+    if not words.exists():  # an existing one is kept, as its training breaks ties by chance
+        words.mkdir()
+        write_chat_tokenizer(words)
     tokenizer = ChatTokenizer(words, TEXT_LENGTH, thinking=False)
     pool = encoded_pool(recipe, args.work, vae, tokenizer, grid=LATENTS // 2)
     steps = 0 if args.export_only else recipe.steps
-    transformer, text_encoder = train_flow(recipe, args.work, pool, tokenizer, vocabulary, steps)
+    transformer, text_encoder = train_flow(recipe, args.work, pool, tokenizer, steps)
     _, mean, deviation = scaled_patches(pool["latents"])
     shutil.copytree(words, args.out / "tokenizer", dirs_exist_ok=True)
     export_flow(args.out, ARCHITECTURES[recipe.architecture], transformer, text_encoder, earlier, mean, deviation)

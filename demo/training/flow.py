@@ -37,7 +37,7 @@ class Tap:
 
 
 def train_flow(
-    recipe: FlowRecipe, work: Path, pool: dict[str, np.ndarray], tokenizer: ChatTokenizer, vocabulary: int, steps: int
+    recipe: FlowRecipe, work: Path, pool: dict[str, np.ndarray], tokenizer: ChatTokenizer, steps: int
 ) -> tuple[Flux2, Qwen3]:
     """Flow matching (Lipman et al. 2022) on patches of 2x2 latents. Dropped prompts make guidance work.
 
@@ -46,7 +46,7 @@ def train_flow(
     """
     architecture = ARCHITECTURES[recipe.architecture]
     transformer = Flux2(architecture.transformer, rngs=nnx.Rngs(recipe.seed + 1))
-    text_encoder = Qwen3(architecture.text_encoder(vocabulary), rngs=nnx.Rngs(recipe.seed + 2))
+    text_encoder = Qwen3(architecture.text_encoder(len(tokenizer.tokenizer)), rngs=nnx.Rngs(recipe.seed + 2))
     # The first answers are zero, and the first gates small.
     transformer.proj_out.kernel[...] *= 0.0
     for modulation in (
