@@ -1,6 +1,8 @@
 """Writes the trained networks as folders in diffusers layout."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -24,17 +26,12 @@ def export(
 ) -> None:
     """Writes the networks in float16."""
     text_json = {**architecture.text_json, "vocab_size": text_encoder.config.vocab_size}
+    vae_json = {**architecture.vae_json, "scaling_factor": round(scaling_factor, 6)}
     parts = {
-        "vae": ("diffusion_pytorch_model", vae, {**architecture.vae_json, "scaling_factor": round(scaling_factor, 6)}),
-        "unet": ("diffusion_pytorch_model", unet, architecture.unet_json),
-        "text_encoder": ("model", text_encoder, text_json),
+        "vae": (to_tensors(vae, np.float16), vae_json),
+        "unet": (to_tensors(unet, np.float16), architecture.unet_json),
+        "text_encoder": (to_tensors(text_encoder, np.float16), text_json),
     }
-    for part, (stem, module, config) in parts.items():
-        (out / part).mkdir(parents=True, exist_ok=True)
-        write_json(out / part / "config.json", config)
-        save_file(to_tensors(module, np.float16), out / part / f"{stem}.safetensors", {"format": "pt"})
-    (out / "scheduler").mkdir(exist_ok=True)
-    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER_JSON)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
@@ -46,6 +43,23 @@ def export(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    write_folder(out, parts, SCHEDULER_JSON, index)
+
+
+def write_folder(
+    out: Path,
+    parts: Mapping[str, tuple[dict[str, np.ndarray], Mapping[str, Any]]],
+    scheduler: Mapping[str, Any],
+    index: Mapping[str, Any],
+) -> None:
+    """Writes the tensors and the config.json of each part, the scheduler's file and model_index.json."""
+    for part, (tensors, config) in parts.items():
+        (out / part).mkdir(parents=True, exist_ok=True)
+        write_json(out / part / "config.json", config)
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        save_file(tensors, out / part / f"{stem}.safetensors", {"format": "pt"})
+    (out / "scheduler").mkdir(exist_ok=True)
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
     write_json(out / "model_index.json", index)
 
 
@@ -77,20 +91,10 @@ def export_flow(
     }
     vae_json = read_json(vae.path / "vae" / "config.json", "vae/config.json", []) | VAE_CHANGES
     parts = {
-        "transformer": (
-            "diffusion_pytorch_model",
-            to_tensors(transformer, np.float16),
-            architecture.transformer_json,
-        ),
-        "vae": ("diffusion_pytorch_model", to_tensors(vae.networks["vae"], np.float16) | statistics, vae_json),
-        "text_encoder": ("model", text_tensors, text_json),
+        "transformer": (to_tensors(transformer, np.float16), architecture.transformer_json),
+        "vae": (to_tensors(vae.networks["vae"], np.float16) | statistics, vae_json),
+        "text_encoder": (text_tensors, text_json),
     }
-    for part, (stem, tensors, config) in parts.items():
-        (out / part).mkdir(parents=True, exist_ok=True)
-        write_json(out / part / "config.json", config)
-        save_file(tensors, out / part / f"{stem}.safetensors", {"format": "pt"})
-    (out / "scheduler").mkdir(exist_ok=True)
-    write_json(out / "scheduler" / "scheduler_config.json", FLOW_SCHEDULER_JSON)
     index = {
         "_class_name": "Flux2KleinPipeline",
         "is_distilled": False,
@@ -100,4 +104,4 @@ def export_flow(
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
     }
-    write_json(out / "model_index.json", index)
+    write_folder(out, parts, FLOW_SCHEDULER_JSON, index)
