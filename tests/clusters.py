@@ -5,8 +5,8 @@ import fcntl
 import io
 import json
 import os
-import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +23,8 @@ import pytest
 
 from cluster import ROOT, processes
 from cluster.local.state import Cluster
+
+CLAIMED: list[socket.socket] = []  # one for each port that this process has
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,26 @@ def in_this_process(
 
 
 def ports(count: int) -> list[int]:
-    """Free ports that `up` does not choose. The start is random, as several test runs may search at once."""
-    start = random.randrange(18000, 18900)
-    return [port for port in range(start, start + 100) if processes.free(port)][:count]
+    """Free ports that `up` does not choose. No other test of this machine gets them before this process ends."""
+    claimed: list[int] = []
+    for port in range(18000, 19000):
+        if processes.free(port) and claim(port):
+            claimed.append(port)
+            if len(claimed) == count:
+                return claimed
+    pytest.fail("There are too few free ports between 18000 and 19000.")
+
+
+def claim(port: int) -> bool:
+    """Whether no other call of this machine has it: Linux keeps each abstract name once, and frees it with us."""
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0tpu-diffusion-test-port-{port}")
+    except OSError:
+        name.close()
+        return False
+    CLAIMED.append(name)
+    return True
 
 
 def succeeds(done: subprocess.CompletedProcess[str]) -> str:

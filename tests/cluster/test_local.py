@@ -22,6 +22,7 @@ from cluster.local import state as clusters
 from cluster.local.autoscaler_config import Timings
 from cluster.local.state import Cluster
 from cluster.processes import MARK
+from tests.clusters import ports as ports_for_a_test
 
 Start = Callable[..., psutil.Process]
 SLEEP = "print(flush=True); import time; time.sleep(60)"
@@ -130,6 +131,14 @@ def test_a_taken_port_is_told_with_its_owner() -> None:
 def test_free_ports_differ() -> None:
     ports = processes.free_ports(12)
     assert len(set(ports)) == 12 and all(20000 <= port < 32000 for port in ports)
+
+
+def test_a_tests_ports_are_no_other_tests_before_they_are_in_use() -> None:
+    """A cluster's dashboard took the proxy's port of another test's, as both had found it free."""
+    command = [sys.executable, "-c", "from tests.clusters import ports; print(*ports(2))"]
+    mine = ports_for_a_test(2)
+    others = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert len({*mine, *map(int, others)}) == 4
 
 
 def test_somebody_elses_ray_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, run_dir: Path) -> None:
