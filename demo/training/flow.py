@@ -14,7 +14,7 @@ from app.diffusion.models.flux2 import Flux2
 from app.diffusion.models.flux2_vae import to_patches
 from app.diffusion.models.qwen3 import Qwen3
 from app.diffusion.models.transformer_layers import normed
-from demo.training.flow_networks import ARCHITECTURES, TEXT_LENGTH
+from demo.training.flow_networks import TEXT_LENGTH, FlowArchitecture
 from demo.training.flow_recipe import FlowRecipe
 from demo.training.layout import BACKGROUNDS, CELL_CLASSES
 from demo.training.loop import initial_state, make_step, train
@@ -36,18 +36,9 @@ class Tap:
         return result
 
 
-def train_flow(
-    recipe: FlowRecipe, work: Path, pool: dict[str, np.ndarray], tokenizer: ChatTokenizer, steps: int
-) -> tuple[Flux2, Qwen3]:
-    """Flow matching (Lipman et al. 2022) on patches of 2x2 latents. Dropped prompts make guidance work.
-
-    A linear probe in the middle of the transformer predicts what stands in each patch, so that words find their places
-    early, and is thrown away afterwards (compare Yu et al. 2024, who align with a vision encoder).
-    """
-    architecture = ARCHITECTURES[recipe.architecture]
-    transformer = Flux2(architecture.transformer, rngs=nnx.Rngs(recipe.seed + 1))
-    text_encoder = Qwen3(architecture.text_encoder(len(tokenizer.tokenizer)), rngs=nnx.Rngs(recipe.seed + 2))
-    # The first answers are zero, and the first gates small.
+def new_networks(architecture: FlowArchitecture, vocabulary: int, seed: int) -> tuple[Flux2, Qwen3]:
+    """Untrained ones, whose first answers are zero and first gates small."""
+    transformer = Flux2(architecture.transformer, rngs=nnx.Rngs(seed + 1))
     transformer.proj_out.kernel[...] *= 0.0
     for modulation in (
         transformer.double_stream_modulation_img,
@@ -55,9 +46,28 @@ def train_flow(
         transformer.single_stream_modulation,
     ):
         modulation.linear.kernel[...] *= 0.5
+    return transformer, Qwen3(architecture.text_encoder(vocabulary), rngs=nnx.Rngs(seed + 2))
+
+
+def train_flow(
+    recipe: FlowRecipe,
+    work: Path,
+    pool: dict[str, np.ndarray],
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    tokenizer: ChatTokenizer,
+    transformer: Flux2,
+    text_encoder: Qwen3,
+    steps: int,
+) -> tuple[Flux2, Qwen3]:
+    """Flow matching (Lipman et al. 2022) on patches of 2x2 latents. Dropped prompts make guidance work.
+
+    A linear probe in the middle of the transformer predicts what stands in each patch, so that words find their places
+    early, and is thrown away afterwards (compare Yu et al. 2024, who align with a vision encoder).
+    """
     classes = [*CELL_CLASSES, BACKGROUNDS]
-    probe = nnx.Linear(architecture.transformer.width, sum(classes), rngs=nnx.Rngs(recipe.seed + 3))
-    probed = min(PROBED, architecture.transformer.num_single_layers - 1)
+    probe = nnx.Linear(transformer.config.width, sum(classes), rngs=nnx.Rngs(recipe.seed + 3))
+    probed = min(PROBED, transformer.config.num_single_layers - 1)
     graph, params = nnx.split((transformer, text_encoder, probe))
     ends = np.cumsum(classes)[:-1]
     empty = jnp.asarray(tokenizer([""]).input_ids)
@@ -85,7 +95,7 @@ def train_flow(
         weight = jnp.where(truth[0] > 0, recipe.thing_weight, 1.0)
         return (error * weight).sum() / weight.sum() + recipe.probe_weight * sum(wrong)
 
-    latents, mean, deviation = scaled_patches(pool["latents"])
+    latents = (patches(pool["latents"]) - mean) / deviation
 
     def batches(step: int) -> tuple[jax.Array, ...]:
         rng = np.random.default_rng([recipe.seed, 6, step])
@@ -110,11 +120,14 @@ def noise_levels(key: jax.Array, count: int, shift: float) -> jax.Array:
     return shift * levels / (1 + (shift - 1) * levels)
 
 
-def scaled_patches(latents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Patches [N, h / 2, w / 2, 4 * C] with mean 0 and variance 1 of each channel, and both as they were."""
-    patches = np.asarray(to_patches(jnp.asarray(latents, jnp.float32)))
-    mean, deviation = patches.mean((0, 1, 2)), patches.std((0, 1, 2))
-    return (patches - mean) / deviation, mean, deviation
+def statistics_of(latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [4 * C] and deviation [4 * C] of the patches of latents [N, h, w, C]."""
+    cut = patches(latents)
+    return cut.mean((0, 1, 2)), cut.std((0, 1, 2))
+
+
+def patches(latents: np.ndarray) -> np.ndarray:
+    return np.asarray(to_patches(jnp.asarray(latents, jnp.float32)))
 
 
 def muon(recipe: FlowRecipe) -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from app.diffusion.models.chat_tokenizer import ChatTokenizer
 from app.diffusion.models.loading import load_checkpoint
@@ -91,7 +92,27 @@ def test_a_tiny_training_is_resumed_and_leaves_a_folder_that_draws(
     (picture,) = generate(Engine(pipeline, max_waiting=1), None, 2, ["a red house at dusk"], 3.0, 0)
     assert picture.shape == (128, 128, 3) and picture.std() > 0
 
+    # Another training, of no steps, from its weights: they are the same, and the card tells of both.
+    further, work = tmp_path / "further", tmp_path / "further-work"
+    start = ("--start-from", str(out), "--out", str(further), "--work", str(work))
+    work.mkdir()
+    (work / "flow.jsonl").write_text('{"step": 1, "loss": 0.5, "seconds": 60}\n')
+    run("--architecture", "tiny", "--pool", "64", "--steps", "0", *start, monkeypatch=monkeypatch)
+    before, after = (load_checkpoint(folder) for folder in (out, further))
+    for name in before.networks:
+        old, new = (jax.tree.leaves(nnx.state(checkpoint.networks[name])) for checkpoint in (before, after))
+        assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(old, new, strict=True)), name
+    assert (out / "tokenizer" / "vocab.json").read_bytes() == (further / "tokenizer" / "vocab.json").read_bytes()
+    card = (further / "README.md").read_text()
+    assert "| 6 steps of 4 latents out of a pool of 64, " in card
+    assert "; then, from those weights: 1 steps of 32 latents" in card and "dropped, 1 minutes |" in card
+    assert (further / "loss.png").exists()
+    with pytest.raises(UsageError, match="--start-from: .* has another --architecture than bundled"):
+        run("--start-from", str(out), "--work", str(tmp_path / "other"), monkeypatch=monkeypatch)
+
 
 def test_a_vae_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--start-from: must be a folder that this command wrote, got .*/demo-model"):
+        run("--start-from", "assets/demo-model", "--work", str(tmp_path / "work"), monkeypatch=monkeypatch)
     with pytest.raises(UsageError, match=f"--vae: .*{tmp_path}"):
         run("--vae", str(tmp_path), "--work", str(tmp_path / "work"), monkeypatch=monkeypatch)

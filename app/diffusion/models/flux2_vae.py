@@ -24,20 +24,24 @@ class Flux2VAE(VAE):
         self.epsilon = config.batch_norm_eps
         self.bn = Statistics(config.patch_channels)
 
+    def statistics(self) -> tuple[jax.Array, jax.Array]:
+        """The mean [4 * C] and the deviation [4 * C] of patches."""
+        return self.bn.running_mean[...], jnp.sqrt(self.bn.running_var[...] + self.epsilon)
+
     def posterior(self, pixels: jax.Array, *, strips: Strips = WHOLE) -> tuple[jax.Array, jax.Array]:
         """Pixels [B, 16 * h, 16 * w, 3] in [-1, 1] -> mean [B, h, w, 4 * C] of latents as the denoiser knows them.
 
         The deviation is zero: FLUX.2's pipelines take the mean of the posterior.
         """
-        mean, _ = self.encode(pixels, strips=strips)
-        deviation = jnp.sqrt(self.bn.running_var[...] + self.epsilon)[None, None, None]
-        latents = (to_patches(mean).astype(jnp.float32) - self.bn.running_mean[...][None, None, None]) / deviation
+        latents, _ = self.encode(pixels, strips=strips)
+        mean, deviation = self.statistics()
+        latents = (to_patches(latents).astype(jnp.float32) - mean[None, None, None]) / deviation[None, None, None]
         return latents, jnp.zeros_like(latents)
 
     def decode(self, latents: jax.Array, *, strips: Strips = WHOLE) -> jax.Array:
         """Latents [B, h, w, 4 * C] as the denoiser knows them -> pixels [B, 16 * h, 16 * w, 3] around [-1, 1]."""
-        deviation = jnp.sqrt(self.bn.running_var[...] + self.epsilon)
-        latents = latents * deviation[None, None, None] + self.bn.running_mean[...][None, None, None]
+        mean, deviation = self.statistics()
+        latents = latents * deviation[None, None, None] + mean[None, None, None]
         return super().decode(from_patches(latents), strips=strips)
 
 
