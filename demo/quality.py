@@ -119,15 +119,20 @@ def generate(
 ) -> list[np.ndarray]:
     """Generates one picture for each prompt."""
     engine.start()
-    (width, height) = SIZE
-    generations = [
-        Generation(prompt, "", width, height, steps, guidance_scale, seed + number, sampler, n=1)
-        for number, prompt in enumerate(prompts)
-    ]
     try:
-        return pictures_of(engine, generations)
+        return pictures_of(engine, generations(sampler, steps, prompts, guidance_scale, seed))
     finally:
         engine.close()
+
+
+def generations(
+    sampler: str | None, steps: int, prompts: Sequence[str], guidance_scale: float, seed: int
+) -> list[Generation]:
+    """One for each prompt, with consecutive seeds."""
+    return [
+        Generation(prompt, "", *SIZE, steps, guidance_scale, seed + number, sampler, n=1)
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def pictures_of(engine: Engine, generations: Sequence[Generation]) -> list[np.ndarray]:

@@ -43,7 +43,7 @@ the [demo model](../demo-model/README.md) in 8 steps, in the same layout and on 
 |---|---|
 {table}
 
-![The losses of the training](loss.png)
+![The loss of the last training, with the probe's](loss.png)
 
 Made by `python -m demo.train_flow` (`make train-flow`), whose options are the recipe; where the table lists more than
 one training, each later one began with `--start-from`, from the weights of the one before.
