@@ -1,5 +1,6 @@
 """Shared by tests of a real local cluster: the Makefile's verbs as a user runs them, and plain HTTP."""
 
+import atexit
 import contextlib
 import fcntl
 import io
@@ -23,8 +24,6 @@ import pytest
 
 from cluster import ROOT, processes
 from cluster.local.state import Cluster
-
-CLAIMED: list[socket.socket] = []  # one for each port that this process has
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def claim(port: int) -> bool:
     except OSError:
         name.close()
         return False
-    CLAIMED.append(name)
+    atexit.register(name.close)  # Python warns of a socket that it has to close itself
     return True
 
 

@@ -9,9 +9,19 @@ from dataclasses import replace
 
 from app.api.errors import ApiError
 from app.api.messages import Accepted, ImageRequest, Images, Moved, Preview, Progress
-from app.api.replica_calls import Cancellable, Item, Items, Pending, ReplicaLost, cancelled_by_replica, failures
+from app.api.replica_calls import (
+    Cancellable,
+    Item,
+    Items,
+    Pending,
+    ReplicaCancelled,
+    ReplicaLost,
+    cancelled_by_replica,
+    failures,
+)
 
 MOST_RESTARTS = 1  # a request that ends its replica must not end all of them
+GONE_S = 0.25  # when a client goes, Ray cancels the replica's call and ours, in any order
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # before the next try, while replicas take no requests
 
 Unary = Pending[Images | Moved | ApiError]
@@ -45,7 +55,7 @@ class Journey:
                         if isinstance(answer, Moved):
                             await self.move(answer)
             except ReplicaLost as lost:
-                self.restart(lost)
+                await self.restart(lost)
                 continue
             if isinstance(answer, ApiError):
                 raise answer
@@ -66,12 +76,14 @@ class Journey:
             self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
             self.go_on(self.request)
 
-    def restart(self, lost: ReplicaLost) -> None:
+    async def restart(self, lost: ReplicaLost) -> None:
         """The same seed makes the same images elsewhere. Raises `lost` where that was tried already."""
         self.response.cancel()
         self.response = Nothing()
         if self.restarts == MOST_RESTARTS:
             raise lost
+        if isinstance(lost, ReplicaCancelled):
+            await asyncio.sleep(GONE_S)  # cancelled here, nothing begins again for a client that has gone
         self.restarts += 1
         self.go_on(replace(self.request, resumed=None, moved=True))
 
@@ -104,7 +116,7 @@ class StreamedJourney(Journey):
                         item = await self.item()
             except ReplicaLost as lost:
                 self.items = None
-                self.restart(lost)
+                await self.restart(lost)
                 continue
             if isinstance(item, ApiError):
                 raise item

@@ -23,6 +23,10 @@ class ReplicaLost(ApiError):
     """The replica that had the request has gone, or has dropped it."""
 
 
+class ReplicaCancelled(ReplicaLost):
+    """The replica's work was cancelled: it ends, or the client has gone and Ray has not told us yet."""
+
+
 class Cancellable(Protocol):
     def cancel(self) -> None: ...
 
@@ -93,5 +97,5 @@ def failures(response: Cancellable, timeout_s: float) -> Iterator[None]:
         raise ReplicaLost(503, "The replica was lost; try again.", None, "replica_lost", 5.0) from None
 
 
-def cancelled_by_replica() -> ReplicaLost:
-    return ReplicaLost(503, "The replica cancelled this request; try again.", None, "replica_lost", 1.0)
+def cancelled_by_replica() -> ReplicaCancelled:
+    return ReplicaCancelled(503, "The replica cancelled this request; try again.", None, "replica_lost", 1.0)

@@ -89,6 +89,27 @@ def test_a_lost_request_begins_again_once(end: Any) -> None:
         answered(end, end, IMAGES)
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["plain", "stream"])
+def test_nothing_begins_again_for_a_client_that_goes_after_its_replica_was_cancelled(streaming: bool) -> None:
+    """Ray cancels what a request has called, too: about one client of a dozen was drawn for, and counted, twice."""
+    sent: list[ImageRequest] = []
+
+    async def send(request: ImageRequest) -> Any:
+        sent.append(request)
+        return Items([]) if streaming else Answer(asyncio.CancelledError())
+
+    async def leave() -> None:
+        waiting = StreamedJourney(REQUEST, send).next_item() if streaming else Journey(REQUEST).answer(send)
+        client: asyncio.Future[Any] = asyncio.ensure_future(waiting)
+        await asyncio.sleep(0.05)
+        client.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await client
+
+    asyncio.run(leave())
+    assert len(sent) == 1
+
+
 def test_what_was_made_is_gone_with_the_replica_that_had_it() -> None:
     images, sent = answered(Moved(RESUMED), ActorDiedError(), IMAGES)
     assert sent[2].resumed is None and images.facts == {**IMAGES.facts, "moves": 1, "restarts": 1}
