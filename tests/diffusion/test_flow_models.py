@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from app.diffusion.models.qwen3 import Qwen3
 from app.diffusion.models.shapes import Shape, vae_tensors
 from app.diffusion.models.tensor_names import NOT_WEIGHTS, current_name
 from app.diffusion.models.tensors import tensor_name, tensor_shape
+from app.diffusion.models.transformer_layers import rms_norm, rms_scaled
 from app.diffusion.models.vae import VAE
 from app.diffusion.models.weight_files import find_tensors
 from app.diffusion.models.z_image import ZImage
@@ -185,3 +187,16 @@ def test_what_a_network_cannot_honour_is_a_problem(
 ) -> None:
     _, problems = config_of(checkpoint, component, change)
     assert [line for line in problems if problem in line] == problems != []
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_scaled_norm_is_the_norm_times_its_factor(dtype: Any) -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 3, 3840)) * jnp.geomspace(0.1, 10, 3)[None, :, None]
+    factor = 1 + jax.random.normal(jax.random.key(1), (2, 1, 3840))
+    norm = rms_norm(3840, 1e-5, dtype=dtype, rngs=nnx.Rngs(0))
+    x = x.astype(dtype)
+    wide = x.astype(jnp.float32)
+    expected = wide / jnp.sqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + 1e-5) * factor
+    scaled = rms_scaled(x, norm, factor)
+    assert scaled.dtype == jnp.float32
+    np.testing.assert_allclose(scaled, expected, rtol=1e-5 if dtype == jnp.float32 else 2e-4)

@@ -7,7 +7,7 @@ from flax import nnx
 from app.diffusion.models.flow_config import ZImageConfig
 from app.diffusion.models.layers import Dtype, linear, timestep_embedding
 from app.diffusion.models.rotary_attention import Stream, attend_streams
-from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rotation, scales
+from app.diffusion.models.transformer_layers import Rotation, apart, normed, rms_norm, rms_scaled, rotation, scales
 
 TIME_CHANNELS = 256  # of the timestep's sinusoids, and at most of its embedding
 TIME_WIDTH = 1024
@@ -75,14 +75,14 @@ class Block(nnx.Module):
             scale, gate, mlp_scale, mlp_gate = jnp.split(modulation, 4, axis=-1)
             scale, mlp_scale = 1 + scale, 1 + mlp_scale
             gate, mlp_gate = jnp.tanh(gate), jnp.tanh(mlp_gate)
-        out = self.attention(apart(times(self.attention_norm1(x), scale)), rotation, lengths)
-        x = apart(x + times(self.attention_norm2(apart(out)), gate))
-        out = self.feed_forward(apart(times(self.ffn_norm1(x), mlp_scale)))
-        return apart(x + times(self.ffn_norm2(apart(out)), mlp_gate))
+        out = self.attention(apart(rms_scaled(x, self.attention_norm1, scale).astype(x.dtype)), rotation, lengths)
+        x = plus(x, rms_scaled(apart(out), self.attention_norm2, gate))
+        out = self.feed_forward(apart(rms_scaled(x, self.ffn_norm1, mlp_scale).astype(x.dtype)))
+        return plus(x, rms_scaled(apart(out), self.ffn_norm2, mlp_gate))
 
 
-def times(x: jax.Array, factor: jax.Array) -> jax.Array:
-    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+def plus(x: jax.Array, wide: jax.Array) -> jax.Array:
+    return apart((x.astype(jnp.float32) + wide).astype(x.dtype))
 
 
 class TimeEmbedding(nnx.Module):
